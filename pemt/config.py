@@ -1,0 +1,234 @@
+"""Configuration: frozen dataclasses, checked when they are made and never changed.
+
+Names follow Hugging Face's `TrainingArguments` wherever the same thing exists there.
+`arguments.py` fills them from YAML and the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class PemtError(ValueError):
+    """An error for the user: its text is one line that says what was found, what is allowed, what to do."""
+
+
+class ConfigError(PemtError):
+    """A configuration that cannot be run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """The expert that stage 1 trains on every FFN's output projection.
+
+    Args:
+        kind: `lora` (the paper's default) or `bottleneck`.
+        rank: LoRA rank R.
+        alpha: LoRA scaling numerator; the expert's output is multiplied by alpha / rank.
+        reduction_factor: a bottleneck expert's inner width is d_ff // reduction_factor.
+    """
+
+    kind: Literal["lora", "bottleneck"] = "lora"
+    rank: int = 64
+    alpha: float = 64.0
+    reduction_factor: int = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The target adapter of stage 2.
+
+    Args:
+        reduction_factor: the adapter's inner width is d_model // reduction_factor.
+    """
+
+    reduction_factor: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """How stage 2 mixes the frozen experts.
+
+    Args:
+        sparsity_loss_weight: weight of the task sparsity loss beside the cross-entropy.
+        sparsity_over_padding: average the sparsity loss over padding too, as the published code does;
+            false averages over real tokens only.
+        prompt_dropout: dropout on the attention of the target prompt over each source prompt.
+        train_layer_norms: train every T5 layer norm along with the adapters.
+    """
+
+    sparsity_loss_weight: float = 0.1
+    sparsity_over_padding: bool = True
+    prompt_dropout: float = 0.1
+    train_layer_norms: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What both stages share.
+
+    Args:
+        model_name_or_path: the frozen base model: a T5, mT5 or UMT5 on the hub, or a local folder.
+        tokenizer_name: tokenizer, if it is not the base model's own.
+        output_dir: folder of this run: logs, checkpoints, results.
+        task_name: the task to train on (`pemt tasks` lists them).
+        task_file: YAML file that describes a task of your own.
+        data_dir: read the task from local files in this folder instead of the hub.
+        few_shot: train on this many examples per class.
+        skip_bad_rows: count and leave out malformed rows instead of stopping at the first.
+        max_source_length: longest input, in tokens; longer ones are cut.
+        max_target_length: longest target, in tokens; default: the task's own.
+        max_train_samples: keep only this many training examples.
+        max_eval_samples: keep only this many examples of validation and of test.
+        per_device_train_batch_size: examples per rank and micro-batch.
+        per_device_eval_batch_size: examples per rank and evaluation batch.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: AdamW's decoupled weight decay.
+        max_grad_norm: gradients are clipped to this global norm; 0 turns clipping off.
+        num_train_epochs: passes over the training data.
+        max_steps: if positive, stop after this many optimizer steps, whatever num_train_epochs says.
+        warmup_steps: steps of linear warm-up.
+        lr_scheduler_type: a schedule of `transformers.get_scheduler`.
+        eval_strategy: when to validate: each epoch, every eval_steps, or never.
+        eval_steps: validation interval in steps for `eval_strategy: steps`.
+        logging_steps: interval of logged scalars, in steps.
+        save_total_limit: checkpoints kept besides the best one.
+        num_beams: beams of the generation that validation and test score.
+        seed: seed of initialisation and dropout.
+        data_seed: seed of splits, few-shot draws and data order; default: seed.
+        bf16: train in bfloat16 (fp32 for trained weights under DeepSpeed, softmax, norms, losses).
+        fp16: train in float16; T5 overflows in it from size large on.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        resume_from_checkpoint: a checkpoint folder, or true for the newest one in output_dir.
+        overwrite_output_dir: delete the run that output_dir holds.
+        disable_tqdm: no progress bar.
+    """
+
+    model_name_or_path: str
+    output_dir: str
+    task_name: str
+    tokenizer_name: str | None = None
+    task_file: str | None = None
+    data_dir: str | None = None
+    few_shot: int | None = None
+    skip_bad_rows: bool = False
+    max_source_length: int = 256
+    max_target_length: int | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_train_epochs: int = 20
+    max_steps: int = -1
+    warmup_steps: int = 0
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    eval_steps: int | None = None
+    logging_steps: int = 10
+    save_total_limit: int = 1
+    num_beams: int = 1
+    seed: int = 42
+    data_seed: int | None = None
+    bf16: bool = True
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    resume_from_checkpoint: bool | str | None = None
+    overwrite_output_dir: bool = False
+    disable_tqdm: bool = False
+
+    def __post_init__(self) -> None:
+        self._at_least(
+            1,
+            "max_source_length",
+            "max_target_length",
+            "few_shot",
+            "max_train_samples",
+            "max_eval_samples",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "num_train_epochs",
+            "logging_steps",
+            "eval_steps",
+            "save_total_limit",
+            "num_beams",
+        )
+        self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+        if self.bf16 and self.fp16:
+            raise ConfigError("bf16, fp16: both are true, only one may be; set `bf16: false` to train in fp16")
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            raise ConfigError("eval_steps: missing, and eval_strategy is `steps`; give the interval in steps")
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ConfigError(
+                "overwrite_output_dir, resume_from_checkpoint: both are given; keep one, "
+                "to start again or to go on"
+            )
+
+    def _at_least(self, least: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}: found {value}, at least {least} is needed")
+
+    @property
+    def effective_data_seed(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(RunConfig):
+    """Stage 1, `pemt source`: train one source task's expert and prompt.
+
+    Args:
+        bank_dir: the expert bank that receives the entry.
+        description: one sentence about the task; its tokens' embeddings start the task prompt.
+            Default: the task's own.
+        expert: the expert's kind and size.
+    """
+
+    bank_dir: str
+    description: str | None = None
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank", "alpha", "reduction_factor"):
+            if getattr(self.expert, name) <= 0:
+                raise ConfigError(f"expert.{name}: found {getattr(self.expert, name)}, it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig(RunConfig):
+    """Stage 2, `pemt adapt`: adapt to a target task over a bank of frozen experts.
+
+    Args:
+        bank_dir: the expert bank to read; not needed for `method: adapter`.
+        source_tasks: which of the bank's entries to mix, in this order; default: all, by name.
+        method: `pemt`, or `adapter`: the same target adapter, prompt and norms without any expert.
+        description: one sentence about the task; its tokens' embeddings start the target prompt.
+            Default: the task's own.
+        adapter: the target adapter's size.
+        mixture: the mixture and its sparsity loss.
+    """
+
+    bank_dir: str | None = None
+    source_tasks: list[str] | None = None
+    method: Literal["pemt", "adapter"] = "pemt"
+    description: str | None = None
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "pemt" and self.bank_dir is None:
+            raise ConfigError("bank_dir: missing; give the folder that `pemt source` filled, or `method: adapter`")
+        if self.adapter.reduction_factor <= 0:
+            raise ConfigError(f"adapter.reduction_factor: found {self.adapter.reduction_factor}, it must be positive")
+        if not 0 <= self.mixture.prompt_dropout < 1:
+            raise ConfigError(f"mixture.prompt_dropout: found {self.mixture.prompt_dropout}, allowed is [0, 1)")
