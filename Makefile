@@ -1,0 +1,56 @@
+# Every target sets up .venv by itself, from setup.cfg and the versions in .ci/constraints.txt.
+# Any variable can be given on the command line: make test PYTHON=python3.12
+
+PYTHON      ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.10,\
+                 $(if $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>&1 || echo no),,$(p))))
+VENV        ?= .venv
+DEMO_DIR    ?= runs/demo
+PYTEST_ARGS ?= -n 2 --dist loadgroup
+
+BIN         := $(VENV)/bin
+CONSTRAINTS := .ci/constraints.txt
+STAMP       := $(VENV)/.installed
+LAUNCH      := $(BIN)/accelerate launch --config_file launchers/accelerate/cpu.yaml \
+                 --deepspeed_config_file ds_configs/zero2.json
+
+# One thread a process: two ranks, or two pytest workers, share the machine.
+export OMP_NUM_THREADS ?= 1
+# `accelerate` and `ninja` start programs by name.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-quick test lint typecheck imports clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+demo: $(STAMP)  ## the main job on a small world: both stages, 2 ranks, ZeRO-2 (about 12 minutes on 2 cores)
+	$(LAUNCH) -m pemt demo --output_dir $(DEMO_DIR)
+
+demo-quick: $(STAMP)  ## the same with one target and one seed (about 5 minutes)
+	$(LAUNCH) -m pemt demo --quick --output_dir $(DEMO_DIR)-quick
+
+test: lint typecheck imports  ## all checks: ruff, mypy, import directions, pytest
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(STAMP)  ## mypy on the package
+	$(BIN)/mypy
+
+imports: $(STAMP)  ## who may import whom (pyproject.toml)
+	$(BIN)/lint-imports
+
+clean:  ## remove .venv and every cache; results under runs/ stay
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find pemt tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
+	$(if $(PYTHON),,$(error No Python 3.10 or newer was found on PATH; name one: make PYTHON=/path/to/python3.11))
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	# torch alone first: another build of the same release, put into .venv beforehand, stays.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
