@@ -1,0 +1,122 @@
+"""The mixture of frozen experts and its sparsity loss: two differentiable ops.
+
+B batch, S tokens (prompt included), F d_ff, D d_model, K experts, T the sum of the K ranks.
+
+    gram = gram_matrix(up, ranks)                                    # once: the experts are frozen
+    y, latent = expert_mixture(x, weight, down, up, gates, scales, ranks)
+    z = y + adapter(y)
+    loss = task_sparsity(z, latent, up, gram, gates, scales, ranks, mask)
+
+Gradients reach x, gates, latent and z. The K outputs of width D are never made, and of x only the
+latent of width T is kept for the backward pass. The package knows PyTorch alone.
+
+`reference` is the specification, `packed` the same in few matrix products, `select` picks what
+runs (PEMT_OPS forces it), `schema` holds the `torch.library` ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import packed, schema  # noqa: F401  (schema registers the ops)
+from .checks import OpsError, check_gram, check_mixture, check_sparsity, compute_dtype
+
+__all__ = ["OpsError", "expert_mixture", "gram_matrix", "task_sparsity"]
+
+
+def gram_matrix(up: Tensor, ranks: Sequence[int]) -> Tensor:
+    """The frozen Gram matrices up_k^T up_k that `task_sparsity` needs.
+
+    Args:
+        up: [D, T], the experts' up projections side by side; expert k owns ranks[k] columns.
+        ranks: K ranks with sum T.
+
+    Returns:
+        [T, max(ranks)] in float32 (float64 for float64): rows of expert k, zeros beyond its rank.
+
+    Raises:
+        OpsError: a shape is wrong.
+    """
+    check_gram(up, ranks)
+    return packed.gram_matrix(up, ranks)
+
+
+def expert_mixture(
+    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, gates: Tensor,
+    scales: Sequence[float], ranks: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The frozen output projection plus the gated mixture of K LoRA experts (arXiv 2402.15082).
+
+    Args:
+        x: [B, S, F], the input of the FFN's output projection.
+        weight: [D, F], that projection, frozen.
+        down: [T, F] and up: [D, T], the experts' factors, frozen; expert k owns ranks[k] rows and
+            columns.
+        gates: [B, K], one vector per sample; computed with in float32 whatever its dtype.
+        scales: K factors (alpha / rank).
+        ranks: K ranks with sum T; they may differ.
+
+    Returns:
+        y [B, S, D] = x weight^T + sum_k gates[:, k] scales[k] (x down_k^T) up_k^T and
+        latent [B, S, T] = x down^T, both in x's dtype (under autocast: in autocast's).
+
+    Raises:
+        OpsError: a shape, dtype or device is wrong, or weight, down or up requires grad.
+    """
+    x, weight, down, up = _autocast(x, weight, down, up)
+    check_mixture(x, weight, down, up, gates, scales, ranks)
+    with torch.autocast(x.device.type, enabled=False):
+        y, latent = torch.ops.pemt.expert_mixture(
+            x, weight, down, up, gates, list(scales), list(ranks)
+        )
+    return y, latent
+
+
+def task_sparsity(
+    z: Tensor, latent: Tensor, up: Tensor, gram: Tensor, gates: Tensor,
+    scales: Sequence[float], ranks: Sequence[int], mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The task sparsity loss of one FFN (arXiv 2402.15082).
+
+    sum_k mean_b(gates[b, k]) * mean over tokens (1 - cos(z, o_k)) with
+    o_k = scales[k] latent_k up_k^T, which is never made.
+
+    Args:
+        z: [B, S, D], the FFN's output after the target adapter.
+        latent: [B, S, T] from `expert_mixture`.
+        up: [D, T], frozen; gram: from `gram_matrix(up, ranks)`.
+        gates, scales, ranks: as in `expert_mixture`.
+        mask: [B, S], nonzero where a token counts; without it all do.
+
+    Returns:
+        A scalar in float32 (float64 for float64); 0 where no token counts. Cosines have the
+        eps of torch.nn.functional.cosine_similarity.
+
+    Raises:
+        OpsError: a shape, dtype or device is wrong, or up or gram requires grad.
+    """
+    z, latent, up = _autocast(z, latent, up)
+    check_sparsity(z, latent, up, gram, gates, scales, ranks, mask)
+    with torch.autocast(z.device.type, enabled=False):
+        token_weights = None
+        if mask is not None:
+            counted = (mask != 0).to(compute_dtype(z.dtype))
+            token_weights = counted / counted.sum().clamp(min=1)
+        loss, *_ = torch.ops.pemt.task_sparsity(
+            z, latent, up, gram, gates, list(scales), list(ranks), token_weights
+        )
+    return loss
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast would hand them to a matrix product."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+    )

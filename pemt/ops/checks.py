@@ -1,0 +1,100 @@
+"""Argument checks of the two public ops, and the error they raise.
+
+B batch, S tokens, F d_ff, D d_model, K experts, T the sum of the K ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class OpsError(ValueError):
+    """An argument of an op has the wrong shape, dtype or gradient flag, or no kernel can be had."""
+
+
+def check_mixture(
+    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, gates: Tensor,
+    scales: Sequence[float], ranks: Sequence[int],
+) -> None:  # fmt: skip
+    _check_experts(scales, ranks)
+    _check_dims(x=(x, 3), weight=(weight, 2), down=(down, 2), up=(up, 2), gates=(gates, 2))
+    batch, d_ff, d_model, total = x.shape[0], x.shape[2], weight.shape[0], sum(ranks)
+    _check_shape("weight", weight, (d_model, d_ff))
+    _check_shape("down", down, (total, d_ff))
+    _check_shape("up", up, (d_model, total))
+    _check_shape("gates", gates, (batch, len(ranks)))
+    _check_same("x", x, weight=weight, down=down, up=up)
+    _check_frozen(weight=weight, down=down, up=up)
+
+
+def check_sparsity(
+    z: Tensor, latent: Tensor, up: Tensor, gram: Tensor, gates: Tensor,
+    scales: Sequence[float], ranks: Sequence[int], mask: Tensor | None,
+) -> None:  # fmt: skip
+    _check_experts(scales, ranks)
+    _check_dims(z=(z, 3), latent=(latent, 3), up=(up, 2), gram=(gram, 2), gates=(gates, 2))
+    batch, tokens, d_model = z.shape
+    total = sum(ranks)
+    _check_shape("latent", latent, (batch, tokens, total))
+    _check_shape("up", up, (d_model, total))
+    _check_shape("gram", gram, (total, max(ranks)))
+    _check_shape("gates", gates, (batch, len(ranks)))
+    if mask is not None:
+        _check_shape("mask", mask, (batch, tokens))
+    _check_same("z", z, latent=latent, up=up)
+    _check_frozen(up=up, gram=gram)
+
+
+def check_gram(up: Tensor, ranks: Sequence[int]) -> None:
+    _check_experts([1.0] * len(ranks), ranks)
+    _check_dims(up=(up, 2))
+    _check_shape("up", up, (up.shape[0], sum(ranks)))
+
+
+def _check_experts(scales: Sequence[float], ranks: Sequence[int]) -> None:
+    if len(ranks) == 0:
+        raise OpsError("ranks: is empty; give one rank per expert, at least one expert")
+    if min(ranks) < 1:
+        raise OpsError(f"ranks: found {list(ranks)}; every rank must be at least 1")
+    if len(scales) != len(ranks):
+        raise OpsError(f"scales: found {len(scales)} for {len(ranks)} ranks; give one per expert")
+
+
+def _check_dims(**tensors: tuple[Tensor, int]) -> None:
+    for name, (tensor, dims) in tensors.items():
+        if tensor.dim() != dims:
+            raise OpsError(f"{name}: found {tensor.dim()} dimensions; needs {dims}")
+        if not tensor.is_floating_point():
+            raise OpsError(f"{name}: found dtype {tensor.dtype}; needs a floating-point one")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise OpsError(f"{name}: found shape {tuple(tensor.shape)}; needs {shape}")
+
+
+def _check_same(first_name: str, first: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.dtype != first.dtype:
+            raise OpsError(
+                f"{name}: found dtype {tensor.dtype}; needs {first.dtype} as {first_name}"
+            )
+        if tensor.device != first.device:
+            raise OpsError(f"{name}: is on {tensor.device}; needs {first.device} as {first_name}")
+
+
+def _check_frozen(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise OpsError(
+                f"{name}: requires grad, but it is frozen here and would get no gradient;"
+                f" call {name}.requires_grad_(False)"
+            )
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of reductions, norms and cosines: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

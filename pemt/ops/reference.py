@@ -1,0 +1,65 @@
+"""The specification: a loop over the experts in plain PyTorch, differentiable by autograd.
+
+B batch, S tokens, F d_ff, D d_model, K experts, R rank of one expert, T the sum of the ranks.
+
+Everything else in this package computes what these two functions compute, without the outputs of
+width D per expert that they make. Run them directly for the truth; `PEMT_OPS=reference` runs their
+forward inside the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, linear
+
+from .checks import compute_dtype
+
+
+def expert_mixture(
+    x_BSF: Tensor, weight_DF: Tensor, down_TF: Tensor, up_DT: Tensor, gates_BK: Tensor,
+    scales: Sequence[float], ranks: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = wo(x) + sum_k g_k o_k, and the experts' latents (x down_k^T, side by side)."""
+    y_BSD = linear(x_BSF, weight_DF)
+    latents = []
+    factors = zip(down_TF.split(list(ranks)), up_DT.split(list(ranks), dim=1), strict=True)
+    for k, (down_RF, up_DR) in enumerate(factors):
+        latent_BSR = linear(x_BSF, down_RF)
+        output_BSD = scales[k] * linear(latent_BSR, up_DR)
+        y_BSD = y_BSD + gates_BK[:, k, None, None].to(x_BSF.dtype) * output_BSD
+        latents.append(latent_BSR)
+    return y_BSD, torch.cat(latents, dim=-1)
+
+
+def expert_cosines(
+    z_BSD: Tensor, latent_BST: Tensor, up_DT: Tensor, scales: Sequence[float], ranks: Sequence[int]
+) -> Tensor:
+    """cos(z, o_k) of every token and expert, [B, S, K], in float32 or float64."""
+    precise = compute_dtype(z_BSD.dtype)
+    cosines = []
+    factors = zip(
+        latent_BST.split(list(ranks), dim=-1), up_DT.split(list(ranks), dim=1), strict=True
+    )
+    for k, (latent_BSR, up_DR) in enumerate(factors):
+        output_BSD = scales[k] * linear(latent_BSR, up_DR)
+        cosines.append(cosine_similarity(z_BSD.to(precise), output_BSD.to(precise), dim=-1))
+    return torch.stack(cosines, dim=-1)
+
+
+def task_sparsity(
+    z_BSD: Tensor, latent_BST: Tensor, up_DT: Tensor, gates_BK: Tensor,
+    scales: Sequence[float], ranks: Sequence[int], token_weights_BS: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """sum_k mean_b(g_bk) * (weighted mean over the tokens of 1 - cos(z, o_k)).
+
+    The token weights sum to one; without them every token counts alike.
+    """
+    distance_BSK = 1 - expert_cosines(z_BSD, latent_BST, up_DT, scales, ranks)
+    if token_weights_BS is None:
+        distance_K = distance_BSK.mean(dim=(0, 1))
+    else:
+        distance_K = (distance_BSK * token_weights_BS[..., None]).sum(dim=(0, 1))
+    return (gates_BK.to(distance_K.dtype).mean(dim=0) * distance_K).sum()

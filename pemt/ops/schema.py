@@ -1,0 +1,108 @@
+"""The four `torch.library` ops, their fake implementations and their autograd.
+
+The ops are opaque to torch.compile; which code runs inside them is chosen in `select`.
+B batch, S tokens, F d_ff, D d_model, K experts, T the sum of the ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import compute_dtype
+from .select import kernels_for
+
+_EXPERTS = "Tensor gates, float[] scales, int[] ranks"
+_SPARSITY = f"Tensor z, Tensor latent, Tensor up, Tensor gram, {_EXPERTS}, Tensor? token_weights"
+_SCHEMAS = {
+    "expert_mixture": f"(Tensor x, Tensor weight, Tensor down, Tensor up, {_EXPERTS})"
+    " -> (Tensor, Tensor)",
+    "expert_mixture_backward": "(Tensor dy, Tensor? dlatent, Tensor latent, Tensor weight,"
+    f" Tensor down, Tensor up, {_EXPERTS}, bool need_dx) -> (Tensor, Tensor)",
+    "task_sparsity": f"({_SPARSITY}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "task_sparsity_backward": f"(Tensor grad, {_SPARSITY}, Tensor projection, Tensor stats,"
+    " Tensor distance) -> (Tensor, Tensor, Tensor)",
+}
+
+
+def _define(name: str) -> None:
+    def run(first: Tensor, *rest: Any) -> Any:
+        return getattr(kernels_for(rest[0] if first.dim() == 0 else first), name)(first, *rest)
+
+    torch.library.define(f"pemt::{name}", _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"pemt::{name}", "default", run)
+
+
+for _name in _SCHEMAS:
+    _define(_name)
+
+
+@torch.library.register_fake("pemt::expert_mixture")
+def _(x, weight, down, up, gates, scales, ranks):  # type: ignore[no-untyped-def]
+    batch, tokens, _ = x.shape
+    return x.new_empty(batch, tokens, weight.shape[0]), x.new_empty(batch, tokens, down.shape[0])
+
+
+@torch.library.register_fake("pemt::expert_mixture_backward")
+def _(dy, dlatent, latent, weight, down, up, gates, scales, ranks, need_dx):  # type: ignore[no-untyped-def]
+    shape = (*dy.shape[:2], weight.shape[1]) if need_dx else (0,)
+    return dy.new_empty(shape), torch.empty_like(gates, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("pemt::task_sparsity")
+def _(z, latent, up, gram, gates, scales, ranks, token_weights):  # type: ignore[no-untyped-def]
+    precise, experts = compute_dtype(z.dtype), len(ranks)
+    return (
+        z.new_empty((), dtype=precise),
+        latent.new_empty(latent.shape),
+        z.new_empty((*z.shape[:2], 2 * experts + 1), dtype=precise),
+        z.new_empty((experts,), dtype=precise),
+    )
+
+
+@torch.library.register_fake("pemt::task_sparsity_backward")
+def _(grad, z, latent, up, gram, gates, *rest):  # type: ignore[no-untyped-def]
+    return z.new_empty(z.shape), latent.new_empty(latent.shape), gates.new_empty(gates.shape)
+
+
+def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, weight, down, up, gates, ctx.scales, ctx.ranks = inputs
+    ctx.save_for_backward(output[1], weight, down, up, gates)
+    ctx.set_materialize_grads(False)
+
+
+def _mixture_backward(ctx: Any, dy: Tensor | None, dlatent: Tensor | None) -> tuple[Any, ...]:
+    latent, weight, down, up, gates = ctx.saved_tensors
+    if dy is None:  # only the latent was used
+        dy = latent.new_zeros(*latent.shape[:2], weight.shape[0])
+    with torch.autocast(dy.device.type, enabled=False):
+        dx, dgates = torch.ops.pemt.expert_mixture_backward(
+            dy, dlatent, latent, weight, down, up, gates, ctx.scales, ctx.ranks,
+            ctx.needs_input_grad[0],
+        )  # fmt: skip
+    return (dx if ctx.needs_input_grad[0] else None), None, None, None, dgates, None, None
+
+
+def _save_sparsity(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, latent, up, gram, gates, ctx.scales, ctx.ranks, token_weights = inputs
+    ctx.save_for_backward(z, latent, up, gram, gates, token_weights, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _sparsity_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
+    z, latent, up, gram, gates, token_weights, *stats = ctx.saved_tensors
+    with torch.autocast(z.device.type, enabled=False):
+        dz, dlatent, dgates = torch.ops.pemt.task_sparsity_backward(
+            grad, z, latent, up, gram, gates, ctx.scales, ctx.ranks, token_weights, *stats
+        )
+    return dz, dlatent, None, None, dgates, None, None, None
+
+
+torch.library.register_autograd(
+    "pemt::expert_mixture", _mixture_backward, setup_context=_save_mixture
+)
+torch.library.register_autograd(
+    "pemt::task_sparsity", _sparsity_backward, setup_context=_save_sparsity
+)
