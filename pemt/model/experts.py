@@ -1,0 +1,172 @@
+"""Stage 1: the trained expert on an FFN's output projection, and the form in which it is handed on.
+
+Shapes: B batch, S tokens, D d_model, F d_ff, R rank (a bottleneck expert's inner width), P prompt tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pemt.config import ExpertConfig, PemtError
+from pemt.model.trainable import Trainable
+
+STACKS = ("encoder", "decoder")
+
+
+class ModelError(PemtError):
+    """A base model, an expert or a prompt that cannot be put together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSource:
+    """One source task as stage 2 needs it.
+
+    Args:
+        name: the source task.
+        kind: `lora` or `bottleneck`.
+        rank: LoRA rank, or a bottleneck's inner width.
+        alpha: a LoRA expert's output is multiplied by alpha / rank; without effect on a bottleneck.
+        weights: `<stack>.<layer>.<tensor>`; tensors of a LoRA expert: `down` [R,F], `up` [D,R]; of a bottleneck:
+            `down.weight` [R,F], `down.bias` [R], `up.weight` [D,R], `up.bias` [D].
+        prompt_PD: the task prompt.
+    """
+
+    name: str
+    kind: Literal["lora", "bottleneck"]
+    rank: int
+    alpha: float
+    weights: Mapping[str, Tensor]
+    prompt_PD: Tensor
+
+    def check(self, shape: Mapping[str, Any]) -> None:
+        """Raise `ModelError` unless names and shapes of all tensors fit a base model of this `base_shape`."""
+        expected = expert_shapes(self.kind, self.rank, shape)
+        for key in sorted(expected.keys() ^ self.weights.keys()):
+            problem = (
+                "is missing"
+                if key in expected
+                else "does not belong to an expert of this base model"
+            )
+            raise ModelError(
+                f"source `{self.name}`: tensor `{key}` {problem} ({self.kind}, rank {self.rank})"
+            )
+        for key, tensor in self.weights.items():
+            if tuple(tensor.shape) != expected[key]:
+                raise ModelError(
+                    f"source `{self.name}`: tensor `{key}` is {list(tensor.shape)}, "
+                    f"this base model and rank {self.rank} need {list(expected[key])}"
+                )
+        check_prompt(self.prompt_PD, shape["d_model"], owner=f"source `{self.name}`")
+
+
+def check_prompt(prompt_PD: Tensor, d_model: int, *, owner: str) -> None:
+    """Raise `ModelError` unless the prompt is [P,D] with at least one token."""
+    if prompt_PD.dim() != 2 or prompt_PD.shape[0] == 0 or prompt_PD.shape[1] != d_model:
+        raise ModelError(
+            f"{owner}: the prompt is {list(prompt_PD.shape)}, this base model needs [tokens, {d_model}]"
+        )
+
+
+def expert_shapes(kind: str, rank: int, shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an expert's tensors for a base model of this `base_shape`."""
+    d_model, d_ff = shape["d_model"], shape["d_ff"]
+    tensors: dict[str, tuple[int, ...]]
+    if kind == "lora":
+        tensors = {"down": (rank, d_ff), "up": (d_model, rank)}
+    else:
+        tensors = {
+            "down.weight": (rank, d_ff),
+            "down.bias": (rank,),
+            "up.weight": (d_model, rank),
+            "up.bias": (d_model,),
+        }
+    depth = {"encoder": shape["num_layers"], "decoder": shape["num_decoder_layers"]}
+    return {
+        f"{stack}.{layer}.{name}": size
+        for stack in STACKS
+        for layer in range(depth[stack])
+        for name, size in tensors.items()
+    }
+
+
+class LoraExpert(Trainable):
+    """o = (alpha/R) · (x downᵀ) upᵀ, both factors Kaiming-uniform (a = √5) at the start, as published."""
+
+    def __init__(self, d_ff: int, d_model: int, *, rank: int, alpha: float, like: Tensor) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        self.down = nn.Parameter(like.new_empty(rank, d_ff))
+        self.up = nn.Parameter(like.new_empty(d_model, rank))
+        for factor in (self.down, self.up):
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.parameters()
+
+    def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
+        return self.scale * F.linear(F.linear(x_BSF, self.down), self.up)
+
+
+class BottleneckExpert(Trainable):
+    """o = up(gelu_new(down(x))) + the FFN's layer-normed input."""
+
+    def __init__(self, d_ff: int, d_model: int, *, inner: int, like: Tensor) -> None:
+        super().__init__()
+        self.down = adapter_linear(d_ff, inner, like)
+        self.up = adapter_linear(inner, d_model, like)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.parameters()
+
+    def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
+        assert ffn_input_BSD is not None, "the pre-hook on the FFN has not run"
+        out_BSD = self.up(F.gelu(self.down(x_BSF), approximate="tanh"))
+        return out_BSD + ffn_input_BSD.to(out_BSD.dtype)
+
+
+def adapter_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
+    """A linear layer as adapters start: weights normal(0, 0.01), biases zero."""
+    linear = nn.Linear(inputs, outputs, dtype=like.dtype, device=like.device)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def new_expert(
+    config: ExpertConfig, d_ff: int, d_model: int, like: Tensor
+) -> LoraExpert | BottleneckExpert:
+    """A fresh expert of the configured kind, in the dtype and on the device of `like`."""
+    if config.kind == "lora":
+        return LoraExpert(d_ff, d_model, rank=config.rank, alpha=config.alpha, like=like)
+    return BottleneckExpert(d_ff, d_model, inner=inner_width(config, d_ff), like=like)
+
+
+def inner_width(config: ExpertConfig, d_ff: int) -> int:
+    """R of an expert: the LoRA rank, or a bottleneck's d_ff // reduction_factor."""
+    if config.kind == "lora":
+        return config.rank
+    if d_ff < config.reduction_factor:
+        raise ModelError(
+            f"expert.reduction_factor: found {config.reduction_factor}, at most d_ff = {d_ff} of this base model"
+        )
+    return d_ff // config.reduction_factor
+
+
+class SourceProjection(nn.Module):
+    """Replaces `wo` in stage 1: the frozen projection plus one trained expert."""
+
+    def __init__(self, weight: nn.Parameter, expert: LoraExpert | BottleneckExpert) -> None:
+        super().__init__()
+        self.weight = weight
+        self.expert = expert
+        self.ffn_input_BSD: Tensor | None = None
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        ffn_input_BSD, self.ffn_input_BSD = self.ffn_input_BSD, None
+        return F.linear(x_BSF, self.weight) + self.expert(x_BSF, ffn_input_BSD)

@@ -1,0 +1,71 @@
+"""Task prompts: rows of embeddings put before the encoder's input.
+
+Shapes: P prompt tokens, D d_model, N tokens of all source prompts together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pemt.model.experts import ModelError
+from pemt.model.trainable import Trainable
+
+
+def description_prompt(
+    tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, description: str
+) -> Tensor:
+    """Embeddings [P,D] of the description's tokens: what a task prompt starts as.
+
+    Raises:
+        ModelError: the description has no tokens.
+    """
+    ids = tokenizer(description, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ModelError(
+            f"description: found {description!r}, which has no tokens; write one sentence about the task"
+        )
+    embedding = base.get_input_embeddings()
+    with torch.no_grad():
+        return embedding(torch.tensor(ids, device=embedding.weight.device)).clone()
+
+
+class TaskPrompt(Trainable):
+    """A trained prompt, and in stage 2 its correlation with the frozen source prompts.
+
+    prompt = P_t + Σ_k dropout(softmax(P_t P_kᵀ)) P_k   (arXiv 2402.15082, section 3.2)
+
+    Source prompts may differ in length; they are kept as one parameter, so that ZeRO-3 gathers them with this
+    module's forward pass.
+    """
+
+    def __init__(
+        self, prompt_PD: Tensor, *, sources: Sequence[Tensor] = (), dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(prompt_PD.detach().clone())
+        self.dropout = dropout
+        self.lengths = [len(source_PD) for source_PD in sources]
+        if sources:
+            sources_ND = torch.cat([source_PD.detach().to(prompt_PD) for source_PD in sources])
+            self.sources = nn.Parameter(sources_ND, requires_grad=False)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        yield self.prompt
+
+    def forward(self) -> Tensor:
+        """The prompt [P,D]. Attention over source prompts is computed in fp32."""
+        if not self.lengths:
+            return self.prompt.clone()
+        with torch.autocast(self.prompt.device.type, enabled=False):
+            target_PD = self.prompt.float()
+            mixed_PD = target_PD
+            for source_QD in self.sources.float().split(self.lengths):
+                attention_PQ = torch.softmax(target_PD @ source_QD.T, dim=-1)
+                attention_PQ = F.dropout(attention_PQ, self.dropout, self.training)
+                mixed_PD = mixed_PD + attention_PQ @ source_QD
+        return mixed_PD.to(self.prompt.dtype)
