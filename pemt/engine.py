@@ -26,7 +26,9 @@ from accelerate.utils import (
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_optimizer_state,
     safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -220,7 +222,13 @@ class Engine:
         for name, parameter in self._trained:
             for key in MOMENTS:
                 value = moments[f"{name}.{key}"]
-                if self._is_sharded(parameter):
+                if hasattr(parameter, "ds_id"):
+                    # DeepSpeed's own way of setting a full state fails where the ranks do not divide it.
+                    share = safe_get_local_optimizer_state(parameter, key).numel()
+                    padded = nn.functional.pad(value.flatten(), (0, share * self.world_size - value.numel()))
+                    mine = padded.narrow(0, share * self.rank, share).to(self.device)
+                    safe_set_local_optimizer_state(parameter, mine, key)
+                elif self._is_sharded(parameter):
                     safe_set_full_optimizer_state(parameter, value.to(self.device), key)
                 else:
                     self._base_optimizer.state[parameter][key].copy_(value)
