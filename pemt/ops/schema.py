@@ -91,7 +91,9 @@ def _save_sparsity(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _sparsity_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
+def _sparsity_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 8
     z, latent, up, gram, gates, token_weights, *stats = ctx.saved_tensors
     with torch.autocast(z.device.type, enabled=False):
         dz, dlatent, dgates = torch.ops.pemt.task_sparsity_backward(

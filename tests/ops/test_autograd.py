@@ -1,0 +1,198 @@
+"""The ops as citizens of PyTorch: opcheck, gradcheck, compile, checkpointing, autocast, errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from op_cases import Case, make_case, results
+from torch.utils.checkpoint import checkpoint
+
+from pemt import ops
+from pemt.ops import OpsError
+
+MIXED = {"batch": 2, "tokens": 3, "d_ff": 7, "d_model": 6, "ranks": (2, 3, 1)}
+
+
+def layer_loss(case: Case, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    y, latent = ops.expert_mixture(
+        x, case.weight, case.down, case.up, gates, case.scales, case.ranks
+    )
+    z = y + torch.tanh(y)
+    gram = ops.gram_matrix(case.up, case.ranks)
+    sparsity = ops.task_sparsity(
+        z, latent, case.up, gram, gates, case.scales, case.ranks, case.mask
+    )
+    return z.square().mean() + sparsity
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["all tokens", "masked"])
+def test_gradcheck(implementation, mask):
+    case = make_case(**MIXED, mask=mask)
+    gram = ops.gram_matrix(case.up, case.ranks)
+    x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, gates: ops.expert_mixture(
+            x, case.weight, case.down, case.up, gates, case.scales, case.ranks
+        ),
+        (x, gates),
+    )
+    y, latent = ops.expert_mixture(*case.mixture)
+    z, latent = y.detach().requires_grad_(), latent.detach().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda z, latent, gates: ops.task_sparsity(
+            z, latent, case.up, gram, gates, case.scales, case.ranks, case.mask
+        ),
+        (z, latent, gates),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(implementation, dtype):
+    case = make_case(**MIXED, mask=True, dtype=dtype)
+    experts = (case.gates.requires_grad_(), case.scales, case.ranks)
+    frozen = (case.weight, case.down, case.up)
+    mixture = torch.ops.pemt.expert_mixture
+    torch.library.opcheck(mixture, (case.x.requires_grad_(), *frozen, *experts))
+    y, latent = (value.detach() for value in mixture(case.x, *frozen, *experts))
+    gram = ops.gram_matrix(case.up, case.ranks)
+    weights = case.mask / case.mask.sum()
+    inputs = (
+        y.clone().requires_grad_(),
+        latent.clone().requires_grad_(),
+        case.up,
+        gram,
+        *experts,
+        weights,
+    )
+    torch.library.opcheck(torch.ops.pemt.task_sparsity, inputs)
+    with torch.no_grad():
+        for dlatent in (None, latent):
+            torch.library.opcheck(
+                torch.ops.pemt.expert_mixture_backward,
+                (y, dlatent, latent, *frozen, case.gates.detach(), case.scales, case.ranks, True),
+            )
+        _, *saved = torch.ops.pemt.task_sparsity(*inputs)
+        plain = [value.detach() if torch.is_tensor(value) else value for value in inputs]
+        torch.library.opcheck(
+            torch.ops.pemt.task_sparsity_backward, (torch.ones(()), *plain, *saved)
+        )
+
+
+def test_gradient_only_where_it_is_asked_for(implementation):
+    case = make_case()
+    x = case.x.requires_grad_()
+    y, _ = ops.expert_mixture(x, *case.mixture[1:])
+    y.sum().backward()
+    torch.testing.assert_close(
+        x.grad, torch.autograd.grad(ops.expert_mixture(*case.mixture)[0].sum(), x)[0]
+    )
+    gates = case.gates.requires_grad_()
+    y, latent = ops.expert_mixture(
+        case.x.detach(), case.weight, case.down, case.up, gates, case.scales, case.ranks
+    )
+    assert not torch.autograd.grad(y.sum(), gates)[0].isnan().any()
+    # the latent alone: its gradient skips the mixture
+    _, latent = ops.expert_mixture(*case.mixture)
+    (dx,) = torch.autograd.grad(latent.sum(), x)
+    torch.testing.assert_close(dx, case.down.sum(0).expand_as(x))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_graph_break(implementation, backend):
+    case = make_case(**MIXED, mask=True, dtype=torch.float32)
+    x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
+    compiled = torch.compile(layer_loss, fullgraph=True, backend=backend)
+    plain, found = layer_loss(case, x, gates), compiled(case, x, gates)
+    torch.testing.assert_close(found, plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (x, gates)), torch.autograd.grad(plain, (x, gates)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(implementation, use_reentrant):
+    case = make_case(**MIXED, mask=True)
+    x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
+    plain = torch.autograd.grad(layer_loss(case, x, gates), (x, gates))
+    checkpoint(layer_loss, case, x, gates, use_reentrant=use_reentrant).backward()
+    assert torch.equal(x.grad, plain[0])
+    assert torch.equal(gates.grad, plain[1])
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_equals_casting_by_hand(implementation, backward_inside):
+    case = make_case(batch=2, tokens=9, d_ff=64, d_model=32, dtype=torch.float32)
+    gram = ops.gram_matrix(case.up, case.ranks)
+
+    def gradients(low: Case) -> tuple:
+        x, gates = case.x.detach().requires_grad_(), case.gates.detach().requires_grad_()
+        y, latent = ops.expert_mixture(
+            x.to(low.x.dtype), low.weight, low.down, low.up, gates, low.scales, low.ranks
+        )
+        loss = ops.task_sparsity(y, latent, low.up, gram, gates, low.scales, low.ranks)
+        return y, loss, (x, gates)
+
+    y, loss, inputs = gradients(case.to(torch.bfloat16))
+    by_hand = torch.autograd.grad(loss + y.float().sum(), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast_y, cast_loss, inputs = gradients(case)
+        total = cast_loss + cast_y.float().sum()
+        if backward_inside:
+            found = torch.autograd.grad(total, inputs)
+    if not backward_inside:
+        found = torch.autograd.grad(total, inputs)
+    assert cast_y.dtype == torch.bfloat16
+    assert cast_loss.dtype == torch.float32
+    assert torch.equal(cast_y, y)
+    assert torch.equal(cast_loss, loss)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, by_hand, strict=True))
+
+
+@pytest.mark.parametrize("name", ["weight", "down", "up"])
+def test_a_trainable_expert_is_refused(name):
+    case = make_case()
+    getattr(case, name).requires_grad_()
+    with pytest.raises(OpsError, match=rf"{name}: requires grad.*requires_grad_\(False\)"):
+        ops.expert_mixture(*case.mixture)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 24)}, "x: found 2 dimensions; needs 3"),
+        ({"weight": torch.zeros(16, 23)}, r"weight: found shape \(16, 23\); needs \(16, 24\)"),
+        (
+            {"down": torch.zeros(8, 24).half()},
+            "down: found dtype torch.float16; needs torch.float32",
+        ),
+        ({"gates": torch.zeros(2, 3)}, r"gates: found shape \(2, 3\); needs \(2, 2\)"),
+        ({"gates": torch.zeros(2, 2).int()}, "gates: found dtype torch.int32"),
+        ({"scales": [1.0]}, "scales: found 1 for 2 ranks"),
+        ({"ranks": [8, 0]}, r"ranks: found \[8, 0\]"),
+        ({"ranks": []}, "ranks: is empty"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    case = replace(make_case(dtype=torch.float32), **change)
+    with pytest.raises(OpsError, match=message):
+        ops.expert_mixture(*case.mixture)
+
+
+def test_wrong_arguments_of_the_sparsity_are_named():
+    case = make_case(dtype=torch.float32)
+    y, latent = ops.expert_mixture(*case.mixture)
+    gram = ops.gram_matrix(case.up, case.ranks)
+    rest = (case.gates, case.scales, case.ranks)
+    with pytest.raises(OpsError, match=r"gram: found shape \(8, 3\); needs \(8, 4\)"):
+        ops.task_sparsity(y, latent, case.up, gram[:, :3], *rest)
+    with pytest.raises(OpsError, match=r"mask: found shape \(2, 4\); needs \(2, 5\)"):
+        ops.task_sparsity(y, latent, case.up, gram, *rest, mask=torch.ones(2, 4))
+
+
+def test_an_unknown_implementation_is_named(monkeypatch):
+    monkeypatch.setenv("PEMT_OPS", "tpu")
+    with pytest.raises(OpsError, match="PEMT_OPS: found 'tpu'; use one of reference"):
+        results(make_case(), through="ops")
