@@ -1,4 +1,4 @@
-"""PEMT on a stock transformers T5, mT5 or UMT5: experts, gates, prompts, and how they are put in."""
+"""PEMT on a stock T5, mT5 or UMT5: experts, gates, prompts, and how they are put in."""
 
 from pemt.model.experts import ExpertSource, ModelError
 from pemt.model.pemt_t5 import PemtOutput, PemtT5

@@ -1,4 +1,4 @@
-"""What one forward pass of PEMT shares between modules that T5 itself does not connect.
+"""What one forward pass shares between modules that T5 itself does not connect.
 
 Shapes: B batch, S tokens of a stack (prompt included), D d_model, K experts.
 """
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Record:
-    """What one FFN's mixture reports: its gates [B,K] and its task sparsity loss (a scalar)."""
+    """What one FFN's mixture reports: its gates and its task sparsity loss, a scalar."""
 
     gates_BK: Tensor
     sparsity_loss: Tensor
@@ -25,9 +25,11 @@ class Record:
 class PassContext:
     """Shared by all FFNs of one model.
 
-    `encoder_prompt_BD` is written by a pre-hook on every decoder block's cross-attention, hence inside the
-    region that activation checkpointing recomputes: the recompute of a block always sees the encoder states of
-    its own forward pass, and `generate` sees them expanded over beams.
+    `encoder_prompt_BD` is written by a hook inside every decoder block, hence inside the region
+    that activation checkpointing recomputes: a recomputed block sees the encoder states of its own
+    forward pass, however many passes have run since. In `generate` it is expanded over beams.
+
+    The masks limit the sparsity loss to real tokens; without them every position counts.
     """
 
     prompt_length: int
@@ -40,12 +42,14 @@ class PassContext:
     def recording(
         self, *, encoder_mask_BS: Tensor | None = None, decoder_mask_BS: Tensor | None = None
     ) -> Iterator[list[Record]]:
-        """Collect every FFN's record, encoder first; the masks limit the sparsity loss to real tokens.
+        """Collect every FFN's record, encoder first.
 
-        The masks stay after the block, for the recompute of this same pass.
+        The masks outlive the block, for the recompute of this pass: with masks and checkpointing,
+        a pass must be followed by its own backward before the next.
         """
         self.encoder_mask_BS, self.decoder_mask_BS = encoder_mask_BS, decoder_mask_BS
-        self._records = records = []
+        records: list[Record] = []
+        self._records = records
         try:
             yield records
         finally:
@@ -54,10 +58,10 @@ class PassContext:
 
     @property
     def wants_sparsity(self) -> bool:
-        """False in `generate`. True in a recompute, which must save the very tensors that the first pass saved."""
+        """False in `generate`. True in a recompute, which must save what the first pass saved."""
         return self._records is not None or torch.is_grad_enabled()
 
     def record(self, gates_BK: Tensor, sparsity_loss: Tensor) -> None:
-        """Keep the record in the forward pass proper; a recompute's is dropped, so each counts once."""
+        """Keep a record of the forward pass proper; a recompute's is dropped: each counts once."""
         if self._records is not None:
             self._records.append(Record(gates_BK.detach(), sparsity_loss))

@@ -1,6 +1,6 @@
-"""Stage 1: the trained expert on an FFN's output projection, and the form in which it is handed on.
+"""Stage 1: the trained expert on an FFN's output projection, and the form it is handed on in.
 
-Shapes: B batch, S tokens, D d_model, F d_ff, R rank (a bottleneck expert's inner width), P prompt tokens.
+Shapes: B batch, S tokens, D d_model, F d_ff, P prompt tokens, R rank or inner width.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from pemt.config import ExpertConfig, PemtError
 from pemt.model.trainable import Trainable
 
-STACKS = ("encoder", "decoder")
-
 
 class ModelError(PemtError):
-    """A base model, an expert or a prompt that cannot be put together."""
+    """A base model, an expert or a prompt that do not go together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +29,8 @@ class ExpertSource:
         name: the source task.
         kind: `lora` or `bottleneck`.
         rank: LoRA rank, or a bottleneck's inner width.
-        alpha: a LoRA expert's output is multiplied by alpha / rank; without effect on a bottleneck.
-        weights: `<stack>.<layer>.<tensor>`; tensors of a LoRA expert: `down` [R,F], `up` [D,R]; of a bottleneck:
-            `down.weight` [R,F], `down.bias` [R], `up.weight` [D,R], `up.bias` [D].
+        alpha: a LoRA expert's output is multiplied by alpha / rank; no effect on a bottleneck.
+        weights: by `<stack>.<layer>.<tensor>`, as `expert_shapes` lists them.
         prompt_PD: the task prompt.
     """
 
@@ -45,36 +42,35 @@ class ExpertSource:
     prompt_PD: Tensor
 
     def check(self, shape: Mapping[str, Any]) -> None:
-        """Raise `ModelError` unless names and shapes of all tensors fit a base model of this `base_shape`."""
+        """Raise `ModelError` unless every tensor fits a base model of this `base_shape`."""
+        owner = f"source `{self.name}`"
         expected = expert_shapes(self.kind, self.rank, shape)
         for key in sorted(expected.keys() ^ self.weights.keys()):
-            problem = (
-                "is missing"
-                if key in expected
-                else "does not belong to an expert of this base model"
-            )
+            problem = "is missing" if key in expected else "does not belong there"
             raise ModelError(
-                f"source `{self.name}`: tensor `{key}` {problem} ({self.kind}, rank {self.rank})"
+                f"{owner}: tensor `{key}` {problem}; needed is one per layer of this base model "
+                f"({shape['num_layers']} encoder, {shape['num_decoder_layers']} decoder layers)"
             )
         for key, tensor in self.weights.items():
             if tuple(tensor.shape) != expected[key]:
                 raise ModelError(
-                    f"source `{self.name}`: tensor `{key}` is {list(tensor.shape)}, "
+                    f"{owner}: tensor `{key}` is {list(tensor.shape)}, "
                     f"this base model and rank {self.rank} need {list(expected[key])}"
                 )
-        check_prompt(self.prompt_PD, shape["d_model"], owner=f"source `{self.name}`")
+        check_prompt(self.prompt_PD, shape["d_model"], owner=owner)
 
 
 def check_prompt(prompt_PD: Tensor, d_model: int, *, owner: str) -> None:
     """Raise `ModelError` unless the prompt is [P,D] with at least one token."""
-    if prompt_PD.dim() != 2 or prompt_PD.shape[0] == 0 or prompt_PD.shape[1] != d_model:
+    if prompt_PD.dim() != 2 or len(prompt_PD) == 0 or prompt_PD.shape[1] != d_model:
         raise ModelError(
-            f"{owner}: the prompt is {list(prompt_PD.shape)}, this base model needs [tokens, {d_model}]"
+            f"{owner}: the prompt is {list(prompt_PD.shape)}, "
+            f"this base model needs [tokens, {d_model}]"
         )
 
 
 def expert_shapes(kind: str, rank: int, shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an expert's tensors for a base model of this `base_shape`."""
+    """Names and shapes of an expert's tensors in a base model of this `base_shape`."""
     d_model, d_ff = shape["d_model"], shape["d_ff"]
     tensors: dict[str, tuple[int, ...]]
     if kind == "lora":
@@ -89,14 +85,14 @@ def expert_shapes(kind: str, rank: int, shape: Mapping[str, Any]) -> dict[str, t
     depth = {"encoder": shape["num_layers"], "decoder": shape["num_decoder_layers"]}
     return {
         f"{stack}.{layer}.{name}": size
-        for stack in STACKS
-        for layer in range(depth[stack])
+        for stack, layers in depth.items()
+        for layer in range(layers)
         for name, size in tensors.items()
     }
 
 
 class LoraExpert(Trainable):
-    """o = (alpha/R) · (x downᵀ) upᵀ, both factors Kaiming-uniform (a = √5) at the start, as published."""
+    """o = (alpha/R) · (x downᵀ) upᵀ, both factors Kaiming-uniform (a = √5) at the start."""
 
     def __init__(self, d_ff: int, d_model: int, *, rank: int, alpha: float, like: Tensor) -> None:
         super().__init__()
@@ -125,9 +121,8 @@ class BottleneckExpert(Trainable):
         yield from self.parameters()
 
     def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
-        assert ffn_input_BSD is not None, "the pre-hook on the FFN has not run"
-        out_BSD = self.up(F.gelu(self.down(x_BSF), approximate="tanh"))
-        return out_BSD + ffn_input_BSD.to(out_BSD.dtype)
+        assert ffn_input_BSD is not None, "the hook on the FFN has not run"
+        return self.up(F.gelu(self.down(x_BSF), approximate="tanh")) + ffn_input_BSD
 
 
 def adapter_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
@@ -138,33 +133,35 @@ def adapter_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
     return linear
 
 
-def new_expert(
-    config: ExpertConfig, d_ff: int, d_model: int, like: Tensor
-) -> LoraExpert | BottleneckExpert:
-    """A fresh expert of the configured kind, in the dtype and on the device of `like`."""
-    if config.kind == "lora":
-        return LoraExpert(d_ff, d_model, rank=config.rank, alpha=config.alpha, like=like)
-    return BottleneckExpert(d_ff, d_model, inner=inner_width(config, d_ff), like=like)
-
-
 def inner_width(config: ExpertConfig, d_ff: int) -> int:
-    """R of an expert: the LoRA rank, or a bottleneck's d_ff // reduction_factor."""
+    """R of an expert: the LoRA rank, or a bottleneck's d_ff // reduction_factor.
+
+    Raises:
+        ModelError: the reduction factor leaves nothing of d_ff.
+    """
     if config.kind == "lora":
         return config.rank
     if d_ff < config.reduction_factor:
         raise ModelError(
-            f"expert.reduction_factor: found {config.reduction_factor}, at most d_ff = {d_ff} of this base model"
+            f"expert.reduction_factor: found {config.reduction_factor}, "
+            f"allowed is at most this base model's d_ff, {d_ff}"
         )
     return d_ff // config.reduction_factor
 
 
 class SourceProjection(nn.Module):
-    """Replaces `wo` in stage 1: the frozen projection plus one trained expert."""
+    """In `wo`'s place in stage 1: the frozen projection plus one trained expert."""
 
-    def __init__(self, weight: nn.Parameter, expert: LoraExpert | BottleneckExpert) -> None:
+    def __init__(self, weight: nn.Parameter, config: ExpertConfig) -> None:
         super().__init__()
+        d_model, d_ff = weight.shape
+        inner = inner_width(config, d_ff)
         self.weight = weight
-        self.expert = expert
+        self.expert = (
+            LoraExpert(d_ff, d_model, rank=inner, alpha=config.alpha, like=weight)
+            if config.kind == "lora"
+            else BottleneckExpert(d_ff, d_model, inner=inner, like=weight)
+        )
         self.ffn_input_BSD: Tensor | None = None
 
     def forward(self, x_BSF: Tensor) -> Tensor:

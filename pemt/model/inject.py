@@ -1,10 +1,13 @@
-"""Finds, by type, the places in a stock T5, mT5 or UMT5 where PEMT's modules go, and puts them there."""
+"""Finds, by type, the places in a stock T5, mT5 or UMT5 where PEMT's modules go.
+
+Shapes: B batch, S tokens, D d_model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from transformers import (
@@ -22,12 +25,19 @@ from transformers.models.umt5.modeling_umt5 import (
 )
 
 from pemt.model.context import PassContext
-from pemt.model.experts import STACKS, ModelError
+from pemt.model.experts import ModelError
 
-BASES = (T5ForConditionalGeneration, MT5ForConditionalGeneration, UMT5ForConditionalGeneration)
+Base: TypeAlias = (
+    T5ForConditionalGeneration | MT5ForConditionalGeneration | UMT5ForConditionalGeneration
+)
 FFNS = (T5LayerFF, MT5LayerFF, UMT5LayerFF)
-CROSS_ATTENTIONS = (T5LayerCrossAttention, MT5LayerCrossAttention, UMT5LayerCrossAttention)
 LAYER_NORMS = (T5LayerNorm, MT5LayerNorm, UMT5LayerNorm)
+# the keyword under which each cross-attention is handed the encoder's states
+ENCODER_STATES: dict[type[nn.Module], str] = {
+    T5LayerCrossAttention: "key_value_states",
+    MT5LayerCrossAttention: "key_value_states",
+    UMT5LayerCrossAttention: "encoder_hidden_states",
+}
 
 
 @dataclass(frozen=True)
@@ -36,65 +46,86 @@ class FfnSite:
 
     stack: str
     layer: int
-    dense: nn.Module
+    dense: Any
 
     @property
     def name(self) -> str:
         return f"{self.stack}.{self.layer}"
 
+    @property
+    def in_decoder(self) -> bool:
+        return self.stack == "decoder"
 
-def check_base(base: PreTrainedModel) -> None:
-    """Raise `ModelError` unless `base` is a stock T5, mT5 or UMT5 with a language-model head."""
-    if not isinstance(base, BASES):
-        allowed = ", ".join(kind.__name__ for kind in BASES)
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight [D,F] of `wo`."""
+        assert isinstance(self.dense.wo, nn.Linear), f"{self.name}: wo has been replaced before"
+        weight = self.dense.wo.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def replace_projection(self, module: nn.Module) -> None:
+        """Put a module in `wo`'s place; T5 reads `wo.weight.dtype`, so it must have a `weight`."""
+        assert isinstance(module.weight, nn.Parameter)
+        self.dense.wo = module
+
+    def pass_ffn_input(self) -> None:
+        """Hand the FFN's layer-normed input [B,S,D] to the module in `wo`'s place.
+
+        The hook runs inside the block, hence again when checkpointing recomputes it.
+        """
+        self.dense.register_forward_pre_hook(_keep_ffn_input)
+
+
+def _keep_ffn_input(dense: Any, args: tuple[Tensor, ...]) -> None:
+    dense.wo.ffn_input_BSD = args[0]
+
+
+def checked_base(base: PreTrainedModel) -> Base:
+    """The base model, if it is one that PEMT can be put into.
+
+    Raises:
+        ModelError: it is no stock T5, mT5 or UMT5 with a language-model head.
+    """
+    if not isinstance(base, Base):
         raise ModelError(
-            f"model_name_or_path: found a {type(base).__name__}, allowed are {allowed}"
+            f"model_name_or_path: found a {type(base).__name__}, "
+            "allowed are T5, mT5 and UMT5 for conditional generation"
         )
     if getattr(base.config, "decoder_start_token_id", None) is None:
         raise ModelError(
-            "model_name_or_path: config.json has no decoder_start_token_id; T5 starts from pad_token_id, mostly 0"
+            "model_name_or_path: its config.json has no decoder_start_token_id; "
+            "set it to what the decoder was trained to start from, for T5 the pad id"
         )
+    return base
 
 
-def ffn_sites(base: PreTrainedModel) -> list[FfnSite]:
+def ffn_sites(base: Base) -> list[FfnSite]:
     """All FFNs, encoder then decoder, each from the first layer up."""
     sites = []
-    for stack in STACKS:
-        ffns = [module for module in getattr(base, stack).modules() if isinstance(module, FFNS)]
-        sites += [FfnSite(stack, layer, ffn.DenseReluDense) for layer, ffn in enumerate(ffns)]
+    for name, stack in (("encoder", base.encoder), ("decoder", base.decoder)):
+        ffns = [module for module in stack.modules() if isinstance(module, FFNS)]
+        sites += [FfnSite(name, layer, ffn.DenseReluDense) for layer, ffn in enumerate(ffns)]
     return sites
 
 
-def layer_norms(base: PreTrainedModel) -> Iterator[nn.Module]:
+def layer_norms(base: Base) -> Iterator[nn.Module]:
     """Every T5 layer norm, final ones included."""
     return (module for module in base.modules() if isinstance(module, LAYER_NORMS))
 
 
-def replace_projection(site: FfnSite, make: Callable[[nn.Parameter], nn.Module]) -> None:
-    """Put `make(weight of wo)` in the place of `wo`. T5 reads `wo.weight.dtype`, so it must keep a `weight`."""
-    assert isinstance(site.dense.wo, nn.Linear), f"{site.name}: wo has been replaced before"
-    site.dense.wo = make(site.dense.wo.weight)
+def pass_encoder_prompt(base: Base, context: PassContext) -> None:
+    """Before every decoder FFN, put the mean of the encoder's states at the prompt in the context.
 
-
-def pass_ffn_input(site: FfnSite) -> None:
-    """Hand the FFN's layer-normed input to the module in `wo`'s place: bottleneck experts have it as residual.
-
-    The hook runs inside the block, hence again in the recompute of activation checkpointing.
+    The hooks are on cross-attention, inside the blocks: see `PassContext`.
     """
 
-    def keep_input(dense: nn.Module, args: tuple[Tensor, ...]) -> None:
-        dense.wo.ffn_input_BSD = args[0]
-
-    site.dense.register_forward_pre_hook(keep_input)
-
-
-def pass_encoder_prompt(base: PreTrainedModel, context: PassContext) -> None:
-    """Before every decoder FFN, put the mean [B,D] of the encoder's states at the prompt into the context."""
-
-    def keep_prompt_mean(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states_BSD = kwargs["key_value_states"]
+    def keep_prompt_mean(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> None:
+        states_BSD = kwargs[ENCODER_STATES[type(module)]]
         context.encoder_prompt_BD = states_BSD[:, : context.prompt_length].float().mean(dim=1)
 
     for module in base.decoder.modules():
-        if isinstance(module, CROSS_ATTENTIONS):
+        if type(module) in ENCODER_STATES:
             module.register_forward_pre_hook(keep_prompt_mean, with_kwargs=True)

@@ -1,6 +1,7 @@
-"""PEMT's two models on one frozen base: source training (stage 1) and target adaptation (stage 2).
+"""PEMT's two models on one frozen base: source training and target adaptation.
 
-Shapes: B batch, S source tokens, P prompt tokens, T target tokens, V vocabulary, D d_model, L all FFNs, K experts.
+Shapes: B batch, S source tokens, P prompt tokens, T target tokens, V vocabulary, D d_model,
+L all FFNs, K experts.
 """
 
 from __future__ import annotations
@@ -16,19 +17,16 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.model import inject
 from pemt.model.context import PassContext, Record
 from pemt.model.experts import (
     ExpertSource,
     ModelError,
     SourceProjection,
     check_prompt,
-    expert_shapes,
     inner_width,
-    new_expert,
 )
-from pemt.model.gate import Gate
-from pemt.model.mixture import MIXTURES, AdapterProjection, TargetAdapter
+from pemt.model.inject import Base, checked_base, ffn_sites, layer_norms, pass_encoder_prompt
+from pemt.model.mixture import MIXTURES, AdapterProjection
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_shape
 from pemt.model.trainable import Trainable
@@ -43,10 +41,10 @@ class PemtOutput(ModelOutput):
     Args:
         loss: `ce_loss` + weight · `sparsity_loss`, fp32.
         ce_loss: mean cross-entropy over the labels that are not -100, fp32; 0 where all are.
-        sparsity_loss: mean task sparsity loss over all FFNs, fp32; None without experts to mix.
+        sparsity_loss: mean task sparsity loss over all FFNs, fp32; None where no experts are mixed.
         logits: [B,T,V].
         encoder_last_hidden_state: [B,P+S,D].
-        gates_LBK: every FFN's gates, encoder first, fp32, detached; None without experts to mix.
+        gates_LBK: every FFN's gates, encoder first, fp32, detached; None where none are.
     """
 
     loss: Tensor | None = None
@@ -58,14 +56,14 @@ class PemtOutput(ModelOutput):
 
 
 class PemtT5(nn.Module):
-    """A frozen T5, mT5 or UMT5 with PEMT's modules put into it. Make one with `source` or `target`.
+    """A frozen T5, mT5 or UMT5 with PEMT's modules in it. Make one with `source` or `target`.
 
-    The base model is changed in place. Which parameters are trained is settled here, once.
+    The base model is changed in place. What is trained is settled here, once.
     """
 
     def __init__(
         self,
-        base: PreTrainedModel,
+        base: Base,
         prompt: TaskPrompt,
         context: PassContext,
         *,
@@ -84,20 +82,17 @@ class PemtT5(nn.Module):
 
     @classmethod
     def source(cls, base: PreTrainedModel, *, expert: ExpertConfig, prompt_PD: Tensor) -> PemtT5:
-        """Stage 1: one trained expert on every FFN's output projection, and a trained task prompt.
+        """Stage 1: trained are one expert on every FFN's output projection, and a task prompt.
 
         Raises:
             ModelError: the base is no T5, or the prompt or the expert does not fit it.
         """
-        prompt = _new_prompt(base, prompt_PD)
-        d_ff, d_model = base.config.d_ff, base.config.d_model
-        for site in inject.ffn_sites(base):
-            inject.replace_projection(
-                site,
-                lambda weight: SourceProjection(weight, new_expert(expert, d_ff, d_model, weight)),
-            )
+        base = checked_base(base)
+        prompt = _task_prompt(base, prompt_PD)
+        for site in ffn_sites(base):
+            site.replace_projection(SourceProjection(site.weight, expert))
             if expert.kind == "bottleneck":
-                inject.pass_ffn_input(site)
+                site.pass_ffn_input()
         return cls(base, prompt, PassContext(prompt_length=len(prompt_PD)), expert=expert)
 
     @classmethod
@@ -110,29 +105,34 @@ class PemtT5(nn.Module):
         adapter: AdapterConfig,
         prompt_PD: Tensor,
     ) -> PemtT5:
-        """Stage 2: frozen experts and source prompts; trained gates, target adapters, prompt and layer norms.
+        """Stage 2: trained are gates, target adapters, the prompt and (by `mixture`) layer norms.
 
-        Without sources: the target adapter, prompt and layer norms alone.
+        Without sources there are no gates: the baseline of adapter, prompt and layer norms alone.
 
         Raises:
-            ModelError: the base is no T5, sources of both kinds, or one that does not fit the base.
+            ModelError: the base is no T5, or prompt, adapter or a source does not fit it, or
+                sources are of different kinds.
         """
-        prompt = _new_prompt(base, prompt_PD, sources=sources, dropout=mixture.prompt_dropout)
+        base = checked_base(base)
         kind = _common_kind(sources)
         for source in sources:
             source.check(base_shape(base.config))
+        prompt = _task_prompt(
+            base,
+            prompt_PD,
+            sources=[source.prompt_PD for source in sources],
+            dropout=mixture.prompt_dropout,
+        )
         context = PassContext(prompt_length=len(prompt_PD))
-        for site in inject.ffn_sites(base):
-            inject.replace_projection(
-                site,
-                lambda weight, site=site: _target_projection(
-                    weight, site, sources, adapter, context
-                ),
-            )
+        for site in ffn_sites(base):
+            if kind is None:
+                site.replace_projection(AdapterProjection(site, adapter))
+            else:
+                site.replace_projection(MIXTURES[kind](site, sources, adapter, context))
             if kind == "bottleneck":
-                inject.pass_ffn_input(site)
-        if sources:
-            inject.pass_encoder_prompt(base, context)
+                site.pass_ffn_input()
+        if kind is not None:
+            pass_encoder_prompt(base, context)
         return cls(base, prompt, context, mixture=mixture)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
@@ -145,8 +145,10 @@ class PemtT5(nn.Module):
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         counted_BT = labels != IGNORED_LABEL
         over_padding = self.mixture is None or self.mixture.sparsity_over_padding
-        masks = {} if over_padding else {"encoder_mask_BS": mask_BS, "decoder_mask_BS": counted_BT}
-        with self.context.recording(**masks) as records:
+        with self.context.recording(
+            encoder_mask_BS=None if over_padding else mask_BS,
+            decoder_mask_BS=None if over_padding else counted_BT,
+        ) as records:
             out = self.base(
                 inputs_embeds=embeds_BSD,
                 attention_mask=mask_BS,
@@ -171,23 +173,24 @@ class PemtT5(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> Tensor:
-        """Token ids [B·returned,T] from the base model's own `generate`, behind the prompt."""
+        """Token ids [B,T] (times `num_return_sequences`) from the base model's own `generate`."""
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
-        return self.base.generate(
-            inputs_embeds=embeds_BSD, attention_mask=mask_BS, **generation_kwargs
-        )
+        base: Any = self.base  # the union of the three has no common type for `generate`
+        return base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **generation_kwargs)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything trained, in the order and under the names of `named_parameters`."""
+        """All that is trained, in the order and under the names of `named_parameters`."""
         trained = {id(parameter) for parameter in self._declared_parameters()}
-        return (
-            (name, parameter)
-            for name, parameter in self.named_parameters()
-            if id(parameter) in trained
-        )
+        for name, parameter in self.named_parameters():
+            if id(parameter) in trained:
+                yield name, parameter
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute every block in the backward pass. Reentrant checkpointing would lose the sparsity loss."""
+        """Recompute every block in the backward pass instead of keeping its activations.
+
+        Not reentrant: the sparsity losses are no outputs of the blocks, and that way would cut
+        them off from their gradients.
+        """
         self.base.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
@@ -195,34 +198,29 @@ class PemtT5(nn.Module):
     def export_expert(
         self, name: str, *, state: Mapping[str, Tensor] | None = None
     ) -> ExpertSource:
-        """Stage 1's result as a bank entry's content, on the CPU.
+        """Stage 1's result, on the CPU.
 
         Args:
             name: the source task.
-            state: trained tensors by parameter name, gathered, where the parameters themselves are partitioned
-                (ZeRO-3) or stand at another step; default: the parameters as they are.
+            state: trained tensors by parameter name, for when the parameters themselves are
+                partitioned (ZeRO-3) or not the ones wanted; default: the parameters as they are.
         """
-        assert self.expert is not None, "only a stage 1 model has an expert to export"
-        if state is None:
-            state = {key: parameter.detach() for key, parameter in self.trainable_parameters()}
+        assert self.expert is not None, "only a model made by `source` has an expert to export"
         names = {id(parameter): key for key, parameter in self.named_parameters()}
 
         def taken(parameter: nn.Parameter) -> Tensor:
-            return state[names[id(parameter)]].detach().cpu().clone()
+            tensor = parameter if state is None else state[names[id(parameter)]]
+            return tensor.detach().to("cpu", copy=True)
 
-        weights = {
-            f"{site.name}.{key}": taken(parameter)
-            for site in inject.ffn_sites(self.base)
-            for key, parameter in site.dense.wo.expert.named_parameters()
-        }
         return ExpertSource(
             name=name,
             kind=self.expert.kind,
             rank=inner_width(self.expert, self.base.config.d_ff),
             alpha=self.expert.alpha,
             weights={
-                key: weights[key]
-                for key in expert_shapes(self.expert.kind, 1, base_shape(self.base.config))
+                f"{site.name}.{key}": taken(parameter)
+                for site in ffn_sites(self.base)
+                for key, parameter in site.dense.wo.expert.named_parameters()
             },
             prompt_PD=taken(self.prompt.prompt),
         )
@@ -232,19 +230,17 @@ class PemtT5(nn.Module):
             if isinstance(module, Trainable):
                 yield from module.trainable_parameters()
         if self.mixture is not None and self.mixture.train_layer_norms:
-            for norm in inject.layer_norms(self.base):
+            for norm in layer_norms(self.base):
                 yield from norm.parameters()
 
     def _put_prompt(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The prompt before the input: embeddings [B,P+S,D] and attention mask [B,P+S]."""
-        batch = input_ids.shape[0]
         prompt_PD = self.prompt()
         embeds_BSD = self.base.get_input_embeddings()(input_ids)
-        prompt_BPD = prompt_PD.to(embeds_BSD.dtype).expand(batch, -1, -1)
-        ones_BP = attention_mask.new_ones(batch, len(prompt_PD))
-        return torch.cat([prompt_BPD, embeds_BSD], dim=1), torch.cat(
-            [ones_BP, attention_mask], dim=1
-        )
+        prompt_BPD = prompt_PD.to(embeds_BSD.dtype).expand(len(input_ids), -1, -1)
+        ones_BP = attention_mask.new_ones(prompt_BPD.shape[:2])
+        embeds_BSD = torch.cat([prompt_BPD, embeds_BSD], dim=1)
+        return embeds_BSD, torch.cat([ones_BP, attention_mask], dim=1)
 
     def _with_sparsity(self, ce_loss: Tensor, records: list[Record]) -> dict[str, Tensor]:
         if self.mixture is None or not records:
@@ -257,48 +253,18 @@ class PemtT5(nn.Module):
         }
 
 
-def _new_prompt(
-    base: PreTrainedModel,
-    prompt_PD: Tensor,
-    *,
-    sources: Sequence[ExpertSource] = (),
-    dropout: float = 0.0,
+def _task_prompt(
+    base: Base, prompt_PD: Tensor, *, sources: Sequence[Tensor] = (), dropout: float = 0.0
 ) -> TaskPrompt:
-    inject.check_base(base)
     check_prompt(prompt_PD, base.config.d_model, owner="the task's own prompt")
-    like = prompt_PD.to(base.get_input_embeddings().weight)
-    return TaskPrompt(like, sources=[source.prompt_PD for source in sources], dropout=dropout)
+    like = base.get_input_embeddings().weight
+    return TaskPrompt(prompt_PD.to(like), sources=sources, dropout=dropout)
 
 
 def _common_kind(sources: Sequence[ExpertSource]) -> str | None:
+    """The one kind of all experts; None where there are none."""
     kinds = {source.kind: source.name for source in sources}
     if len(kinds) > 1:
         found = ", ".join(f"`{name}` is {kind}" for kind, name in sorted(kinds.items()))
-        raise ModelError(f"source_tasks: {found}; experts of one mixture must be of one kind")
+        raise ModelError(f"source_tasks: {found}; choose experts of one kind")
     return next(iter(kinds), None)
-
-
-def _target_projection(
-    weight: nn.Parameter,
-    site: inject.FfnSite,
-    sources: Sequence[ExpertSource],
-    adapter: AdapterConfig,
-    context: PassContext,
-) -> AdapterProjection:
-    d_model, d_ff = weight.shape
-    target_adapter = TargetAdapter(d_model, reduction_factor=adapter.reduction_factor, like=weight)
-    if not sources:
-        return AdapterProjection(weight, target_adapter)
-    in_decoder = site.stack == "decoder"
-    gate = Gate(
-        d_model if in_decoder else d_ff, len(sources), dtype=weight.dtype, device=weight.device
-    )
-    return MIXTURES[sources[0].kind](
-        sources,
-        site,
-        weight,
-        adapter=target_adapter,
-        gate=gate,
-        context=context,
-        in_decoder=in_decoder,
-    )

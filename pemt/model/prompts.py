@@ -1,24 +1,23 @@
 """Task prompts: rows of embeddings put before the encoder's input.
 
-Shapes: P prompt tokens, D d_model, N tokens of all source prompts together.
+Shapes: D d_model, N tokens of all source prompts, P tokens of the prompt, Q of one source prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pemt.model.experts import ModelError
 from pemt.model.trainable import Trainable
 
 
-def description_prompt(
-    tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, description: str
-) -> Tensor:
+def description_prompt(tokenizer: Any, base: PreTrainedModel, description: str) -> Tensor:
     """Embeddings [P,D] of the description's tokens: what a task prompt starts as.
 
     Raises:
@@ -27,20 +26,20 @@ def description_prompt(
     ids = tokenizer(description, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ModelError(
-            f"description: found {description!r}, which has no tokens; write one sentence about the task"
+            f"description: found {description!r}, which has no tokens; write a sentence on the task"
         )
     embedding = base.get_input_embeddings()
     with torch.no_grad():
-        return embedding(torch.tensor(ids, device=embedding.weight.device)).clone()
+        return embedding(torch.tensor(ids, device=base.device)).clone()
 
 
 class TaskPrompt(Trainable):
-    """A trained prompt, and in stage 2 its correlation with the frozen source prompts.
+    """A trained prompt, in stage 2 with its correlation to the frozen source prompts.
 
-    prompt = P_t + Σ_k dropout(softmax(P_t P_kᵀ)) P_k   (arXiv 2402.15082, section 3.2)
+    prompt = P_t + Σ_k dropout(softmax(P_t P_kᵀ)) P_k   (arXiv 2402.15082)
 
-    Source prompts may differ in length; they are kept as one parameter, so that ZeRO-3 gathers them with this
-    module's forward pass.
+    The source prompts, which may differ in length, are one parameter of this module, so that
+    ZeRO-3 gathers them for this module's forward pass.
     """
 
     def __init__(
@@ -49,18 +48,18 @@ class TaskPrompt(Trainable):
         super().__init__()
         self.prompt = nn.Parameter(prompt_PD.detach().clone())
         self.dropout = dropout
-        self.lengths = [len(source_PD) for source_PD in sources]
+        self.lengths = [len(source_QD) for source_QD in sources]
         if sources:
-            sources_ND = torch.cat([source_PD.detach().to(prompt_PD) for source_PD in sources])
+            sources_ND = torch.cat([source_QD.detach().to(prompt_PD) for source_QD in sources])
             self.sources = nn.Parameter(sources_ND, requires_grad=False)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         yield self.prompt
 
     def forward(self) -> Tensor:
-        """The prompt [P,D]. Attention over source prompts is computed in fp32."""
+        """The prompt [P,D]; its attention over source prompts is computed in fp32."""
         if not self.lengths:
-            return self.prompt.clone()
+            return self.prompt.clone()  # ZeRO-3 takes the parameter's own memory away afterwards
         with torch.autocast(self.prompt.device.type, enabled=False):
             target_PD = self.prompt.float()
             mixed_PD = target_PD

@@ -1,4 +1,4 @@
-"""The one way a module says what it trains."""
+"""The one way in which a module says what it trains."""
 
 from __future__ import annotations
 
@@ -13,9 +13,4 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that this module trains; those of child `Trainable`s belong to the children."""
-
-
-def frozen(tensor_or_parameter: nn.Parameter) -> nn.Parameter:
-    """The same parameter, marked as not trained."""
-    return tensor_or_parameter.requires_grad_(False)
+        """What this module trains, without what child `Trainable`s declare themselves."""
