@@ -1,0 +1,123 @@
+"""Batches of indices: bucketed by length, the same for every way of dividing the work, resumable.
+
+A step's global batch is `world_size * accumulation` micro-batches of `batch_size` examples. What
+they contain depends on (seed, epoch, batch_size, world_size * accumulation) alone, so 2 ranks and
+one process that accumulates 2 micro-batches compute the very same step.
+
+Shape legend: N examples, S steps of an epoch, M micro-batches of a step, B examples of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+JITTER = 0.02  # relative; more mixes the batches better and pads more
+IGNORED = -100  # label of a padded position; PyTorch's cross-entropy leaves it out
+
+
+class TrainBatches:
+    """Training batches of one rank.
+
+    Examples are sorted by length, which is blurred a little so that batches differ from epoch to
+    epoch, and cut into global batches whose order is random: little padding, and micro-batches of one step that take equally long on every
+    rank. All examples of an epoch are seen; the last global batch is filled up with random ones.
+
+    Args:
+        lengths: source tokens of each example, [N].
+        batch_size: examples of a micro-batch.
+        accumulation: micro-batches of a rank per optimizer step.
+        world_size, rank: how many ranks there are, and which this is.
+        seed: the order's seed.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        batch_size: int,
+        accumulation: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+    ) -> None:
+        self.lengths = np.asarray(lengths)
+        assert len(self.lengths) > 0, "no examples"
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.batch_size = batch_size
+        self.micro_batches = world_size * accumulation
+        self.mine = slice(rank * accumulation, (rank + 1) * accumulation)
+        self.seed = seed
+        self.steps_per_epoch = -(-len(self.lengths) // (batch_size * self.micro_batches))
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[list[int]]]:
+        """This rank's micro-batches of indices, one list per optimizer step from `start_step` on."""
+        for step_MB in self.global_batches(epoch)[start_step:]:
+            yield step_MB[self.mine].tolist()
+
+    def global_batches(self, epoch: int) -> np.ndarray:
+        """Indices of all micro-batches of an epoch, [S, M, B]."""
+        rng = np.random.default_rng([self.seed, epoch])
+        shape = (self.steps_per_epoch, self.micro_batches, self.batch_size)
+        # Going round the permutation again fills the last global batch up.
+        order = np.resize(rng.permutation(len(self.lengths)), int(np.prod(shape)))
+        noise = 1 + JITTER * rng.uniform(-1, 1, size=len(order))
+        steps_SMB = order[np.argsort(self.lengths[order] * noise)].reshape(shape)
+        return rng.permutation(steps_SMB, axis=0)
+
+
+class EvalBatches:
+    """Evaluation batches of one rank: lists of indices, longest first.
+
+    Batches are cut before they are dealt to the ranks, so the same examples are padded together
+    whatever the number of ranks. Every index occurs; a rank that would run short repeats the last
+    batch, so that all have the same number of batches and the scorer keeps one answer per index.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        batch_size: int,
+        world_size: int,
+        rank: int,
+    ) -> None:
+        assert 0 <= rank < world_size, (rank, world_size)
+        order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        rounds = -(-len(batches) // world_size)
+        self.mine = [batches[min(i * world_size + rank, len(batches) - 1)] for i in range(rounds)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.mine)
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+
+def collate(
+    rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, multiple_of: int = 8
+) -> dict[str, Tensor]:
+    """Pads rows on the right.
+
+    Returns `input_ids` and `attention_mask` [B, S], `labels` [B, T] with -100 for padding, as
+    int64; S and T are the longest row's, rounded up to `multiple_of`.
+    """
+    input_ids, lengths = padded([row["input_ids"] for row in rows], pad_token_id, multiple_of)
+    labels, _ = padded([row["labels"] for row in rows], IGNORED, multiple_of)
+    mask = torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]
+    return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, multiple_of: int) -> tuple[Tensor, Tensor]:
+    """Rows as one matrix [B, width], and their lengths [B]."""
+    longest = max(len(row) for row in rows)
+    width = -(-longest // multiple_of) * multiple_of
+    matrix = torch.full((len(rows), width), fill, dtype=torch.long)
+    for i, row in enumerate(rows):
+        matrix[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return matrix, torch.tensor([len(row) for row in rows])

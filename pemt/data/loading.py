@@ -1,0 +1,170 @@
+"""From a task's name to tokenised, memory-mapped train, validation and test sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from pemt.config import RunConfig
+from pemt.data import splits
+from pemt.data.errors import DataError
+from pemt.data.examples import load_examples
+from pemt.tasks import Task
+
+# Below this many examples one process (whose tokenizer has its own threads) is faster than several.
+PARALLEL_FROM = 50_000
+MAX_PROCESSES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """A task's three sets, tokenised.
+
+    Columns: `input_ids` and `labels` (ids with the end of sequence, unpadded), `length` (of
+    input_ids), and what scoring needs: `source`, `target`, `references`, `group`.
+    `max_target_length` bounds the labels and what is to be generated, in tokens; `notes` says in
+    one line each what was left out or cut.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    max_target_length: int
+    notes: tuple[str, ...]
+
+
+def load_task_data(
+    task: Task,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    build_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> TaskData:
+    """Loads, splits, draws and tokenises a task's data.
+
+    `build_first` is entered once around everything: a context in which one process of a node runs
+    before the others, which then find all files in the cache of `datasets`.
+
+    Raises DataError for a missing or malformed file or row, a class with too few examples, or
+    labels longer than `max_target_length`.
+    """
+    with build_first():
+        return build(task, config, tokenizer)
+
+
+def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+    """What load_task_data does, in this process."""
+    seed = config.seed if config.data_seed is None else config.data_seed
+    notes: list[str] = []
+    parts = {}
+    for name, examples in load_examples(task, config.data_dir).items():
+        parts[name], left_out = splits.usable(
+            task, name, examples, skip_bad_rows=config.skip_bad_rows
+        )
+        notes += left_out
+    parts = splits.split(task, parts, seed)
+    if config.few_shot is not None:
+        parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
+    encoder = Encoder(task, config, tokenizer)
+    encoded = {}
+    for name, examples in parts.items():
+        maximum = config.max_train_samples if name == "train" else config.max_eval_samples
+        chosen = splits.at_most(task, examples, maximum, seed)
+        every_answer = name == "train" and task.train_on_every_answer
+        encoded[name] = encoder.encode(chosen, every_answer=every_answer)
+        cut = sum(encoded[name]["is_cut"])
+        if cut:
+            notes.append(
+                f"{task.name}, {name}: {cut} of {len(encoded[name])} sources are longer than "
+                f"{config.max_source_length} tokens and were cut"
+            )
+        encoded[name] = encoded[name].remove_columns("is_cut")
+    return TaskData(**encoded, max_target_length=encoder.max_target_length, notes=tuple(notes))
+
+
+class Encoder:
+    """Tokenises examples; the same task, tokenizer and lengths find the cached result."""
+
+    def __init__(self, task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.max_source_length = config.max_source_length
+        self.max_target_length = config.max_target_length or task.max_target_length
+        for label in task.labels:
+            length = len(tokenizer(label).input_ids)
+            if length > self.max_target_length:
+                raise DataError(
+                    f"max_target_length: found {self.max_target_length}, but label {label!r} of "
+                    f"task {task.name} has {length} tokens; give {length} or more"
+                )
+
+    def encode(self, examples: Dataset, *, every_answer: bool) -> Dataset:
+        """Adds input_ids, labels, length and is_cut; with `every_answer` a row per reference."""
+        lengths = (self.max_source_length, self.max_target_length)
+        processes = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+        return examples.map(
+            encode_batch,
+            batched=True,
+            remove_columns=examples.column_names,
+            num_proc=processes if len(examples) >= PARALLEL_FROM else None,
+            fn_kwargs={
+                "tokenizer": self.tokenizer,
+                "lengths": lengths,
+                "every_answer": every_answer,
+            },
+            new_fingerprint=Hasher.hash(
+                [examples._fingerprint, self.identity(), lengths, every_answer]
+            ),
+            desc="tokenising",
+        )
+
+    def identity(self) -> str:
+        """A hash of the tokenizer's tables; its object also holds the state of the last call."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return Hasher.hash(self.tokenizer)
+        return Hasher.hash([type(self.tokenizer).__name__, backend.to_str()])
+
+
+def encode_batch(
+    batch: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: tuple[int, int],
+    every_answer: bool,
+) -> dict[str, list[Any]]:
+    """A batch of examples with their token ids."""
+    columns = {name: list(values) for name, values in batch.items()}
+    if every_answer:
+        pairs = [(i, text) for i, texts in enumerate(columns["references"]) for text in texts]
+        columns = {name: [values[i] for i, _ in pairs] for name, values in columns.items()}
+        columns["target"] = [text for _, text in pairs]
+    sources = tokenizer(columns["source"], add_special_tokens=True).input_ids
+    targets = tokenizer(
+        text_target=columns["target"], max_length=lengths[1], truncation=True
+    ).input_ids
+    cut = [len(ids) > lengths[0] for ids in sources]
+    # The end of sequence stays when the text is cut.
+    sources = [
+        [*ids[: lengths[0] - 1], ids[-1]] if is_cut else ids
+        for ids, is_cut in zip(sources, cut, strict=True)
+    ]
+    return {
+        **columns,
+        "input_ids": sources,
+        "labels": targets,
+        "length": [len(ids) for ids in sources],
+        "is_cut": cut,
+    }
+
+
+def lengths_of(dataset: Dataset) -> np.ndarray:
+    """The number of source tokens of every example, [N]."""
+    return np.asarray(dataset["length"], dtype=np.int64)

@@ -1,0 +1,80 @@
+"""Local files of a task: which file is which split, and their rows with the hub's fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pemt.data.errors import DataError
+from pemt.data.records import EXTENSIONS, Record, read_records
+from pemt.tasks import RowError, Task
+
+SPLITS = ("train", "validation", "test")
+# Names of a split, the fullest file first: train.tsv before train.slice.tsv before train.32shot.jsonl.
+STEMS = {
+    "train": ("train",),
+    "validation": ("validation", "val", "dev", "validation_matched", "dev_matched"),
+    "test": ("test",),
+}
+VARIANTS = (r"-v\d\.\d", r"-\d{5}-of-\d{5}", r"\.slice", r"[._](?:k|\d+)[_-]?shot", r"\d+")
+
+
+def find_files(task: Task, data_dir: str | Path) -> dict[str, list[Path]]:
+    """The files of each split in a folder, by the names told in STEMS and VARIANTS.
+
+    A split without a file is left out. Raises DataError, which tells the names looked for, where
+    the folder is missing or has no file to train on.
+    """
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise DataError(f"data_dir: {folder} is no folder; give one that holds the task's files")
+    found = {split: files for split in SPLITS if (files := files_of_split(folder, split))}
+    if "train" not in found:
+        here = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise DataError(
+            f"data_dir: {folder} has no file to train {task.name} on; looked for train, "
+            f"train.slice, train.kshot, train.<k>shot, each as .{', .'.join(EXTENSIONS)} or with "
+            f".gz; found: {here}"
+        )
+    return found
+
+
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """The best match for a split; several files only where they are the shards of one."""
+    extension = rf"\.(?:{'|'.join(EXTENSIONS)})(?:\.gz)?"
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    patterns = [re.escape(stem) for stem in STEMS[split]]
+    patterns += [re.escape(stem) + variant for variant in VARIANTS for stem in STEMS[split]]
+    for pattern in patterns:
+        matches = [name for name in names if re.fullmatch(pattern + extension, name)]
+        if len(matches) > 1 and not all("-of-" in name for name in matches):
+            raise DataError(
+                f"data_dir: {folder} has several files for {split}: {', '.join(matches)}; keep one"
+            )
+        if matches:
+            return [folder / name for name in matches]
+    return []
+
+
+def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, Record | RowError]]:
+    """The rows of published or plain files with the hub's fields, each with its place."""
+    for path in paths:
+        for place, record in read_records(path, tsv_columns=task.tsv_columns):
+            if isinstance(record, RowError):
+                yield place, record
+                continue
+            try:
+                unpacked = task.unpack(record) if task.unpack else (record,)
+                for row in unpacked:
+                    yield place, renamed(task, dict(row))
+            except RowError as error:
+                yield place, error
+
+
+def renamed(task: Task, row: Record) -> Record:
+    """The row with the fields of published files under the hub's names as well."""
+    for field, published in task.aliases:
+        if field not in row and published in row:
+            row[field] = row[published]
+    return row

@@ -1,0 +1,178 @@
+"""Records of local files, each with the place it stands at: jsonl, json, csv, tsv, parquet.
+
+A record that cannot be read comes out as a RowError in its place, so that the caller decides
+whether to stop or to go on.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow.parquet as parquet
+
+from pemt.data.errors import DataError
+from pemt.tasks import RowError
+
+EXTENSIONS = ("jsonl", "json", "csv", "tsv", "parquet")
+# Passages longer than csv's default limit of 128 KiB exist.
+MAX_FIELD = 16 * 1024 * 1024
+
+Record = dict[str, Any]
+Located = tuple[str, Record | RowError]
+
+
+def read_records(path: Path, *, tsv_columns: Sequence[str] = ()) -> Iterator[Located]:
+    """The records of one file, by its extension; `.gz` behind it is unpacked on the way.
+
+    Args:
+        path: the file.
+        tsv_columns: the columns of a tsv file that has no header line.
+
+    Raises DataError where the file is missing, cannot be opened or has another extension.
+    """
+    name = path.name.removesuffix(".gz")
+    extension = name.rpartition(".")[2]
+    readers: dict[str, Callable[[Path], Iterator[Located]]] = {
+        "jsonl": read_jsonl,
+        "json": read_json,
+        "csv": read_csv,
+        "tsv": lambda path: read_tsv(path, tsv_columns),
+        "parquet": read_parquet,
+    }
+    if extension not in readers:
+        raise DataError(f"{path}: the extension is {extension!r}; allowed: {', '.join(readers)}")
+    try:
+        yield from readers[extension](path)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked where it ends in .gz."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str | RowError]]:
+    """Numbered lines without their ends, a byte order mark left out; bad UTF-8 is a RowError."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            try:
+                yield number, line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                yield number, RowError(f"bad UTF-8: {error.reason} at byte {error.start}")
+
+
+def read_jsonl(path: Path) -> Iterator[Located]:
+    """One object a line; blank lines are passed over."""
+    for number, line in lines_of(path):
+        place = f"{path}:{number}"
+        if isinstance(line, RowError):
+            yield place, line
+        elif line.strip():
+            yield place, parsed(line)
+
+
+def parsed(line: str) -> Record | RowError:
+    """The object of a line of JSON."""
+    try:
+        return checked(json.loads(line))
+    except json.JSONDecodeError as error:
+        return RowError(f"broken JSON: {error.msg} at column {error.colno}")
+
+
+def checked(value: Any) -> Record | RowError:
+    """The value, if it is an object."""
+    return value if isinstance(value, dict) else RowError(f"no JSON object: {value!r:.60}")
+
+
+def read_json(path: Path) -> Iterator[Located]:
+    """A list of objects, {"data": list} as SQuAD has it, {"0": object, ...}, or lines of objects."""
+    with open_bytes(path) as file:
+        raw = file.read()
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        yield f"{path}:{line}", RowError(f"bad UTF-8: {error.reason}")
+        return
+    except json.JSONDecodeError as error:
+        # A second object behind the first: the file has one per line, whatever its name says.
+        if error.msg == "Extra data" and error.lineno > 1:
+            yield from read_jsonl(path)
+        else:
+            yield f"{path}:{error.lineno}", RowError(f"broken JSON: {error.msg}")
+        return
+    if isinstance(value, dict):
+        value = value["data"] if isinstance(value.get("data"), list) else list(value.values())
+    entries = value if isinstance(value, list) else [value]
+    for number, entry in enumerate(entries, start=1):
+        yield f"{path}: entry {number}", checked(entry)
+
+
+def read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[Located]:
+    """Tab-separated without any quoting, as GLUE's files are; `columns` where no header is found."""
+    header: list[str] | None = None
+    for number, line in lines_of(path):
+        place = f"{path}:{number}"
+        if isinstance(line, RowError):
+            yield place, line
+            continue
+        if not line:
+            continue
+        values = line.split("\t")
+        if header is None:
+            header = list(columns) if columns and not set(values) & set(columns) else values
+            if header is values:
+                continue
+        yield place, row_of(header, values)
+
+
+def read_csv(path: Path) -> Iterator[Located]:
+    """Comma-separated with a header line and double quotes; a field may span lines."""
+    csv.field_size_limit(MAX_FIELD)
+    with open_bytes(path) as file:
+        # Bad bytes come through as lone surrogates, so that the row they stand in can be named.
+        text = (line.decode("utf-8", errors="surrogateescape") for line in file)
+        reader = csv.reader(text, strict=True)
+        header: list[str] | None = None
+        while True:
+            start = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"{path}:{start}", RowError(f"broken CSV: {error}")
+                continue
+            if header is None:
+                header = [name.removeprefix("\ufeff") for name in values]
+            elif values:
+                yield f"{path}:{start}", row_of(header, values)
+
+
+def row_of(header: Sequence[str], values: Sequence[str]) -> Record | RowError:
+    """A line's values under their names."""
+    if len(values) != len(header):
+        return RowError(f"found {len(values)} fields, the header has {len(header)}")
+    if any("\ud800" <= letter <= "\udfff" for value in values for letter in value):
+        return RowError("bad UTF-8")
+    return dict(zip(header, values, strict=True))
+
+
+def read_parquet(path: Path) -> Iterator[Located]:
+    """The rows of a parquet file, read in batches."""
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except ValueError as error:  # pyarrow.ArrowInvalid
+        raise DataError(f"{path}: no readable parquet file: {error}") from None

@@ -1,0 +1,145 @@
+"""Which examples train, validate and test: the published split rule, few-shot draws, maxima.
+
+Every draw depends on (seed, purpose) alone. Examples of one group stay on one side of a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+
+import numpy as np
+from datasets import Dataset
+
+from pemt.data.errors import DataError
+from pemt.data.examples import UNLABELLED
+from pemt.tasks import Task
+
+SMALL = 10_000  # training examples (questions, in MultiRC) below which validation is halved
+HELD_OUT = 1_000  # training examples that become validation in larger tasks
+
+
+class Purpose(IntEnum):
+    """Keeps draws with the same seed independent of each other."""
+
+    SPLIT = 1
+    FEW_SHOT = 2
+    MAXIMUM = 3
+
+
+def generator(seed: int, purpose: Purpose) -> np.random.Generator:
+    """The random generator of one purpose."""
+    return np.random.default_rng([seed, purpose])
+
+
+def usable(
+    task: Task, split: str, dataset: Dataset, *, skip_bad_rows: bool
+) -> tuple[Dataset, list[str]]:
+    """The well-formed, labelled examples of a split, and notes on what was left out.
+
+    Raises DataError for the first malformed row unless they are to be skipped, and where no
+    example is left.
+    """
+    problems = np.asarray(dataset["problem"], dtype=object)
+    is_bad = problems != ""
+    is_unlabelled = np.array([text.endswith(f": {UNLABELLED}") for text in problems], dtype=bool)
+    bad = problems[is_bad & ~is_unlabelled]
+    if len(bad) and not skip_bad_rows:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise DataError(
+            f"{bad[0]}{more}; mend the file, or leave such rows out with --skip_bad_rows"
+        )
+    notes = []
+    if len(bad):
+        notes.append(f"{task.name}, {split}: left out {len(bad)} malformed rows, first {bad[0]}")
+    if is_unlabelled.any():
+        notes.append(
+            f"{task.name}, {split}: left out {is_unlabelled.sum()} rows without gold label"
+        )
+    if is_bad.all():
+        first = f", first {bad[0]}" if len(bad) else ""
+        raise DataError(f"task {task.name}: {split} has no usable row of {len(problems)}{first}")
+    kept = dataset if not is_bad.any() else dataset.select(np.flatnonzero(~is_bad))
+    return kept.remove_columns("problem"), notes
+
+
+def split(task: Task, parts: Mapping[str, Dataset], seed: int) -> dict[str, Dataset]:
+    """Train, validation and test by the published rule.
+
+    With all three given they stay. Without a labelled test set a task with fewer than 10 000
+    training examples halves its validation set; a larger one gives 1000 training examples to
+    validation and tests on the official validation set. Without a validation set training gives
+    its 1000 (never more than a tenth) all the same. Raises DataError where neither is there.
+    """
+    train, validation, test = (parts.get(name) for name in ("train", "validation", "test"))
+    if train is None or (validation is None and test is None):
+        raise DataError(
+            f"task {task.name}: found {', '.join(parts) or 'no split'}; train and at least one of "
+            "validation (validation, val, dev) and test are needed"
+        )
+    if validation is not None and test is not None:
+        return {"train": train, "validation": validation, "test": test}
+    units = unit_ids(task, train)
+    number = int(units.max()) + 1
+    if validation is not None and number < SMALL:
+        first, second = divided(task, validation, 0.5, seed)
+        return {"train": train, "validation": first, "test": second}
+    kept, held_out = divided(task, train, 1 - min(HELD_OUT / number, 0.1), seed)
+    return {"train": kept, "validation": held_out, "test": test if test is not None else validation}
+
+
+def unit_ids(task: Task, dataset: Dataset) -> np.ndarray:
+    """For every example the number of its group, or its own where examples stand alone."""
+    if not task.group:
+        return np.arange(len(dataset))
+    return np.unique(np.asarray(dataset["group"], dtype=object), return_inverse=True)[1]
+
+
+def divided(task: Task, dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Two disjoint parts, the first with `share` of the units, both in the data set's order."""
+    units = unit_ids(task, dataset)
+    number = int(units.max()) + 1
+    size = round(share * number)
+    if not 0 < size < number:
+        raise DataError(f"task {task.name}: {number} examples cannot be divided in two; give more")
+    chosen = generator(seed, Purpose.SPLIT).permutation(number)[:size]
+    is_first = np.isin(units, chosen)
+    return dataset.select(np.flatnonzero(is_first)), dataset.select(np.flatnonzero(~is_first))
+
+
+def few_shot(task: Task, train: Dataset, k: int, seed: int) -> Dataset:
+    """k examples of each class, or k in all for regression and open answers.
+
+    Raises DataError where a class has fewer than k.
+    """
+    rng = generator(seed, Purpose.FEW_SHOT)
+    targets = np.asarray(train["target"], dtype=object)
+    classes = task.labels if task.kind == "classification" else (None,)
+    chosen = []
+    for label in classes:
+        members = np.arange(len(train)) if label is None else np.flatnonzero(targets == label)
+        if len(members) < k:
+            which = "all of train" if label is None else f"class {class_name(task, label)}"
+            raise DataError(
+                f"few_shot: found {k}, but {which} of task {task.name} has {len(members)} training "
+                f"examples; give {len(members)} at most"
+            )
+        chosen.append(rng.choice(members, size=k, replace=False))
+    return train.select(np.sort(np.concatenate(chosen)))
+
+
+def class_name(task: Task, label: str) -> str:
+    """A target text with its name, where it has one."""
+    names = dict(zip(task.labels, task.label_names, strict=False))
+    return f"{label} ({names[label]})" if label in names else label
+
+
+def at_most(task: Task, dataset: Dataset, maximum: int | None, seed: int) -> Dataset:
+    """A random part of at most that many examples, whole groups only."""
+    if maximum is None or len(dataset) <= maximum:
+        return dataset
+    units = unit_ids(task, dataset)
+    order = generator(seed, Purpose.MAXIMUM).permutation(int(units.max()) + 1)
+    sizes = np.cumsum(np.bincount(units)[order])
+    chosen = order[: max(1, int(np.searchsorted(sizes, maximum, side="right")))]
+    return dataset.select(np.flatnonzero(np.isin(units, chosen)))

@@ -1,0 +1,18 @@
+"""The tasks: what each reads, what the model is asked, what counts as right."""
+
+from pemt.tasks.registry import get_task, register_task, task_names
+from pemt.tasks.scoring import score
+from pemt.tasks.task import Example, HubSource, RowError, Task, TaskError, example_of
+
+__all__ = [
+    "Example",
+    "HubSource",
+    "RowError",
+    "Task",
+    "TaskError",
+    "example_of",
+    "get_task",
+    "register_task",
+    "score",
+    "task_names",
+]

@@ -1,0 +1,95 @@
+"""The task table: SuperGLUE. Targets are the class ids of the hub's copy."""
+
+from __future__ import annotations
+
+from pemt.tasks.shapes import (
+    prepare_multirc,
+    prepare_record,
+    prepare_wsc,
+    unpack_multirc,
+    unpack_record,
+    unpack_wsc,
+)
+from pemt.tasks.task import HubSource, Task
+
+SUPERGLUE = "aps/super_glue"
+BINARY = ("0", "1")
+
+SUPERGLUE_TASKS = (
+    Task(
+        name="superglue-boolq",
+        description="Answer a yes-or-no question about a passage.",
+        template="question: {question} passage: {passage}",
+        labels=BINARY,
+        metrics=("accuracy",),
+        hub=HubSource(path=SUPERGLUE, config="boolq"),
+    ),
+    Task(
+        name="superglue-rte",
+        description="Decide whether a premise entails a hypothesis.",
+        template="premise: {premise} hypothesis: {hypothesis}",
+        labels=BINARY,
+        label_names=("entailment", "not_entailment"),
+        metrics=("accuracy",),
+        hub=HubSource(path=SUPERGLUE, config="rte"),
+    ),
+    Task(
+        name="superglue-cb",
+        description="Decide whether a speaker is committed to the truth of an embedded clause.",
+        template="premise: {premise} hypothesis: {hypothesis}",
+        labels=("0", "1", "2"),
+        label_names=("entailment", "contradiction", "neutral"),
+        metrics=("macro_f1", "accuracy"),
+        hub=HubSource(path=SUPERGLUE, config="cb"),
+    ),
+    Task(
+        name="superglue-copa",
+        description="Choose the more plausible cause or effect of a premise.",
+        # The published template leaves the question out, without which half the rows are a guess.
+        template="premise: {premise} question: {question} choice1: {choice1} choice2: {choice2}",
+        labels=BINARY,
+        metrics=("accuracy",),
+        hub=HubSource(path=SUPERGLUE, config="copa"),
+    ),
+    Task(
+        name="superglue-multirc",
+        description="Decide whether an answer to a question about a paragraph is correct.",
+        template="question: {question} answer: {answer} paragraph: {paragraph}",
+        labels=BINARY,
+        group=("question_id",),
+        metrics=("multirc",),
+        hub=HubSource(path=SUPERGLUE, config="multirc"),
+        unpack=unpack_multirc,
+        prepare=prepare_multirc,
+    ),
+    Task(
+        name="superglue-wic",
+        description="Decide whether a word has the same meaning in two sentences.",
+        template="sentence1: {sentence1} sentence2: {sentence2} word: {word}",
+        labels=BINARY,
+        metrics=("accuracy",),
+        hub=HubSource(path=SUPERGLUE, config="wic"),
+    ),
+    Task(
+        name="superglue-wsc-fixed",
+        description="Decide whether a marked pronoun refers to a marked noun.",
+        template="text: {text}",
+        labels=BINARY,
+        metrics=("accuracy",),
+        hub=HubSource(path=SUPERGLUE, config="wsc.fixed"),
+        unpack=unpack_wsc,
+        prepare=prepare_wsc,
+    ),
+    Task(
+        name="superglue-record",
+        description="Fill the gap in a query with an entity from a news passage.",
+        template="query: {query} entities: {entities} passage: {passage}",
+        label="answers",
+        train_on_every_answer=True,
+        max_target_length=32,
+        metrics=("squad",),
+        hub=HubSource(path=SUPERGLUE, config="record"),
+        unpack=unpack_record,
+        prepare=prepare_record,
+    ),
+)

@@ -1,0 +1,209 @@
+"""What a task is: one frozen record, and how it turns a row of data into an example.
+
+A row has the fields of the hub's copy of the data set. An example is what the model and the scorer
+see: the source text, the target text, every accepted answer, and the group (the question, in
+MultiRC) whose examples are split and scored together.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from pemt.config import PemtError
+from pemt.metrics import METRICS
+
+Row = Mapping[str, Any]
+Kind = Literal["classification", "regression", "answer"]
+
+
+class TaskError(PemtError):
+    """A task that does not exist, or whose description is wrong."""
+
+
+class RowError(ValueError):
+    """A row that cannot become an example; the reader adds the file and the line."""
+
+
+class Example(TypedDict):
+    """One example as text. `group` is empty where every example stands alone."""
+
+    source: str
+    target: str
+    references: list[str]
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSource:
+    """Where the data lives on the hub. A split that is None has no labels there, or does not exist."""
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    validation: str | None = "validation"
+    test: str | None = None
+
+    def split_name(self, split: str) -> str | None:
+        """The hub's name of "train", "validation" or "test"."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A row of the task table.
+
+    Required: `name`, `description` (one sentence; the embeddings of its tokens start the task
+    prompt), `template` (the source text, `{field}` for a field of the row) and `metrics` (names in
+    `pemt.metrics.METRICS`). A task with `labels` is a classification: `labels` are the target texts
+    in the order of the data set's class ids, `label_names` what files may call the same classes.
+    Without labels it is an open answer (`label` holds a string or a list of them, the first is the
+    target) or, with `score_step`, a regression whose target is `label` rounded to that step.
+    """
+
+    name: str
+    description: str
+    template: str
+    metrics: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
+    label: str = "label"
+    # Values of the label that mean "no gold label": such rows are dropped and counted.
+    no_label: tuple[str, ...] = ()
+    score_step: float | None = None
+    group: tuple[str, ...] = ()
+    # One training example per accepted answer instead of the first answer only.
+    train_on_every_answer: bool = False
+    max_target_length: int = 16
+    hub: HubSource | None = None
+    # Published files: other names of a field, and the columns where a file has no header line.
+    aliases: tuple[tuple[str, str], ...] = ()
+    tsv_columns: tuple[str, ...] = ()
+    # (split, path) pairs; a data_dir is not needed then.
+    files: tuple[tuple[str, str], ...] = ()
+    unpack: Callable[[Row], Iterable[Row]] | None = None
+    prepare: Callable[[Row], Row] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown or not self.metrics:
+            found = ", ".join(unknown) or "none"
+            allowed = ", ".join(sorted(METRICS))
+            raise TaskError(f"task {self.name}: metrics: found {found}; allowed: {allowed}")
+        if self.label_names and len(self.label_names) != len(self.labels):
+            raise TaskError(
+                f"task {self.name}: label_names has {len(self.label_names)} entries, labels has "
+                f"{len(self.labels)}; give one name per label or none"
+            )
+        if len(set(self.labels)) != len(self.labels):
+            raise TaskError(
+                f"task {self.name}: labels: a label stands twice in {list(self.labels)}"
+            )
+        if self.labels and self.score_step is not None:
+            raise TaskError(f"task {self.name}: give labels or score_step, not both")
+        if not self.fields:
+            raise TaskError(f"task {self.name}: template: no {{field}} in {self.template!r}")
+
+    @property
+    def kind(self) -> Kind:
+        """Classification, regression or open answer, from what is given."""
+        if self.labels:
+            return "classification"
+        return "answer" if self.score_step is None else "regression"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that the template names."""
+        try:
+            parts = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise TaskError(f"task {self.name}: template: {error} in {self.template!r}") from None
+        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name))
+
+
+def example_of(task: Task, row: Row) -> Example | None:
+    """The example of a row, or None where the row has no gold label.
+
+    Raises RowError for a missing field, a wrong type or an unknown label.
+    """
+    row = task.prepare(row) if task.prepare else row
+    answer = field_of(row, task.label)
+    if is_unlabelled(task, answer):
+        return None
+    texts = {name: text_of(row, name) for name in task.fields}
+    references = references_of(task, answer)
+    return Example(
+        source=task.template.format_map(texts),
+        target=references[0],
+        references=references,
+        group="/".join(str(field_of(row, name)) for name in task.group),
+    )
+
+
+def field_of(row: Row, name: str) -> Any:
+    """A field of a row; RowError names the fields that are there."""
+    if name not in row or row[name] is None:
+        found = ", ".join(str(key) for key in row) or "nothing"
+        raise RowError(f"field {name!r} is missing; found: {found}")
+    return row[name]
+
+
+def text_of(row: Row, name: str) -> str:
+    """A field that must be a string."""
+    value = field_of(row, name)
+    if not isinstance(value, str):
+        raise RowError(f"field {name!r} must be text, found {type(value).__name__}: {value!r:.60}")
+    return value
+
+
+def is_unlabelled(task: Task, answer: Any) -> bool:
+    """Whether a row has no gold label: a value of `no_label`, or an empty list of answers."""
+    return answer == [] if task.kind == "answer" else str(answer) in task.no_label
+
+
+def references_of(task: Task, answer: Any) -> list[str]:
+    """Every accepted answer as target text, the one to train on first."""
+    if task.kind == "classification":
+        return [task.labels[class_id(task, answer)]]
+    if task.score_step is not None:
+        return [score_text(answer, task.score_step)]
+    answers = [answer] if isinstance(answer, str) else answer
+    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
+        raise RowError(
+            f"field {task.label!r} must be text or a list of texts, found {answer!r:.60}"
+        )
+    return list(dict.fromkeys(answers))
+
+
+def class_id(task: Task, value: Any) -> int:
+    """The class that a file means: its name, its target text, its class id, true or false."""
+    text = str(int(value)) if isinstance(value, bool) else str(value).strip()
+    for names in (task.label_names, task.labels):
+        if text in names:
+            return names.index(text)
+    # With numerals for labels ("1", "2", as in Winogrande) an id would be ambiguous.
+    if text.isdecimal() and int(text) < len(task.labels) and not task.labels[0].isdecimal():
+        return int(text)
+    if len(task.labels) == 2 and text.lower() in ("false", "true"):
+        return int(text.lower() == "true")
+    allowed = ", ".join(dict.fromkeys((*task.labels, *task.label_names)))
+    raise RowError(f"field {task.label!r}: unknown label {value!r}; allowed: {allowed}")
+
+
+def score_text(value: Any, step: float) -> str:
+    """A score rounded to the next step, as T5 does for STS-B (1910.10683, section 2.4)."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        raise RowError(f"the score must be a number, found {value!r:.60}") from None
+    if not abs(score) < float("inf"):
+        raise RowError(f"the score must be finite, found {value!r:.60}")
+    return f"{round(score / step) * step:.{decimals(step)}f}"
+
+
+def decimals(step: float) -> int:
+    """Digits after the point that a step needs."""
+    return len(f"{step:.6f}".rstrip("0").split(".")[1])
