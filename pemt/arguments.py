@@ -70,7 +70,9 @@ def field_keys(kind: type[Any], prefix: str = "") -> list[str]:
     keys = []
     for each in dataclasses.fields(kind):
         keys.append(prefix + each.name)
-        if each.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(each.default_factory):
+        if each.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(
+            each.default_factory
+        ):
             keys += field_keys(each.default_factory, f"{prefix}{each.name}.")
     return keys
 
@@ -125,9 +127,13 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{path}, line {line}: malformed YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: found {type(content).__name__} at the top level, expected `key: value` lines")
+        raise ConfigError(
+            f"{path}: found {type(content).__name__} at the top level, expected `key: value` lines"
+        )
     return content
 
 
@@ -155,7 +161,11 @@ def _check_flags(arguments: list[str], keys: list[str]) -> None:
 def nearest(name: str, known: list[str], *, what: str = "`pemt … --help` lists all keys") -> str:
     """The tail of a message about an unknown name: the nearest known ones, or where to look."""
     close = difflib.get_close_matches(name, known, n=3)
-    return "; did you mean " + " or ".join(f"`{each}`" for each in close) + "?" if close else f"; {what}"
+    return (
+        "; did you mean " + " or ".join(f"`{each}`" for each in close) + "?"
+        if close
+        else f"; {what}"
+    )
 
 
 def _one_line(message: str, files: list[Path]) -> str:
@@ -170,7 +180,9 @@ def _one_line(message: str, files: list[Path]) -> str:
     prefix = f"{holders[-1]}: " if holders else ""
     if not found or not expected:
         return f"{prefix}{key}: " + " ".join(message.split("\n", 1)[-1].split())
-    wanted = re.sub(r"<class '(\w+)'>|typing\.", r"\1", expected[1] or expected[2]).replace("NoneType", "null")
+    wanted = re.sub(r"<class '(\w+)'>|typing\.", r"\1", expected[1] or expected[2]).replace(
+        "NoneType", "null"
+    )
     if "list" in wanted:
         wanted += ", written like [a,b]"
     return f"{prefix}{key}: found `{found[1].strip()}`, expected {wanted}"

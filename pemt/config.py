@@ -94,7 +94,9 @@ class RunConfig:
         eval_strategy: when to validate: each epoch, every eval_steps, or never.
         eval_steps: validation interval in steps for `eval_strategy: steps`.
         logging_steps: interval of logged scalars, in steps.
-        save_total_limit: checkpoints kept besides the best one.
+        save_steps: save every so many steps too; a checkpoint is written after each validation anyway,
+            or after each epoch where there is none.
+        save_total_limit: newest checkpoints kept; the best one stays besides.
         num_beams: beams of the generation that validation and test score.
         seed: seed of initialisation and dropout.
         data_seed: seed of splits, few-shot draws and data order; default: seed.
@@ -131,6 +133,7 @@ class RunConfig:
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     eval_steps: int | None = None
     logging_steps: int = 10
+    save_steps: int | None = None
     save_total_limit: int = 1
     num_beams: int = 1
     seed: int = 42
@@ -156,14 +159,19 @@ class RunConfig:
             "num_train_epochs",
             "logging_steps",
             "eval_steps",
+            "save_steps",
             "save_total_limit",
             "num_beams",
         )
         self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
         if self.bf16 and self.fp16:
-            raise ConfigError("bf16, fp16: both are true, only one may be; set `bf16: false` to train in fp16")
+            raise ConfigError(
+                "bf16, fp16: both are true, only one may be; set `bf16: false` to train in fp16"
+            )
         if self.eval_strategy == "steps" and self.eval_steps is None:
-            raise ConfigError("eval_steps: missing, and eval_strategy is `steps`; give the interval in steps")
+            raise ConfigError(
+                "eval_steps: missing, and eval_strategy is `steps`; give the interval in steps"
+            )
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise ConfigError(
                 "overwrite_output_dir, resume_from_checkpoint: both are given; keep one, "
@@ -200,7 +208,9 @@ class SourceConfig(RunConfig):
         super().__post_init__()
         for name in ("rank", "alpha", "reduction_factor"):
             if getattr(self.expert, name) <= 0:
-                raise ConfigError(f"expert.{name}: found {getattr(self.expert, name)}, it must be positive")
+                raise ConfigError(
+                    f"expert.{name}: found {getattr(self.expert, name)}, it must be positive"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +237,14 @@ class AdaptConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method == "pemt" and self.bank_dir is None:
-            raise ConfigError("bank_dir: missing; give the folder that `pemt source` filled, or `method: adapter`")
+            raise ConfigError(
+                "bank_dir: missing; give the folder that `pemt source` filled, or `method: adapter`"
+            )
         if self.adapter.reduction_factor <= 0:
-            raise ConfigError(f"adapter.reduction_factor: found {self.adapter.reduction_factor}, it must be positive")
+            raise ConfigError(
+                f"adapter.reduction_factor: found {self.adapter.reduction_factor}, it must be positive"
+            )
         if not 0 <= self.mixture.prompt_dropout < 1:
-            raise ConfigError(f"mixture.prompt_dropout: found {self.mixture.prompt_dropout}, allowed is [0, 1)")
+            raise ConfigError(
+                f"mixture.prompt_dropout: found {self.mixture.prompt_dropout}, allowed is [0, 1)"
+            )

@@ -45,14 +45,20 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise DeepSpeedConfigError(f"{path}, line {error.lineno}: malformed JSON: {error.msg}") from None
+        raise DeepSpeedConfigError(
+            f"{path}, line {error.lineno}: malformed JSON: {error.msg}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DeepSpeedConfigError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise DeepSpeedConfigError(f"{path}: found {type(content).__name__} at the top level, expected an object")
+        raise DeepSpeedConfigError(
+            f"{path}: found {type(content).__name__} at the top level, expected an object"
+        )
     for key in content:
         if key not in SECTIONS:
-            raise DeepSpeedConfigError(f"{path}: unknown key `{key}`; allowed are {', '.join(SECTIONS)}")
+            raise DeepSpeedConfigError(
+                f"{path}: unknown key `{key}`; allowed are {', '.join(SECTIONS)}"
+            )
     zero = content.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in range(4):
@@ -62,7 +68,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def fill_deepspeed_json(content: dict[str, Any], config: RunConfig, *, world_size: int, path: Path) -> dict[str, Any]:
+def fill_deepspeed_json(
+    content: dict[str, Any], config: RunConfig, *, world_size: int, path: Path
+) -> dict[str, Any]:
     """The same configuration with every value of the run set, none left to `"auto"`.
 
     Args:

@@ -26,11 +26,13 @@ from accelerate.utils import (
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pemt.config import PemtError, RunConfig
 from pemt.deepspeed_json import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
@@ -61,10 +63,20 @@ class Engine:
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
         self._accelerator = Accelerator(
-            mixed_precision="bf16" if config.bf16 else "fp16" if config.fp16 else "no",
+            # Under DeepSpeed the precision stands in its configuration.
+            mixed_precision=None
+            if plugin
+            else "bf16"
+            if config.bf16
+            else "fp16"
+            if config.fp16
+            else "no",
             deepspeed_plugin=plugin,
             kwargs_handlers=self._process_group_kwargs(),
         )
+        # transformers would hand out empty shards at stage 3; PEMT's modules are built on whole weights,
+        # which `prepare` then shards.
+        unset_hf_deepspeed_config()
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
@@ -84,14 +96,20 @@ class Engine:
             )
         path = Path(name)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
-        filled = fill_deepspeed_json(read_deepspeed_json(path), config, world_size=world_size, path=path)
+        filled = fill_deepspeed_json(
+            read_deepspeed_json(path), config, world_size=world_size, path=path
+        )
         return DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=False), path
 
     @staticmethod
     def _process_group_kwargs() -> list[InitProcessGroupKwargs]:
         # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
         launched = "WORLD_SIZE" in os.environ
-        return [InitProcessGroupKwargs(backend="gloo")] if launched and not torch.cuda.is_available() else []
+        return (
+            [InitProcessGroupKwargs(backend="gloo")]
+            if launched and not torch.cuda.is_available()
+            else []
+        )
 
     def seed(self, seed: int, *, per_rank: bool) -> None:
         """Seed every generator: alike on all ranks for initialisation, differently for dropout."""
@@ -115,14 +133,24 @@ class Engine:
         config = self._config
         for what, theirs, ours in (
             ("world size", self.model.dp_world_size, self.world_size),
-            ("micro batch", self.model.train_micro_batch_size_per_gpu(), config.per_device_train_batch_size),
-            ("accumulation", self.model.gradient_accumulation_steps(), config.gradient_accumulation_steps),
+            (
+                "micro batch",
+                self.model.train_micro_batch_size_per_gpu(),
+                config.per_device_train_batch_size,
+            ),
+            (
+                "accumulation",
+                self.model.gradient_accumulation_steps(),
+                config.gradient_accumulation_steps,
+            ),
             ("gradient clipping", self.model.gradient_clipping(), config.max_grad_norm),
             ("bf16", self.model.bfloat16_enabled(), config.bf16),
             ("fp16", self.model.fp16_enabled(), config.fp16),
         ):
             if theirs != ours:
-                raise EngineError(f"{self._deepspeed_json}: DeepSpeed runs with {what} {theirs}, this run wants {ours}")
+                raise EngineError(
+                    f"{self._deepspeed_json}: DeepSpeed runs with {what} {theirs}, this run wants {ours}"
+                )
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Mixed precision for calls that do not go through the prepared model's forward."""
@@ -148,7 +176,9 @@ class Engine:
         if self.zero_stage is not None:
             norm = None
             if self.zero_stage == 0:  # DeepSpeed tells its norm from stage 1 on only
-                norm = nn.utils.get_total_norm([p.grad for _, p in self._trained if p.grad is not None])
+                norm = nn.utils.get_total_norm(
+                    [p.grad for _, p in self._trained if p.grad is not None]
+                )
             self.model.step()
             return float(self.model.get_global_grad_norm() if norm is None else norm)
         limit = self._config.max_grad_norm or float("inf")
@@ -188,23 +218,37 @@ class Engine:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Full fp32 copies on the CPU of every trained parameter, by name (all ranks call)."""
-        return {name: self._full_weight(p).detach().float().cpu().clone() for name, p in self._trained}
+        return {
+            name: self._full_weight(p).detach().float().cpu().clone() for name, p in self._trained
+        }
 
     def optimizer_moments(self) -> dict[str, Tensor]:
         """AdamW's moments, full and fp32, as `<parameter>.<exp_avg|exp_avg_sq>` (all ranks call)."""
         moments = {}
         for name, parameter in self._trained:
             for key in MOMENTS:
-                full = safe_get_full_optimizer_state(parameter, key) if self._is_sharded(parameter) else None
+                full = (
+                    safe_get_full_optimizer_state(parameter, key)
+                    if self._is_sharded(parameter)
+                    else None
+                )
                 if full is None:
                     full = self._base_optimizer.state[parameter][key]
                 moments[f"{name}.{key}"] = full.detach().float().cpu().clone()
         return moments
 
-    def load_optimizer_moments(self, moments: dict[str, Tensor], *, step: int, batch: dict[str, Tensor]) -> None:
-        """Put saved moments in place (all ranks call); the weights went into the model before `prepare`.
+    def load_optimizer_state(
+        self,
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        *,
+        step: int,
+        batch: dict[str, Tensor],
+    ) -> None:
+        """Put a saved optimizer in place (all ranks call); the weights went into the model before `prepare`.
 
         Args:
+            weights: what `trained_weights` gave: under bf16 the fp32 masters know more than the model does.
             moments: what `optimizer_moments` gave.
             step: optimizer steps that they have seen.
             batch: any training batch: DeepSpeed makes its optimizer state in the first step, so one is
@@ -220,20 +264,49 @@ class Engine:
         for group, rate in zip(self._base_optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for name, parameter in self._trained:
+            if self._is_sharded(parameter):
+                self._set_sharded(parameter, weights[name], None)
             for key in MOMENTS:
-                value = moments[f"{name}.{key}"]
-                if hasattr(parameter, "ds_id"):
-                    # DeepSpeed's own way of setting a full state fails where the ranks do not divide it.
-                    share = safe_get_local_optimizer_state(parameter, key).numel()
-                    padded = nn.functional.pad(value.flatten(), (0, share * self.world_size - value.numel()))
-                    mine = padded.narrow(0, share * self.rank, share).to(self.device)
-                    safe_set_local_optimizer_state(parameter, mine, key)
-                elif self._is_sharded(parameter):
-                    safe_set_full_optimizer_state(parameter, value.to(self.device), key)
+                if self._is_sharded(parameter):
+                    self._set_sharded(parameter, moments[f"{name}.{key}"], key)
                 else:
-                    self._base_optimizer.state[parameter][key].copy_(value)
+                    self._base_optimizer.state[parameter][key].copy_(moments[f"{name}.{key}"])
         for state in self._base_optimizer.state.values():
             state["step"].fill_(step)
+
+    def _set_sharded(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Write an fp32 master (`key` None) or a moment of a parameter that DeepSpeed holds in shares."""
+        if not hasattr(parameter, "ds_id"):
+            value = value.to(self.device)
+            if key is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # At stage 3 DeepSpeed's own setters fail where the ranks do not divide the parameter.
+        share = parameter.ds_tensor.ds_numel
+        padded = nn.functional.pad(value.flatten(), (0, share * self.world_size - value.numel()))
+        mine = padded.narrow(0, share * self.rank, share).to(self.device)
+        if key is None:
+            safe_set_local_fp32_param(parameter, mine)
+        else:
+            safe_set_local_optimizer_state(parameter, mine, key)
+
+    def random_states(self) -> dict[str, Tensor]:
+        """Every rank's generators, one row a rank (all ranks call)."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            kind: self.gather(state[None].to(self.device)).cpu() for kind, state in states.items()
+        }
+
+    def load_random_states(self, states: dict[str, Tensor]) -> None:
+        """Put this rank's generators back; a rank that did not exist then keeps its own."""
+        if self.rank < len(states["cpu"]):
+            torch.set_rng_state(states["cpu"][self.rank])
+        if self.device.type == "cuda" and self.rank < len(states.get("cuda", ())):
+            torch.cuda.set_rng_state(states["cuda"][self.rank], self.device)
 
     def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
         """Overwrite the prepared model's trained parameters, for evaluation (all ranks call).
@@ -241,9 +314,12 @@ class Engine:
         The optimizer's fp32 masters keep their values: train no further after this.
         """
         for name, parameter in self._trained:
-            with deepspeed.zero.GatheredParameters(
-                [parameter], modifier_rank=0, enabled=self.zero_stage == 3
-            ), torch.no_grad():
+            with (
+                deepspeed.zero.GatheredParameters(
+                    [parameter], modifier_rank=0, enabled=self.zero_stage == 3
+                ),
+                torch.no_grad(),
+            ):
                 if self.zero_stage != 3 or self.is_main:
                     parameter.copy_(weights[name])
 

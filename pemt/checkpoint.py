@@ -1,0 +1,233 @@
+"""Checkpoints of trainable state only, gathered: they load at any world size and any ZeRO stage.
+
+`checkpoint-<step>/` holds trained.safetensors (fp32 weights), moments.safetensors (AdamW's moments),
+random.safetensors (each rank's generators) and the manifest with the run's progress: 12 bytes per
+trained parameter.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pemt.config import PemtError, RunConfig
+from pemt.engine import Engine
+from pemt.storage import StorageError, read_manifest, read_tensors, write_folder
+
+WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
+FORMAT = 1
+
+
+class CheckpointError(PemtError):
+    """A checkpoint that does not exist, is damaged, or belongs to another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is.
+
+    Args:
+        step: optimizer steps done; the position in the data follows from it.
+        best_metric: best validation `average_metrics` so far, in percent; None before the first.
+        best_step: the step at which it was measured.
+    """
+
+    step: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+
+    def measured(self, metric: float) -> Progress:
+        """Progress after a validation at this step."""
+        if self.best_metric is None or metric > self.best_metric:
+            return replace(self, best_metric=metric, best_step=self.step)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint as read: names are those of `PemtT5.trainable_parameters`."""
+
+    progress: Progress
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    random: dict[str, Tensor]
+
+
+class Checkpoints:
+    """The checkpoints of one output folder.
+
+    Args:
+        output_dir: the run's folder.
+        engine: gathers what is saved; rank 0 writes, and reads for all.
+        config: batch size and accumulation, which fix the order of the data.
+        stage: `source` or `adapt`.
+    """
+
+    def __init__(self, output_dir: Path, engine: Engine, config: RunConfig, *, stage: str) -> None:
+        self._output_dir = output_dir
+        self._engine = engine
+        self._limit = config.save_total_limit
+        self._run = {
+            "stage": stage,
+            "task_name": config.task_name,
+            "model_name_or_path": config.model_name_or_path,
+            "data_seed": config.effective_data_seed,
+            "per_device_train_batch_size": config.per_device_train_batch_size,
+            "global_batch_size": config.per_device_train_batch_size
+            * config.gradient_accumulation_steps
+            * engine.world_size,
+        }
+
+    def save(self, progress: Progress) -> None:
+        """Write `checkpoint-<step>` and remove what the limit no longer keeps (all ranks call)."""
+        weights = self._engine.trained_weights()
+        files = {
+            WEIGHTS: weights,
+            MOMENTS: self._engine.optimizer_moments(),
+            RANDOM: self._engine.random_states(),
+        }
+        if self._engine.is_main:
+            manifest = {
+                "format": FORMAT,
+                "run": self._run,
+                "progress": asdict(progress),
+                "world_size": self._engine.world_size,
+                "zero_stage": self._engine.zero_stage,
+                "trained": {name: list(weight.shape) for name, weight in weights.items()},
+            }
+            write_folder(self._output_dir / f"checkpoint-{progress.step}", files, manifest)
+            self._remove_old(progress)
+        self._engine.barrier()
+
+    def _remove_old(self, progress: Progress) -> None:
+        for folder in checkpoint_folders(self._output_dir)[: -self._limit]:
+            if step_of(folder) != progress.best_step:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def best_weights(self, progress: Progress) -> dict[str, Tensor]:
+        """The trained weights of the best checkpoint, or of the newest where nothing was validated (all ranks call)."""
+        step = progress.step if progress.best_step is None else progress.best_step
+        folder = self._output_dir / f"checkpoint-{step}"
+        weights = (
+            read_tensors(folder, WEIGHTS, read_manifest(folder)) if self._engine.is_main else None
+        )
+        return self._engine.from_main(weights)  # type: ignore[no-any-return]
+
+    def resume(self, choice: str | bool) -> Checkpoint | None:
+        """The checkpoint to go on from, chosen and read by rank 0 for all (all ranks call).
+
+        Args:
+            choice: a checkpoint's folder, or True for the newest one that is whole; a folder that holds no
+                run yet gives None, so that one command both starts a run and takes it up again.
+
+        Raises:
+            CheckpointError: the chosen one is damaged or of another run, or none of several is whole.
+        """
+        outcome: Checkpoint | CheckpointError | None = None
+        if self._engine.is_main:
+            try:
+                outcome = self._newest_whole() if choice is True else self._read(Path(str(choice)))
+            except CheckpointError as error:
+                outcome = error
+        outcome = self._engine.from_main(outcome)
+        if isinstance(outcome, CheckpointError):
+            raise outcome
+        return outcome
+
+    def _newest_whole(self) -> Checkpoint | None:
+        folders = checkpoint_folders(self._output_dir)
+        problems = []
+        for folder in reversed(folders):
+            try:
+                return self._read(folder)
+            except CheckpointError as error:
+                if not isinstance(error.__cause__, StorageError):
+                    raise
+                problems.append(str(error))
+        if problems:
+            raise CheckpointError(
+                f"{self._output_dir}: none of {len(folders)} checkpoints is whole ({problems[0]}); "
+                "start again with --overwrite_output_dir true"
+            )
+        return None
+
+    def _read(self, folder: Path) -> Checkpoint:
+        try:
+            manifest = read_manifest(folder)
+            self._check(folder, manifest)
+            return Checkpoint(
+                progress=progress_of(manifest),
+                weights=read_tensors(folder, WEIGHTS, manifest),
+                moments=read_tensors(folder, MOMENTS, manifest),
+                random=read_tensors(folder, RANDOM, manifest),
+            )
+        except StorageError as error:
+            raise CheckpointError(str(error)) from error
+
+    def _check(self, folder: Path, manifest: dict[str, Any]) -> None:
+        if manifest.get("format") != FORMAT or not isinstance(manifest.get("run"), dict):
+            raise CheckpointError(
+                f"{folder}: format {manifest.get('format')}, this version reads format {FORMAT}"
+            )
+        for key, ours in self._run.items():
+            theirs = manifest["run"].get(key)
+            if theirs != ours:
+                raise CheckpointError(
+                    f"{folder}: was saved with {key} {theirs}, this run has {ours}; make them agree or start a new run"
+                )
+
+
+def progress_of(manifest: dict[str, Any]) -> Progress:
+    """The progress that a checkpoint's manifest tells."""
+    found = manifest.get("progress")
+    if not isinstance(found, dict) or found.keys() != {each.name for each in fields(Progress)}:
+        raise StorageError(
+            f"manifest.json: progress: found {found}, expected {[each.name for each in fields(Progress)]}"
+        )
+    return Progress(**found)
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """`checkpoint-<step>` folders, oldest first."""
+    return sorted(
+        (path for path in output_dir.glob("checkpoint-*") if step_of(path) is not None),
+        key=_step_key,
+    )
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None if it is no such name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def _step_key(folder: Path) -> int:
+    step = step_of(folder)
+    assert step is not None
+    return step
+
+
+def match_trained(checkpoint: Checkpoint, trained: dict[str, torch.nn.Parameter]) -> None:
+    """Copy a checkpoint's weights into the model, before it is prepared.
+
+    Raises:
+        CheckpointError: the checkpoint trains other tensors than this run.
+    """
+    shapes = {name: tuple(weight.shape) for name, weight in checkpoint.weights.items()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    for name in sorted(shapes.keys() ^ wanted.keys()) or [
+        key for key in wanted if shapes[key] != wanted[key]
+    ]:
+        raise CheckpointError(
+            f"checkpoint: tensor `{name}` is {shapes.get(name, 'missing')} there and "
+            f"{wanted.get(name, 'not trained')} in this run; resume with the run's own configuration"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(checkpoint.weights[name])

@@ -1,0 +1,238 @@
+"""The training loop of both stages: flat, from the first step or a checkpoint's, to the best weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from pemt.checkpoint import Checkpoint, Checkpoints, Progress, match_trained
+from pemt.config import RunConfig
+from pemt.data import TaskData, TrainBatches, collate, lengths_of
+from pemt.engine import Engine
+from pemt.evaluate import evaluate
+from pemt.meter import Meter
+from pemt.model import PemtT5
+from pemt.monitor import Monitor
+from pemt.run_folder import start_run_folder
+from pemt.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run needs before its model is built; making one writes nothing."""
+
+    engine: Engine
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    base: PreTrainedModel
+    data: TaskData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What training leaves.
+
+    Args:
+        weights: the best checkpoint's trained weights, fp32, by parameter name.
+        progress: the last step, and the best one.
+        epoch: passes over the training data.
+    """
+
+    weights: dict[str, Tensor]
+    progress: Progress
+    epoch: float
+
+
+def fit(
+    config: RunConfig, setup: Setup, model: PemtT5, *, stage: str, source_names: list[str]
+) -> Fitted:
+    """Train, validate and save until the configured end (all ranks call).
+
+    Args:
+        config: the run.
+        setup: engine, task, tokenizer and data.
+        model: not yet prepared.
+        stage: `source` or `adapt`; a checkpoint of one is refused by the other.
+        source_names: the experts' names, for the gates' tags.
+
+    Raises:
+        PemtError: the run cannot start, resume, or write its files.
+    """
+    engine, output_dir = setup.engine, Path(config.output_dir)
+    checkpoints = Checkpoints(output_dir, engine, config, stage=stage)
+    resumed = (
+        checkpoints.resume(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+    )
+    if engine.is_main:
+        start_run_folder(config)
+    engine.barrier()
+
+    batches = _train_batches(config, setup)
+    per_epoch = batches.steps_per_epoch
+    total_steps = config.max_steps if config.max_steps > 0 else per_epoch * config.num_train_epochs
+    schedule = _prepare(config, engine, model, resumed, total_steps=total_steps)
+    progress = Progress()
+    if resumed:
+        progress = resumed.progress
+        _restore(setup, schedule, resumed, dummy=_batch(setup, next(batches.epoch(0))[0]))
+
+    meter = Meter(engine)
+    model.train()
+    with Monitor(
+        output_dir,
+        total_steps=total_steps,
+        initial_step=progress.step,
+        is_main=engine.is_main,
+        description=f"{stage} {setup.task.name}",
+    ) as monitor:
+        for micro_batches in _steps(batches, start=progress.step, end=total_steps):
+            for number, indices in enumerate(micro_batches):
+                batch = _batch(setup, indices)
+                out = engine.model(**batch)
+                engine.backward(out.loss, last=number == len(micro_batches) - 1)
+                meter.add(out, batch)
+            learning_rate = schedule.get_last_lr()[0]
+            grad_norm = engine.step()
+            schedule.step()
+            progress = replace(progress, step=progress.step + 1)
+            step, at_end = progress.step, progress.step == total_steps
+            if step % config.logging_steps == 0 or at_end:
+                scalars, gates_LK = meter.read()
+                scalars |= {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
+                monitor.log(step, {**scalars, "train/epoch": step / per_epoch})
+                monitor.log(step, _gate_scalars(gates_LK, model, source_names))
+                monitor.advance(
+                    step,
+                    loss=scalars["train/loss"],
+                    samples_per_second=scalars["train/samples_per_second"],
+                )
+            at_epoch_end = step % per_epoch == 0 or at_end
+            validates = _is_validated(config, step, at_epoch_end=at_epoch_end, at_end=at_end)
+            if validates:
+                progress = _validate(config, setup, progress, monitor)
+            if validates or _is_saved(config, step, at_epoch_end=at_epoch_end):
+                checkpoints.save(progress)
+    return Fitted(
+        weights=checkpoints.best_weights(progress),
+        progress=progress,
+        epoch=progress.step / per_epoch,
+    )
+
+
+def _train_batches(config: RunConfig, setup: Setup) -> TrainBatches:
+    return TrainBatches(
+        lengths_of(setup.data.train),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        world_size=setup.engine.world_size,
+        rank=setup.engine.rank,
+        seed=config.effective_data_seed,
+    )
+
+
+def _batch(setup: Setup, indices: list[int]) -> dict[str, Tensor]:
+    rows = setup.data.train.select(indices)
+    batch = collate(list(rows), pad_token_id=setup.tokenizer.pad_token_id)
+    return {key: value.to(setup.engine.device) for key, value in batch.items()}
+
+
+def _prepare(
+    config: RunConfig,
+    engine: Engine,
+    model: PemtT5,
+    resumed: Checkpoint | None,
+    *,
+    total_steps: int,
+) -> LRScheduler:
+    """Optimizer over the trained parameters alone, schedule, and the model into the engine."""
+    trained = dict(model.trainable_parameters())
+    if resumed:
+        match_trained(resumed, trained)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    # On the bare optimizer, whose groups DeepSpeed keeps: a prepared schedule would step once per rank.
+    schedule = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=total_steps,
+    )
+    engine.prepare(model, optimizer)
+    engine.seed(config.seed, per_rank=True)
+    return schedule
+
+
+def _restore(
+    setup: Setup, schedule: LRScheduler, resumed: Checkpoint, *, dummy: dict[str, Tensor]
+) -> None:
+    setup.engine.load_optimizer_state(
+        resumed.weights, resumed.moments, step=resumed.progress.step, batch=dummy
+    )
+    for _ in range(resumed.progress.step):
+        schedule.step()
+    setup.engine.load_random_states(resumed.random)
+
+
+def _steps(batches: TrainBatches, *, start: int, end: int) -> Iterator[list[list[int]]]:
+    """This rank's micro-batches of every optimizer step from `start` to `end`."""
+    step = start
+    while step < end:
+        epoch, done = divmod(step, batches.steps_per_epoch)
+        for micro_batches in batches.epoch(epoch, start_step=done):
+            yield micro_batches
+            step += 1
+            if step == end:
+                return
+
+
+def _validate(config: RunConfig, setup: Setup, progress: Progress, monitor: Monitor) -> Progress:
+    name = setup.task.name
+    validated = evaluate(
+        setup.engine,
+        setup.data.validation,
+        task=setup.task,
+        tokenizer=setup.tokenizer,
+        config=config,
+    )
+    scores = {**validated.metrics, "loss": validated.loss}
+    monitor.log(progress.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()})
+    listed = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
+    monitor.message(f"step {progress.step}: validation of {name}: {listed}")
+    return progress.measured(validated.metrics["average_metrics"])
+
+
+def _is_validated(config: RunConfig, step: int, *, at_epoch_end: bool, at_end: bool) -> bool:
+    if config.eval_strategy == "epoch":
+        return at_epoch_end
+    return config.eval_steps is not None and (step % config.eval_steps == 0 or at_end)
+
+
+def _is_saved(config: RunConfig, step: int, *, at_epoch_end: bool) -> bool:
+    if config.save_steps and step % config.save_steps == 0:
+        return True
+    return config.eval_strategy == "no" and at_epoch_end
+
+
+def _gate_scalars(
+    gates_LK: Tensor | None, model: PemtT5, source_names: list[str]
+) -> dict[str, float]:
+    """`gate/<encoder|decoder>/<layer>/<source>`: the mean gate of each FFN and source."""
+    if gates_LK is None:
+        return {}
+    encoder_layers = model.base.config.num_layers
+    return {
+        f"gate/encoder/{ffn}/{name}"
+        if ffn < encoder_layers
+        else f"gate/decoder/{ffn - encoder_layers}/{name}": weight
+        for ffn, gates_K in enumerate(gates_LK.tolist())
+        for name, weight in zip(source_names, gates_K, strict=True)
+    }

@@ -1,0 +1,63 @@
+"""Averages what training steps report, between two log lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pemt.engine import Engine
+from pemt.model import PemtOutput
+
+
+class Meter:
+    """Sums losses, gates and counts over micro-batches; `read` gives their means over all ranks.
+
+    Nothing is read back from the device until `read`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._clear()
+
+    def _clear(self) -> None:
+        self._started = time.perf_counter()
+        self._micro_batches = 0
+        self._losses: dict[str, Tensor] = {}
+        self._gates_LK: Tensor | None = None
+        self._samples = torch.zeros((), device=self._engine.device)
+        self._tokens = torch.zeros((), device=self._engine.device)
+
+    def add(self, out: PemtOutput, batch: Mapping[str, Tensor]) -> None:
+        """Count one micro-batch of this rank."""
+        self._micro_batches += 1
+        for name in ("loss", "ce_loss", "sparsity_loss"):
+            value = getattr(out, name)
+            if value is not None:
+                self._losses[name] = self._losses.get(name, 0.0) + value.detach().float()
+        if out.gates_LBK is not None:
+            gates_LK = out.gates_LBK.float().mean(dim=1)
+            self._gates_LK = gates_LK if self._gates_LK is None else self._gates_LK + gates_LK
+        self._samples += len(batch["input_ids"])
+        self._tokens += batch["attention_mask"].sum() + (batch["labels"] >= 0).sum()
+
+    def read(self) -> tuple[dict[str, float], Tensor | None]:
+        """Scalars by tag (losses, rates) and mean gates [L,K] since the last read (all ranks call)."""
+        names = list(self._losses)
+        means = self._engine.mean(
+            torch.stack([self._losses[name] for name in names]) / self._micro_batches
+        )
+        counts = self._engine.sum(torch.stack([self._samples, self._tokens]))
+        seconds = time.perf_counter() - self._started
+        scalars = {f"train/{name}": float(mean) for name, mean in zip(names, means, strict=True)}
+        scalars["train/samples_per_second"] = float(counts[0]) / seconds
+        scalars["train/tokens_per_second"] = float(counts[1]) / seconds
+        gates_LK = (
+            None
+            if self._gates_LK is None
+            else self._engine.mean(self._gates_LK / self._micro_batches).cpu()
+        )
+        self._clear()
+        return scalars, gates_LK

@@ -1,0 +1,113 @@
+"""The folder of a run: whether it may be used, its configuration, its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pemt.checkpoint import Progress, checkpoint_folders
+from pemt.config import PemtError, RunConfig
+from pemt.evaluate import Evaluation
+
+CONFIG, RESULTS = "config.yaml", "all_results.json"
+
+
+class RunFolderError(PemtError):
+    """An output folder that already holds a run, or is no folder."""
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse to write over a run; nothing is touched here.
+
+    Raises:
+        RunFolderError: `output_dir` holds a run and neither going on nor overwriting was asked for.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"output_dir: {folder} is a file; give a folder")
+    if (
+        isinstance(config.resume_from_checkpoint, str)
+        and not Path(config.resume_from_checkpoint).is_dir()
+    ):
+        raise RunFolderError(
+            f"resume_from_checkpoint: no folder {config.resume_from_checkpoint}; give a checkpoint-<step> "
+            "folder, or `true` for the newest one in output_dir"
+        )
+    if holds_run(folder) and not (config.overwrite_output_dir or config.resume_from_checkpoint):
+        raise RunFolderError(
+            f"output_dir: {folder} already holds a run; give --resume_from_checkpoint true to go on with it, "
+            "--overwrite_output_dir true to delete it, or another folder"
+        )
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    return (folder / CONFIG).exists() or bool(checkpoint_folders(folder))
+
+
+def start_run_folder(config: RunConfig) -> None:
+    """Make the folder and write the configuration into it (rank 0 calls).
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    folder = Path(config.output_dir)
+    try:
+        if config.overwrite_output_dir and holds_run(folder):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+    except OSError as error:
+        raise RunFolderError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+
+
+def results_of(
+    tested: Evaluation, *, progress: Progress, epoch: float, source_names: Sequence[str]
+) -> dict[str, Any]:
+    """The final report under its published names, with the sources that `moe_weight_k` speaks of."""
+    return {
+        "epoch": epoch,
+        **{f"test_{name}": value for name, value in tested.metrics.items()},
+        "test_loss": tested.loss,
+        **{f"test_moe_weight_{k}": weight for k, weight in enumerate(tested.moe_weights())},
+        "test_runtime": tested.runtime,
+        "test_samples_per_second": tested.samples_per_second,
+        "sources": list(source_names),
+        "best_checkpoint": f"checkpoint-{progress.step if progress.best_step is None else progress.best_step}",
+        "best_validation_average_metrics": progress.best_metric,
+    }
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write `all_results.json` (rank 0 calls)."""
+    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def results_block(results: dict[str, Any]) -> str:
+    """The final report as the published code prints it: names and aligned values."""
+    rows = {
+        name: value
+        for name, value in results.items()
+        if name == "epoch" or name.startswith("test_")
+    }
+    texts = {
+        name: f"{value:.4f}" if isinstance(value, float) else str(value)
+        for name, value in rows.items()
+    }
+    name_width, value_width = max(map(len, texts)), max(map(len, texts.values()))
+    lines = [f"  {name:<{name_width}} = {text:>{value_width}}" for name, text in texts.items()]
+    return "\n".join(["***** test metrics *****", *lines])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: aside, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,140 @@
+"""Folders of tensors that are whole or not there: written aside, checksummed, synced, renamed.
+
+A folder holds safetensors files and a `manifest.json` that lists each file's size and sha256. The
+manifest is written last and the folder gets its name after that, so a crash leaves a folder with a
+temporary name and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pemt.config import PemtError
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".writing-"
+
+
+class StorageError(PemtError):
+    """A folder that cannot be written, or is not what its manifest says."""
+
+
+def write_folder(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+) -> Path:
+    """Write tensors and manifest as one folder, whole or not at all; an older folder of that name is replaced.
+
+    Args:
+        folder: its final name.
+        files: per file name (`*.safetensors`) its tensors, on the CPU.
+        manifest: JSON values; `files` is added to them.
+
+    Raises:
+        StorageError: the disk refused; what stood there before still stands.
+    """
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder.parent, folder.name)
+        temporary.mkdir()
+        listed = {}
+        for name, tensors in files.items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
+            _sync(temporary / name)
+            listed[name] = {
+                "bytes": (temporary / name).stat().st_size,
+                "sha256": sha256(temporary / name),
+            }
+        (temporary / MANIFEST).write_text(
+            json.dumps({**manifest, "files": listed}, indent=2) + "\n", encoding="utf-8"
+        )
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        _put_in_place(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A folder's manifest.
+
+    Raises:
+        StorageError: missing or malformed.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise StorageError(f"{path}: malformed JSON: {error}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise StorageError(f"{path}: found no object with `files`; it is no manifest of pemt")
+    return manifest
+
+
+def read_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one file, after its size and checksum have been found right.
+
+    Raises:
+        StorageError: the manifest does not list the file, or the file is missing, cut or altered.
+    """
+    path = folder / name
+    listed = manifest["files"].get(name)
+    if not isinstance(listed, dict):
+        raise StorageError(f"{folder / MANIFEST}: lists no file `{name}`")
+    try:
+        if path.stat().st_size != listed.get("bytes") or sha256(path) != listed.get("sha256"):
+            raise StorageError(
+                f"{path}: is not the file that {MANIFEST} lists (size or sha256 differs); it is damaged"
+            )
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def clear_leftovers(parent: Path, name: str) -> None:
+    """Remove what a crash while writing `name` left behind; a replaced folder that lost its successor comes back."""
+    replaced = parent / f"{TEMPORARY}replaced-{name}"
+    if replaced.exists() and not (parent / name).exists():
+        replaced.rename(parent / name)
+    for leftover in parent.glob(f"{TEMPORARY}*{name}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    replaced = folder.with_name(f"{TEMPORARY}replaced-{folder.name}")
+    if folder.exists():
+        folder.rename(replaced)
+    temporary.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,115 @@
+"""The two stages: what each builds before training, and what it leaves behind.
+
+The loop itself, the same for both, is in `loop.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pemt.bank import read_bank, write_entry
+from pemt.base import load_base
+from pemt.config import AdaptConfig, RunConfig, SourceConfig
+from pemt.data import load_task_data
+from pemt.engine import Engine
+from pemt.evaluate import Evaluation, evaluate
+from pemt.loop import Fitted, Setup, fit
+from pemt.model import PemtT5, base_shape, description_prompt
+from pemt.run_folder import check_run_folder, results_block, results_of, write_results
+from pemt.tasks import get_task
+
+
+def run_source(config: SourceConfig) -> Path:
+    """Stage 1: train one source task's expert and prompt, and put them into the bank (all ranks call).
+
+    Returns:
+        The bank entry's folder.
+
+    Raises:
+        PemtError: anything the user can mend; raised before anything is written.
+    """
+    setup = _set_up(config)
+    engine, task, base = setup.engine, setup.task, setup.base
+    shape = base_shape(base.config)
+    description = config.description or task.description
+    prompt_PD = description_prompt(setup.tokenizer, base, description)
+    model = PemtT5.source(base, expert=config.expert, prompt_PD=prompt_PD)
+    fitted, tested = _fit_and_test(config, setup, model, stage="source", source_names=[])
+    entry = Path(config.bank_dir) / task.name
+    if engine.is_main:
+        entry = write_entry(
+            config.bank_dir,
+            model.export_expert(task.name, state=fitted.weights),
+            base={"name": config.model_name_or_path, **shape},
+            description=description,
+            metrics=tested.metrics,
+            dtype="float32",
+        )
+    engine.barrier()
+    engine.release()
+    return entry
+
+
+def run_adapt(config: AdaptConfig) -> dict[str, Any]:
+    """Stage 2: adapt to a target task over a bank of frozen experts (all ranks call).
+
+    Returns:
+        What `all_results.json` holds.
+
+    Raises:
+        PemtError: anything the user can mend; raised before anything is written.
+    """
+    setup = _set_up(config)
+    sources = []
+    if config.method == "pemt":
+        assert config.bank_dir is not None
+        sources = read_bank(
+            config.bank_dir,
+            base_name=config.model_name_or_path,
+            base_shape=base_shape(setup.base.config),
+            tasks=config.source_tasks,
+        )
+    prompt_PD = description_prompt(
+        setup.tokenizer, setup.base, config.description or setup.task.description
+    )
+    model = PemtT5.target(
+        setup.base,
+        sources=sources,
+        mixture=config.mixture,
+        adapter=config.adapter,
+        prompt_PD=prompt_PD,
+    )
+    names = [source.name for source in sources]
+    fitted, tested = _fit_and_test(config, setup, model, stage="adapt", source_names=names)
+    setup.engine.release()
+    return results_of(tested, progress=fitted.progress, epoch=fitted.epoch, source_names=names)
+
+
+def _set_up(config: RunConfig) -> Setup:
+    engine = Engine(config)
+    check_run_folder(config)
+    task = get_task(config.task_name)
+    base, tokenizer = load_base(config)
+    data = load_task_data(task, config, tokenizer, build_first=engine.build_first)
+    engine.seed(config.seed, per_rank=False)
+    return Setup(engine=engine, task=task, tokenizer=tokenizer, base=base, data=data)
+
+
+def _fit_and_test(
+    config: RunConfig, setup: Setup, model: PemtT5, *, stage: str, source_names: list[str]
+) -> tuple[Fitted, Evaluation]:
+    """Train, score the best weights on the test set, report (all ranks call)."""
+    engine = setup.engine
+    fitted = fit(config, setup, model, stage=stage, source_names=source_names)
+    engine.load_trained_weights(fitted.weights)
+    tested = evaluate(
+        engine, setup.data.test, task=setup.task, tokenizer=setup.tokenizer, config=config
+    )
+    if engine.is_main:
+        results = results_of(
+            tested, progress=fitted.progress, epoch=fitted.epoch, source_names=source_names
+        )
+        write_results(Path(config.output_dir), results)
+        print(results_block(results), flush=True)
+    return fitted, tested
