@@ -25,7 +25,7 @@ Labels = Sequence[str]
 
 
 class TextMetric(evaluate.Metric):
-    """Base: predictions, references and groups as text; `labels` are all target texts of the task."""
+    """Base: predictions, references, groups as text; `labels` are the task's target texts."""
 
     about = ""
 
@@ -85,7 +85,7 @@ class BinaryF1(TextMetric):
 
 
 class MacroF1(TextMetric):
-    """Mean of the F1 of every label of the task, 0 for a label that is neither gold nor predicted."""
+    """Mean of the F1 of every label, 0 for a label that is neither gold nor predicted."""
 
     about = "unweighted mean of the F1 of all labels"
 

@@ -67,8 +67,8 @@ def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
         # The first line is the cause; what follows repeats it for every file tried.
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"task {task.name}: {hub.path} ({hub.config or 'default'}, {split}) could not be loaded: "
-            f"{cause}; point --data_dir at local files to work without the hub"
+            f"task {task.name}: {hub.path} ({hub.config or 'default'}, {split}) could not be "
+            f"loaded: {cause}; point --data_dir at local files to work without the hub"
         ) from None
     located = HubRows(rows, f"{hub.path}/{hub.config or 'default'}/{split}")
     return build(task, located, rows._fingerprint)

@@ -11,7 +11,7 @@ from pemt.data.records import EXTENSIONS, Record, read_records
 from pemt.tasks import RowError, Task
 
 SPLITS = ("train", "validation", "test")
-# Names of a split, the fullest file first: train.tsv before train.slice.tsv before train.32shot.jsonl.
+# Names of a split, the fullest file first: train.tsv before train.slice.tsv before train.32shot.*
 STEMS = {
     "train": ("train",),
     "validation": ("validation", "val", "dev", "validation_matched", "dev_matched"),

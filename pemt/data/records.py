@@ -92,7 +92,7 @@ def checked(value: Any) -> Record | RowError:
 
 
 def read_json(path: Path) -> Iterator[Located]:
-    """A list of objects, {"data": list} as SQuAD has it, {"0": object, ...}, or lines of objects."""
+    """A list of objects, SQuAD's {"data": list}, {"0": object, ...}, or an object a line."""
     with open_bytes(path) as file:
         raw = file.read()
     try:
@@ -116,7 +116,7 @@ def read_json(path: Path) -> Iterator[Located]:
 
 
 def read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[Located]:
-    """Tab-separated without any quoting, as GLUE's files are; `columns` where no header is found."""
+    """Tab-separated without quoting, as GLUE's files are; `columns` where no header is found."""
     header: list[str] | None = None
     for number, line in lines_of(path):
         place = f"{path}:{number}"

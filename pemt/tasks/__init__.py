@@ -3,6 +3,7 @@
 from pemt.tasks.registry import get_task, register_task, task_names
 from pemt.tasks.scoring import score
 from pemt.tasks.task import Example, HubSource, RowError, Task, TaskError, example_of
+from pemt.tasks.task_file import load_task_file
 
 __all__ = [
     "Example",
@@ -12,6 +13,7 @@ __all__ = [
     "TaskError",
     "example_of",
     "get_task",
+    "load_task_file",
     "register_task",
     "score",
     "task_names",

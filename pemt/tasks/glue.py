@@ -1,4 +1,4 @@
-"""The task table: GLUE. Targets are the class ids of the hub's copy, as the published code has them."""
+"""The task table: GLUE. As in the published code, targets are the class ids of the hub's copy."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ GLUE_TASKS = (
     ),
     Task(
         name="wnli",
-        description="Decide whether a sentence with its pronoun resolved follows from the original.",
+        description="Decide whether a sentence with a pronoun filled in follows from the original.",
         template="sentence1: {sentence1} sentence2: {sentence2}",
         labels=BINARY,
         label_names=("not_entailment", "entailment"),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 
+from pemt.tasks.answers import ANSWER_TASKS
+from pemt.tasks.choices import CHOICE_TASKS
 from pemt.tasks.glue import GLUE_TASKS
 from pemt.tasks.superglue import SUPERGLUE_TASKS
 from pemt.tasks.task import Task, TaskError
 
-_TASKS: dict[str, Task] = {task.name: task for task in (*GLUE_TASKS, *SUPERGLUE_TASKS)}
+_TASKS: dict[str, Task] = {
+    task.name: task for task in (*ANSWER_TASKS, *GLUE_TASKS, *SUPERGLUE_TASKS, *CHOICE_TASKS)
+}
 
 
 def task_names() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Rows that are no plain fields: from published files (`unpack_*`) and to template fields (`prepare_*`).
+"""Rows that are no plain fields: out of published files, and into a template's fields.
 
 `unpack_*` turns one record of a published file into rows with the hub's fields and lets rows that
 already have them pass. `prepare_*` turns a row with the hub's fields into one whose template fields

@@ -38,7 +38,7 @@ class Example(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource:
-    """Where the data lives on the hub. A split that is None has no labels there, or does not exist."""
+    """Where the data lives on the hub; None is a split that does not exist or has no labels."""
 
     path: str
     config: str | None = None

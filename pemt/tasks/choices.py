@@ -1,0 +1,123 @@
+"""The task table: choices, inference, sentiment and paraphrase beyond GLUE and SuperGLUE."""
+
+from __future__ import annotations
+
+from pemt.tasks.shapes import (
+    prepare_commonsense_qa,
+    unpack_commonsense_qa,
+    unpack_paws,
+    unpack_yelp_full,
+)
+from pemt.tasks.task import HubSource, Task
+
+BINARY = ("0", "1")
+NLI = ("entailment", "neutral", "contradiction")
+
+CHOICE_TASKS = (
+    Task(
+        name="multi_nli",
+        description="Decide how a hypothesis relates to a premise from one of many genres.",
+        template="premise: {premise} hypothesis: {hypothesis}",
+        labels=("0", "1", "2"),
+        label_names=NLI,
+        no_label=("-1", "-"),
+        metrics=("accuracy",),
+        hub=HubSource(path="nyu-mll/multi_nli", validation="validation_matched"),
+        aliases=(
+            ("premise", "sentence1"),
+            ("hypothesis", "sentence2"),
+            ("label", "gold_label"),
+        ),
+    ),
+    Task(
+        name="snli",
+        description="Decide how a hypothesis relates to the caption of a photograph.",
+        template="premise: {premise} hypothesis: {hypothesis}",
+        labels=("0", "1", "2"),
+        label_names=NLI,
+        no_label=("-1", "-"),
+        metrics=("accuracy",),
+        hub=HubSource(path="stanfordnlp/snli", test="test"),
+        aliases=(
+            ("premise", "sentence1"),
+            ("hypothesis", "sentence2"),
+            ("label", "gold_label"),
+        ),
+    ),
+    Task(
+        name="scitail",
+        description="Decide whether a science sentence entails an answer to an exam question.",
+        template="premise: {sentence1} hypothesis: {sentence2}",
+        label="gold_label",
+        labels=BINARY,
+        label_names=("entailment", "neutral"),
+        metrics=("accuracy",),
+        hub=HubSource(path="allenai/scitail", config="snli_format", test="test"),
+    ),
+    Task(
+        name="paws",
+        description="Decide whether two sentences of nearly the same words are paraphrases.",
+        template="sentence1: {sentence1} sentence2: {sentence2}",
+        labels=BINARY,
+        metrics=("accuracy",),
+        hub=HubSource(path="google-research-datasets/paws", config="labeled_final", test="test"),
+        unpack=unpack_paws,
+    ),
+    Task(
+        name="yelp_polarity",
+        description="Decide whether a review of a local business is positive or negative.",
+        template="sentence: {text}",
+        labels=BINARY,
+        no_label=("-1",),
+        metrics=("accuracy",),
+        hub=HubSource(path="fancyzhx/yelp_polarity", validation=None, test="test"),
+        unpack=unpack_yelp_full,
+    ),
+    Task(
+        name="amazon_polarity",
+        description="Decide whether a review of a product is positive or negative.",
+        template="sentence: {content}",
+        labels=BINARY,
+        metrics=("accuracy",),
+        hub=HubSource(path="fancyzhx/amazon_polarity", validation=None, test="test"),
+    ),
+    Task(
+        name="piqa",
+        description="Choose the better of two ways to reach an everyday physical goal.",
+        template="question: {goal} choice1: {sol1} choice2: {sol2}",
+        labels=BINARY,
+        metrics=("accuracy",),
+        hub=HubSource(path="baber/piqa"),
+    ),
+    Task(
+        name="social_i_qa",
+        description="Choose the most fitting of three answers about a social situation.",
+        template=(
+            "question: {question} context: {context} "
+            "answer1: {answerA} answer2: {answerB} answer3: {answerC}"
+        ),
+        labels=("1", "2", "3"),
+        metrics=("accuracy",),
+        hub=HubSource(path="lighteval/siqa"),
+    ),
+    Task(
+        name="commonsense_qa",
+        description="Choose the most sensible of five answers to a question about the world.",
+        template="question: {question} A: {A} B: {B} C: {C} D: {D} E: {E}",
+        label="answerKey",
+        labels=("A", "B", "C", "D", "E"),
+        metrics=("accuracy",),
+        hub=HubSource(path="tau/commonsense_qa"),
+        unpack=unpack_commonsense_qa,
+        prepare=prepare_commonsense_qa,
+    ),
+    Task(
+        name="winogrande",
+        description="Choose which of two options fills the blank in a sentence.",
+        template="sentence: {sentence} option1: {option1} option2: {option2}",
+        label="answer",
+        labels=("1", "2"),
+        metrics=("accuracy",),
+        hub=HubSource(path="allenai/winogrande", config="winogrande_xl"),
+    ),
+)

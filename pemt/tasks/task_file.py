@@ -1,0 +1,153 @@
+"""Your own task without Python: a YAML file checked against the fields of `Task`.
+
+    name: tickets
+    description: Decide which team a support ticket belongs to.
+    template: "subject: {subject} text: {body}"
+    label: team
+    labels: [billing, network, other]
+    metrics: [accuracy, macro_f1]
+    files: {train: tickets_train.csv, validation: tickets_dev.csv}
+
+Instead of `files` (relative to the YAML file) it may name a data set on the hub
+(`hub: {path: owner/name, test: test}`), or neither, and `--data_dir` points at its files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pemt.tasks.task import HubSource, Task, TaskError
+
+SPLITS = ("train", "validation", "test")
+
+
+class WrongType(ValueError):
+    """What a value should have been."""
+
+
+def load_task_file(path: str | Path) -> Task:
+    """The task that a YAML file describes.
+
+    Raises TaskError for a missing file, malformed YAML, an unknown or missing key, a value of a
+    wrong type, or whatever `Task` itself refuses.
+    """
+    path = Path(path)
+    values = mapping_of(path)
+    read: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in READERS:
+            near = difflib.get_close_matches(str(key), READERS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise TaskError(f"{path}: unknown key {key!r}; {hint}allowed: {', '.join(READERS)}")
+        try:
+            read[key] = READERS[key](value)
+        except WrongType as error:
+            raise TaskError(f"{path}: {key}: found {value!r:.60}, it must be {error}") from None
+    missing = [key for key in REQUIRED if key not in read]
+    if missing:
+        raise TaskError(f"{path}: missing key {', '.join(missing)}")
+    if "files" in read:
+        read["files"] = tuple((split, str(path.parent / name)) for split, name in read["files"])
+    try:
+        return Task(**read)
+    except TaskError as error:
+        raise TaskError(f"{path}: {error}") from None
+
+
+def mapping_of(path: Path) -> Mapping[Any, Any]:
+    """The YAML file's top-level mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TaskError(f"task_file: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: bad UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise TaskError(f"{path}{line}: malformed YAML: {error.problem}") from None
+    if not isinstance(values, dict):
+        raise TaskError(f"{path}: found {type(values).__name__}, it must be a mapping of keys")
+    return values
+
+
+def text(value: Any) -> str:
+    """A string."""
+    if not isinstance(value, str) or not value.strip():
+        raise WrongType("text")
+    return value
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """A list of strings; numbers become text, yes and no must be quoted."""
+    entries = value if isinstance(value, list) else [value]
+    if not entries or any(isinstance(e, bool) or not isinstance(e, str | int) for e in entries):
+        raise WrongType("a list of texts (put yes, no, true and false in quotes)")
+    return tuple(str(entry) for entry in entries)
+
+
+def positive(kind: type) -> Callable[[Any], Any]:
+    """A reader of positive numbers."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kind | int) or value <= 0:
+            raise WrongType("a positive integer" if kind is int else "a positive number")
+        return kind(value)
+
+    return read
+
+
+def aliases(value: Any) -> tuple[tuple[str, str], ...]:
+    """{field: name in the file}."""
+    return text_pairs(value, None)
+
+
+def files(value: Any) -> tuple[tuple[str, str], ...]:
+    """{split: file}."""
+    pairs = text_pairs(value, SPLITS)
+    if "train" not in dict(pairs):
+        raise WrongType("a mapping that has train")
+    return pairs
+
+
+def hub(value: Any) -> HubSource:
+    """{path, config, revision, train, validation, test}."""
+    pairs = text_pairs(value, tuple(field.name for field in dataclasses.fields(HubSource)))
+    if "path" not in dict(pairs):
+        raise WrongType("a mapping that has path")
+    return HubSource(**dict(pairs))  # type: ignore[arg-type]
+
+
+def text_pairs(value: Any, keys: tuple[str, ...] | None) -> tuple[tuple[str, str], ...]:
+    """A mapping of texts, with these keys alone."""
+    allowed = f" with the keys {', '.join(keys)}" if keys else ""
+    if not isinstance(value, dict) or not all(
+        isinstance(k, str) and isinstance(v, str) and (keys is None or k in keys)
+        for k, v in value.items()
+    ):
+        raise WrongType(f"a mapping of texts{allowed}")
+    return tuple(value.items())
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "name": text,
+    "description": text,
+    "template": text,
+    "metrics": texts,
+    "labels": texts,
+    "label_names": texts,
+    "label": text,
+    "no_label": texts,
+    "score_step": positive(float),
+    "group": texts,
+    "max_target_length": positive(int),
+    "aliases": aliases,
+    "files": files,
+    "hub": hub,
+}
+REQUIRED = ("name", "description", "template", "metrics")
