@@ -35,7 +35,8 @@ def gram_matrix(up: Tensor, ranks: Sequence[int]) -> Tensor:
         ranks: K ranks with sum T.
 
     Returns:
-        [T, max(ranks)] in float32 (float64 for float64): rows of expert k, zeros beyond its rank.
+        [T, max(ranks) rounded up to 16] in float32 (float64 for float64): the rows of expert k,
+        zeros beyond its rank.
 
     Raises:
         OpsError: a shape is wrong.

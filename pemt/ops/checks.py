@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MAX_EXPERTS = 128  # as kMaxExperts in csrc/kernels.h
+GRAM_MULTIPLE = 16  # as kGramMultiple in csrc/kernels.h
+
 
 class OpsError(ValueError):
     """An argument of an op has the wrong shape, dtype or gradient flag, or no kernel can be had."""
@@ -40,7 +43,7 @@ def check_sparsity(
     total = sum(ranks)
     _check_shape("latent", latent, (batch, tokens, total))
     _check_shape("up", up, (d_model, total))
-    _check_shape("gram", gram, (total, max(ranks)))
+    _check_shape("gram", gram, (total, gram_width(ranks)))
     _check_shape("gates", gates, (batch, len(ranks)))
     if mask is not None:
         _check_shape("mask", mask, (batch, tokens))
@@ -57,6 +60,8 @@ def check_gram(up: Tensor, ranks: Sequence[int]) -> None:
 def _check_experts(scales: Sequence[float], ranks: Sequence[int]) -> None:
     if len(ranks) == 0:
         raise OpsError("ranks: is empty; give one rank per expert, at least one expert")
+    if len(ranks) > MAX_EXPERTS:
+        raise OpsError(f"ranks: found {len(ranks)} experts; at most {MAX_EXPERTS} can be mixed")
     if min(ranks) < 1:
         raise OpsError(f"ranks: found {list(ranks)}; every rank must be at least 1")
     if len(scales) != len(ranks):
@@ -93,6 +98,11 @@ def _check_frozen(**tensors: Tensor) -> None:
                 f"{name}: requires grad, but it is frozen here and would get no gradient;"
                 f" call {name}.requires_grad_(False)"
             )
+
+
+def gram_width(ranks: Sequence[int]) -> int:
+    """The widest rank, rounded up so that a kernel's tile never reaches past a row."""
+    return -(-max(ranks) // GRAM_MULTIPLE) * GRAM_MULTIPLE
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,15 +16,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import compute_dtype
+from .checks import compute_dtype, gram_width
 
 COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity's default
 
 
 def gram_matrix(up_DT: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Rows of expert k hold up_k^T up_k [R, R], then zeros up to the widest rank: [T, max R]."""
+    """Rows of expert k hold up_k^T up_k [R, R], then zeros up to `gram_width`."""
     up = up_DT.detach().to(compute_dtype(up_DT.dtype))
-    gram = up.new_zeros(up.shape[1], max(ranks))
+    gram = up.new_zeros(up.shape[1], gram_width(ranks))
     start = 0
     for rank in ranks:
         up_DR = up[:, start : start + rank]

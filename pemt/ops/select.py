@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packed, reference
+from . import build, packed, reference
 from .checks import OpsError, compute_dtype
 
 
@@ -18,11 +20,20 @@ from .checks import OpsError, compute_dtype
 class Kernels:
     """The bodies of the four ops, with the signatures of `packed`."""
 
-    name: str
     expert_mixture: Callable[..., tuple[Tensor, Tensor]]
     expert_mixture_backward: Callable[..., tuple[Tensor, Tensor]]
     task_sparsity: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     task_sparsity_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, namespace: Any) -> Kernels:
+        """The functions of a module, or of a compiled library's torch.ops namespace."""
+        return cls(
+            expert_mixture=namespace.expert_mixture,
+            expert_mixture_backward=namespace.expert_mixture_backward,
+            task_sparsity=namespace.task_sparsity,
+            task_sparsity_backward=namespace.task_sparsity_backward,
+        )
 
 
 def _reference_sparsity(
@@ -37,31 +48,54 @@ def _reference_sparsity(
     return loss, saved[0], saved[1], saved[2]
 
 
-PACKED = Kernels(
-    name="packed",
-    expert_mixture=packed.expert_mixture,
-    expert_mixture_backward=packed.expert_mixture_backward,
-    task_sparsity=packed.task_sparsity,
-    task_sparsity_backward=packed.task_sparsity_backward,
-)
+PACKED = Kernels.of(packed)
 REFERENCE = Kernels(
-    name="reference",
     expert_mixture=reference.expert_mixture,
     expert_mixture_backward=packed.expert_mixture_backward,
     task_sparsity=_reference_sparsity,
     task_sparsity_backward=packed.task_sparsity_backward,
 )
-_BY_NAME = {"reference": REFERENCE, "packed": PACKED}
+ANY_DEVICE = {"reference": REFERENCE, "packed": PACKED}
+COMPILED = {"cpu": build.cpu_library}  # by the device type that a library serves
+
+
+@functools.cache
+def compiled(device: str) -> Kernels:
+    """The compiled kernels of a device type, built at first use.
+
+    Raises OpsError where they cannot be had.
+    """
+    library = COMPILED[device]()
+    build.load(library)
+    return Kernels.of(getattr(torch.ops, library.namespace))
+
+
+@functools.cache
+def _best(device: str) -> Kernels:
+    if device not in COMPILED:
+        return PACKED
+    try:
+        return compiled(device)
+    except OpsError as error:
+        warnings.warn(f"{error}; plain PyTorch runs instead", RuntimeWarning, stacklevel=2)
+        return PACKED
 
 
 def kernels_for(tensor: Tensor) -> Kernels:
     """The implementation for this tensor's device.
 
-    Raises OpsError where PEMT_OPS names one that does not exist.
+    Raises:
+        OpsError: PEMT_OPS names an implementation that does not exist, serves another device or
+            cannot be built.
     """
-    forced = os.environ.get("PEMT_OPS", "")
+    device, forced = tensor.device.type, os.environ.get("PEMT_OPS", "")
     if not forced:
-        return PACKED
-    if forced not in _BY_NAME:
-        raise OpsError(f"PEMT_OPS: found {forced!r}; use one of {', '.join(_BY_NAME)}, or unset it")
-    return _BY_NAME[forced]
+        return _best(device)
+    if forced in ANY_DEVICE:
+        return ANY_DEVICE[forced]
+    if forced not in COMPILED:
+        choices = ", ".join([*ANY_DEVICE, *COMPILED])
+        raise OpsError(f"PEMT_OPS: found {forced!r}; use one of {choices}, or unset it")
+    if forced != device:
+        raise OpsError(f"PEMT_OPS: {forced!r} cannot run tensors on {device}; unset it")
+    return compiled(forced)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-IMPLEMENTATIONS = ("reference", "packed")
+IMPLEMENTATIONS = ("reference", "packed", "cpu")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

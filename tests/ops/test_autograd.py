@@ -173,6 +173,7 @@ def test_a_trainable_expert_is_refused(name):
         ({"scales": [1.0]}, "scales: found 1 for 2 ranks"),
         ({"ranks": [8, 0]}, r"ranks: found \[8, 0\]"),
         ({"ranks": []}, "ranks: is empty"),
+        ({"ranks": [1] * 129}, "ranks: found 129 experts; at most 128"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -186,7 +187,7 @@ def test_wrong_arguments_of_the_sparsity_are_named():
     y, latent = ops.expert_mixture(*case.mixture)
     gram = ops.gram_matrix(case.up, case.ranks)
     rest = (case.gates, case.scales, case.ranks)
-    with pytest.raises(OpsError, match=r"gram: found shape \(8, 3\); needs \(8, 4\)"):
+    with pytest.raises(OpsError, match=r"gram: found shape \(8, 3\); needs \(8, 16\)"):
         ops.task_sparsity(y, latent, case.up, gram[:, :3], *rest)
     with pytest.raises(OpsError, match=r"mask: found shape \(2, 4\); needs \(2, 5\)"):
         ops.task_sparsity(y, latent, case.up, gram, *rest, mask=torch.ones(2, 4))

@@ -1,0 +1,348 @@
+// The fused kernels on the CPU: OpenMP over blocks of tokens, vectors of the compiler inside.
+// Blocks have a fixed size, so the sums do not depend on the number of threads.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+namespace pemt {
+namespace {
+
+constexpr int kBlock = 64;  // tokens per partial sum
+constexpr int kRows = 8;    // tokens that share one pass over a Gram matrix
+constexpr double kCosineEps = 1e-8;
+
+struct bf16 {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t wide = uint32_t{bits} << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+  bf16() = default;
+  explicit bf16(float value) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    bits = uint16_t(value == value ? rounded : 0x7fc0);
+  }
+};
+
+template <class T> struct RealOf { using type = float; };
+template <> struct RealOf<double> { using type = double; };
+template <class T> using Real = typename RealOf<T>::type;
+
+template <class R> struct Lanes {
+  static constexpr int count = 64 / sizeof(R);
+  typedef R type __attribute__((vector_size(64), aligned(alignof(R)), may_alias));
+};
+
+template <class T, class R> void widen(const T* from, int64_t count, R* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] = R(from[i]);
+}
+
+template <class T, class R> R dot(const T* left, const R* right, int64_t count) {
+  R sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += R(left[i]) * right[i];
+  return sum;
+}
+
+template <class T> Real<T> norm(const T* row, int64_t count) {
+  using R = Real<T>;
+  R sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += R(row[i]) * R(row[i]);
+  return std::sqrt(sum);
+}
+
+// kRows latents and their products with the Gram matrices. A tile of products may reach past its
+// expert's ranks: zeros there, which the next expert overwrites, and slack at the end.
+template <class T> struct GramRows {
+  using R = Real<T>;
+  using Vector = typename Lanes<R>::type;
+  static constexpr int lanes = Lanes<R>::count;
+  const Experts& experts;
+  int64_t stride;
+  std::vector<R> latent, product;
+
+  explicit GramRows(const Experts& e)
+      : experts(e), stride(e.total + e.gram_width), latent(kRows * stride), product(kRows * stride) {}
+
+  void compute(const T* rows, int64_t count, const R* gram) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      R* to = &latent[r * stride];
+      if (r < count) widen(rows + r * experts.total, experts.total, to);
+      else std::fill(to, to + experts.total, R(0));
+    }
+    for (int k = 0; k < experts.count; ++k) {
+      const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
+      for (int column = 0; column < rank; column += lanes)
+        tile(start, rank, column, gram + int64_t(start) * experts.gram_width);
+    }
+  }
+
+  void tile(int start, int rank, int column, const R* gram) {
+    Vector sums[kRows] = {};
+    for (int i = 0; i < rank; ++i) {
+      const Vector row = *reinterpret_cast<const Vector*>(gram + int64_t(i) * experts.gram_width + column);
+      const R* factor = &latent[start + i];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[r] += factor[r * stride] * row;
+    }
+    for (int r = 0; r < kRows; ++r)
+      *reinterpret_cast<Vector*>(&product[r * stride + start + column]) = sums[r];
+  }
+};
+
+template <class R> std::vector<R> mean_gates(const Shape& shape, const Experts& experts, const R* gates) {
+  std::vector<R> mean(experts.count, R(0));
+  for (int64_t b = 0; b < shape.batch; ++b)
+    for (int k = 0; k < experts.count; ++k) mean[k] += gates[b * experts.count + k];
+  for (R& value : mean) value /= R(std::max<int64_t>(1, shape.batch));
+  return mean;
+}
+
+template <class T>
+void gate_latent_of(const Shape& shape, const Experts& experts, const T* latent,
+                    const Real<T>* gates, T* gated) {
+  using R = Real<T>;
+  const int64_t rows = shape.batch * shape.tokens;
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < rows; ++n)
+    for (int k = 0; k < experts.count; ++k) {
+      const R factor = gates[n / shape.tokens * experts.count + k] * R(experts.scale[k]);
+      const int64_t start = n * experts.total + experts.offset[k];
+      const int rank = experts.offset[k + 1] - experts.offset[k];
+#pragma omp simd
+      for (int i = 0; i < rank; ++i) gated[start + i] = T(R(latent[start + i]) * factor);
+    }
+}
+
+// One token: adds to the gates' sums, and turns its projection into the latent's gradient.
+template <class T>
+void mixture_backward_row(const Experts& experts, const MixtureBackward& args, int64_t n,
+                          const Real<T>* gates, Real<T>* sums) {
+  using R = Real<T>;
+  for (int k = 0; k < experts.count; ++k) {
+    const int64_t start = n * experts.total + experts.offset[k];
+    const int rank = experts.offset[k + 1] - experts.offset[k];
+    const T* latent = static_cast<const T*>(args.latent) + start;
+    T* projection = static_cast<T*>(args.projection) + start;
+    const T* outer = args.dlatent ? static_cast<const T*>(args.dlatent) + start : nullptr;
+    R sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < rank; ++i) sum += R(latent[i]) * R(projection[i]);
+    sums[k] += sum * R(experts.scale[k]);
+    if (!args.need_dlatent) continue;
+    const R factor = gates[k] * R(experts.scale[k]);
+    if (outer) {
+#pragma omp simd
+      for (int i = 0; i < rank; ++i) projection[i] = T(R(projection[i]) * factor + R(outer[i]));
+    } else {
+#pragma omp simd
+      for (int i = 0; i < rank; ++i) projection[i] = T(R(projection[i]) * factor);
+    }
+  }
+}
+
+template <class T>
+void mixture_backward_of(const Shape& shape, const Experts& experts, const MixtureBackward& args) {
+  using R = Real<T>;
+  const int count = experts.count;
+  const int64_t chunks = mixture_partials(shape);
+  const R* gates = static_cast<const R*>(args.gates);
+  R* partials = static_cast<R*>(args.partials);
+  R* dgates = static_cast<R*>(args.dgates);
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < shape.batch * chunks; ++block) {
+    const int64_t b = block / chunks, first = block % chunks * kBlock;
+    std::fill(partials + block * count, partials + (block + 1) * count, R(0));
+    for (int64_t s = first; s < std::min(first + kBlock, shape.tokens); ++s)
+      mixture_backward_row<T>(experts, args, b * shape.tokens + s, gates + b * count,
+                              partials + block * count);
+  }
+  for (int64_t b = 0; b < shape.batch; ++b)
+    for (int k = 0; k < count; ++k) {
+      R sum = 0;
+      for (int64_t c = 0; c < chunks; ++c) sum += partials[(b * chunks + c) * count + k];
+      dgates[b * count + k] = sum;
+    }
+}
+
+template <class T>
+void sparsity_forward_row(const Shape& shape, const Experts& experts, const SparsityForward& args,
+                          int64_t n, const GramRows<T>& rows, int64_t r, Real<T>* sums) {
+  using R = Real<T>;
+  const int count = experts.count;
+  R* stats = static_cast<R*>(args.stats) + n * (2 * count + 1);
+  const R norm_z = norm(static_cast<const T*>(args.z) + n * shape.d_model, shape.d_model);
+  const R weight = args.token_weights ? static_cast<const R*>(args.token_weights)[n]
+                                      : R(1) / R(shape.batch * shape.tokens);
+  for (int k = 0; k < count; ++k) {
+    const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
+    const R* latent = &rows.latent[r * rows.stride + start];
+    const T* projection = static_cast<const T*>(args.projection) + n * experts.total + start;
+    const R square = dot(&rows.product[r * rows.stride + start], latent, rank);
+    const R norm_k = std::sqrt(std::max(square, R(0))) * std::abs(R(experts.scale[k]));
+    const R cosine = dot(projection, latent, rank) * R(experts.scale[k]) /
+                     (std::max(norm_k, R(kCosineEps)) * std::max(norm_z, R(kCosineEps)));
+    stats[k] = cosine;
+    stats[count + k] = norm_k;
+    sums[k] += weight * (R(1) - cosine);
+  }
+  stats[2 * count] = norm_z;
+}
+
+template <class T>
+void sparsity_forward_of(const Shape& shape, const Experts& experts, const SparsityForward& args) {
+  using R = Real<T>;
+  const int count = experts.count;
+  const int64_t tokens = shape.batch * shape.tokens, blocks = sparsity_partials(shape);
+  R* partials = static_cast<R*>(args.partials);
+  R* distance = static_cast<R*>(args.distance);
+#pragma omp parallel
+  {
+    GramRows<T> rows(experts);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      R* sums = partials + block * count;
+      std::fill(sums, sums + count, R(0));
+      const int64_t end = std::min((block + 1) * kBlock, tokens);
+      for (int64_t n = block * kBlock; n < end; n += kRows) {
+        const int64_t group = std::min<int64_t>(kRows, end - n);
+        rows.compute(static_cast<const T*>(args.latent) + n * experts.total, group,
+                     static_cast<const R*>(args.gram));
+        for (int64_t r = 0; r < group; ++r)
+          sparsity_forward_row<T>(shape, experts, args, n + r, rows, r, sums);
+      }
+    }
+  }
+  const auto mean = mean_gates(shape, experts, static_cast<const R*>(args.gates));
+  R loss = 0;
+  for (int k = 0; k < count; ++k) {
+    distance[k] = 0;
+    for (int64_t block = 0; block < blocks; ++block) distance[k] += partials[block * count + k];
+    loss += mean[k] * distance[k];
+  }
+  *static_cast<R*>(args.loss) = loss;
+}
+
+template <class T>
+void sparsity_backward_row(const Shape& shape, const Experts& experts, const SparsityBackward& args,
+                           int64_t n, const GramRows<T>& rows, int64_t r,
+                           const std::vector<Real<T>>& grad_gates) {
+  using R = Real<T>;
+  const int count = experts.count;
+  const R* stats = static_cast<const R*>(args.stats) + n * (2 * count + 1);
+  const R norm_z = stats[2 * count], safe_z = std::max(norm_z, R(kCosineEps));
+  const R weight = args.token_weights ? static_cast<const R*>(args.token_weights)[n]
+                                      : R(1) / R(shape.batch * shape.tokens);
+  R shrink_z = 0;
+  for (int k = 0; k < count; ++k) {
+    const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
+    const int64_t at = n * experts.total + start;
+    const R* latent = &rows.latent[r * rows.stride + start];
+    const R* product = &rows.product[r * rows.stride + start];
+    const T* projection = static_cast<const T*>(args.projection) + at;
+    T* mix = static_cast<T*>(args.mix) + at;
+    T* dlatent = static_cast<T*>(args.dlatent) + at;
+    const R scale = R(experts.scale[k]), norm_k = stats[count + k];
+    const R safe_k = std::max(norm_k, R(kCosineEps)), push = grad_gates[k] * weight;
+    // cosine_similarity clamps its norms outside of autograd: the clamped value divides, the
+    // gradient is that of the unclamped norm, and 0 at 0.
+    const R along = -push * scale / (safe_k * safe_z);
+    const R shrink = norm_k > 0 ? push * stats[k] * scale * scale / (safe_k * norm_k) : R(0);
+    shrink_z += push * stats[k];
+#pragma omp simd
+    for (int i = 0; i < rank; ++i) {
+      mix[i] = T(along * latent[i]);
+      dlatent[i] = T(along * R(projection[i]) + shrink * product[i]);
+    }
+  }
+  shrink_z = norm_z > 0 ? shrink_z / (safe_z * norm_z) : R(0);
+  const T* z = static_cast<const T*>(args.z) + n * shape.d_model;
+  T* dz = static_cast<T*>(args.dz) + n * shape.d_model;
+#pragma omp simd
+  for (int64_t i = 0; i < shape.d_model; ++i) dz[i] = T(shrink_z * R(z[i]));
+}
+
+template <class T>
+void sparsity_backward_of(const Shape& shape, const Experts& experts, const SparsityBackward& args) {
+  using R = Real<T>;
+  const int count = experts.count;
+  const int64_t tokens = shape.batch * shape.tokens;
+  const R grad = *static_cast<const R*>(args.grad);
+  auto grad_gates = mean_gates(shape, experts, static_cast<const R*>(args.gates));
+  for (R& value : grad_gates) value *= grad;
+#pragma omp parallel
+  {
+    GramRows<T> rows(experts);
+#pragma omp for schedule(static)
+    for (int64_t group = 0; group < (tokens + kRows - 1) / kRows; ++group) {
+      const int64_t n = group * kRows, present = std::min<int64_t>(kRows, tokens - n);
+      rows.compute(static_cast<const T*>(args.latent) + n * experts.total, present,
+                   static_cast<const R*>(args.gram));
+      for (int64_t r = 0; r < present; ++r)
+        sparsity_backward_row<T>(shape, experts, args, n + r, rows, r, grad_gates);
+    }
+  }
+  R* dgates = static_cast<R*>(args.dgates);
+  for (int64_t b = 0; b < shape.batch; ++b)
+    for (int k = 0; k < count; ++k)
+      dgates[b * count + k] = grad * static_cast<const R*>(args.distance)[k] / R(shape.batch);
+}
+
+// Calls `run` with a null pointer of the tensors' type.
+template <class Run> void with_type(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::f32: return run(static_cast<float*>(nullptr));
+    case Dtype::f64: return run(static_cast<double*>(nullptr));
+    case Dtype::bf16: return run(static_cast<bf16*>(nullptr));
+    case Dtype::f16: return run(static_cast<_Float16*>(nullptr));
+  }
+}
+
+}  // namespace
+
+int64_t mixture_partials(const Shape& shape) { return (shape.tokens + kBlock - 1) / kBlock; }
+
+int64_t sparsity_partials(const Shape& shape) {
+  return (shape.batch * shape.tokens + kBlock - 1) / kBlock;
+}
+
+void gate_latent(void*, Dtype dtype, const Shape& shape, const Experts& experts,
+                 const void* latent, const void* gates, void* gated) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    gate_latent_of(shape, experts, static_cast<const T*>(latent),
+                   static_cast<const Real<T>*>(gates), static_cast<T*>(gated));
+  });
+}
+
+void mixture_backward(void*, Dtype dtype, const Shape& shape, const Experts& experts,
+                      const MixtureBackward& args) {
+  with_type(dtype, [&](auto* type) {
+    mixture_backward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
+  });
+}
+
+void sparsity_forward(void*, Dtype dtype, const Shape& shape, const Experts& experts,
+                      const SparsityForward& args) {
+  with_type(dtype, [&](auto* type) {
+    sparsity_forward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
+  });
+}
+
+void sparsity_backward(void*, Dtype dtype, const Shape& shape, const Experts& experts,
+                       const SparsityBackward& args) {
+  with_type(dtype, [&](auto* type) {
+    sparsity_backward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
+  });
+}
+
+}  // namespace pemt

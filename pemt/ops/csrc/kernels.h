@@ -1,0 +1,85 @@
+// What stands between the matrix products, as raw pointers and a stream: declared once here,
+// defined for the CPU in cpu_kernels.cpp and for CUDA in cuda_kernels.cu. No torch header.
+//
+// B batch, S tokens, N = B * S, D d_model, K experts, R rank, T the sum of the ranks,
+// W the width of the Gram matrix (the widest rank, rounded up to 16, zero filled).
+// "Reals" are float, or double where the tensors are double; all sums run in them.
+#pragma once
+
+#include <cstdint>
+
+namespace pemt {
+
+constexpr int kMaxExperts = 128;   // as MAX_EXPERTS in checks.py
+constexpr int kGramMultiple = 16;  // as GRAM_MULTIPLE in packed.py
+
+enum class Dtype { f32, f64, bf16, f16 };
+
+struct Experts {  // small enough to be a kernel's argument
+  int count;
+  int total;
+  int gram_width;
+  int offset[kMaxExperts + 1];  // expert k owns the ranks offset[k] .. offset[k + 1]
+  double scale[kMaxExperts];
+};
+
+struct Shape {
+  int64_t batch;
+  int64_t tokens;
+  int64_t d_model;
+};
+
+// Per-block sums that a second stage adds up in a fixed order: same bits in every run.
+int64_t mixture_partials(const Shape& shape);   // blocks per sample; the buffer is [B, this, K]
+int64_t sparsity_partials(const Shape& shape);  // blocks in all; the buffer is [this, K]
+
+// gated[n,t] = latent[n,t] * gate[b,k] * scale[k]
+void gate_latent(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
+                 const void* latent, const void* gates, void* gated);
+
+struct MixtureBackward {
+  const void* latent;      // [N,T]
+  void* projection;        // [N,T], dy up; overwritten by the latent's whole gradient
+  const void* dlatent;     // [N,T] from outside, or null
+  const void* gates;       // [B,K] reals
+  void* partials;          // [B, mixture_partials, K] reals
+  void* dgates;            // [B,K] reals
+  bool need_dlatent;
+};
+void mixture_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
+                      const MixtureBackward& args);
+
+struct SparsityForward {
+  const void* z;              // [N,D]
+  const void* latent;         // [N,T]
+  const void* projection;     // [N,T], z up
+  const void* gram;           // [T,W] reals
+  const void* gates;          // [B,K] reals
+  const void* token_weights;  // [N] reals, or null for 1/N each
+  void* stats;                // [N,2K+1] reals: cosines, norms of the outputs, norm of z
+  void* partials;             // [sparsity_partials, K] reals
+  void* distance;             // [K] reals
+  void* loss;                 // one real
+};
+void sparsity_forward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
+                      const SparsityForward& args);
+
+struct SparsityBackward {
+  const void* grad;           // one real: the loss's gradient
+  const void* z;              // [N,D]
+  const void* latent;         // [N,T]
+  const void* projection;     // [N,T]
+  const void* gram;           // [T,W] reals
+  const void* gates;          // [B,K] reals
+  const void* token_weights;  // [N] reals or null
+  const void* stats;          // [N,2K+1] reals
+  const void* distance;       // [K] reals
+  void* dz;                   // [N,D]: the part along z; the caller adds mix upᵀ
+  void* mix;                  // [N,T]
+  void* dlatent;              // [N,T]
+  void* dgates;               // [B,K] reals
+};
+void sparsity_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
+                       const SparsityBackward& args);
+
+}  // namespace pemt

@@ -1,0 +1,178 @@
+// The four ops: ATen's matrix products with the fused kernels of kernels.h between them.
+// Compiled once per implementation; PEMT_LIBRARY names its torch.library namespace, and PEMT_CUDA
+// is defined where the tensors live on a GPU.
+//
+// B batch, S tokens, N = B * S, F d_ff, D d_model, K experts, T the sum of the ranks.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#ifdef PEMT_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include "kernels.h"
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+#ifdef PEMT_CUDA
+using Guard = c10::cuda::CUDAGuard;
+void* stream_of(const Tensor& tensor) {
+  return c10::cuda::getCurrentCUDAStream(tensor.get_device()).stream();
+}
+#else
+struct Guard {
+  explicit Guard(const c10::Device&) {}
+};
+void* stream_of(const Tensor&) { return nullptr; }
+#endif
+
+pemt::Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return pemt::Dtype::f32;
+    case at::kDouble: return pemt::Dtype::f64;
+    case at::kBFloat16: return pemt::Dtype::bf16;
+    case at::kHalf: return pemt::Dtype::f16;
+    default: TORCH_CHECK(false, "pemt: no kernel for dtype ", tensor.scalar_type());
+  }
+}
+
+at::ScalarType real_of(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Tensor reals(const Tensor& tensor, const Tensor& like) {
+  return tensor.to(real_of(like)).contiguous();
+}
+
+pemt::Experts experts_of(at::ArrayRef<double> scales, at::IntArrayRef ranks) {
+  TORCH_CHECK(ranks.size() <= pemt::kMaxExperts && scales.size() == ranks.size());
+  pemt::Experts experts{};
+  experts.count = int(ranks.size());
+  int64_t widest = 0;
+  for (size_t k = 0; k < ranks.size(); ++k) {
+    experts.scale[k] = scales[k];
+    experts.offset[k + 1] = experts.offset[k] + int(ranks[k]);
+    widest = std::max(widest, ranks[k]);
+  }
+  experts.total = experts.offset[ranks.size()];
+  experts.gram_width = int((widest + pemt::kGramMultiple - 1) / pemt::kGramMultiple) * pemt::kGramMultiple;
+  return experts;
+}
+
+Tensor rows_of(const Tensor& tensor) {  // [B,S,X] -> [N,X]
+  return tensor.reshape({tensor.size(0) * tensor.size(1), tensor.size(2)});
+}
+
+const void* pointer(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+std::tuple<Tensor, Tensor> expert_mixture(
+    const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up,
+    const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks) {
+  const Guard guard(x.device());
+  const auto experts = experts_of(scales, ranks);
+  const pemt::Shape shape{x.size(0), x.size(1), weight.size(0)};
+  const Tensor x_NF = rows_of(x), gates_BK = reals(gates, x);
+  Tensor y_ND = at::mm(x_NF, weight.t());
+  const Tensor latent_NT = at::mm(x_NF, down.t());
+  Tensor gated_NT = at::empty_like(latent_NT);
+  pemt::gate_latent(stream_of(x), dtype_of(x), shape, experts, latent_NT.const_data_ptr(),
+                    gates_BK.const_data_ptr(), gated_NT.mutable_data_ptr());
+  y_ND.addmm_(gated_NT, up.t());
+  return {y_ND.view({shape.batch, shape.tokens, shape.d_model}),
+          latent_NT.view({shape.batch, shape.tokens, experts.total})};
+}
+
+std::tuple<Tensor, Tensor> expert_mixture_backward(
+    const Tensor& dy, const OptionalTensor& dlatent, const Tensor& latent, const Tensor& weight,
+    const Tensor& down, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
+    at::IntArrayRef ranks, bool need_dx) {
+  const Guard guard(dy.device());
+  const auto experts = experts_of(scales, ranks);
+  const pemt::Shape shape{dy.size(0), dy.size(1), dy.size(2)};
+  const Tensor dy_ND = rows_of(dy), latent_NT = rows_of(latent).contiguous();
+  const Tensor gates_BK = reals(gates, dy);
+  OptionalTensor outer;
+  if (dlatent.has_value()) outer = dlatent->contiguous();
+  Tensor projection_NT = at::mm(dy_ND, up);
+  const Tensor partials = at::empty(
+      {shape.batch, pemt::mixture_partials(shape), experts.count}, gates_BK.options());
+  Tensor dgates = at::empty_like(gates_BK);
+  pemt::mixture_backward(
+      stream_of(dy), dtype_of(dy), shape, experts,
+      {latent_NT.const_data_ptr(), projection_NT.mutable_data_ptr(), pointer(outer),
+       gates_BK.const_data_ptr(), partials.mutable_data_ptr(), dgates.mutable_data_ptr(), need_dx});
+  dgates = dgates.to(gates.scalar_type());
+  if (!need_dx) return {at::empty({0}, dy.options()), dgates};
+  Tensor dx_NF = at::mm(dy_ND, weight);
+  dx_NF.addmm_(projection_NT, down);
+  return {dx_NF.view({shape.batch, shape.tokens, weight.size(1)}), dgates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(
+    const Tensor& z, const Tensor& latent, const Tensor& up, const Tensor& gram,
+    const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
+    const OptionalTensor& token_weights) {
+  const Guard guard(z.device());
+  const auto experts = experts_of(scales, ranks);
+  const pemt::Shape shape{z.size(0), z.size(1), z.size(2)};
+  const Tensor z_ND = rows_of(z).contiguous(), latent_NT = rows_of(latent).contiguous();
+  const Tensor gates_BK = reals(gates, z), gram_TW = reals(gram, z);
+  OptionalTensor weights;
+  if (token_weights.has_value()) weights = reals(*token_weights, z);
+  const Tensor projection_NT = at::mm(z_ND, up);
+  const auto options = gates_BK.options();
+  const Tensor stats = at::empty({shape.batch, shape.tokens, 2 * experts.count + 1}, options);
+  const Tensor partials = at::empty({pemt::sparsity_partials(shape), experts.count}, options);
+  const Tensor distance = at::empty({experts.count}, options), loss = at::empty({}, options);
+  pemt::sparsity_forward(
+      stream_of(z), dtype_of(z), shape, experts,
+      {z_ND.const_data_ptr(), latent_NT.const_data_ptr(), projection_NT.const_data_ptr(),
+       gram_TW.const_data_ptr(), gates_BK.const_data_ptr(), pointer(weights),
+       stats.mutable_data_ptr(), partials.mutable_data_ptr(), distance.mutable_data_ptr(),
+       loss.mutable_data_ptr()});
+  return {loss, projection_NT.view({shape.batch, shape.tokens, experts.total}), stats, distance};
+}
+
+std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(
+    const Tensor& grad, const Tensor& z, const Tensor& latent, const Tensor& up,
+    const Tensor& gram, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
+    const OptionalTensor& token_weights, const Tensor& projection, const Tensor& stats,
+    const Tensor& distance) {
+  const Guard guard(z.device());
+  const auto experts = experts_of(scales, ranks);
+  const pemt::Shape shape{z.size(0), z.size(1), z.size(2)};
+  const Tensor z_ND = rows_of(z).contiguous(), latent_NT = rows_of(latent).contiguous();
+  const Tensor gates_BK = reals(gates, z), gram_TW = reals(gram, z), grad_1 = reals(grad, z);
+  const Tensor projection_NT = projection.contiguous(), stats_NC = stats.contiguous();
+  OptionalTensor weights;
+  if (token_weights.has_value()) weights = reals(*token_weights, z);
+  Tensor dz_ND = at::empty_like(z_ND), mix_NT = at::empty_like(latent_NT);
+  const Tensor dlatent_NT = at::empty_like(latent_NT), dgates = at::empty_like(gates_BK);
+  pemt::sparsity_backward(
+      stream_of(z), dtype_of(z), shape, experts,
+      {grad_1.const_data_ptr(), z_ND.const_data_ptr(), latent_NT.const_data_ptr(),
+       projection_NT.const_data_ptr(), gram_TW.const_data_ptr(), gates_BK.const_data_ptr(),
+       pointer(weights), stats_NC.const_data_ptr(), distance.const_data_ptr(),
+       dz_ND.mutable_data_ptr(), mix_NT.mutable_data_ptr(), dlatent_NT.mutable_data_ptr(),
+       dgates.mutable_data_ptr()});
+  dz_ND.addmm_(mix_NT, up.t());
+  return {dz_ND.view({shape.batch, shape.tokens, shape.d_model}),
+          dlatent_NT.view({shape.batch, shape.tokens, experts.total}),
+          dgates.to(gates.scalar_type())};
+}
+
+}  // namespace
+
+#define PEMT_REGISTER(name, library) TORCH_LIBRARY(name, library)  // expands its argument first
+PEMT_REGISTER(PEMT_LIBRARY, library) {
+  library.def("expert_mixture", &expert_mixture);
+  library.def("expert_mixture_backward", &expert_mixture_backward);
+  library.def("task_sparsity", &task_sparsity);
+  library.def("task_sparsity_backward", &task_sparsity_backward);
+}
