@@ -44,11 +44,6 @@ class TextMetric(evaluate.Metric):
         super().__init__(keep_in_memory=True)
         self.labels = tuple(labels)
 
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], groups: list[str]
-    ) -> dict[str, float]:
-        raise TypeError(f"{type(self).__name__} defines no score")
-
     def class_ids(
         self, predictions: list[str], references: list[list[str]]
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -80,7 +80,7 @@ def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
         chosen = splits.at_most(task, examples, maximum, seed)
         every_answer = name == "train" and task.train_on_every_answer
         encoded[name] = encoder.encode(chosen, every_answer=every_answer)
-        cut = sum(encoded[name]["is_cut"])
+        cut = sum(encoded[name]["is_cut"][:])
         if cut:
             notes.append(
                 f"{task.name}, {name}: {cut} of {len(encoded[name])} sources are longer than "
@@ -167,4 +167,4 @@ def encode_batch(
 
 def lengths_of(dataset: Dataset) -> np.ndarray:
     """The number of source tokens of every example, [N]."""
-    return np.asarray(dataset["length"], dtype=np.int64)
+    return np.asarray(dataset["length"][:], dtype=np.int64)

@@ -17,7 +17,17 @@ STEMS = {
     "validation": ("validation", "val", "dev", "validation_matched", "dev_matched"),
     "test": ("test",),
 }
-VARIANTS = (r"-v\d\.\d", r"-\d{5}-of-\d{5}", r"\.slice", r"[._](?:k|\d+)[_-]?shot", r"\d+")
+VARIANTS = (
+    r"{}",
+    r"{}-v\d\.\d",  # SQuAD
+    r"{}-\d{{5}}-of-\d{{5}}",  # the hub's parquet shards
+    r"{}_rand_split",  # CommonsenseQA
+    r"{}_xl",  # Winogrande
+    r"[\w.-]+[_-]{}",  # snli_1.0_train
+    r"{}\.slice",
+    r"{}[._](?:k|\d+)[_-]?shot",
+    r"{}\d+",  # FewGLUE's dev32
+)
 
 
 def find_files(task: Task, data_dir: str | Path) -> dict[str, list[Path]]:
@@ -34,8 +44,8 @@ def find_files(task: Task, data_dir: str | Path) -> dict[str, list[Path]]:
         here = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise DataError(
             f"data_dir: {folder} has no file to train {task.name} on; looked for train, "
-            f"train.slice, train.kshot, train.<k>shot, each as .{', .'.join(EXTENSIONS)} or with "
-            f".gz; found: {here}"
+            f"<name>_train, train-v<x.y>, train.slice, train.<k>shot, train.kshot, each as "
+            f".{', .'.join(EXTENSIONS)}, also with .gz; found: {here}"
         )
     return found
 
@@ -44,9 +54,7 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     """The best match for a split; several files only where they are the shards of one."""
     extension = rf"\.(?:{'|'.join(EXTENSIONS)})(?:\.gz)?"
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    patterns = [re.escape(stem) for stem in STEMS[split]]
-    patterns += [re.escape(stem) + variant for variant in VARIANTS for stem in STEMS[split]]
-    for pattern in patterns:
+    for pattern in (variant.format(stem) for variant in VARIANTS for stem in STEMS[split]):
         matches = [name for name in names if re.fullmatch(pattern + extension, name)]
         if len(matches) > 1 and not all("-of-" in name for name in matches):
             raise DataError(

@@ -40,7 +40,7 @@ def usable(
     Raises DataError for the first malformed row unless they are to be skipped, and where no
     example is left.
     """
-    problems = np.asarray(dataset["problem"], dtype=object)
+    problems = column(dataset, "problem")
     is_bad = problems != ""
     is_unlabelled = np.array([text.endswith(f": {UNLABELLED}") for text in problems], dtype=bool)
     bad = problems[is_bad & ~is_unlabelled]
@@ -88,11 +88,16 @@ def split(task: Task, parts: Mapping[str, Dataset], seed: int) -> dict[str, Data
     return {"train": kept, "validation": held_out, "test": test if test is not None else validation}
 
 
+def column(dataset: Dataset, name: str) -> np.ndarray:
+    """A column of texts, [N]."""
+    return np.asarray(dataset[name][:], dtype=object)
+
+
 def unit_ids(task: Task, dataset: Dataset) -> np.ndarray:
     """For every example the number of its group, or its own where examples stand alone."""
     if not task.group:
         return np.arange(len(dataset))
-    return np.unique(np.asarray(dataset["group"], dtype=object), return_inverse=True)[1]
+    return np.unique(column(dataset, "group"), return_inverse=True)[1]
 
 
 def divided(task: Task, dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -113,7 +118,7 @@ def few_shot(task: Task, train: Dataset, k: int, seed: int) -> Dataset:
     Raises DataError where a class has fewer than k.
     """
     rng = generator(seed, Purpose.FEW_SHOT)
-    targets = np.asarray(train["target"], dtype=object)
+    targets = column(train, "target")
     classes = task.labels if task.kind == "classification" else (None,)
     chosen = []
     for label in classes:

@@ -9,6 +9,7 @@ from pemt.tasks.choices import CHOICE_TASKS
 from pemt.tasks.glue import GLUE_TASKS
 from pemt.tasks.superglue import SUPERGLUE_TASKS
 from pemt.tasks.task import Task, TaskError
+from pemt.tasks.task_file import load_task_file
 
 _TASKS: dict[str, Task] = {
     task.name: task for task in (*ANSWER_TASKS, *GLUE_TASKS, *SUPERGLUE_TASKS, *CHOICE_TASKS)
@@ -20,8 +21,19 @@ def task_names() -> tuple[str, ...]:
     return tuple(_TASKS)
 
 
-def get_task(name: str) -> Task:
-    """The task of that name; TaskError names the nearest ones where there is none."""
+def get_task(name: str, task_file: str | None = None) -> Task:
+    """The task of that name, from the table or from a YAML file.
+
+    Raises TaskError, with the nearest names where the table has none like it.
+    """
+    if task_file is not None:
+        task = load_task_file(task_file)
+        if task.name != name:
+            raise TaskError(
+                f"task_name: found {name!r}, but {task_file} describes {task.name!r}; "
+                "give the same name in both"
+            )
+        return task
     if name in _TASKS:
         return _TASKS[name]
     near = difflib.get_close_matches(name, _TASKS, n=3, cutoff=0.4)

@@ -70,7 +70,7 @@ def unpack_mrqa(record: Row) -> Iterator[Row]:
 def prepare_squad(row: Row) -> Row:
     """The hub keeps answers as {"text": [...], "answer_start": [...]}."""
     answers = field_of(row, "answers")
-    return {**row, "answers": answers["text"]} if isinstance(answers, dict) else row
+    return {**row, "answers": field_of(answers, "text")} if isinstance(answers, dict) else row
 
 
 def prepare_trivia_qa(row: Row) -> Row:

@@ -91,15 +91,18 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(str(entry) for entry in entries)
 
 
-def positive(kind: type) -> Callable[[Any], Any]:
-    """A reader of positive numbers."""
+def positive_integer(value: Any) -> int:
+    """An integer above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise WrongType("a positive integer")
+    return value
 
-    def read(value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, kind | int) or value <= 0:
-            raise WrongType("a positive integer" if kind is int else "a positive number")
-        return kind(value)
 
-    return read
+def positive_number(value: Any) -> float:
+    """A number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise WrongType("a positive number")
+    return float(value)
 
 
 def aliases(value: Any) -> tuple[tuple[str, str], ...]:
@@ -120,7 +123,7 @@ def hub(value: Any) -> HubSource:
     pairs = text_pairs(value, tuple(field.name for field in dataclasses.fields(HubSource)))
     if "path" not in dict(pairs):
         raise WrongType("a mapping that has path")
-    return HubSource(**dict(pairs))  # type: ignore[arg-type]
+    return HubSource(**dict(pairs))
 
 
 def text_pairs(value: Any, keys: tuple[str, ...] | None) -> tuple[tuple[str, str], ...]:
@@ -143,9 +146,9 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "label_names": texts,
     "label": text,
     "no_label": texts,
-    "score_step": positive(float),
+    "score_step": positive_number,
     "group": texts,
-    "max_target_length": positive(int),
+    "max_target_length": positive_integer,
     "aliases": aliases,
     "files": files,
     "hub": hub,

@@ -1,0 +1,93 @@
+"""A task described in YAML."""
+
+from __future__ import annotations
+
+import pytest
+
+from pemt.tasks import HubSource, TaskError, get_task, load_task_file
+
+GOOD = """
+name: tickets
+description: Decide which team a support ticket belongs to.
+template: "subject: {subject} text: {body}"
+label: team
+labels: [billing, network]
+metrics: [accuracy, macro_f1]
+files: {train: train.csv, validation: dev.csv}
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        path = tmp_path / "task.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_a_task_file_becomes_a_task(written, tmp_path):
+    task = load_task_file(written(GOOD))
+    assert (task.name, task.kind, task.fields) == ("tickets", "classification", ("subject", "body"))
+    assert task.files == (
+        ("train", str(tmp_path / "train.csv")),
+        ("validation", str(tmp_path / "dev.csv")),
+    )
+    assert get_task("tickets", str(tmp_path / "task.yaml")) == task
+
+
+def test_a_task_file_may_name_a_hub_data_set_and_a_score(written):
+    text = GOOD.replace("labels: [billing, network]", "score_step: 0.5").replace(
+        "files: {train: train.csv, validation: dev.csv}",
+        "hub: {path: a/b, test: test}\naliases: {body: text}",
+    )
+    task = load_task_file(written(text))
+    assert task.hub == HubSource(path="a/b", test="test")
+    assert (task.kind, task.score_step, task.aliases) == ("regression", 0.5, (("body", "text"),))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("label: team", "lable: team", "unknown key 'lable'; did you mean label"),
+        ("name: tickets\n", "", "missing key name"),
+        ("template: ", "template: 3 #", "template: found 3, it must be text"),
+        ("[billing, network]", "[yes, no]", "labels: found .*put yes, no"),
+        ("[billing, network]", "[]", "labels: found .*a list of texts"),
+        ("[accuracy, macro_f1]", "[acc]", "metrics: found acc; allowed"),
+        (
+            "{train: train.csv, validation: dev.csv}",
+            "{dev: x.csv}",
+            "files: .*train, validation, test",
+        ),
+        ("{train: train.csv, validation: dev.csv}", "{test: x.csv}", "files: .*that has train"),
+        (
+            "label: team",
+            "max_target_length: 0",
+            "max_target_length: found 0, it must be a positive",
+        ),
+        ("label: team", "score_step: no", "score_step: found False, it must be a positive number"),
+        ("label: team", "hub: {test: t}", "hub: .*that has path"),
+        ("label: team", "label: [team", r"task.yaml:\d+: malformed YAML"),
+    ],
+)
+def test_a_wrong_task_file_names_file_key_and_what_is_allowed(written, old, new, message):
+    assert old in GOOD
+    path = written(GOOD.replace(old, new))
+    with pytest.raises(TaskError, match=message) as caught:
+        load_task_file(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_wrong_task_files(written, tmp_path):
+    with pytest.raises(TaskError, match="cannot be read: No such file"):
+        load_task_file(tmp_path / "none.yaml")
+    with pytest.raises(TaskError, match="found list, it must be a mapping"):
+        load_task_file(written("- a"))
+    (tmp_path / "bytes.yaml").write_bytes(b"name: \xff")
+    with pytest.raises(TaskError, match="bad UTF-8 at byte 6"):
+        load_task_file(tmp_path / "bytes.yaml")
+    with pytest.raises(TaskError, match=r"found 'rte', but .* describes 'tickets'"):
+        get_task("rte", str(written(GOOD)))
