@@ -123,7 +123,7 @@ class Engine:
             optimizer: an AdamW in one parameter group.
         """
         self.module = model
-        self._base_optimizer = optimizer
+        self.base_optimizer = optimizer
         self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
         self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if self.zero_stage is not None:
@@ -233,7 +233,7 @@ class Engine:
                     else None
                 )
                 if full is None:
-                    full = self._base_optimizer.state[parameter][key]
+                    full = self.base_optimizer.state[parameter][key]
                 moments[f"{name}.{key}"] = full.detach().float().cpu().clone()
         return moments
 
@@ -254,14 +254,14 @@ class Engine:
             batch: any training batch: DeepSpeed makes its optimizer state in the first step, so one is
                 taken with a zero loss at learning rate zero.
         """
-        rates = [group["lr"] for group in self._base_optimizer.param_groups]
-        for group in self._base_optimizer.param_groups:
+        rates = [group["lr"] for group in self.base_optimizer.param_groups]
+        for group in self.base_optimizer.param_groups:
             group["lr"] = 0.0
         for micro in range(self._config.gradient_accumulation_steps):
             last = micro == self._config.gradient_accumulation_steps - 1
             self.backward(self.model(**batch).loss * 0.0, last=last)
         self.step()
-        for group, rate in zip(self._base_optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(self.base_optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for name, parameter in self._trained:
             if self._is_sharded(parameter):
@@ -270,8 +270,8 @@ class Engine:
                 if self._is_sharded(parameter):
                     self._set_sharded(parameter, moments[f"{name}.{key}"], key)
                 else:
-                    self._base_optimizer.state[parameter][key].copy_(moments[f"{name}.{key}"])
-        for state in self._base_optimizer.state.values():
+                    self.base_optimizer.state[parameter][key].copy_(moments[f"{name}.{key}"])
+        for state in self.base_optimizer.state.values():
             state["step"].fill_(step)
 
     def _set_sharded(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
@@ -303,10 +303,11 @@ class Engine:
 
     def load_random_states(self, states: dict[str, Tensor]) -> None:
         """Put this rank's generators back; a rank that did not exist then keeps its own."""
+        # Cloned, since torch crashes on a state that is a row of a larger tensor.
         if self.rank < len(states["cpu"]):
-            torch.set_rng_state(states["cpu"][self.rank])
+            torch.set_rng_state(states["cpu"][self.rank].clone())
         if self.device.type == "cuda" and self.rank < len(states.get("cuda", ())):
-            torch.cuda.set_rng_state(states["cuda"][self.rank], self.device)
+            torch.cuda.set_rng_state(states["cuda"][self.rank].clone(), self.device)
 
     def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
         """Overwrite the prepared model's trained parameters, for evaluation (all ranks call).
@@ -334,7 +335,7 @@ class Engine:
 
     def release(self) -> None:
         """Free the run's model and optimizer; the process group lives on for the next run."""
-        self.module = self.model = self.optimizer = self._base_optimizer = None
+        self.module = self.model = self.optimizer = self.base_optimizer = None
         self._trained = []
         self._accelerator.free_memory()
         gc.collect()

@@ -73,10 +73,10 @@ def fit(
         start_run_folder(config)
     engine.barrier()
 
-    batches = _train_batches(config, setup)
+    batches = train_batches(config, setup)
     per_epoch = batches.steps_per_epoch
     total_steps = config.max_steps if config.max_steps > 0 else per_epoch * config.num_train_epochs
-    schedule = _prepare(config, engine, model, resumed, total_steps=total_steps)
+    schedule = prepare(config, engine, model, resumed, total_steps=total_steps)
     progress = Progress()
     if resumed:
         progress = resumed.progress
@@ -125,7 +125,8 @@ def fit(
     )
 
 
-def _train_batches(config: RunConfig, setup: Setup) -> TrainBatches:
+def train_batches(config: RunConfig, setup: Setup) -> TrainBatches:
+    """This rank's share of the training data."""
     return TrainBatches(
         lengths_of(setup.data.train),
         batch_size=config.per_device_train_batch_size,
@@ -142,7 +143,7 @@ def _batch(setup: Setup, indices: list[int]) -> dict[str, Tensor]:
     return {key: value.to(setup.engine.device) for key, value in batch.items()}
 
 
-def _prepare(
+def prepare(
     config: RunConfig,
     engine: Engine,
     model: PemtT5,

@@ -29,7 +29,7 @@ def run_source(config: SourceConfig) -> Path:
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
-    setup = _set_up(config)
+    setup = set_up(config)
     engine, task, base = setup.engine, setup.task, setup.base
     shape = base_shape(base.config)
     description = config.description or task.description
@@ -60,7 +60,7 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
-    setup = _set_up(config)
+    setup = set_up(config)
     sources = []
     if config.method == "pemt":
         assert config.bank_dir is not None
@@ -86,7 +86,8 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
     return results_of(tested, progress=fitted.progress, epoch=fitted.epoch, source_names=names)
 
 
-def _set_up(config: RunConfig) -> Setup:
+def set_up(config: RunConfig) -> Setup:
+    """Check and load everything a run reads; nothing is written (all ranks call)."""
     engine = Engine(config)
     check_run_folder(config)
     task = get_task(config.task_name)
