@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -126,11 +127,12 @@ class Encoder:
         )
 
     def identity(self) -> str:
-        """A hash of the tokenizer's tables; its object also holds the state of the last call."""
+        """A hash of the tokenizer's tables, without the truncation its last call left there."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return Hasher.hash(self.tokenizer)
-        return Hasher.hash([type(self.tokenizer).__name__, backend.to_str()])
+        tables = json.loads(backend.to_str())
+        return Hasher.hash({k: v for k, v in tables.items() if k not in ("truncation", "padding")})
 
 
 def encode_batch(
