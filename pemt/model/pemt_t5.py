@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
@@ -176,6 +176,10 @@ class PemtT5(nn.Module):
         """Token ids [B,T] (times `num_return_sequences`) from the base model's own `generate`."""
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         base: Any = self.base  # the union of the three has no common type for `generate`
+        if base.config.num_decoder_layers != base.config.num_layers:
+            # transformers 5.23 gives its own cache the depth of the encoder; this one grows
+            growing = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            generation_kwargs.setdefault("past_key_values", growing)
         return base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **generation_kwargs)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
