@@ -151,6 +151,15 @@ def test_a_second_load_reads_and_tokenises_nothing(folder, tokenizer, monkeypatc
     assert second.train[:] == first.train[:]
 
 
+def test_several_processes_give_the_same_rows(folder, tokenizer, monkeypatch):
+    alone = load_task_data(TASK, config(folder), tokenizer).train[:]
+    monkeypatch.setattr(loading_module, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(loading_module.os, "cpu_count", lambda: 2)
+    # Another maximum, which no target reaches, so that the cache is not used.
+    changed = config(folder, max_target_length=9)
+    assert load_task_data(TASK, changed, tokenizer).train[:] == alone
+
+
 def test_another_file_template_or_length_is_read_anew(folder, tokenizer, monkeypatch):
     encoded = count_calls(monkeypatch, loading_module, "encode_batch")
     load_task_data(TASK, config(folder), tokenizer)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -109,7 +111,7 @@ class Encoder:
     def encode(self, examples: Dataset, *, every_answer: bool) -> Dataset:
         """Adds input_ids, labels, length and is_cut; with `every_answer` a row per reference."""
         lengths = (self.max_source_length, self.max_target_length)
-        processes = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+        processes = min(MAX_PROCESSES, os.cpu_count() or 1)
         return examples.map(
             encode_batch,
             batched=True,
@@ -121,18 +123,20 @@ class Encoder:
                 "every_answer": every_answer,
             },
             new_fingerprint=Hasher.hash(
-                [examples._fingerprint, self.identity(), lengths, every_answer]
+                [examples._fingerprint, self.identity, lengths, every_answer]
             ),
             desc="tokenising",
         )
 
+    @cached_property
     def identity(self) -> str:
         """A hash of the tokenizer's tables, without the truncation its last call left there."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return Hasher.hash(self.tokenizer)
         tables = json.loads(backend.to_str())
-        return Hasher.hash({k: v for k, v in tables.items() if k not in ("truncation", "padding")})
+        text = json.dumps({**tables, "truncation": None, "padding": None}, sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def encode_batch(

@@ -160,7 +160,9 @@ def row_of(header: Sequence[str], values: Sequence[str]) -> Record | RowError:
     """A line's values under their names."""
     if len(values) != len(header):
         return RowError(f"found {len(values)} fields, the header has {len(header)}")
-    if any("\ud800" <= letter <= "\udfff" for value in values for letter in value):
+    try:
+        "".join(values).encode("utf-8")
+    except UnicodeEncodeError:
         return RowError("bad UTF-8")
     return dict(zip(header, values, strict=True))
 
