@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pemt.config import PemtError, RunConfig
 from pemt.deepspeed_json import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
+
+# One line per collective otherwise, from inside DeepSpeed.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -104,7 +108,7 @@ class Engine:
     @staticmethod
     def _process_group_kwargs() -> list[InitProcessGroupKwargs]:
         # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
-        launched = "WORLD_SIZE" in os.environ
+        launched = "LOCAL_RANK" in os.environ
         return (
             [InitProcessGroupKwargs(backend="gloo")]
             if launched and not torch.cuda.is_available()
@@ -126,6 +130,10 @@ class Engine:
         self.base_optimizer = optimizer
         self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
         self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._masters = self._fp32_masters()
+        # At stage 0 in half precision DeepSpeed takes an empty step to make the states, and Adam counts it.
+        for state in optimizer.state.values():
+            state["step"].zero_()
         if self.zero_stage is not None:
             self._check_deepspeed_agrees()
 
@@ -227,13 +235,10 @@ class Engine:
         moments = {}
         for name, parameter in self._trained:
             for key in MOMENTS:
-                full = (
-                    safe_get_full_optimizer_state(parameter, key)
-                    if self._is_sharded(parameter)
-                    else None
-                )
-                if full is None:
-                    full = self.base_optimizer.state[parameter][key]
+                if self._is_sharded(parameter):
+                    full = safe_get_full_optimizer_state(parameter, key)
+                else:
+                    full = self._moment(parameter, key)
                 moments[f"{name}.{key}"] = full.detach().float().cpu().clone()
         return moments
 
@@ -266,11 +271,13 @@ class Engine:
         for name, parameter in self._trained:
             if self._is_sharded(parameter):
                 self._set_sharded(parameter, weights[name], None)
+            elif parameter in self._masters:
+                self._masters[parameter].data.copy_(weights[name])
             for key in MOMENTS:
                 if self._is_sharded(parameter):
                     self._set_sharded(parameter, moments[f"{name}.{key}"], key)
                 else:
-                    self.base_optimizer.state[parameter][key].copy_(moments[f"{name}.{key}"])
+                    self._moment(parameter, key).copy_(moments[f"{name}.{key}"])
         for state in self.base_optimizer.state.values():
             state["step"].fill_(step)
 
@@ -330,8 +337,19 @@ class Engine:
 
     def _full_weight(self, parameter: nn.Parameter) -> Tensor:
         if self._is_sharded(parameter):
-            return safe_get_full_fp32_param(parameter)  # type: ignore[no-any-return]
-        return parameter
+            return safe_get_full_fp32_param(parameter)
+        return self._masters.get(parameter, parameter)
+
+    def _fp32_masters(self) -> dict[nn.Parameter, nn.Parameter]:
+        """At stage 0 in half precision DeepSpeed pairs each parameter with an fp32 master, in order."""
+        wrapper = getattr(self.model, "optimizer", None)
+        if self.zero_stage != 0 or not hasattr(wrapper, "fp32_groups"):
+            return {}
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        return {half: full for group in pairs for half, full in zip(*group, strict=True)}
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return self.base_optimizer.state[self._masters.get(parameter, parameter)][key]
 
     def release(self) -> None:
         """Free the run's model and optimizer; the process group lives on for the next run."""
@@ -339,6 +357,13 @@ class Engine:
         self._trained = []
         self._accelerator.free_memory()
         gc.collect()
+
+
+def shut_down() -> None:
+    """End the process group, all ranks together: a rank that leaves early may abort the others."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def check_world_size(num_processes: int) -> None:

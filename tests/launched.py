@@ -17,7 +17,7 @@ from typing import Any
 
 from pemt.bank import read_bank
 from pemt.config import ExpertConfig, MixtureConfig, RunConfig
-from pemt.engine import MOMENTS, Engine
+from pemt.engine import MOMENTS, Engine, shut_down
 from pemt.loop import Setup, prepare, train_batches
 from pemt.model import PemtT5, base_shape, description_prompt
 from pemt.train import run_adapt, run_source, set_up
@@ -68,6 +68,13 @@ def main(world: Path, folder: Path) -> None:
         )
     )
 
+    halved = replace(dropped, output_dir=str(folder / "bf16"), bf16=True)
+    run_adapt(halved)
+    checkpoint = str(folder / "bf16" / f"checkpoint-{RESUMED_STEP}")
+    run_adapt(
+        replace(halved, output_dir=str(folder / "bf16-resumed"), resume_from_checkpoint=checkpoint)
+    )
+
     report = {
         "results": results,
         "source": inspect_source(
@@ -77,6 +84,7 @@ def main(world: Path, folder: Path) -> None:
     }
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / "report.json").write_text(json.dumps(report))
+    shut_down()
 
 
 def inspect_source(config: Any) -> dict[str, Any]:
