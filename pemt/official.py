@@ -72,11 +72,13 @@ def _choose(folder: Path, kind: str | None) -> Literal["lora", "bottleneck"]:
         there = [key for key in there if key == kind]
     if len(there) == 1:
         return there[0]
-    names = " or ".join(FILES.values())
     if there:
+        names = " and ".join(FILES.values())
         raise OfficialError(f"{folder}: holds both {names}; choose with kind lora or bottleneck")
     wanted = f" of kind {kind}" if kind is not None else ""
-    raise OfficialError(f"{folder}: holds no expert{wanted}; needed is {names}")
+    raise OfficialError(
+        f"{folder}: holds no expert{wanted}; needed is {' or '.join(FILES.values())}"
+    )
 
 
 def _expert(path: Path, kind: Literal["lora", "bottleneck"]) -> dict[str, Tensor]:

@@ -51,11 +51,12 @@ class ExpertSource:
                 f"{owner}: tensor `{key}` {problem}; needed is one per layer of this base model "
                 f"({shape['num_layers']} encoder, {shape['num_decoder_layers']} decoder layers)"
             )
-        for key, tensor in self.weights.items():
-            if tuple(tensor.shape) != expected[key]:
+        for key, size in expected.items():
+            found = tuple(self.weights[key].shape)
+            if found != size:
                 raise ModelError(
-                    f"{owner}: tensor `{key}` is {list(tensor.shape)}, "
-                    f"this base model and rank {self.rank} need {list(expected[key])}"
+                    f"{owner}: tensor `{key}` is {list(found)}, "
+                    f"this base model and rank {self.rank} need {list(size)}"
                 )
         check_prompt(self.prompt_PD, shape["d_model"], owner=owner)
 

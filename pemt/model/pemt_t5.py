@@ -195,8 +195,8 @@ class PemtT5(nn.Module):
         Not reentrant: the sparsity losses are no outputs of the blocks, and that way would cut
         them off from their gradients.
         """
-        self.base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
+        self.base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
         )
 
     def export_expert(
