@@ -6,8 +6,9 @@ import os
 import sys
 import time
 
-from pemt.arguments import parse_config
-from pemt.config import AdaptConfig, PemtError, SourceConfig
+from pemt.arguments import nearest
+from pemt.commands import COMMANDS
+from pemt.config import PemtError
 
 USAGE = """\
 usage: pemt COMMAND [--config FILE] [--field value ...]
@@ -15,39 +16,22 @@ usage: pemt COMMAND [--config FILE] [--field value ...]
 Adapt a frozen T5 to a new task by mixing experts learned on other tasks (PEMT, arXiv 2402.15082).
 
 the two stages:
-  pemt source   train one source task's expert and prompt into a bank
-                  pemt source --config source --task_name mnli --output_dir runs/mnli --bank_dir bank
-  pemt adapt    adapt to a target task over the bank's frozen experts
-                  pemt adapt --config adapt --task_name superglue-cb --output_dir runs/cb --bank_dir bank
+  source   train one source task's expert and prompt, into a bank
+             pemt source --config source --task_name mnli --output_dir runs/mnli --bank_dir bank
+  adapt    adapt to a target task over the bank's frozen experts
+             pemt adapt --config adapt --task_name superglue-cb --output_dir runs/cb --bank_dir bank
 
 around them:
-  pemt demo     both stages on a small world that fits a laptop
-  pemt bank     import the published code's experts: pemt bank import-official --help
-  pemt tasks    list the tasks
-  pemt ops      build the fused op ahead of a run, or tell what is built: pemt ops build|info
-  pemt bench    time the op: pemt bench op --help
+  demo     both stages on a small world that fits a laptop
+  bank     list a bank, or import the published code's experts
+  tasks    list the tasks
+  ops      build the fused op ahead of a run, or tell what is built
+  bench    time the op
 
 `pemt COMMAND --help` lists a command's fields. On several ranks:
   accelerate launch --config_file launchers/accelerate/cpu.yaml \\
       --deepspeed_config_file ds_configs/zero2.json -m pemt adapt --config ...
 """
-
-
-def source(arguments: list[str]) -> None:
-    config = parse_config(SourceConfig, arguments, prog="pemt source")
-    from pemt.train import run_source
-
-    run_source(config)
-
-
-def adapt(arguments: list[str]) -> None:
-    config = parse_config(AdaptConfig, arguments, prog="pemt adapt")
-    from pemt.train import run_adapt
-
-    run_adapt(config)
-
-
-COMMANDS = {"source": source, "adapt": adapt}
 
 
 def main() -> None:
@@ -58,13 +42,15 @@ def main() -> None:
         return
     try:
         if name not in COMMANDS:
-            raise PemtError(f"pemt {name}: no such command; there are {', '.join(COMMANDS)}")
+            hint = nearest(name, list(COMMANDS), what=f"there are {', '.join(COMMANDS)}")
+            raise PemtError(f"pemt {name}: no such command{hint}")
         COMMANDS[name](arguments)
     except PemtError as error:
         complain(error)
-        # Not sys.exit: ranks that wait in a collective must not hold the others up at exit.
-        sys.stderr.flush()
+        # Not sys.exit: a rank that waits for the others at exit would hold the job up.
         os._exit(2)
+    if "pemt.engine" in sys.modules:
+        sys.modules["pemt.engine"].shut_down()
 
 
 def complain(error: PemtError) -> None:

@@ -70,10 +70,9 @@ def field_keys(kind: type[Any], prefix: str = "") -> list[str]:
     keys = []
     for each in dataclasses.fields(kind):
         keys.append(prefix + each.name)
-        if each.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(
-            each.default_factory
-        ):
-            keys += field_keys(each.default_factory, f"{prefix}{each.name}.")
+        section: Any = each.default_factory
+        if dataclasses.is_dataclass(section):
+            keys += field_keys(section, f"{prefix}{each.name}.")
     return keys
 
 
@@ -122,7 +121,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+            content = yaml.load(file, Loader=_UniqueKeyLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{path}, line {line}: malformed YAML: {error.problem}") from None

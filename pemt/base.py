@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from pemt.config import PemtError, RunConfig
 from pemt.data import load_tokenizer
+from pemt.model import base_shape
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
 
 
 class BaseModelError(PemtError):
-    """A base model or tokenizer that cannot be loaded, or is no T5."""
+    """A base model that cannot be loaded, is no T5, or does not go with the tokenizer."""
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -27,40 +31,51 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         config: `model_name_or_path`, and `tokenizer_name` where the tokenizer lies elsewhere.
 
     Raises:
-        BaseModelError: it cannot be loaded, it is no T5, or the tokenizer has more tokens than it.
+        BaseModelError: the model cannot be loaded, is no T5, or embeds fewer tokens than there are.
+        DataError: the tokenizer cannot be loaded.
     """
     name = config.model_name_or_path
-    try:
-        model_type = AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
-        raise BaseModelError(
-            f"model_name_or_path: `{name}` cannot be loaded: {_first_line(error)}"
-        ) from None
-    if model_type not in MODEL_TYPES:
-        raise BaseModelError(
-            f"model_name_or_path: `{name}` is a {model_type} model; PEMT needs one of {', '.join(MODEL_TYPES)}"
-        )
+    model_config = _load_config(name)
     tokenizer_name = config.tokenizer_name or name
-    try:
-        tokenizer = load_tokenizer(tokenizer_name)
-    except (OSError, ValueError) as error:
+    tokenizer = load_tokenizer(tokenizer_name)
+    if len(tokenizer) > model_config.vocab_size:
         raise BaseModelError(
-            f"tokenizer_name: `{tokenizer_name}` cannot be loaded: {_first_line(error)}"
-        ) from None
+            f"tokenizer_name: `{tokenizer_name}` has {len(tokenizer)} tokens, the base model "
+            f"`{name}` embeds {model_config.vocab_size}; give the tokenizer it was trained with"
+        )
     try:
         # DeepSpeed casts to the run's precision and keeps its masters; everything starts from fp32.
         base = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise BaseModelError(
-            f"model_name_or_path: `{name}` cannot be loaded: {_first_line(error)}"
-        ) from None
-    if len(tokenizer) > base.config.vocab_size:
-        raise BaseModelError(
-            f"tokenizer_name: `{tokenizer_name}` has {len(tokenizer)} tokens, the base model "
-            f"`{name}` embeds {base.config.vocab_size}; give the tokenizer it was trained with"
-        )
+        raise _not_loaded(name, error) from None
     return base, tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def load_shape(name: str) -> dict[str, Any]:
+    """`base_shape` of a base model, from its configuration alone.
+
+    Raises:
+        BaseModelError: it cannot be read, or is no T5.
+    """
+    return base_shape(_load_config(name))
+
+
+def _load_config(name: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from None
+    if config.model_type not in MODEL_TYPES:
+        raise BaseModelError(
+            f"model_name_or_path: `{name}` is a {config.model_type} model; "
+            f"PEMT needs one of {', '.join(MODEL_TYPES)}"
+        )
+    return config
+
+
+def _not_loaded(name: str, error: Exception) -> BaseModelError:
+    first_line = str(error).strip().split("\n")[0]
+    return BaseModelError(
+        f"model_name_or_path: `{name}` cannot be loaded ({first_line}); "
+        "give a hub id, or a folder with config.json and weights"
+    )

@@ -117,7 +117,7 @@ class Checkpoints:
         weights = (
             read_tensors(folder, WEIGHTS, read_manifest(folder)) if self._engine.is_main else None
         )
-        return self._engine.from_main(weights)  # type: ignore[no-any-return]
+        return self._engine.from_main(weights)
 
     def resume(self, choice: str | bool) -> Checkpoint | None:
         """The checkpoint to go on from, chosen and read by rank 0 for all (all ranks call).

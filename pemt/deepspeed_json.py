@@ -1,4 +1,4 @@
-"""Reads a DeepSpeed JSON, refuses what DeepSpeed would swallow, and fills in what `"auto"` leaves open.
+"""Reads a DeepSpeed JSON, refuses what DeepSpeed would swallow, fills in what `"auto"` leaves open.
 
 DeepSpeed takes a key given twice, a misspelt section and `"stage": "2"` without a word; each of them
 trains something other than what was meant. Nothing here imports DeepSpeed.
@@ -19,13 +19,38 @@ class DeepSpeedConfigError(PemtError):
 
 
 SECTIONS = (
-    "activation_checkpointing aio bf16 comms_logger communication_data_type compile compression_training "
-    "csv_monitor data_types disable_allgather dump_state flops_profiler fp16 gradient_accumulation_steps "
-    "gradient_clipping gradient_predivide_factor memory_breakdown optimizer prescale_gradients "
-    "sequence_parallel_size sparse_gradients steps_per_print tensorboard torch_autocast train_batch_size "
-    "train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer zero_optimization"
-).split()
+    "activation_checkpointing",
+    "aio",
+    "bf16",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "compression_training",
+    "csv_monitor",
+    "data_types",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "optimizer",
+    "prescale_gradients",
+    "sequence_parallel_size",
+    "sparse_gradients",
+    "steps_per_print",
+    "tensorboard",
+    "torch_autocast",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "use_data_before_expert_parallelism",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:

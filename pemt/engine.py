@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -162,7 +162,7 @@ class Engine:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Mixed precision for calls that do not go through the prepared model's forward."""
-        return self._accelerator.autocast()  # type: ignore[no-any-return]
+        return self._accelerator.autocast()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of one micro-batch.
@@ -199,15 +199,15 @@ class Engine:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate over ranks along dimension 0; the same shape on every rank."""
-        return self._accelerator.gather(tensor.contiguous())  # type: ignore[no-any-return]
+        return self._accelerator.gather(tensor.contiguous())
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Mean over ranks."""
-        return self._accelerator.reduce(tensor, reduction="mean")  # type: ignore[no-any-return]
+        return self._accelerator.reduce(tensor, reduction="mean")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
-        return self._accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
+        return self._accelerator.reduce(tensor, reduction="sum")
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
@@ -291,7 +291,7 @@ class Engine:
                 safe_set_full_optimizer_state(parameter, value, key)
             return
         # At stage 3 DeepSpeed's own setters fail where the ranks do not divide the parameter.
-        share = parameter.ds_tensor.ds_numel
+        share = cast("Any", parameter).ds_tensor.ds_numel
         padded = nn.functional.pad(value.flatten(), (0, share * self.world_size - value.numel()))
         mine = padded.narrow(0, share * self.rank, share).to(self.device)
         if key is None:
@@ -342,7 +342,7 @@ class Engine:
 
     def _fp32_masters(self) -> dict[nn.Parameter, nn.Parameter]:
         """At stage 0 in half precision DeepSpeed pairs each parameter with an fp32 master, in order."""
-        wrapper = getattr(self.model, "optimizer", None)
+        wrapper: Any = getattr(self.model, "optimizer", None)
         if self.zero_stage != 0 or not hasattr(wrapper, "fp32_groups"):
             return {}
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
@@ -353,10 +353,15 @@ class Engine:
 
     def release(self) -> None:
         """Free the run's model and optimizer; the process group lives on for the next run."""
-        self.module = self.model = self.optimizer = self.base_optimizer = None
-        self._trained = []
+        del self.module, self.model, self.optimizer, self.base_optimizer
+        del self._trained, self._masters
         self._accelerator.free_memory()
         gc.collect()
+
+
+def full_size(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, of which ZeRO-3 leaves this rank an empty shell."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def shut_down() -> None:

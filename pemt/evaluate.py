@@ -68,6 +68,7 @@ def evaluate(
     """
     started = time.perf_counter()
     module = engine.module
+    assert isinstance(module, PemtT5)
     was_training = module.training
     module.eval()
     longest = config.max_target_length or task.max_target_length

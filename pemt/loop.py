@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from pemt.checkpoint import Checkpoint, Checkpoints, Progress, match_trained
 from pemt.config import RunConfig
 from pemt.data import TaskData, TrainBatches, collate, lengths_of
-from pemt.engine import Engine
+from pemt.engine import Engine, full_size
 from pemt.evaluate import evaluate
 from pemt.meter import Meter
 from pemt.model import PemtT5
@@ -91,13 +91,16 @@ def fit(
         is_main=engine.is_main,
         description=f"{stage} {setup.task.name}",
     ) as monitor:
+        for note in setup.data.notes:
+            monitor.message(note)
+        monitor.message(_size_line(model, engine))
         for micro_batches in _steps(batches, start=progress.step, end=total_steps):
             for number, indices in enumerate(micro_batches):
                 batch = _batch(setup, indices)
                 out = engine.model(**batch)
                 engine.backward(out.loss, last=number == len(micro_batches) - 1)
                 meter.add(out, batch)
-            learning_rate = schedule.get_last_lr()[0]
+            learning_rate = float(schedule.get_last_lr()[0])
             grad_norm = engine.step()
             schedule.step()
             progress = replace(progress, step=progress.step + 1)
@@ -122,6 +125,16 @@ def fit(
         weights=checkpoints.best_weights(progress),
         progress=progress,
         epoch=progress.step / per_epoch,
+    )
+
+
+def _size_line(model: PemtT5, engine: Engine) -> str:
+    trained = sum(full_size(parameter) for _, parameter in model.trainable_parameters())
+    total = sum(full_size(parameter) for parameter in model.parameters())
+    stage = "no DeepSpeed" if engine.zero_stage is None else f"ZeRO-{engine.zero_stage}"
+    return (
+        f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
+        f"{engine.world_size} rank(s), {stage}"
     )
 
 

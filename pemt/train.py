@@ -90,7 +90,7 @@ def set_up(config: RunConfig) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
     engine = Engine(config)
     check_run_folder(config)
-    task = get_task(config.task_name)
+    task = get_task(config.task_name, config.task_file)
     base, tokenizer = load_base(config)
     data = load_task_data(task, config, tokenizer, build_first=engine.build_first)
     engine.seed(config.seed, per_rank=False)
