@@ -25,7 +25,11 @@ GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_d
 
 
 @pytest.mark.real
-def test_the_published_numbers(shared: Path) -> None:
+@pytest.mark.parametrize("implementation", ["reference", "packed", "cpu"])
+def test_the_published_numbers(
+    shared: Path, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEMT_OPS", implementation)
     assert main([str(shared / "golden" / "pemt_tiny.safetensors")]) == 0
 
 

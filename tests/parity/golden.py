@@ -153,7 +153,6 @@ def _sources(
                 for site, dense in sites.items()
                 for ours, theirs in (("down", "lora_A"), ("up", "lora_B"))
             }
-            rank = golden.config["lora_rank"]
         else:
             task = tasks[k if order is None else order[k]]
             weights = {
@@ -161,11 +160,10 @@ def _sources(
                 for site, dense in sites.items()
                 for ours, theirs in _ADAPTER_PARTS.items()
             }
-            rank = len(weights["encoder.0.down.weight"])
         source = ExpertSource(
             name=f"source{k}",
             kind="lora" if stage == "stage2" else "bottleneck",
-            rank=rank,
+            rank=len(weights["encoder.0.down" if stage == "stage2" else "encoder.0.down.weight"]),
             alpha=golden.config["lora_alpha"],
             weights=weights,
             prompt_PD=parameters[f"task_list.{k}"],
