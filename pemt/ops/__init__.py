@@ -10,8 +10,15 @@ B batch, S tokens (prompt included), F d_ff, D d_model, K experts, T the sum of 
 Gradients reach x, gates, latent and z. The K outputs of width D are never made, and of x only the
 latent of width T is kept for the backward pass. The package knows PyTorch alone.
 
-`reference` is the specification, `packed` the same in few matrix products, `select` picks what
-runs (PEMT_OPS forces it), `schema` holds the `torch.library` ops.
+Four implementations, chosen by `select`; PEMT_OPS=<name> forces one, and then a failure is an error:
+    reference  a loop over the experts in the forward pass: the specification
+    packed     plain PyTorch in few matrix products, for every device without a compiled kernel
+    cpu        C++: csrc/ops.cpp over csrc/cpu_kernels.cpp
+    cuda       the same ops.cpp over csrc/cuda_kernels.cu. Not run on a GPU yet: its sources have
+               been compiled for sm_80 and sm_90a, and run on the host by the tests' emulation
+
+`library` compiles the last two at first use, once for all ranks; `build` is `pemt ops build|info`.
+`schema` registers the `torch.library` ops with their fake implementations and autograd.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import build, packed, reference
+from . import library, packed, reference
 from .checks import OpsError, compute_dtype
 
 
@@ -56,7 +56,6 @@ REFERENCE = Kernels(
     task_sparsity_backward=packed.task_sparsity_backward,
 )
 ANY_DEVICE = {"reference": REFERENCE, "packed": PACKED}
-COMPILED = {"cpu": build.cpu_library}  # by the device type that a library serves
 
 
 @functools.cache
@@ -65,14 +64,14 @@ def compiled(device: str) -> Kernels:
 
     Raises OpsError where they cannot be had.
     """
-    library = COMPILED[device]()
-    build.load(library)
-    return Kernels.of(getattr(torch.ops, library.namespace))
+    found = library.LIBRARIES[device]()
+    library.load(found)
+    return Kernels.of(getattr(torch.ops, found.namespace))
 
 
 @functools.cache
 def _best(device: str) -> Kernels:
-    if device not in COMPILED:
+    if device not in library.LIBRARIES:
         return PACKED
     try:
         return compiled(device)
@@ -93,8 +92,8 @@ def kernels_for(tensor: Tensor) -> Kernels:
         return _best(device)
     if forced in ANY_DEVICE:
         return ANY_DEVICE[forced]
-    if forced not in COMPILED:
-        choices = ", ".join([*ANY_DEVICE, *COMPILED])
+    if forced not in library.LIBRARIES:
+        choices = ", ".join([*ANY_DEVICE, *library.LIBRARIES])
         raise OpsError(f"PEMT_OPS: found {forced!r}; use one of {choices}, or unset it")
     if forced != device:
         raise OpsError(f"PEMT_OPS: {forced!r} cannot run tensors on {device}; unset it")

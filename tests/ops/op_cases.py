@@ -31,6 +31,12 @@ class Case:
         gates = self.gates.to(torch.promote_types(dtype, torch.float32))
         return replace(self, **tensors, gates=gates)
 
+    def on(self, device: str) -> Case:
+        """The same numbers on another device."""
+        names = ("x", "weight", "down", "up", "gates", "mask")
+        present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in present.items()})
+
     @property
     def mixture(self) -> tuple:
         return self.x, self.weight, self.down, self.up, self.gates, self.scales, self.ranks
@@ -68,9 +74,9 @@ def results(case: Case, *, through: str) -> dict[str, Tensor]:
     x, gates = case.x.detach().requires_grad_(), case.gates.detach().requires_grad_()
     mixture = reference.expert_mixture if through == "reference" else ops.expert_mixture
     y, latent = mixture(x, *frozen, gates, *experts)
-    weight_y = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).view_as(y).to(y.dtype)
+    weight_y = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).view_as(y).to(y)
     weight_l = torch.sin(torch.arange(latent.numel(), dtype=torch.float64)).view_as(latent)
-    objective = (y * weight_y).sum() + (latent * weight_l.to(latent.dtype)).sum()
+    objective = (y * weight_y).sum() + (latent * weight_l.to(latent)).sum()
     dx, dgates = torch.autograd.grad(objective, (x, gates))
 
     z = (y + torch.tanh(y)).detach().requires_grad_()

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_cases import Case, make_case, results
 from torch.utils.checkpoint import checkpoint
 
 from pemt import ops
 from pemt.ops import OpsError
+from tests.ops.op_cases import Case, make_case, results
 
 MIXED = {"batch": 2, "tokens": 3, "d_ff": 7, "d_model": 6, "ranks": (2, 3, 1)}
 
@@ -29,7 +29,7 @@ def layer_loss(case: Case, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor
 
 @pytest.mark.parametrize("mask", [False, True], ids=["all tokens", "masked"])
 def test_gradcheck(implementation, mask):
-    case = make_case(**MIXED, mask=mask)
+    case = make_case(batch=2, tokens=2, d_ff=3, d_model=3, ranks=(2, 1), mask=mask)
     gram = ops.gram_matrix(case.up, case.ranks)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
     assert torch.autograd.gradcheck(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from op_cases import Case, make_case
 from torch import Tensor
 
 from pemt import ops
 from pemt.ops import reference
+from tests.ops.op_cases import Case, make_case
 
 T5_BASE = {"batch": 2, "tokens": 64, "d_ff": 3072, "d_model": 768, "ranks": (64,) * 6}
 

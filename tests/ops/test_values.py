@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_cases import make_case, relative_error, results
 
 from pemt import ops
+from tests.ops.op_cases import make_case, relative_error, results
 
 SHAPES = {
     "plain": {"batch": 3, "tokens": 7, "ranks": (4, 4, 4)},
@@ -63,8 +63,8 @@ def test_strides_do_not_matter(implementation, dtype):
     assert not strided.x.is_contiguous()
     assert not strided.down.is_contiguous()
     plain, found = results(case, through="ops"), results(strided, through="ops")
-    for name, value in plain.items():
-        torch.testing.assert_close(found[name], value, msg=name)
+    for name, value in plain.items():  # other strides may take another path: other roundings
+        assert relative_error(found[name], value) <= 4 * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=["no sample", "no token"])

@@ -37,6 +37,11 @@ int64_t sparsity_partials(const Shape& shape);  // blocks in all; the buffer is 
 void gate_latent(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
                  const void* latent, const void* gates, void* gated);
 
+// y[n,:] += gated latent[n,:] up^T in one launch, for few tokens; false, and nothing done, for many.
+// up [D,T] must be contiguous.
+bool expand_small(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
+                  const void* latent, const void* gates, const void* up, void* y);
+
 struct MixtureBackward {
   const void* latent;      // [N,T]
   void* projection;        // [N,T], dy up; overwritten by the latent's whole gradient

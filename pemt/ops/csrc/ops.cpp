@@ -80,10 +80,17 @@ std::tuple<Tensor, Tensor> expert_mixture(
   const Tensor x_NF = rows_of(x), gates_BK = reals(gates, x);
   Tensor y_ND = at::mm(x_NF, weight.t());
   const Tensor latent_NT = at::mm(x_NF, down.t());
-  Tensor gated_NT = at::empty_like(latent_NT);
-  pemt::gate_latent(stream_of(x), dtype_of(x), shape, experts, latent_NT.const_data_ptr(),
-                    gates_BK.const_data_ptr(), gated_NT.mutable_data_ptr());
-  y_ND.addmm_(gated_NT, up.t());
+  const void* latents = latent_NT.const_data_ptr();
+  const void* gate_values = gates_BK.const_data_ptr();
+  const bool expanded = up.is_contiguous() &&
+      pemt::expand_small(stream_of(x), dtype_of(x), shape, experts, latents, gate_values,
+                         up.const_data_ptr(), y_ND.mutable_data_ptr());
+  if (!expanded) {
+    Tensor gated_NT = at::empty_like(latent_NT);
+    pemt::gate_latent(stream_of(x), dtype_of(x), shape, experts, latents, gate_values,
+                      gated_NT.mutable_data_ptr());
+    y_ND.addmm_(gated_NT, up.t());
+  }
   return {y_ND.view({shape.batch, shape.tokens, shape.d_model}),
           latent_NT.view({shape.batch, shape.tokens, experts.total})};
 }

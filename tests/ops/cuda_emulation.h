@@ -1,0 +1,211 @@
+// CUDA's execution model on the host, as far as the kernels use it: a block's threads are fibers
+// that change places at barriers, shuffles and tensor-core products; blocks run one after another.
+// Replaces cuda_device.cuh. Odd blocks run their threads backwards, so that a missing barrier shows.
+// A barrier that not all threads reach ends the program with a message.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace emulation {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStackBytes = 128 * 1024;
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  long generation = 0;
+};
+
+struct WarpSlots {  // what the lanes of a warp show each other
+  Barrier barrier;
+  double value[kWarpSize];
+  uint32_t a[kWarpSize][4], b[kWarpSize][2];
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  dim3 thread;
+  bool done = true;
+};
+
+struct Block {
+  ucontext_t scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<WarpSlots> warps;
+  Barrier barrier;
+  std::function<void()> body;
+  Fiber* current = nullptr;
+  dim3 index;
+  long steps = 0;  // barriers passed and threads ended: a round without any is a deadlock
+};
+
+inline Block& block() {
+  static Block instance;
+  return instance;
+}
+
+inline void yield() { swapcontext(&block().current->context, &block().scheduler); }
+
+inline void wait(Barrier& barrier) {
+  const long generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    ++block().steps;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+inline WarpSlots& warp() { return block().warps[block().current->thread.x / kWarpSize]; }
+inline int lane() { return int(block().current->thread.x) % kWarpSize; }
+
+inline void enter() {
+  block().body();
+  block().current->done = true;
+  ++block().steps;
+  yield();
+}
+
+inline void run_block(int threads, bool backwards) {
+  Block& now = block();
+  now.barrier = {threads};
+  for (WarpSlots& slots : now.warps) slots.barrier = {kWarpSize};
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = now.fibers[t];
+    fiber.thread = dim3(unsigned(t), 0, 0);
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (int left = threads; left > 0;) {
+    const long before = now.steps;
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = now.fibers[backwards ? threads - 1 - i : i];
+      if (fiber.done) continue;
+      now.current = &fiber;
+      swapcontext(&now.scheduler, &fiber.context);
+      left -= fiber.done;
+    }
+    if (now.steps == before) {
+      std::fprintf(stderr, "emulation: threads wait at a barrier that others do not reach\n");
+      std::abort();
+    }
+  }
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::block().current->thread)
+#define blockIdx (emulation::block().index)
+
+inline void __syncthreads() { emulation::wait(emulation::block().barrier); }
+
+namespace pemt {
+
+using std::abs;
+using std::max;
+using std::min;
+using std::sqrt;
+
+struct bf16 {
+  uint16_t bits;
+};
+using f16 = _Float16;
+
+inline float real(bf16 value) {
+  const uint32_t wide = uint32_t{value.bits} << 16;
+  float result;
+  std::memcpy(&result, &wide, sizeof result);
+  return result;
+}
+inline float real(f16 value) { return float(value); }
+inline float real(float value) { return value; }
+inline double real(double value) { return value; }
+
+template <class T, class R> T rounded(R value) {
+  if constexpr (std::is_same_v<T, bf16>) {  // to nearest, ties to even
+    uint32_t wide;
+    const float narrow = float(value);
+    std::memcpy(&wide, &narrow, sizeof wide);
+    return {uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16)};
+  } else {
+    return T(value);
+  }
+}
+
+template <class R> R shuffle_xor(R value, int lane_mask) {
+  emulation::WarpSlots& warp = emulation::warp();
+  warp.value[emulation::lane()] = double(value);
+  emulation::wait(warp.barrier);
+  const R result = R(warp.value[emulation::lane() ^ lane_mask]);
+  emulation::wait(warp.barrier);
+  return result;
+}
+
+// The fragment layout of mma.m16n8k16, from the PTX manual: with group = lane / 4 and
+// pair = lane % 4 * 2, a holds rows {group, group + 8} at k {pair, +1, pair + 8, +9}, b holds
+// column `group` at the same k, and the sums rows {group, group + 8} at columns {pair, +1}.
+template <class T>
+void tensor_core_product(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulation::WarpSlots& warp = emulation::warp();
+  const int lane = emulation::lane();
+  std::copy(a, a + 4, warp.a[lane]);
+  std::copy(b, b + 2, warp.b[lane]);
+  emulation::wait(warp.barrier);
+  const auto half_of = [](uint32_t bits, int which) {
+    T two[2];
+    std::memcpy(two, &bits, sizeof bits);
+    return real(two[which]);
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int owner = k % 8 / 2, upper = k / 8;
+      const float left = half_of(warp.a[row % 8 * 4 + owner][row / 8 + upper * 2], k % 2);
+      const float right = half_of(warp.b[column * 4 + owner][upper], k % 2);
+      sums[i] += left * right;
+    }
+  }
+  emulation::wait(warp.barrier);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, void*,
+            const Arguments&... arguments) {
+  emulation::Block& block = emulation::block();
+  if (block.fibers.size() < size_t(threads)) block.fibers = std::vector<emulation::Fiber>(threads);
+  block.warps = std::vector<emulation::WarpSlots>(threads / emulation::kWarpSize);
+  block.body = [&] { kernel(arguments...); };
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      block.index = dim3(x, y, 0);
+      emulation::run_block(threads, x % 2 == 1);
+    }
+}
+
+}  // namespace pemt

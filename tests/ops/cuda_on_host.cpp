@@ -1,0 +1,3 @@
+// The CUDA kernels as host code: the same source, over cuda_emulation.h.
+#define PEMT_EMULATE_CUDA
+#include "cuda_kernels.cu"

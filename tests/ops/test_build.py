@@ -1,0 +1,126 @@
+"""Kernels are built once by one of many processes; a failed build falls back, or stops the run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pemt.ops import OpsError, build, library
+from pemt.ops.select import kernels_for
+
+BUILD_SLOWLY = """
+import sys, time
+from pathlib import Path
+from pemt.ops import library
+def compile_slowly(found):
+    with open(sys.argv[1], "a") as log:
+        log.write("compiled\\n")
+    time.sleep(0.5)
+library._compile = compile_slowly
+library.build(library.cpu_library())
+assert library.cpu_library().built.exists()
+"""
+USE = """
+import warnings, torch
+from pemt import ops
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y, _ = ops.expert_mixture(torch.ones(1, 1, 2), torch.ones(3, 2), torch.ones(1, 2),
+                                  torch.ones(3, 1), torch.ones(1, 1), [1.0], [1])
+print(y.flatten().tolist())
+print(*[warning.message for warning in caught if warning.category is RuntimeWarning], sep="\\n")
+"""
+
+
+def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
+    without = {name: value for name, value in os.environ.items() if name != "PEMT_OPS"}
+    return {**without, "TORCH_EXTENSIONS_DIR": str(tmp_path), **extra}
+
+
+def test_one_process_of_many_builds(tmp_path):
+    log = tmp_path / "log"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILD_SLOWLY, str(log)],
+            env=environment(tmp_path), stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert log.read_text() == "compiled\n"
+
+
+def test_what_a_killed_build_left_does_not_block_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    found = library.cpu_library()
+    found.folder.mkdir(parents=True)
+    (found.folder / "lock").touch()
+    (found.folder / "build.lock").touch()
+    seen = []
+    monkeypatch.setattr(
+        library, "_compile", lambda found: seen.append((found.folder / "lock").exists())
+    )
+    library.build(found)
+    assert seen == [False]
+    assert found.built.exists()
+
+
+def test_a_changed_source_gets_its_own_folder(tmp_path):
+    source = tmp_path / "one.cpp"
+    folders = set()
+    for text in ("int one;", "int two;"):
+        source.write_text(text)
+        folders.add(library.Library(name="x", sources=(source,), machines="", flags=()).folder)
+    assert len(folders) == 2
+
+
+def test_a_failed_build_warns_once_and_plain_pytorch_runs(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", USE], env=environment(tmp_path, CXX="false"),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    numbers, warning = done.stdout.strip().splitlines()
+    assert numbers == "[4.0, 4.0, 4.0]"
+    assert warning.startswith("the cpu kernel does not build: ")
+    assert warning.endswith("; plain PyTorch runs instead")
+
+
+def test_a_failed_build_is_an_error_where_the_kernel_is_forced(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", USE], env=environment(tmp_path, CXX="false", PEMT_OPS="cpu"),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "BuildError: the cpu kernel does not build: " in done.stderr
+
+
+def test_a_kernel_of_another_device_cannot_be_forced(monkeypatch):
+    monkeypatch.setenv("PEMT_OPS", "cuda")
+    with pytest.raises(OpsError, match="PEMT_OPS: 'cuda' cannot run tensors on cpu"):
+        kernels_for(torch.empty(0))
+    assert "cpu tensors: an error: PEMT_OPS: 'cuda' cannot run" in build.describe()[-1]
+
+
+def test_info_tells_what_is_built_and_what_would_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("PEMT_OPS", raising=False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    before = build.describe()
+    assert any(line.startswith("cpu library: not built yet") for line in before)
+    assert before[-1] == "cpu tensors: cpu kernels, to be built at first use"
+    monkeypatch.setattr(library, "_compile", lambda found: None)
+    lines = build.build_all()
+    assert lines[0].startswith("cpu: built for ")
+    if torch.version.cuda is None:
+        assert lines[1] == "cuda: skipped, this PyTorch has no CUDA"
+    assert build.describe()[-1] == "cpu tensors: cpu kernels, built"
+    monkeypatch.setenv("PEMT_OPS", "packed")
+    assert build.describe()[-1] == "cpu tensors: packed, forced by PEMT_OPS"

@@ -1,0 +1,129 @@
+"""The CUDA sources compile without a GPU and without spills; their emulation catches mistakes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from pemt.ops.library import CSRC, CUDA_ARCHITECTURES
+from pemt.ops.select import kernels_for
+from tests.ops.op_cases import make_case, relative_error, results
+
+HERE = Path(__file__).parent
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+KERNELS = (
+    "gate_latent_kernel", "expand_small_kernel", "mixture_backward_kernel", "sum_chunks_kernel",
+    "sparsity_forward_kernel", "sum_distances_kernel", "sparsity_backward_kernel",
+)  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CUDA_ARCHITECTURES)
+def test_kernels_compile_without_register_spills(architecture, tmp_path):
+    done = subprocess.run(
+        [NVCC, "-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas", "-v",
+         "-c", str(CSRC / "cuda_kernels.cu"), "-o", str(tmp_path / "kernels.o")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
+    assert len(spills) == len(registers) == 24  # 5 kernels of 4 dtypes and 2 of 2
+    assert all(name in report for name in KERNELS)
+    assert set(spills) == {("0", "0")}
+    assert max(registers) <= 128  # two blocks of 256 threads on a multiprocessor
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_binding_compiles_against_cuda_headers(tmp_path):
+    """Syntax and types alone; a PyTorch without CUDA lacks one generated header, empty here."""
+    assert NVCC is not None
+    done = subprocess.run([NVCC, "-E", "-Xcompiler", "-v", "-x", "cu", "/dev/null"],
+                          capture_output=True, text=True)  # fmt: skip
+    includes = re.findall(r"^ (/\S*/(?:include|targets/\S+))$", done.stderr, re.MULTILINE)
+    toolkit = [path for path in includes if (Path(path) / "cuda_runtime_api.h").exists()]
+    assert toolkit, done.stderr
+    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    generated.parent.mkdir(parents=True)
+    generated.touch()
+    folders = [tmp_path, *cpp_extension.include_paths(), toolkit[0], CSRC]
+    flags = [f"-I{folder}" for folder in folders]
+    done = subprocess.run(
+        ["c++", "-std=c++20", "-fsyntax-only", "-DPEMT_CUDA", "-DPEMT_LIBRARY=pemt_cuda", *flags,
+         str(CSRC / "ops.cpp")], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("if (threadIdx.x < 7) __syncthreads();", "threads wait at a barrier"),
+        ("if (threadIdx.x % 32 < 5) shuffle_xor(1.0f, 1);", "threads wait at a barrier"),
+        ("__shared__ int seen; if (threadIdx.x == 31) seen = 5; __syncthreads();"
+         "if (seen == 5) __syncthreads();", ""),
+    ],
+    ids=["block barrier", "shuffle", "sound"],
+)  # fmt: skip
+def test_the_emulation_stops_at_a_barrier_some_threads_miss(body, message, tmp_path):
+    source = tmp_path / "kernel.cpp"
+    source.write_text(
+        '#include "cuda_emulation.h"\nusing namespace pemt;\n'
+        f"void kernel(int) {{ {body} }}\n"
+        "int main() { launch(kernel, dim3(2), 64, nullptr, 1); }\n"
+    )
+    program = tmp_path / "program"
+    subprocess.run(["c++", "-std=c++20", f"-I{HERE}", str(source), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode != 0) == bool(message)
+    assert message in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_gpu_gives_the_references_numbers(dtype, tokens, monkeypatch):
+    monkeypatch.setenv("PEMT_OPS", "cuda")
+    case = make_case(
+        batch=4,
+        tokens=tokens,
+        d_ff=256,
+        d_model=128,
+        ranks=(64, 64, 32),
+        mask=tokens > 1,
+        dtype=dtype,
+    ).on("cuda")
+    truth = results(case.to(torch.float64), through="reference")
+    composed, found = results(case, through="reference"), results(case, through="ops")
+    again = results(case, through="ops")
+    for name, exact in truth.items():
+        source = "cosines" if name in ("loss", "sparsity_dgates") else name
+        allowed = 2 * relative_error(composed[source], truth[source])
+        assert relative_error(found[name], exact) <= allowed, name
+        assert torch.equal(found[name], again[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_cuda_graph_captures_the_ops(monkeypatch):
+    monkeypatch.setenv("PEMT_OPS", "cuda")
+    case = make_case(batch=4, tokens=40, dtype=torch.float32).on("cuda")
+    kernels = kernels_for(case.x)
+    kernels.expert_mixture(*case.mixture)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = kernels.expert_mixture(*case.mixture)
+    case.x.mul_(2)
+    graph.replay()
+    assert torch.equal(captured, kernels.expert_mixture(*case.mixture)[0])
