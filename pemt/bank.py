@@ -42,6 +42,7 @@ class Manifest:
         task: the source task, also the folder's name.
         description: the sentence that the prompt started from; None where it is not known.
         base: `name` of the base model, and its `base_shape`.
+        base_sha256: of its weights, as in `ExpertSource`; None for an imported entry.
         kind, rank, alpha: the expert, as in `ExpertSource`.
         dtype: the tensors' dtype.
         metrics: the source task's test metrics, in percent.
@@ -52,6 +53,7 @@ class Manifest:
     task: str
     description: str | None
     base: dict[str, Any]
+    base_sha256: str | None
     kind: str
     rank: int
     alpha: float
@@ -101,6 +103,7 @@ def write_entry(
         task=source.name,
         description=description,
         base=dict(base),
+        base_sha256=source.base_sha256,
         kind=source.kind,
         rank=source.rank,
         alpha=source.alpha,
@@ -133,6 +136,7 @@ def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
         alpha=manifest.alpha,
         weights=weights,
         prompt_PD=prompt_PD,
+        base_sha256=manifest.base_sha256,
     )
     return manifest, source
 
@@ -149,7 +153,8 @@ def read_bank(
     Args:
         bank_dir: the bank.
         base_shape: of the base model that the experts go into.
-        base_name: its hub id or folder; the last part of it must be that of the entry's base.
+        base_name: its hub id or folder. Where an entry knows nothing of its base's weights, the
+            last parts of the names must agree; else the weights decide, in `PemtT5.target`.
         tasks: which entries, in this order; default: all, by name.
 
     Raises:
@@ -290,7 +295,7 @@ def _check_base(
                 f"{base_name} has {needed}; train its experts on {base_name}"
             )
     found = str(manifest.base.get("name"))
-    if _last_part(found) != _last_part(base_name):
+    if manifest.base_sha256 is None and _last_part(found) != _last_part(base_name):
         raise BankError(
             f"{folder / MANIFEST}: made for the base model {found}, model_name_or_path is "
             f"{base_name}; train its experts on {base_name}"

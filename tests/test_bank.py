@@ -72,9 +72,14 @@ def test_an_entry_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
 
 
 def test_from_stage_one_to_stage_two(tmp_path: Path) -> None:
+    """The base's weights decide whether it is the same model, not its name."""
     put(tmp_path, source_model().export_expert("rte"))
-    out = target_model(read(tmp_path))(**tiny_batch())
+    (source,) = read(tmp_path, base_name="a-copy/of-it")
+    out = target_model([source])(**tiny_batch())
     assert out.gates_LBK.shape[-1] == 1
+    assert target_model([source], base=tiny_base().bfloat16()).base_sha256 == source.base_sha256
+    with pytest.raises(ModelError, match="source `rte`: trained on a base model with other weigh"):
+        target_model([source], base=tiny_base(seed=1))
 
 
 def test_stored_in_bfloat16(tmp_path: Path) -> None:
@@ -191,12 +196,18 @@ def _cut(entry: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
+def _drop_the_rank(entry: Path) -> None:
+    path = entry / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["rank"]
+    path.write_text(json.dumps(manifest))
+
+
 def _change(**changes: Any) -> Callable[[Path], None]:
     def apply(entry: Path) -> None:
         path = entry / "manifest.json"
         manifest = {**json.loads(path.read_text()), **changes}
-        kept = {key: value for key, value in manifest.items() if value is not None}
-        path.write_text(json.dumps(kept))
+        path.write_text(json.dumps(manifest))
 
     return apply
 
@@ -210,7 +221,7 @@ def _change(**changes: Any) -> Callable[[Path], None]:
         (lambda entry: (entry / "manifest.json").write_text('{"task": '), "malformed JSON"),
         (lambda entry: (entry / "manifest.json").write_text("[]"), "manifest.json: "),
         (lambda entry: (entry / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json: "),
-        (_change(rank=None), "manifest.json: lacks `rank`"),
+        (_drop_the_rank, "manifest.json: lacks `rank`"),
         (_change(rank=0), "rank: found 0, allowed is a whole number above 0"),
         (_change(rank=True), "rank: found True, allowed is a whole number above 0"),
         (_change(rank=7), "tensor `encoder.0.down` is [4, 48]"),

@@ -32,6 +32,7 @@ class ExpertSource:
         alpha: a LoRA expert's output is multiplied by alpha / rank; no effect on a bottleneck.
         weights: by `<stack>.<layer>.<tensor>`, as `expert_shapes` lists them.
         prompt_PD: the task prompt.
+        base_sha256: `base_digest` of the base model it was trained on; None where not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ExpertSource:
     alpha: float
     weights: Mapping[str, Tensor]
     prompt_PD: Tensor
+    base_sha256: str | None = None
 
     def check(self, shape: Mapping[str, Any]) -> None:
         """Raise `ModelError` unless every tensor fits a base model of this `base_shape`."""

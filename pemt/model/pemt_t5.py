@@ -28,7 +28,7 @@ from pemt.model.experts import (
 from pemt.model.inject import Base, checked_base, ffn_sites, layer_norms, pass_encoder_prompt
 from pemt.model.mixture import MIXTURES, AdapterProjection
 from pemt.model.prompts import TaskPrompt
-from pemt.model.shape import base_shape
+from pemt.model.shape import base_digest, base_shape
 from pemt.model.trainable import Trainable
 
 IGNORED_LABEL = -100
@@ -76,6 +76,7 @@ class PemtT5(nn.Module):
         self.context = context
         self.expert = expert
         self.mixture = mixture
+        self.base_sha256 = base_digest(base)  # now, while no ZeRO-3 has partitioned the weights
         trained = {id(parameter) for parameter in self._declared_parameters()}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -110,13 +111,14 @@ class PemtT5(nn.Module):
         Without sources there are no gates: the baseline of adapter, prompt and layer norms alone.
 
         Raises:
-            ModelError: the base is no T5, or prompt, adapter or a source does not fit it, or
-                sources are of different kinds.
+            ModelError: the base is no T5, or prompt, adapter or a source does not fit it, or a
+                source was trained on another base, or sources are of different kinds.
         """
         base = checked_base(base)
         kind = _common_kind(sources)
         for source in sources:
             source.check(base_shape(base.config))
+        _check_weights(base, sources)
         prompt = _task_prompt(
             base,
             prompt_PD,
@@ -227,6 +229,7 @@ class PemtT5(nn.Module):
                 for key, parameter in site.dense.wo.expert.named_parameters()
             },
             prompt_PD=taken(self.prompt.prompt),
+            base_sha256=self.base_sha256,
         )
 
     def _declared_parameters(self) -> Iterator[nn.Parameter]:
@@ -263,6 +266,17 @@ def _task_prompt(
     check_prompt(prompt_PD, base.config.d_model, owner="the task's own prompt")
     like = base.get_input_embeddings().weight
     return TaskPrompt(prompt_PD.to(like), sources=sources, dropout=dropout)
+
+
+def _check_weights(base: Base, sources: Sequence[ExpertSource]) -> None:
+    digest = base_digest(base)
+    for source in sources:
+        if source.base_sha256 not in (None, digest):
+            raise ModelError(
+                f"source `{source.name}`: trained on a base model with other weights than "
+                f"{base.config.name_or_path or 'this one'}, though of the same shape; "
+                "choose that one as model_name_or_path, or train the source on this one"
+            )
 
 
 def _common_kind(sources: Sequence[ExpertSource]) -> str | None:
