@@ -138,7 +138,14 @@ class Checkpoints:
         outcome = self._engine.from_main(outcome)
         if isinstance(outcome, CheckpointError):
             raise outcome
-        return outcome
+        return outcome and self._without_lost_best(outcome)
+
+    def _without_lost_best(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Forget a best checkpoint that lies in another folder than this run's."""
+        best = checkpoint.progress.best_step
+        if best is None or (self._output_dir / f"checkpoint-{best}").is_dir():
+            return checkpoint
+        return replace(checkpoint, progress=Progress(step=checkpoint.progress.step))
 
     def _newest_whole(self) -> Checkpoint | None:
         folders = checkpoint_folders(self._output_dir)

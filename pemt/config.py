@@ -105,7 +105,6 @@ class RunConfig:
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         resume_from_checkpoint: a checkpoint folder, or true for the newest one in output_dir.
         overwrite_output_dir: delete the run that output_dir holds.
-        disable_tqdm: no progress bar.
     """
 
     model_name_or_path: str
@@ -143,7 +142,6 @@ class RunConfig:
     gradient_checkpointing: bool = False
     resume_from_checkpoint: bool | str | None = None
     overwrite_output_dir: bool = False
-    disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
         self._at_least(

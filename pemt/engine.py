@@ -41,6 +41,8 @@ from pemt.deepspeed_json import DeepSpeedConfigError, fill_deepspeed_json, read_
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
+deepspeed.utils.logger.setLevel("WARNING")
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -117,10 +117,11 @@ def fit(
                 )
             at_epoch_end = step % per_epoch == 0 or at_end
             validates = _is_validated(config, step, at_epoch_end=at_epoch_end, at_end=at_end)
-            if validates:
-                progress = _validate(config, setup, progress, monitor)
-            if validates or _is_saved(config, step, at_epoch_end=at_epoch_end):
-                checkpoints.save(progress)
+            with meter.paused():
+                if validates:
+                    progress = _validate(config, setup, progress, monitor)
+                if validates or _is_saved(config, step, at_epoch_end=at_epoch_end):
+                    checkpoints.save(progress)
     return Fitted(
         weights=checkpoints.best_weights(progress),
         progress=progress,

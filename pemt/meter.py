@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ class Meter:
             self._gates_LK = gates_LK if self._gates_LK is None else self._gates_LK + gates_LK
         self._samples += len(batch["input_ids"])
         self._tokens += batch["attention_mask"].sum() + (batch["labels"] >= 0).sum()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block's time out of the rates: validation and saving are not training."""
+        began = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - began
 
     def read(self) -> tuple[dict[str, float], Tensor | None]:
         """Scalars by tag (losses, rates) and mean gates [L,K] since the last read (all ranks call)."""

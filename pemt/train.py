@@ -5,8 +5,12 @@ The loop itself, the same for both, is in `loop.py`.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
+
+import datasets
+import transformers
 
 from pemt.bank import read_bank, write_entry
 from pemt.base import load_base
@@ -89,6 +93,9 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
 def set_up(config: RunConfig) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
     engine = Engine(config)
+    if not (engine.is_main and sys.stdout.isatty()):
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
     check_run_folder(config)
     task = get_task(config.task_name, config.task_file)
     base, tokenizer = load_base(config)

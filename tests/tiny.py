@@ -100,7 +100,6 @@ def run_fields(base: Path, data_dir: Path, output_dir: Path, task: str) -> dict[
         "warmup_steps": 2,
         "num_train_epochs": 1,
         "logging_steps": 1,
-        "disable_tqdm": True,
     }
 
 
