@@ -14,7 +14,7 @@ Four implementations, chosen by `select`; PEMT_OPS=<name> forces one, and then a
     reference  a loop over the experts in the forward pass: the specification
     packed     plain PyTorch in few matrix products, for every device without a compiled kernel
     cpu        C++: csrc/ops.cpp over csrc/cpu_kernels.cpp
-    cuda       the same ops.cpp over csrc/cuda_kernels.cu. Not run on a GPU yet: its sources have
+    cuda       the same ops.cpp over csrc/cuda_*.cu. Not run on a GPU yet: its sources have
                been compiled for sm_80 and sm_90a, and run on the host by the tests' emulation
 
 `library` compiles the last two at first use, once for all ranks; `build` is `pemt ops build|info`.

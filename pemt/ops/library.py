@@ -95,7 +95,7 @@ def cuda_library() -> Library:
     binaries = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     return Library(
         name="cuda",
-        sources=(CSRC / "ops.cpp", CSRC / "cuda_kernels.cu"),
+        sources=(CSRC / "ops.cpp", CSRC / "cuda_mixture.cu", CSRC / "cuda_sparsity.cu"),
         machines=", ".join([*CUDA_ARCHITECTURES, "PTX of compute_90"]),
         flags=("-O3", "-DPEMT_CUDA", "-DPEMT_LIBRARY=pemt_cuda"),
         cuda_flags=("-O3", *binaries, "-gencode=arch=compute_90,code=compute_90"),

@@ -1,5 +1,7 @@
-// Device code that the kernels share: rows in 16-byte packs, block sums, Gram products.
+// What the CUDA kernels share: rows in 16-byte packs, block sums, Gram products, launch arithmetic.
 #pragma once
+
+#include <algorithm>
 
 #include "kernels.h"
 #ifdef PEMT_EMULATE_CUDA
@@ -125,11 +127,44 @@ __device__ void multiply(const T (&rows)[kTokens][Stride], const T (&high)[kTile
   }
 }
 
+// The Gram tile at (row, column) of expert k into shared memory, zeros past its rank; as two halves
+// where the products run on the tensor cores. All loads are on their way before the first store.
+template <class T, int Parts, int Stride>
+__device__ void load_squares(const Experts& experts, int k, int row, int column,
+                             const Real<T>* gram, bool wide,
+                             T (&squares)[Parts][kTile<T>][Stride]) {
+  using R = Real<T>;
+  constexpr int per_row = kTile<T> / kPack<R>, packs = kTile<T> * per_row;
+  constexpr int rounds = (packs + kThreads - 1) / kThreads;
+  const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
+  R values[rounds][kPack<R>];
+#pragma unroll
+  for (int round = 0; round < rounds; ++round) {
+    const int i = round * kThreads + threadIdx.x, at = column + i % per_row * kPack<R>;
+    const int valid = i < packs && row + i / per_row < rank ? rank - at : 0;
+    load(gram + int64_t(start + row + i / per_row) * experts.gram_width + at, valid, wide,
+         values[round]);
+  }
+#pragma unroll
+  for (int round = 0; round < rounds; ++round) {
+    const int i = round * kThreads + threadIdx.x;
+    if (i >= packs) break;
+#pragma unroll
+    for (int c = 0; c < kPack<R>; ++c) {
+      const int to = i % per_row * kPack<R> + c;
+      const T high = rounded<T>(values[round][c]);
+      squares[0][i / per_row][to] = high;
+      if constexpr (Parts == 2) squares[1][i / per_row][to] = rounded<T>(values[round][c] - real(high));
+    }
+  }
+}
+
 // product[c] = sum_i latent[token, i] gram_k[i, start + c], for the thread's token and its own
 // kPack columns of the tile that begins at `tile`. All threads of the block must call it.
 template <class T>
 __device__ void gram_product(const Place& place, const Experts& experts, int k, int tile,
-                             const T* latent, const Real<T>* gram, Real<T> (&product)[kPack<T>]) {
+                             const T* latent, const Real<T>* gram, bool wide,
+                             Real<T> (&product)[kPack<T>]) {
   using R = Real<T>;
   constexpr int width = kTile<T>;
   constexpr bool halves = sizeof(T) == 2;
@@ -137,24 +172,19 @@ __device__ void gram_product(const Place& place, const Experts& experts, int k, 
   alignas(16) __shared__ T rows[kTokens][stride];
   alignas(16) __shared__ T squares[halves ? 2 : 1][width][stride];
   const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
+  const T* own = latent + (place.first + place.row) * experts.total + start;
   float sums[2][4] = {};
 #pragma unroll
   for (int c = 0; c < kPack<T>; ++c) product[c] = 0;
   for (int inner = 0; inner < rank; inner += width) {
+    const int own_at = inner + place.column * kPack<T>;
+    R values[kPack<T>];
+    load(own + own_at, place.row < place.count ? rank - own_at : 0, wide, values);
     __syncthreads();  // the previous tile has been used up
-    for (int i = threadIdx.x; i < kTokens * width; i += kThreads) {
-      const int row = i / width, rank_at = inner + i % width;
-      rows[row][i % width] = row < place.count && rank_at < rank
-          ? latent[(place.first + row) * experts.total + start + rank_at] : rounded<T>(R(0));
-    }
-    for (int i = threadIdx.x; i < width * width; i += kThreads) {
-      const int row = tile + i / width, rank_at = inner + i % width;  // symmetric: rows are columns
-      const R square = row < rank && rank_at < rank
-          ? gram[int64_t(start + row) * experts.gram_width + rank_at] : R(0);
-      squares[0][i / width][i % width] = rounded<T>(square);
-      if constexpr (halves)
-        squares[1][i / width][i % width] = rounded<T>(square - real(squares[0][i / width][i % width]));
-    }
+#pragma unroll
+    for (int c = 0; c < kPack<T>; ++c)
+      rows[place.row][place.column * kPack<T> + c] = rounded<T>(values[c]);
+    load_squares<T>(experts, k, tile, inner, gram, wide, squares);  // symmetric: rows are columns
     __syncthreads();
     if constexpr (halves) multiply<T>(rows, squares[0], squares[1], rank - tile, sums);
     else multiply(rows, squares[0], place, product);
@@ -169,6 +199,27 @@ __device__ void gram_product(const Place& place, const Experts& experts, int k, 
     __syncthreads();
 #pragma unroll
     for (int c = 0; c < kPack<T>; ++c) product[c] = out[place.row][place.column * kPack<T> + c];
+  }
+}
+
+inline int64_t blocks_of(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+
+template <class... Pointers> bool aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+template <class T> bool ranks_aligned(const Experts& experts) {  // every rank begins a pack
+  return std::all_of(experts.offset, experts.offset + experts.count + 1,
+                     [](int offset) { return offset % kPack<T> == 0; });
+}
+
+// Calls `run` with a null pointer of the tensors' type.
+template <class Run> void with_type(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::f32: return run(static_cast<float*>(nullptr));
+    case Dtype::f64: return run(static_cast<double*>(nullptr));
+    case Dtype::bf16: return run(static_cast<bf16*>(nullptr));
+    case Dtype::f16: return run(static_cast<f16*>(nullptr));
   }
 }
 
