@@ -89,40 +89,41 @@ class Layer:
                         draw(d_model, inner, fan_in=inner), draw(d_model)]  # fmt: skip
         self.dz = draw(bench.batch, bench.tokens, d_model)
         if not bench.forward_only:
-            for tensor in (self.x, self.gates, *self.adapter):
+            for tensor in self.trainable:
                 tensor.requires_grad_()
 
     def adapt(self, y: Tensor) -> Tensor:
         down, down_bias, up, up_bias = self.adapter
         return y + linear(gelu(linear(y, down, down_bias), approximate="tanh"), up, up_bias)
 
-    def finish(self, z: Tensor, sparsity: Tensor | None) -> None:
+    @property
+    def trainable(self) -> list[Tensor]:
+        return [self.x, self.gates, *self.adapter]
+
+    def backward(self, z: Tensor, sparsity: Tensor | None) -> None:
+        """Gradients of <z, dz> + 0.1 * sparsity."""
         if self.bench.forward_only:
             return
         if sparsity is None:
             z.backward(self.dz)
         else:
-            torch.autograd.backward(
-                [z, sparsity], [self.dz, torch.full_like(sparsity, SPARSITY_WEIGHT)]
-            )
-        for tensor in (self.x, self.gates, *self.adapter):
-            tensor.grad = None
+            weight = torch.full_like(sparsity, SPARSITY_WEIGHT)
+            torch.autograd.backward([z, sparsity], [self.dz, weight])
 
 
-def run_loop(layer: Layer) -> None:
+def forward_loop(layer: Layer) -> tuple[Tensor, Tensor | None]:
     y, latent = reference.expert_mixture(
         layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
     )
     z = layer.adapt(y)
     if layer.bench.forward_only:
-        return
-    layer.finish(
-        z,
-        reference.task_sparsity(z, latent, layer.up, layer.gates, layer.scales, layer.ranks, None),
+        return z, None
+    return z, reference.task_sparsity(
+        z, latent, layer.up, layer.gates, layer.scales, layer.ranks, None
     )
 
 
-def run_stacked(layer: Layer) -> None:
+def forward_stacked(layer: Layer) -> tuple[Tensor, Tensor | None]:
     outputs = []
     for k in range(EXPERTS):
         ranks = slice(k * RANK, (k + 1) * RANK)
@@ -132,27 +133,36 @@ def run_stacked(layer: Layer) -> None:
     y = linear(layer.x, layer.weight) + (layer.gates[:, None, :, None].to(o.dtype) * o).sum(dim=2)
     z = layer.adapt(y)
     if layer.bench.forward_only:
-        return
+        return z, None
     cosines = cosine_similarity(z[:, :, None].float(), o.float(), dim=-1)
-    layer.finish(z, (layer.gates.mean(0) * (1 - cosines).mean(dim=(0, 1))).sum())
+    return z, (layer.gates.mean(0) * (1 - cosines).mean(dim=(0, 1))).sum()
 
 
-def run_ops(implementation: str, layer: Layer) -> None:
+def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    y, latent = ops.expert_mixture(
+        layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
+    )
+    z = layer.adapt(y)
+    if layer.bench.forward_only:
+        return z, None
+    return z, ops.task_sparsity(
+        z, latent, layer.up, layer.gram, layer.gates, layer.scales, layer.ranks
+    )
+
+
+def forward_frozen(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    return layer.adapt(linear(layer.x, layer.weight)), None
+
+
+def step(layer: Layer, forward: Callable[[Layer], tuple[Tensor, Tensor | None]]) -> None:
+    layer.backward(*forward(layer))
+    for tensor in layer.trainable:
+        tensor.grad = None
+
+
+def step_ops(layer: Layer, implementation: str) -> None:
     with forced(implementation):
-        y, latent = ops.expert_mixture(
-            layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
-        )
-        z = layer.adapt(y)
-        if layer.bench.forward_only:
-            return
-        sparsity = ops.task_sparsity(
-            z, latent, layer.up, layer.gram, layer.gates, layer.scales, layer.ranks
-        )
-        layer.finish(z, sparsity)
-
-
-def run_frozen(layer: Layer) -> None:
-    layer.finish(layer.adapt(linear(layer.x, layer.weight)), None)
+        step(layer, forward_ops)
 
 
 class Floor:
@@ -216,12 +226,12 @@ def measure(bench: OpBench) -> dict[str, object]:
     layer = Layer(bench)
     floor = Floor(layer)
     runs: dict[str, Callable[[], None]] = {
-        "loop": partial(run_loop, layer),
-        "stacked": partial(run_stacked, layer),
-        "packed": partial(run_ops, "packed", layer),
-        "fused": partial(run_ops, bench.device, layer),
+        "loop": partial(step, layer, forward_loop),
+        "stacked": partial(step, layer, forward_stacked),
+        "packed": partial(step_ops, layer, "packed"),
+        "fused": partial(step_ops, layer, bench.device),
         "floor": floor,
-        "frozen": partial(run_frozen, layer),
+        "frozen": partial(step, layer, forward_frozen),
     }
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with torch.set_grad_enabled(not bench.forward_only):
