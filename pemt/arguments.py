@@ -71,7 +71,7 @@ def field_keys(kind: type[Any], prefix: str = "") -> list[str]:
     for each in dataclasses.fields(kind):
         keys.append(prefix + each.name)
         section: Any = each.default_factory
-        if dataclasses.is_dataclass(section):
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
             keys += field_keys(section, f"{prefix}{each.name}.")
     return keys
 

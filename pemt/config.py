@@ -166,9 +166,10 @@ class RunConfig:
             raise ConfigError(
                 "bf16, fp16: both are true, only one may be; set `bf16: false` to train in fp16"
             )
-        if self.eval_strategy == "steps" and self.eval_steps is None:
+        if (self.eval_strategy == "steps") != (self.eval_steps is not None):
             raise ConfigError(
-                "eval_steps: missing, and eval_strategy is `steps`; give the interval in steps"
+                f"eval_steps: found {self.eval_steps}, and eval_strategy is `{self.eval_strategy}`; "
+                "an interval in steps goes with `steps`, and with it alone"
             )
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise ConfigError(

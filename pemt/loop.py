@@ -91,42 +91,54 @@ def fit(
         is_main=engine.is_main,
         description=f"{stage} {setup.task.name}",
     ) as monitor:
-        for note in setup.data.notes:
-            monitor.message(note)
-        monitor.message(_size_line(model, engine))
+        for line in (*setup.data.notes, _size_line(model, engine)):
+            monitor.message(line)
         for micro_batches in _steps(batches, start=progress.step, end=total_steps):
             for number, indices in enumerate(micro_batches):
                 batch = _batch(setup, indices)
                 out = engine.model(**batch)
                 engine.backward(out.loss, last=number == len(micro_batches) - 1)
                 meter.add(out, batch)
-            learning_rate = float(schedule.get_last_lr()[0])
-            grad_norm = engine.step()
+            rates = {"train/learning_rate": float(schedule.get_last_lr()[0])}
+            rates["train/grad_norm"] = engine.step()
             schedule.step()
             progress = replace(progress, step=progress.step + 1)
             step, at_end = progress.step, progress.step == total_steps
             if step % config.logging_steps == 0 or at_end:
                 scalars, gates_LK = meter.read()
-                scalars |= {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
-                monitor.log(step, {**scalars, "train/epoch": step / per_epoch})
-                monitor.log(step, _gate_scalars(gates_LK, model, source_names))
-                monitor.advance(
-                    step,
-                    loss=scalars["train/loss"],
-                    samples_per_second=scalars["train/samples_per_second"],
-                )
-            at_epoch_end = step % per_epoch == 0 or at_end
-            validates = _is_validated(config, step, at_epoch_end=at_epoch_end, at_end=at_end)
+                scalars |= {**rates, "train/epoch": step / per_epoch}
+                monitor.log(step, {**scalars, **_gate_scalars(gates_LK, model, source_names)})
+                rate = scalars["train/samples_per_second"]
+                monitor.advance(step, loss=scalars["train/loss"], samples_per_second=rate)
             with meter.paused():
-                if validates:
-                    progress = _validate(config, setup, progress, monitor)
-                if validates or _is_saved(config, step, at_epoch_end=at_epoch_end):
-                    checkpoints.save(progress)
-    return Fitted(
-        weights=checkpoints.best_weights(progress),
-        progress=progress,
-        epoch=progress.step / per_epoch,
+                progress = _validate_and_save(
+                    config, setup, checkpoints, monitor, progress, per_epoch, at_end
+                )
+    best = checkpoints.best_weights(progress)
+    return Fitted(weights=best, progress=progress, epoch=progress.step / per_epoch)
+
+
+def _validate_and_save(
+    config: RunConfig,
+    setup: Setup,
+    checkpoints: Checkpoints,
+    monitor: Monitor,
+    progress: Progress,
+    per_epoch: int,
+    at_end: bool,
+) -> Progress:
+    """What is due after a step: validation, and a checkpoint after it or on its own."""
+    step = progress.step
+    at_epoch_end = step % per_epoch == 0 or at_end
+    validates = (config.eval_strategy == "epoch" and at_epoch_end) or (
+        config.eval_steps is not None and (step % config.eval_steps == 0 or at_end)
     )
+    saves = bool(config.save_steps) and step % (config.save_steps or 1) == 0
+    if validates:
+        progress = _validate(config, setup, progress, monitor)
+    if validates or saves or (config.eval_strategy == "no" and at_epoch_end):
+        checkpoints.save(progress)
+    return progress
 
 
 def _size_line(model: PemtT5, engine: Engine) -> str:
@@ -223,18 +235,6 @@ def _validate(config: RunConfig, setup: Setup, progress: Progress, monitor: Moni
     listed = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
     monitor.message(f"step {progress.step}: validation of {name}: {listed}")
     return progress.measured(validated.metrics["average_metrics"])
-
-
-def _is_validated(config: RunConfig, step: int, *, at_epoch_end: bool, at_end: bool) -> bool:
-    if config.eval_strategy == "epoch":
-        return at_epoch_end
-    return config.eval_steps is not None and (step % config.eval_steps == 0 or at_end)
-
-
-def _is_saved(config: RunConfig, step: int, *, at_epoch_end: bool) -> bool:
-    if config.save_steps and step % config.save_steps == 0:
-        return True
-    return config.eval_strategy == "no" and at_epoch_end
 
 
 def _gate_scalars(

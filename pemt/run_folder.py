@@ -80,6 +80,8 @@ def results_of(
         "test_runtime": tested.runtime,
         "test_samples_per_second": tested.samples_per_second,
         "sources": list(source_names),
+        # per FFN, the encoder's first, the mean gate of each source
+        "gates": [] if tested.gates_LK is None else tested.gates_LK.tolist(),
         "best_checkpoint": f"checkpoint-{progress.step if progress.best_step is None else progress.best_step}",
         "best_validation_average_metrics": progress.best_metric,
     }

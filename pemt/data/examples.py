@@ -38,10 +38,11 @@ def load_examples(task: Task, data_dir: str | None) -> dict[str, Dataset]:
     """
     if data_dir is None and not task.files:
         return load_hub_examples(task)
-    if data_dir is not None:
-        files = find_files(task, data_dir)
-    else:
-        files = {split: [Path(path)] for split, path in task.files}
+    files = (
+        find_files(task, data_dir)
+        if data_dir is not None
+        else {split: [Path(path)] for split, path in task.files}
+    )
     if task.hub is not None and task.hub.test is None:
         # The published test file has no labels.
         files.pop("test", None)

@@ -1,0 +1,105 @@
+"""`pemt demo`: the world, its base model, stage 1 on every source, stage 2 on every target and seed.
+
+One launch runs everything: all ranks go through the same runs, one after another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from pemt.arguments import parse_config
+from pemt.config import AdaptConfig, RunConfig, SourceConfig
+from pemt.demo.report import Row, write_report
+from pemt.demo.tasks import SOURCES, TARGETS, register_tasks, write_task_files
+from pemt.demo.tiny_t5 import cached_base
+from pemt.demo.world import World
+from pemt.engine import Engine
+from pemt.train import run_adapt, run_source
+
+METHODS = ("pemt", "adapter")
+WORLD_SEED = 0
+
+
+def main(arguments: list[str]) -> None:
+    """The command line of `pemt demo`."""
+    parser = argparse.ArgumentParser(prog="pemt demo", description="Both stages on a small world.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "pemt")
+    parser.add_argument("--quick", action="store_true", help="one target and one seed")
+    parser.add_argument("--world_seed", type=int, default=WORLD_SEED)
+    options = parser.parse_args(arguments)
+    targets, seeds = (TARGETS[:1], [0]) if options.quick else (TARGETS, [0, 1, 2])
+    demo = Demo(options.output_dir, options.cache_dir, options.world_seed)
+    demo.prepare()
+    for task in SOURCES:
+        run_source(demo.source(task))
+    rows = []
+    for target in targets:
+        for seed in seeds:
+            for method in METHODS:
+                results = run_adapt(demo.adapt(target, method, seed))
+                rows.append(Row.of(method, target, seed, results))
+    if demo.is_main:
+        write_report(rows, options.output_dir)
+
+
+class Demo:
+    """Where the demo's files lie, and the configuration of each of its runs.
+
+    Args:
+        output_dir: receives the tasks' files, every run, the bank and the report.
+        cache_dir: keeps the pre-trained base model for the next time.
+        world_seed: makes another world of the same kind.
+    """
+
+    def __init__(self, output_dir: Path, cache_dir: Path, world_seed: int) -> None:
+        self.output_dir, self.cache_dir, self.world_seed = output_dir, cache_dir, world_seed
+        self.base = Path("made by prepare")
+        self.is_main = True
+
+    def prepare(self) -> None:
+        """Files and base model, made by one rank while the others wait (all ranks call)."""
+        register_tasks()
+        engine = Engine(self.source(SOURCES[0]))
+        self.is_main = engine.is_main
+        with engine.build_first():
+            self._make_files()
+        engine.barrier()
+
+    def _make_files(self) -> None:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        world = World.make(self.world_seed)
+        data = self.output_dir / "data"
+        if self.is_main:
+            write_task_files(world, data, self.world_seed)
+        texts = [path.read_text(encoding="utf-8") for path in sorted(data.glob("*/train.jsonl"))]
+        self.base = cached_base(world, texts, self.cache_dir, seed=self.world_seed, say=print_now)
+
+    def source(self, task: str) -> SourceConfig:
+        return self._config(SourceConfig, "demo_source", task, f"source-{task}", seed=0)
+
+    def adapt(self, task: str, method: str, seed: int) -> AdaptConfig:
+        name = f"{task}-{method}-{seed}"
+        return self._config(AdaptConfig, "demo_adapt", task, name, seed=seed, method=method)
+
+    def _config(self, kind: Any, recipe: str, task: str, run: str, **fields: Any) -> Any:
+        given: dict[str, Any] = {
+            "model_name_or_path": self.base,
+            "data_dir": self.output_dir / "data" / task,
+            "output_dir": self.output_dir / run,
+            "bank_dir": self.output_dir / "bank",
+            "task_name": task,
+            "overwrite_output_dir": "true",
+            **fields,
+        }
+        flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+        config: RunConfig = parse_config(kind, ["--config", recipe, *flags], prog="pemt demo")
+        return config
+
+
+def print_now(line: str) -> None:
+    """Print a line at once, so that a slow step does not look like a halt."""
+    print(line, flush=True)
