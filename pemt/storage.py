@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,8 +120,10 @@ def clear_leftovers(parent: Path, name: str) -> None:
     replaced = parent / f"{TEMPORARY}replaced-{name}"
     if replaced.exists() and not (parent / name).exists():
         replaced.rename(parent / name)
-    for leftover in parent.glob(f"{TEMPORARY}*{name}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in parent.glob(f"{TEMPORARY}*"):
+        # Another entry's name may contain this one's, and may be being written right now.
+        if re.fullmatch(rf"(replaced-)?{re.escape(name)}(-\d+)?", leftover.name[len(TEMPORARY) :]):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
