@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,21 @@ class Checkpoints:
         output_dir: the run's folder.
         engine: gathers what is saved; rank 0 writes, and reads for all.
         config: batch size and accumulation, which fix the order of the data.
-        stage: `source` or `adapt`.
+        identity: what else must be the same in a run that goes on from one of them.
     """
 
-    def __init__(self, output_dir: Path, engine: Engine, config: RunConfig, *, stage: str) -> None:
+    def __init__(
+        self, output_dir: Path, engine: Engine, config: RunConfig, identity: Mapping[str, Any]
+    ) -> None:
         self._output_dir = output_dir
         self._engine = engine
         self._limit = config.save_total_limit
         self._run = {
-            "stage": stage,
+            **identity,
             "task_name": config.task_name,
             "model_name_or_path": config.model_name_or_path,
             "data_seed": config.effective_data_seed,
+            "max_source_length": config.max_source_length,
             "per_device_train_batch_size": config.per_device_train_batch_size,
             "global_batch_size": config.per_device_train_batch_size
             * config.gradient_accumulation_steps
@@ -106,8 +110,9 @@ class Checkpoints:
         self._engine.barrier()
 
     def _remove_old(self, progress: Progress) -> None:
+        keep = {progress.step, progress.best_step}
         for folder in checkpoint_folders(self._output_dir)[: -self._limit]:
-            if step_of(folder) != progress.best_step:
+            if step_of(folder) not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def best_weights(self, progress: Progress) -> dict[str, Tensor]:
@@ -119,7 +124,7 @@ class Checkpoints:
         )
         return self._engine.from_main(weights)
 
-    def resume(self, choice: str | bool) -> Checkpoint | None:
+    def resume(self, choice: str | bool | None) -> Checkpoint | None:
         """The checkpoint to go on from, chosen and read by rank 0 for all (all ranks call).
 
         Args:
@@ -129,16 +134,26 @@ class Checkpoints:
         Raises:
             CheckpointError: the chosen one is damaged or of another run, or none of several is whole.
         """
+        if not choice:
+            return None
         outcome: Checkpoint | CheckpointError | None = None
         if self._engine.is_main:
             try:
                 outcome = self._newest_whole() if choice is True else self._read(Path(str(choice)))
             except CheckpointError as error:
                 outcome = error
+            if isinstance(outcome, Checkpoint):
+                self._remove_later(outcome.progress)
         outcome = self._engine.from_main(outcome)
         if isinstance(outcome, CheckpointError):
             raise outcome
         return outcome and self._without_lost_best(outcome)
+
+    def _remove_later(self, progress: Progress) -> None:
+        """Checkpoints past the one that is resumed: damaged, or of steps that will be taken again."""
+        for folder in checkpoint_folders(self._output_dir):
+            if _step_key(folder) > progress.step:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _without_lost_best(self, checkpoint: Checkpoint) -> Checkpoint:
         """Forget a best checkpoint that lies in another folder than this run's."""

@@ -36,7 +36,6 @@ SECTIONS = (
     "gradient_clipping",
     "gradient_predivide_factor",
     "memory_breakdown",
-    "optimizer",
     "prescale_gradients",
     "sequence_parallel_size",
     "sparse_gradients",
@@ -79,7 +78,15 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         raise DeepSpeedConfigError(
             f"{path}: found {type(content).__name__} at the top level, expected an object"
         )
-    for key in content:
+    for key, value in content.items():
+        if key == "optimizer":
+            raise DeepSpeedConfigError(
+                f"{path}: optimizer: pemt brings its own AdamW; remove the section"
+            )
+        if key in ("bf16", "fp16", "zero_optimization") and not isinstance(value, dict):
+            raise DeepSpeedConfigError(
+                f"{path}: {key}: found {json.dumps(value)}, expected an object"
+            )
         if key not in SECTIONS:
             raise DeepSpeedConfigError(
                 f"{path}: unknown key `{key}`; allowed are {', '.join(SECTIONS)}"

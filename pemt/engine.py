@@ -131,11 +131,13 @@ class Engine:
         self.module = model
         self.base_optimizer = optimizer
         self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
+        if self.zero_stage is not None:
+            # Where moments are offloaded, accelerate has put DeepSpeed's CPU Adam in its place.
+            self.base_optimizer = self.model.basic_optimizer
         self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._masters = self._fp32_masters()
         # At stage 0 in half precision DeepSpeed takes an empty step to make the states, and Adam counts it.
-        for state in optimizer.state.values():
-            state["step"].zero_()
+        self._set_adam_step(0)
         if self.zero_stage is not None:
             self._check_deepspeed_agrees()
 
@@ -184,13 +186,12 @@ class Engine:
     def step(self) -> float:
         """Clip, update and clear the gradients; the global gradient norm before clipping."""
         if self.zero_stage is not None:
-            norm = None
-            if self.zero_stage == 0:  # DeepSpeed tells its norm from stage 1 on only
-                norm = nn.utils.get_total_norm(
-                    [p.grad for _, p in self._trained if p.grad is not None]
-                )
+            # Stage 0 in fp32 does not tell its norm; gradients are whole there, and not yet clipped.
+            gradients = [p.grad for _, p in self._trained if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients) if self.zero_stage == 0 else None
             self.model.step()
-            return float(self.model.get_global_grad_norm() if norm is None else norm)
+            told: Any = self.model.get_global_grad_norm()
+            return float(norm if told is None else told)  # type: ignore[arg-type]
         limit = self._config.max_grad_norm or float("inf")
         norm = self._accelerator.clip_grad_norm_([p for _, p in self._trained], limit)
         self.optimizer.step()
@@ -280,8 +281,14 @@ class Engine:
                     self._set_sharded(parameter, moments[f"{name}.{key}"], key)
                 else:
                     self._moment(parameter, key).copy_(moments[f"{name}.{key}"])
+        self._set_adam_step(step)
+
+    def _set_adam_step(self, step: int) -> None:
         for state in self.base_optimizer.state.values():
-            state["step"].fill_(step)
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(step)
+            else:  # DeepSpeed's CPU Adam counts in a plain number
+                state["step"] = step
 
     def _set_sharded(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Write an fp32 master (`key` None) or a moment of a parameter that DeepSpeed holds in shares."""

@@ -26,7 +26,7 @@ NO_EXAMPLE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one pass over a data set gave; equal on every rank.
+    """What one pass over a data set gave; equal on every rank but for the time it took.
 
     Args:
         metrics: the task's metrics in percent, and their mean as `average_metrics`.

@@ -65,10 +65,10 @@ def fit(
         PemtError: the run cannot start, resume, or write its files.
     """
     engine, output_dir = setup.engine, Path(config.output_dir)
-    checkpoints = Checkpoints(output_dir, engine, config, stage=stage)
-    resumed = (
-        checkpoints.resume(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
-    )
+    size = len(setup.data.train)
+    identity = {"stage": stage, "sources": source_names, "train_examples": size}
+    checkpoints = Checkpoints(output_dir, engine, config, identity)
+    resumed = checkpoints.resume(config.resume_from_checkpoint)
     if engine.is_main:
         start_run_folder(config)
     engine.barrier()
@@ -94,14 +94,7 @@ def fit(
         for line in (*setup.data.notes, _size_line(model, engine)):
             monitor.message(line)
         for micro_batches in _steps(batches, start=progress.step, end=total_steps):
-            for number, indices in enumerate(micro_batches):
-                batch = _batch(setup, indices)
-                out = engine.model(**batch)
-                engine.backward(out.loss, last=number == len(micro_batches) - 1)
-                meter.add(out, batch)
-            rates = {"train/learning_rate": float(schedule.get_last_lr()[0])}
-            rates["train/grad_norm"] = engine.step()
-            schedule.step()
+            rates = _take_step(setup, schedule, meter, micro_batches)
             progress = replace(progress, step=progress.step + 1)
             step, at_end = progress.step, progress.step == total_steps
             if step % config.logging_steps == 0 or at_end:
@@ -116,6 +109,22 @@ def fit(
                 )
     best = checkpoints.best_weights(progress)
     return Fitted(weights=best, progress=progress, epoch=progress.step / per_epoch)
+
+
+def _take_step(
+    setup: Setup, schedule: LRScheduler, meter: Meter, micro_batches: list[list[int]]
+) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches; its learning rate and gradient norm."""
+    engine = setup.engine
+    for number, indices in enumerate(micro_batches):
+        batch = _batch(setup, indices)
+        out = engine.model(**batch)
+        engine.backward(out.loss, last=number == len(micro_batches) - 1)
+        meter.add(out, batch)
+    learning_rate = float(schedule.get_last_lr()[0])
+    grad_norm = engine.step()
+    schedule.step()
+    return {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
 
 
 def _validate_and_save(

@@ -15,6 +15,7 @@ import yaml
 from pemt.checkpoint import Progress, checkpoint_folders
 from pemt.config import PemtError, RunConfig
 from pemt.evaluate import Evaluation
+from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
 
 CONFIG, RESULTS = "config.yaml", "all_results.json"
 
@@ -40,6 +41,15 @@ def check_run_folder(config: RunConfig) -> None:
             f"resume_from_checkpoint: no folder {config.resume_from_checkpoint}; give a checkpoint-<step> "
             "folder, or `true` for the newest one in output_dir"
         )
+    elsewhere = (
+        isinstance(config.resume_from_checkpoint, str)
+        and Path(config.resume_from_checkpoint).resolve().parent != folder.resolve()
+    )
+    if elsewhere and holds_run(folder):
+        raise RunFolderError(
+            f"output_dir: {folder} already holds a run, and {config.resume_from_checkpoint} is a checkpoint "
+            "of another; give a new output_dir"
+        )
     if holds_run(folder) and not (config.overwrite_output_dir or config.resume_from_checkpoint):
         raise RunFolderError(
             f"output_dir: {folder} already holds a run; give --resume_from_checkpoint true to go on with it, "
@@ -60,12 +70,21 @@ def start_run_folder(config: RunConfig) -> None:
     """
     folder = Path(config.output_dir)
     try:
-        if config.overwrite_output_dir and holds_run(folder):
-            shutil.rmtree(folder)
+        if config.overwrite_output_dir:
+            _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
     except OSError as error:
         raise RunFolderError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run writes, and nothing else that may lie in its folder."""
+    for name in (CONFIG, RESULTS, LOG_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for path in (folder / TENSORBOARD_FOLDER, *checkpoint_folders(folder)):
+        if path.exists():
+            shutil.rmtree(path)
 
 
 def results_of(

@@ -62,9 +62,10 @@ def write_folder(
         _sync(temporary / MANIFEST)
         _sync(temporary)
         _put_in_place(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{folder}: cannot be written: {reason}") from None
     return folder
 
 

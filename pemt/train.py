@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import transformers
 
-from pemt.bank import read_bank, write_entry
+from pemt.bank import entry_folder, read_bank, write_entry
 from pemt.base import load_base
 from pemt.config import AdaptConfig, RunConfig, SourceConfig
 from pemt.data import load_task_data
@@ -39,10 +39,10 @@ def run_source(config: SourceConfig) -> Path:
     description = config.description or task.description
     prompt_PD = description_prompt(setup.tokenizer, base, description)
     model = PemtT5.source(base, expert=config.expert, prompt_PD=prompt_PD)
-    fitted, tested = _fit_and_test(config, setup, model, stage="source", source_names=[])
-    entry = Path(config.bank_dir) / task.name
+    entry = entry_folder(config.bank_dir, task.name)  # refuses a name now, not after the training
+    fitted, tested, _ = _fit_and_test(config, setup, model, stage="source", source_names=[])
     if engine.is_main:
-        entry = write_entry(
+        write_entry(
             config.bank_dir,
             model.export_expert(task.name, state=fitted.weights),
             base={"name": config.model_name_or_path, **shape},
@@ -85,9 +85,9 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
         prompt_PD=prompt_PD,
     )
     names = [source.name for source in sources]
-    fitted, tested = _fit_and_test(config, setup, model, stage="adapt", source_names=names)
+    _, _, results = _fit_and_test(config, setup, model, stage="adapt", source_names=names)
     setup.engine.release()
-    return results_of(tested, progress=fitted.progress, epoch=fitted.epoch, source_names=names)
+    return results
 
 
 def set_up(config: RunConfig) -> Setup:
@@ -106,7 +106,7 @@ def set_up(config: RunConfig) -> Setup:
 
 def _fit_and_test(
     config: RunConfig, setup: Setup, model: PemtT5, *, stage: str, source_names: list[str]
-) -> tuple[Fitted, Evaluation]:
+) -> tuple[Fitted, Evaluation, dict[str, Any]]:
     """Train, score the best weights on the test set, report (all ranks call)."""
     engine = setup.engine
     fitted = fit(config, setup, model, stage=stage, source_names=source_names)
@@ -114,10 +114,10 @@ def _fit_and_test(
     tested = evaluate(
         engine, setup.data.test, task=setup.task, tokenizer=setup.tokenizer, config=config
     )
+    results = results_of(
+        tested, progress=fitted.progress, epoch=fitted.epoch, source_names=source_names
+    )
     if engine.is_main:
-        results = results_of(
-            tested, progress=fitted.progress, epoch=fitted.epoch, source_names=source_names
-        )
         write_results(Path(config.output_dir), results)
         print(results_block(results), flush=True)
-    return fitted, tested
+    return fitted, tested, results

@@ -75,7 +75,8 @@ class Demo:
         data = self.output_dir / "data"
         if self.is_main:
             write_task_files(world, data, self.world_seed)
-        texts = [path.read_text(encoding="utf-8") for path in sorted(data.glob("*/train.jsonl"))]
+        paths = [data / task / "train.jsonl" for task in (*SOURCES, *TARGETS)]
+        texts = [path.read_text(encoding="utf-8") for path in paths]
         self.base = cached_base(world, texts, self.cache_dir, seed=self.world_seed, say=print_now)
 
     def source(self, task: str) -> SourceConfig:

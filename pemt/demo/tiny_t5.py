@@ -51,6 +51,8 @@ def cached_base(
         say: called with a line of progress now and then.
     """
     digest = hashlib.sha256(str(seed).encode())
+    texts = list(texts)
+    digest.update("\n".join(texts).encode())
     for source in (Path(world_module.__file__), Path(__file__)):
         digest.update(source.read_bytes())
     folder = cache_dir / f"tiny-t5-{digest.hexdigest()[:12]}"
