@@ -36,7 +36,10 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         SystemExit: after `--help` or `--print_config`.
     """
     parser = jsonargparse.ArgumentParser(
-        prog=prog, description=kind.__doc__, exit_on_error=False, allow_abbrev=False
+        prog=prog,
+        description=(kind.__doc__ or "").split("\n", 1)[0],
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
