@@ -61,6 +61,15 @@ def test_resume_from_an_earlier_step_drops_the_later_ones_and_keeps_its_own(
     assert losses(tmp_path / "run") == whole
 
 
+def test_no_checkpoint_of_steps_that_were_given_up_stays(world: Path, tmp_path: Path) -> None:
+    paths = (world / "base", world / "data", tmp_path / "run", world / "bank")
+    config = adapt_config(*paths, TASK, eval_strategy="no", save_steps=2, save_total_limit=9)
+    run_adapt(config)
+    earlier = str(tmp_path / "run" / "checkpoint-4")
+    run_adapt(replace(config, resume_from_checkpoint=earlier, max_steps=5, save_total_limit=1))
+    assert names(tmp_path / "run") == ["checkpoint-5"]
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(world: Path, tmp_path: Path) -> None:
     paths = (world / "base", world / "data", tmp_path / "run", world / "bank")
     config = adapt_config(*paths, TASK, eval_strategy="no", save_steps=4, save_total_limit=9)
