@@ -90,10 +90,10 @@ class Checkpoints:
 
     def save(self, progress: Progress) -> None:
         """Write `checkpoint-<step>` and remove what the limit no longer keeps (all ranks call)."""
-        weights = self._engine.trained_weights()
+        weights = self._engine.trained.weights()
         files = {
             WEIGHTS: weights,
-            MOMENTS: self._engine.optimizer_moments(),
+            MOMENTS: self._engine.trained.moments(),
             RANDOM: self._engine.random_states(),
         }
         if self._engine.is_main:

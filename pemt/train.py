@@ -110,7 +110,7 @@ def _fit_and_test(
     """Train, score the best weights on the test set, report (all ranks call)."""
     engine = setup.engine
     fitted = fit(config, setup, model, stage=stage, source_names=source_names)
-    engine.load_trained_weights(fitted.weights)
+    engine.trained.overwrite_weights(fitted.weights)
     tested = evaluate(
         engine, setup.data.test, task=setup.task, tokenizer=setup.tokenizer, config=config
     )

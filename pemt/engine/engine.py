@@ -1,4 +1,4 @@
-"""The run's processes, device and optimizer step: the only file that imports accelerate or deepspeed.
+"""The run's processes, device and optimizer step.
 
 ZeRO stage, offload and sharding come from the DeepSpeed JSON that `accelerate launch` was given.
 Without one the same calls run in one plain process, or under DDP.
@@ -8,46 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DeepSpeedPlugin,
-    InitProcessGroupKwargs,
     broadcast_object_list,
     set_seed,
-)
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from pemt.config import PemtError, RunConfig
-from pemt.deepspeed_json import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
+from pemt.config import RunConfig
+from pemt.engine.job import EngineError, check_world_size, deepspeed_plugin, process_group_kwargs
+from pemt.engine.trained_state import TrainedState
 
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 deepspeed.utils.logger.setLevel("WARNING")
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class EngineError(PemtError):
-    """The launcher, accelerate and DeepSpeed do not agree on what this job is."""
 
 
 class Engine:
@@ -65,7 +48,7 @@ class Engine:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        plugin, path = self._deepspeed_plugin(config)
+        plugin, path = deepspeed_plugin(config)
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
         self._accelerator = Accelerator(
@@ -78,7 +61,7 @@ class Engine:
             if config.fp16
             else "no",
             deepspeed_plugin=plugin,
-            kwargs_handlers=self._process_group_kwargs(),
+            kwargs_handlers=process_group_kwargs(),
         )
         # transformers would hand out empty shards at stage 3; PEMT's modules are built on whole weights,
         # which `prepare` then shards.
@@ -90,32 +73,6 @@ class Engine:
         check_world_size(self.world_size)
         self.zero_stage: int | None = plugin.zero_stage if plugin else None
         self._deepspeed_json = path
-
-    @staticmethod
-    def _deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | None]:
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
-            return None, None
-        name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-        if name is None:
-            raise DeepSpeedConfigError(
-                "accelerate launch: no DeepSpeed JSON; give one with --deepspeed_config_file ds_configs/zero2.json"
-            )
-        path = Path(name)
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        filled = fill_deepspeed_json(
-            read_deepspeed_json(path), config, world_size=world_size, path=path
-        )
-        return DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=False), path
-
-    @staticmethod
-    def _process_group_kwargs() -> list[InitProcessGroupKwargs]:
-        # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
-        launched = "LOCAL_RANK" in os.environ
-        return (
-            [InitProcessGroupKwargs(backend="gloo")]
-            if launched and not torch.cuda.is_available()
-            else []
-        )
 
     def seed(self, seed: int, *, per_rank: bool) -> None:
         """Seed every generator: alike on all ranks for initialisation, differently for dropout."""
@@ -134,10 +91,15 @@ class Engine:
         if self.zero_stage is not None:
             # Where moments are offloaded, accelerate has put DeepSpeed's CPU Adam in its place.
             self.base_optimizer = self.model.basic_optimizer
-        self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._masters = self._fp32_masters()
-        # At stage 0 in half precision DeepSpeed takes an empty step to make the states, and Adam counts it.
-        self._set_adam_step(0)
+        self.trained = TrainedState(
+            model,
+            self.base_optimizer,
+            getattr(self.model, "optimizer", None),
+            zero_stage=self.zero_stage,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+        )
         if self.zero_stage is not None:
             self._check_deepspeed_agrees()
 
@@ -187,13 +149,13 @@ class Engine:
         """Clip, update and clear the gradients; the global gradient norm before clipping."""
         if self.zero_stage is not None:
             # Stage 0 in fp32 does not tell its norm; gradients are whole there, and not yet clipped.
-            gradients = [p.grad for _, p in self._trained if p.grad is not None]
+            gradients = [p.grad for _, p in self.trained.parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients) if self.zero_stage == 0 else None
             self.model.step()
             told: Any = self.model.get_global_grad_norm()
             return float(norm if told is None else told)  # type: ignore[arg-type]
         limit = self._config.max_grad_norm or float("inf")
-        norm = self._accelerator.clip_grad_norm_([p for _, p in self._trained], limit)
+        norm = self._accelerator.clip_grad_norm_([p for _, p in self.trained.parameters], limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
@@ -225,26 +187,6 @@ class Engine:
         with self._accelerator.local_main_process_first():
             yield
 
-    # The trained state, whole, whatever the ZeRO stage.
-
-    def trained_weights(self) -> dict[str, Tensor]:
-        """Full fp32 copies on the CPU of every trained parameter, by name (all ranks call)."""
-        return {
-            name: self._full_weight(p).detach().float().cpu().clone() for name, p in self._trained
-        }
-
-    def optimizer_moments(self) -> dict[str, Tensor]:
-        """AdamW's moments, full and fp32, as `<parameter>.<exp_avg|exp_avg_sq>` (all ranks call)."""
-        moments = {}
-        for name, parameter in self._trained:
-            for key in MOMENTS:
-                if self._is_sharded(parameter):
-                    full = safe_get_full_optimizer_state(parameter, key)
-                else:
-                    full = self._moment(parameter, key)
-                moments[f"{name}.{key}"] = full.detach().float().cpu().clone()
-        return moments
-
     def load_optimizer_state(
         self,
         weights: dict[str, Tensor],
@@ -256,8 +198,8 @@ class Engine:
         """Put a saved optimizer in place (all ranks call); the weights went into the model before `prepare`.
 
         Args:
-            weights: what `trained_weights` gave: under bf16 the fp32 masters know more than the model does.
-            moments: what `optimizer_moments` gave.
+            weights: what `trained.weights` gave: under bf16 the fp32 masters know more than the model does.
+            moments: what `trained.moments` gave.
             step: optimizer steps that they have seen.
             batch: any training batch: DeepSpeed makes its optimizer state in the first step, so one is
                 taken with a zero loss at learning rate zero.
@@ -271,42 +213,7 @@ class Engine:
         self.step()
         for group, rate in zip(self.base_optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for name, parameter in self._trained:
-            if self._is_sharded(parameter):
-                self._set_sharded(parameter, weights[name], None)
-            elif parameter in self._masters:
-                self._masters[parameter].data.copy_(weights[name])
-            for key in MOMENTS:
-                if self._is_sharded(parameter):
-                    self._set_sharded(parameter, moments[f"{name}.{key}"], key)
-                else:
-                    self._moment(parameter, key).copy_(moments[f"{name}.{key}"])
-        self._set_adam_step(step)
-
-    def _set_adam_step(self, step: int) -> None:
-        for state in self.base_optimizer.state.values():
-            if isinstance(state["step"], Tensor):
-                state["step"].fill_(step)
-            else:  # DeepSpeed's CPU Adam counts in a plain number
-                state["step"] = step
-
-    def _set_sharded(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Write an fp32 master (`key` None) or a moment of a parameter that DeepSpeed holds in shares."""
-        if not hasattr(parameter, "ds_id"):
-            value = value.to(self.device)
-            if key is None:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, key)
-            return
-        # At stage 3 DeepSpeed's own setters fail where the ranks do not divide the parameter.
-        share = cast("Any", parameter).ds_tensor.ds_numel
-        padded = nn.functional.pad(value.flatten(), (0, share * self.world_size - value.numel()))
-        mine = padded.narrow(0, share * self.rank, share).to(self.device)
-        if key is None:
-            safe_set_local_fp32_param(parameter, mine)
-        else:
-            safe_set_local_optimizer_state(parameter, mine, key)
+        self.trained.restore(weights, moments, step=step)
 
     def random_states(self) -> dict[str, Tensor]:
         """Every rank's generators, one row a rank (all ranks call)."""
@@ -325,71 +232,8 @@ class Engine:
         if self.device.type == "cuda" and self.rank < len(states.get("cuda", ())):
             torch.cuda.set_rng_state(states["cuda"][self.rank].clone(), self.device)
 
-    def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
-        """Overwrite the prepared model's trained parameters, for evaluation (all ranks call).
-
-        The optimizer's fp32 masters keep their values: train no further after this.
-        """
-        for name, parameter in self._trained:
-            with (
-                deepspeed.zero.GatheredParameters(
-                    [parameter], modifier_rank=0, enabled=self.zero_stage == 3
-                ),
-                torch.no_grad(),
-            ):
-                if self.zero_stage != 3 or self.is_main:
-                    parameter.copy_(weights[name])
-
-    @staticmethod
-    def _is_sharded(parameter: nn.Parameter) -> bool:
-        return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-    def _full_weight(self, parameter: nn.Parameter) -> Tensor:
-        if self._is_sharded(parameter):
-            return safe_get_full_fp32_param(parameter)
-        return self._masters.get(parameter, parameter)
-
-    def _fp32_masters(self) -> dict[nn.Parameter, nn.Parameter]:
-        """At stage 0 in half precision DeepSpeed pairs each parameter with an fp32 master, in order."""
-        wrapper: Any = getattr(self.model, "optimizer", None)
-        if self.zero_stage != 0 or not hasattr(wrapper, "fp32_groups"):
-            return {}
-        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-        return {half: full for group in pairs for half, full in zip(*group, strict=True)}
-
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        return self.base_optimizer.state[self._masters.get(parameter, parameter)][key]
-
     def release(self) -> None:
         """Free the run's model and optimizer; the process group lives on for the next run."""
-        del self.module, self.model, self.optimizer, self.base_optimizer
-        del self._trained, self._masters
+        del self.module, self.model, self.optimizer, self.base_optimizer, self.trained
         self._accelerator.free_memory()
         gc.collect()
-
-
-def full_size(parameter: nn.Parameter) -> int:
-    """Elements of a parameter, of which ZeRO-3 leaves this rank an empty shell."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def shut_down() -> None:
-    """End the process group, all ranks together: a rank that leaves early may abort the others."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def check_world_size(num_processes: int) -> None:
-    """Refuse to train N copies of the same run side by side.
-
-    Raises:
-        EngineError: WORLD_SIZE, as the launcher set it, is not accelerate's number of processes.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != num_processes:
-        raise EngineError(
-            f"WORLD_SIZE: the launcher started {launched} ranks, but accelerate sees {num_processes}; every rank "
-            "would train alone on all the data. Set `use_cpu: false` and `distributed_type: DEEPSPEED` in the "
-            "accelerate config (see launchers/accelerate/)"
-        )

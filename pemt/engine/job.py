@@ -1,0 +1,66 @@
+"""What the launcher started: its ranks, its DeepSpeed JSON, its end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+from pemt.config import PemtError, RunConfig
+from pemt.deepspeed_json import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
+
+
+class EngineError(PemtError):
+    """The launcher, accelerate and DeepSpeed do not agree on what this job is."""
+
+
+def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | None]:
+    """accelerate's DeepSpeed plugin from the JSON it was launched with, and that file; None without one."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return None, None
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if name is None:
+        raise DeepSpeedConfigError(
+            "accelerate launch: no DeepSpeed JSON; give one with --deepspeed_config_file ds_configs/zero2.json"
+        )
+    path = Path(name)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    filled = fill_deepspeed_json(
+        read_deepspeed_json(path), config, world_size=world_size, path=path
+    )
+    return DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=False), path
+
+
+def process_group_kwargs() -> list[InitProcessGroupKwargs]:
+    """What accelerate must be told to open the process group."""
+    # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
+    launched = "LOCAL_RANK" in os.environ
+    return (
+        [InitProcessGroupKwargs(backend="gloo")]
+        if launched and not torch.cuda.is_available()
+        else []
+    )
+
+
+def shut_down() -> None:
+    """End the process group, all ranks together: a rank that leaves early may abort the others."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def check_world_size(num_processes: int) -> None:
+    """Refuse to train N copies of the same run side by side.
+
+    Raises:
+        EngineError: WORLD_SIZE, as the launcher set it, is not accelerate's number of processes.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != num_processes:
+        raise EngineError(
+            f"WORLD_SIZE: the launcher started {launched} ranks, but accelerate sees {num_processes}; every rank "
+            "would train alone on all the data. Set `use_cpu: false` and `distributed_type: DEEPSPEED` in the "
+            "accelerate config (see launchers/accelerate/)"
+        )
