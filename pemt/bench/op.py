@@ -206,7 +206,7 @@ def forced(implementation: str) -> Iterator[None]:
             os.environ["PEMT_OPS"] = before
 
 
-def time_once(run: Callable[[], None], device: str) -> float:
+def time_once(run: Callable[[], object], device: str) -> float:
     """Milliseconds of one call."""
     if device == "cpu":
         started = time.perf_counter()

@@ -23,11 +23,16 @@ def ops(arguments: list[str]) -> None:
 
 
 def bench(arguments: list[str]) -> None:
-    """`pemt bench op`."""
-    if arguments[:1] != ["op"]:
-        raise PemtError(
-            f"pemt bench: found {' '.join(arguments[:1]) or 'nothing'}, allowed is `op`"
-        )
-    from pemt.bench.op import main
-
+    """`pemt bench op` and `pemt bench step`."""
+    parser = argparse.ArgumentParser(
+        prog="pemt bench",
+        description="Time the fused op, or a whole training step.",
+        epilog="example: pemt bench step --size t5-small; `pemt bench op --help` lists the options",
+    )
+    parser.add_argument("what", choices=["op", "step"])
+    what = parser.parse_args(arguments[:1]).what
+    if what == "op":
+        from pemt.bench.op import main
+    else:
+        from pemt.bench.step import main
     main(arguments[1:])
