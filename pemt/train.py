@@ -12,14 +12,15 @@ from typing import Any
 import datasets
 import transformers
 
-from pemt.bank import entry_folder, read_bank, write_entry
+from pemt.bank import entry_folder, write_entry
 from pemt.base import load_base
+from pemt.build import Built, build_model
 from pemt.config import AdaptConfig, RunConfig, SourceConfig
 from pemt.data import load_task_data
 from pemt.engine import Engine
 from pemt.evaluate import Evaluation, evaluate
 from pemt.loop import Fitted, Setup, fit
-from pemt.model import PemtT5, base_shape, description_prompt
+from pemt.model import base_shape
 from pemt.run_folder import check_run_folder, results_block, results_of, write_results
 from pemt.tasks import get_task
 
@@ -37,14 +38,13 @@ def run_source(config: SourceConfig) -> Path:
     engine, task, base = setup.engine, setup.task, setup.base
     shape = base_shape(base.config)
     description = config.description or task.description
-    prompt_PD = description_prompt(setup.tokenizer, base, description)
-    model = PemtT5.source(base, expert=config.expert, prompt_PD=prompt_PD)
+    built = build_model(config, base=base, tokenizer=setup.tokenizer, description=description)
     entry = entry_folder(config.bank_dir, task.name)  # refuses a name now, not after the training
-    fitted, tested, _ = _fit_and_test(config, setup, model, stage="source", source_names=[])
+    fitted, tested, _ = _fit_and_test(config, setup, built)
     if engine.is_main:
         write_entry(
             config.bank_dir,
-            model.export_expert(task.name, state=fitted.weights),
+            built.model.export_expert(task.name, state=fitted.weights),
             base={"name": config.model_name_or_path, **shape},
             description=description,
             metrics=tested.metrics,
@@ -65,27 +65,13 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
         PemtError: anything the user can mend; raised before anything is written.
     """
     setup = set_up(config)
-    sources = []
-    if config.method == "pemt":
-        assert config.bank_dir is not None
-        sources = read_bank(
-            config.bank_dir,
-            base_name=config.model_name_or_path,
-            base_shape=base_shape(setup.base.config),
-            tasks=config.source_tasks,
-        )
-    prompt_PD = description_prompt(
-        setup.tokenizer, setup.base, config.description or setup.task.description
+    built = build_model(
+        config,
+        base=setup.base,
+        tokenizer=setup.tokenizer,
+        description=config.description or setup.task.description,
     )
-    model = PemtT5.target(
-        setup.base,
-        sources=sources,
-        mixture=config.mixture,
-        adapter=config.adapter,
-        prompt_PD=prompt_PD,
-    )
-    names = [source.name for source in sources]
-    _, _, results = _fit_and_test(config, setup, model, stage="adapt", source_names=names)
+    _, _, results = _fit_and_test(config, setup, built)
     setup.engine.release()
     return results
 
@@ -105,17 +91,17 @@ def set_up(config: RunConfig) -> Setup:
 
 
 def _fit_and_test(
-    config: RunConfig, setup: Setup, model: PemtT5, *, stage: str, source_names: list[str]
+    config: RunConfig, setup: Setup, built: Built
 ) -> tuple[Fitted, Evaluation, dict[str, Any]]:
     """Train, score the best weights on the test set, report (all ranks call)."""
     engine = setup.engine
-    fitted = fit(config, setup, model, stage=stage, source_names=source_names)
+    fitted = fit(config, setup, built.model, stage=built.stage, source_names=built.source_names)
     engine.trained.overwrite_weights(fitted.weights)
     tested = evaluate(
         engine, setup.data.test, task=setup.task, tokenizer=setup.tokenizer, config=config
     )
     results = results_of(
-        tested, progress=fitted.progress, epoch=fitted.epoch, source_names=source_names
+        tested, progress=fitted.progress, epoch=fitted.epoch, source_names=built.source_names
     )
     if engine.is_main:
         write_results(Path(config.output_dir), results)

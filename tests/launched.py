@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.bank import read_bank
+from pemt.build import build_model
 from pemt.config import ExpertConfig, MixtureConfig, RunConfig
 from pemt.engine import MOMENTS, Engine, shut_down
 from pemt.loop import Setup, prepare, train_batches
-from pemt.model import PemtT5, base_shape, description_prompt
+from pemt.model import PemtT5
 from pemt.train import run_adapt, run_source, set_up
 from tests.tiny import adapt_config, source_config, tiny_task
 
@@ -77,37 +77,22 @@ def main(world: Path, folder: Path) -> None:
 
     report = {
         "results": results,
-        "source": inspect_source(
+        "source": inspect_run(
             source_config(base, data, folder / "x", bank, TARGET, expert=EXPERT, **fields)
         ),
-        "adapt": inspect_adapt(adapt_config(base, data, folder / "y", bank, TARGET, **fields)),
+        "adapt": inspect_run(adapt_config(base, data, folder / "y", bank, TARGET, **fields)),
     }
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / "report.json").write_text(json.dumps(report))
     shut_down()
 
 
-def inspect_source(config: Any) -> dict[str, Any]:
+def inspect_run(config: Any) -> dict[str, Any]:
     setup = set_up(config)
-    prompt_PD = description_prompt(setup.tokenizer, setup.base, setup.task.description)
-    return inspect(
-        config, setup, PemtT5.source(setup.base, expert=config.expert, prompt_PD=prompt_PD)
+    built = build_model(
+        config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description
     )
-
-
-def inspect_adapt(config: Any) -> dict[str, Any]:
-    setup = set_up(config)
-    shape = base_shape(setup.base.config)
-    sources = read_bank(config.bank_dir, base_name=config.model_name_or_path, base_shape=shape)
-    prompt_PD = description_prompt(setup.tokenizer, setup.base, setup.task.description)
-    model = PemtT5.target(
-        setup.base,
-        sources=sources,
-        mixture=config.mixture,
-        adapter=config.adapter,
-        prompt_PD=prompt_PD,
-    )
-    return inspect(config, setup, model)
+    return inspect(config, setup, built.model)
 
 
 def inspect(config: RunConfig, setup: Setup, model: PemtT5) -> dict[str, Any]:
