@@ -241,15 +241,30 @@ def match_trained(checkpoint: Checkpoint, trained: dict[str, torch.nn.Parameter]
     Raises:
         CheckpointError: the checkpoint trains other tensors than this run.
     """
-    shapes = {name: tuple(weight.shape) for name, weight in checkpoint.weights.items()}
+    load_trained(checkpoint.weights, trained, where="checkpoint")
+
+
+def load_trained(
+    weights: Mapping[str, Tensor], trained: Mapping[str, torch.nn.Parameter], *, where: str
+) -> None:
+    """Copy trained weights into a model that is not prepared yet.
+
+    Args:
+        weights, trained: by parameter name; both must have the same names and shapes.
+        where: what the weights were read from, for the error.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     wanted = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     for name in sorted(shapes.keys() ^ wanted.keys()) or [
         key for key in wanted if shapes[key] != wanted[key]
     ]:
         raise CheckpointError(
-            f"checkpoint: tensor `{name}` is {shapes.get(name, 'missing')} there and "
-            f"{wanted.get(name, 'not trained')} in this run; resume with the run's own configuration"
+            f"{where}: tensor `{name}` is {shapes.get(name, 'missing')} there and "
+            f"{wanted.get(name, 'not trained')} in this run; use the run's own configuration"
         )
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(checkpoint.weights[name])
+            parameter.copy_(weights[name])
