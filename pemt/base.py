@@ -35,8 +35,18 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         DataError: the tokenizer cannot be loaded.
     """
     name = config.model_name_or_path
+    return load_pretrained(name, config.tokenizer_name or name)
+
+
+def load_pretrained(
+    name: str, tokenizer_name: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Base model in fp32 and tokenizer, each by hub id or folder.
+
+    Raises:
+        BaseModelError, DataError: as `load_base`.
+    """
     model_config = _load_config(name)
-    tokenizer_name = config.tokenizer_name or name
     tokenizer = load_tokenizer(tokenizer_name)
     if len(tokenizer) > model_config.vocab_size:
         raise BaseModelError(

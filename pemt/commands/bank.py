@@ -1,19 +1,89 @@
-"""`pemt bank`: list a bank, import the published code's experts."""
+"""`pemt bank`: what is in a bank, and experts from and to elsewhere."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
+
+from pemt.commands.parsers import command_parser, verb_parser
+from pemt.config import PemtError
 
 
 def bank(arguments: list[str]) -> None:
-    """`pemt bank import-official` and `pemt bank list`."""
-    parser = argparse.ArgumentParser(prog="pemt bank", description="The expert bank.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    listing = verbs.add_parser("list", help="one line per entry")
+    """`pemt bank VERB`."""
+    options = vars(bank_parser().parse_args(arguments))
+    _VERBS[options.pop("verb")](**options)
+
+
+def bank_parser() -> argparse.ArgumentParser:
+    """The command line of `pemt bank`."""
+    parser = command_parser(
+        "bank", "The expert bank: what is in it, and experts from and to elsewhere."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    listing = verb_parser(verbs, "list", "one line per entry", "pemt bank list bank")
     listing.add_argument("bank_dir")
-    importing = verbs.add_parser(
+    showing = verb_parser(
+        verbs, "show", "all that is known of one entry", "pemt bank show bank mnli"
+    )
+    showing.add_argument("bank_dir")
+    showing.add_argument("task")
+    verifying = verb_parser(
+        verbs, "verify", "checksums, shapes and values of the entries", "pemt bank verify bank"
+    )
+    verifying.add_argument("bank_dir")
+    verifying.add_argument("tasks", nargs="*", metavar="task", help="default: all")
+    removing = verb_parser(verbs, "remove", "take entries out", "pemt bank remove bank mnli qnli")
+    removing.add_argument("bank_dir")
+    removing.add_argument("tasks", nargs="+", metavar="task")
+    merging = verb_parser(
+        verbs, "merge", "copy other banks' entries into one", "pemt bank merge bank mine theirs"
+    )
+    merging.add_argument("bank_dir", help="receives the entries; made if it does not exist")
+    merging.add_argument("others", nargs="+", metavar="other")
+
+    _add_adding(verbs)
+    _add_importing(verbs)
+    exporting = verb_parser(
+        verbs,
+        "export",
+        "write the lora sources as PEFT adapters, a folder each",
+        "pemt bank export bank --peft adapters",
+    )
+    exporting.add_argument("bank_dir")
+    exporting.add_argument("--peft", required=True, metavar="FOLDER", help="receives the folders")
+    exporting.add_argument("--tasks", nargs="+", metavar="TASK", help="default: every lora source")
+    return parser
+
+
+def _add_adding(verbs: Any) -> None:
+    adding = verb_parser(
+        verbs,
+        "add",
+        "a LoRA adapter in PEFT's format, on the FFNs' `wo`, becomes an expert",
+        "pemt bank add --peft someone/flan-t5-base-mnli-lora --task mnli --bank_dir bank",
+    )
+    adding.add_argument("--peft", required=True, metavar="PATH_OR_HUB_ID", dest="path_or_id")
+    adding.add_argument("--bank_dir", required=True)
+    adding.add_argument("--task", required=True, help="name of the entry")
+    adding.add_argument(
+        "--description",
+        help="one sentence on the task, of which its prompt is made; default: that of the task named so",
+    )
+    adding.add_argument("--model_name_or_path", help="its base model; default: as the adapter says")
+    adding.add_argument("--tokenizer_name", help="default: the base model's own")
+    adding.add_argument("--revision", help="branch, tag or commit on the hub")
+
+
+def _add_importing(verbs: Any) -> None:
+    importing = verb_parser(
+        verbs,
         "import-official",
-        help="read what the published code saved: task_embedding.pt, and lora.pt or adapter.pt",
+        "what the published code saved: task_embedding.pt, and lora.pt or adapter.pt",
+        "pemt bank import-official outputs/mnli --bank_dir bank --task mnli "
+        "--model_name_or_path google-t5/t5-base",
     )
     importing.add_argument("folder", help="folder of one source task")
     importing.add_argument("--bank_dir", required=True)
@@ -26,25 +96,106 @@ def bank(arguments: list[str]) -> None:
         "--kind", choices=["lora", "bottleneck"], help="where both files lie there"
     )
     importing.add_argument("--alpha", type=float, default=64.0, help="LoRA's alpha; published: 64")
-    options = vars(parser.parse_args(arguments))
-    if options.pop("verb") == "list":
-        _bank_list(**options)
-    else:
-        _bank_import(**options)
 
 
-def _bank_list(*, bank_dir: str) -> None:
+def _list(*, bank_dir: str) -> None:
     from pemt.bank import read_manifests
 
-    for entry in read_manifests(bank_dir):
-        print(f"{entry.task}: {entry.kind}, rank {entry.rank}, on {entry.base['name']}")
+    entries = read_manifests(bank_dir)
+    width = max(len(entry.task) for entry in entries)
+    for entry in entries:
+        score = entry.metrics.get("average_metrics")
+        told = "" if score is None else f", test score {score:.1f}"
+        print(
+            f"{entry.task:<{width}}  {entry.kind}, rank {entry.rank}, alpha {entry.alpha:g}, "
+            f"on {entry.base['name']}{told}"
+        )
 
 
-def _bank_import(
-    *, folder: str, bank_dir: str, task: str, model_name_or_path: str, **options: object
-) -> None:
+def _show(*, bank_dir: str, task: str) -> None:
+    from pemt.bank import entry_folder, read_entry
+
+    folder = entry_folder(bank_dir, task)
+    manifest, source = read_entry(folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    shape = {key: value for key, value in manifest.base.items() if key != "name"}
+    rows = {
+        "entry": str(folder),
+        "description": manifest.description or "not known",
+        "expert": f"{manifest.kind}, rank {manifest.rank}, alpha {manifest.alpha:g}",
+        "prompt": f"{len(source.prompt_PD)} tokens",
+        "base model": manifest.base.get("name"),
+        "its shape": ", ".join(f"{key} {value}" for key, value in shape.items()),
+        "its weights": manifest.base_sha256 or "not known",
+        "test metrics": ", ".join(f"{key} {value:.2f}" for key, value in manifest.metrics.items())
+        or "none",
+        "size": f"{size / 2**20:.1f} MiB, {manifest.dtype}, "
+        f"{sum(tensor.numel() for tensor in source.weights.values()):,} parameters in the expert",
+        "written by": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
+    }
+    for key, value in rows.items():
+        print(f"{key:<13} {value}")
+
+
+def _verify(*, bank_dir: str, tasks: list[str]) -> None:
+    from pemt.bank_tools import verify
+
+    faults = verify(bank_dir, tasks or None)
+    for task, fault in faults.items():
+        print(f"{task}: {fault or 'whole'}")
+    broken = [task for task, fault in faults.items() if fault]
+    if broken:
+        raise PemtError(
+            f"{bank_dir}: {len(broken)} of {len(faults)} entries cannot be used: {', '.join(broken)}; "
+            "make them anew or take them out with `pemt bank remove`"
+        )
+
+
+def _remove(*, bank_dir: str, tasks: list[str]) -> None:
+    from pemt.bank_tools import remove
+
+    remove(bank_dir, tasks)
+    print(f"removed {', '.join(tasks)}")
+
+
+def _merge(*, bank_dir: str, others: list[str]) -> None:
+    from pemt.bank_tools import merge
+
+    print(f"{bank_dir}: added {', '.join(merge(bank_dir, others))}")
+
+
+def _add(*, path_or_id: str, bank_dir: str, task: str, **options: Any) -> None:
+    from pemt.bank_tools import add_peft
+
+    added = add_peft(path_or_id, bank_dir=bank_dir, task=task, **options)
+    prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
+    print(f"{added.folder}: lora, rank {added.rank}, on {added.base_name}; prompt: {prompt}")
+    if added.absent:
+        print(f"the adapter leaves {len(added.absent)} FFNs alone: {', '.join(added.absent)}")
+
+
+def _export(*, bank_dir: str, peft: str, tasks: list[str] | None) -> None:
+    from pemt.bank_tools import export_peft
+
+    for folder in export_peft(bank_dir, peft, tasks=tasks):
+        print(folder)
+
+
+def _import(*, bank_dir: str, task: str, model_name_or_path: str, **options: Any) -> None:
     from pemt.bank import import_official
     from pemt.base import load_shape
 
     base = {"name": model_name_or_path, **load_shape(model_name_or_path)}
-    print(import_official(folder, bank_dir=bank_dir, task=task, base=base, **options))  # type: ignore[arg-type]
+    print(import_official(bank_dir=bank_dir, task=task, base=base, **options))
+
+
+_VERBS: dict[str, Callable[..., None]] = {
+    "list": _list,
+    "show": _show,
+    "verify": _verify,
+    "remove": _remove,
+    "merge": _merge,
+    "add": _add,
+    "export": _export,
+    "import-official": _import,
+}

@@ -1,0 +1,232 @@
+"""What `pemt bank` does to a bank beside listing it: add from PEFT, export, verify, remove, merge."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pemt.bank import (
+    TENSORS,
+    BankError,
+    Manifest,
+    entry_folder,
+    entry_names,
+    read_entry,
+    write_entry,
+)
+from pemt.base import load_pretrained
+from pemt.config import PemtError
+from pemt.hub import local_folder
+from pemt.model import (
+    ExpertSource,
+    base_digest,
+    base_shape,
+    checked_base,
+    description_prompt,
+)
+from pemt.peft_format import FILES, PeftFormatError, read_base_name, read_peft, write_peft
+from pemt.storage import MANIFEST, TEMPORARY
+from pemt.tasks import get_task, task_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """What `add_peft` made.
+
+    Args:
+        folder: the new entry.
+        base_name: the base model it belongs to.
+        rank: of the expert.
+        prompt: `its own`, or the description that the prompt was made from.
+        absent: FFNs that the adapter does not touch: the expert gives zero there.
+    """
+
+    folder: Path
+    base_name: str
+    rank: int
+    prompt: str
+    absent: list[str]
+
+
+def add_peft(
+    path_or_id: str,
+    *,
+    bank_dir: str | Path,
+    task: str,
+    model_name_or_path: str | None = None,
+    tokenizer_name: str | None = None,
+    description: str | None = None,
+    revision: str | None = None,
+) -> Added:
+    """Put a LoRA adapter in PEFT's format, on T5's `wo`, into a bank.
+
+    Args:
+        path_or_id: the adapter's folder, or a hub id.
+        bank_dir, task: where it goes; an entry of that name is replaced.
+        model_name_or_path: its base model; default: the one its configuration names.
+        tokenizer_name: where the tokenizer lies elsewhere.
+        description: one sentence; its tokens' embeddings become the prompt, where the adapter has none.
+            Default: the description of the task of that name.
+        revision: of the hub repository.
+
+    Raises:
+        PeftFormatError: it is no plain LoRA on `wo`, or fits another base model.
+        PemtError: the base model or the hub cannot be read, or the bank cannot be written.
+    """
+    entry_folder(bank_dir, task)
+    folder = local_folder(path_or_id, files=FILES, revision=revision)
+    name = model_name_or_path or read_base_name(folder)
+    if not name:
+        raise PeftFormatError(
+            f"{folder}: does not name its base model; give it with --model_name_or_path"
+        )
+    base, tokenizer = load_pretrained(name, tokenizer_name or name)
+    shape = base_shape(base.config)
+    lora = read_peft(folder, shape)
+    if description is None and task in task_names():
+        description = get_task(task).description
+    prompt_PD, origin = lora.prompt_PD, "its own"
+    if prompt_PD is None:
+        if description is None:
+            raise _no_description(path_or_id, task)
+        prompt_PD, origin = description_prompt(tokenizer, base, description), description
+    source = ExpertSource(
+        name=task,
+        kind="lora",
+        rank=lora.rank,
+        alpha=lora.alpha,
+        weights=lora.weights,
+        prompt_PD=prompt_PD,
+        base_sha256=base_digest(checked_base(base)),
+    )
+    entry = write_entry(
+        bank_dir, source, base={"name": name, **shape}, description=description, metrics={}
+    )
+    return Added(folder=entry, base_name=name, rank=lora.rank, prompt=origin, absent=lora.absent)
+
+
+def _no_description(path_or_id: str, task: str) -> BankError:
+    return BankError(
+        f"description: missing; {path_or_id} has no task prompt and `{task}` is no task that "
+        "`pemt tasks` lists: say in one sentence what it does, --description '...'"
+    )
+
+
+def export_peft(
+    bank_dir: str | Path, folder: str | Path, *, tasks: Sequence[str] | None = None
+) -> list[Path]:
+    """Write LoRA sources of a bank so that `peft.PeftModel.from_pretrained` loads each.
+
+    Args:
+        bank_dir: the bank.
+        folder: receives one folder per source, by its name.
+        tasks: which; default: every LoRA source.
+
+    Raises:
+        BankError: no such entry, or the bank has no LoRA source.
+        PeftFormatError: a named one is no LoRA, or its folder is not empty.
+    """
+    entries = [read_entry(path) for path in _entries(bank_dir, tasks)]
+    if tasks is None:
+        entries = [entry for entry in entries if entry[0].kind == "lora"]
+    if not entries:
+        raise BankError(f"{bank_dir}: has no lora source, and PEFT knows no other kind of ours")
+    return [
+        write_peft(Path(folder) / source.name, source, base_name=str(manifest.base["name"]))
+        for manifest, source in entries
+    ]
+
+
+def verify(bank_dir: str | Path, tasks: Sequence[str] | None = None) -> dict[str, str | None]:
+    """By entry what is wrong with it, or None: checksums, shapes, and that every value is finite."""
+    return {folder.name: _fault(folder) for folder in _entries(bank_dir, tasks)}
+
+
+def remove(bank_dir: str | Path, tasks: Sequence[str]) -> None:
+    """Take entries out of a bank; nothing is removed unless all of them are there.
+
+    Raises:
+        BankError: no such entry.
+    """
+    for folder in _entries(bank_dir, tasks):
+        # first out of sight in one step: a removal that is cut short leaves no half entry
+        hidden = folder.with_name(f"{TEMPORARY}removed-{folder.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
+    """Copy every entry of other banks into one, which is made if it does not exist.
+
+    Nothing is written unless every entry is whole, no name occurs twice, and all are for base models
+    of one shape.
+
+    Returns:
+        The names of the entries that were added.
+
+    Raises:
+        BankError: a name occurs twice, or base models differ in shape.
+    """
+    there = read_all(bank_dir) if Path(bank_dir).is_dir() and any(Path(bank_dir).iterdir()) else []
+    coming = [(other, entry) for other in others for entry in read_all(other)]
+    names = [manifest.task for manifest, _ in there]
+    shapes = [(bank_dir, _shape_of(manifest)) for manifest, _ in there]
+    for other, (manifest, _) in coming:
+        if manifest.task in names:
+            raise BankError(
+                f"{other}: has an entry `{manifest.task}`, and so has {bank_dir} or another of these banks; "
+                "remove one of the two with `pemt bank remove`"
+            )
+        names.append(manifest.task)
+        shapes.append((other, _shape_of(manifest)))
+        if shapes[-1][1] != shapes[0][1]:
+            raise BankError(
+                f"{other}: `{manifest.task}` is for a base model of another shape than the entries of "
+                f"{shapes[0][0]}; a bank is for one base model"
+            )
+    for _, (manifest, source) in coming:
+        write_entry(
+            bank_dir,
+            source,
+            base=manifest.base,
+            description=manifest.description,
+            metrics=manifest.metrics,
+            dtype=manifest.dtype,
+        )
+    return [manifest.task for _, (manifest, _) in coming]
+
+
+def read_all(bank_dir: str | Path) -> list[tuple[Manifest, ExpertSource]]:
+    """Every entry of a bank, checked."""
+    return [read_entry(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
+
+
+def _entries(bank_dir: str | Path, tasks: Sequence[str] | None) -> list[Path]:
+    names = entry_names(bank_dir)
+    for task in tasks or ():
+        if task not in names:
+            raise BankError(f"{bank_dir}: has no entry `{task}`; it has: {', '.join(names)}")
+    return [entry_folder(bank_dir, name) for name in (tasks or names)]
+
+
+def _fault(folder: Path) -> str | None:
+    try:
+        manifest, source = read_entry(folder)
+        source.check(manifest.base)
+    except PemtError as error:
+        return str(error)
+    except KeyError as error:
+        return f"{folder / MANIFEST}: base: lacks {error}"
+    for key, tensor in source.weights.items():
+        if not torch.isfinite(tensor).all():
+            return f"{folder / TENSORS}: tensor `{key}` has infinite or NaN values"
+    return None
+
+
+def _shape_of(manifest: Manifest) -> dict[str, object]:
+    return {key: value for key, value in manifest.base.items() if key != "name"}

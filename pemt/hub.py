@@ -1,0 +1,81 @@
+"""Folders from and to the Hugging Face hub (`HF_ENDPOINT` and `HF_TOKEN` are honoured, as everywhere)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HTTPError
+
+from pemt.config import PemtError
+
+
+class HubError(PemtError):
+    """A repository of the hub that cannot be read or written."""
+
+
+def local_folder(path_or_id: str, *, files: Sequence[str], revision: str | None = None) -> Path:
+    """A local folder as it is, or the named files of a hub repository, fetched into the hub's cache.
+
+    Args:
+        path_or_id: a folder, or `owner/name` on the hub.
+        files: names or patterns of what to fetch; a repository may lack some.
+        revision: branch, tag or commit.
+
+    Raises:
+        HubError: neither such a folder nor such a repository, or the hub is out of reach.
+    """
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    try:
+        fetched = snapshot_download(path_or_id, allow_patterns=list(files), revision=revision)
+    except (OSError, ValueError, HTTPError) as error:
+        raise HubError(
+            f"{path_or_id}: is no folder here, and from the hub it cannot be fetched ({_reason(error)})"
+        ) from None
+    return Path(fetched)
+
+
+def download(repo_id: str, folder: Path, *, revision: str | None = None) -> Path:
+    """Fetch a whole repository into a folder of its own.
+
+    Raises:
+        HubError: there is no such repository, the hub is out of reach, or the folder is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise HubError(f"{folder}: is not empty; give a new folder")
+    try:
+        snapshot_download(repo_id, local_dir=folder, revision=revision)
+    except (OSError, ValueError, HTTPError) as error:
+        raise HubError(
+            f"{repo_id}: cannot be fetched from the hub ({_reason(error)}); check the name, the "
+            "connection, and for a private one `hf auth login`"
+        ) from None
+    return folder
+
+
+def upload(folder: Path, repo_id: str, *, private: bool, message: str) -> str:
+    """Push a folder as one commit to a model repository, made if it does not exist.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        HubError: the hub is out of reach, or refuses name or token.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+    except (OSError, ValueError, HTTPError) as error:
+        raise HubError(
+            f"{repo_id}: cannot be pushed to the hub ({_reason(error)}); check the name, the "
+            "connection, and `hf auth login`"
+        ) from None
+    return str(commit.commit_url)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
