@@ -8,37 +8,15 @@ import time
 
 from pemt.arguments import nearest
 from pemt.commands import COMMANDS
+from pemt.commands.overview import overview
 from pemt.config import PemtError
-
-USAGE = """\
-usage: pemt COMMAND [--config FILE] [--field value ...]
-
-Adapt a frozen T5 to a new task by mixing experts learned on other tasks (PEMT, arXiv 2402.15082).
-
-the two stages:
-  source   train one source task's expert and prompt, into a bank
-             pemt source --config source --task_name mnli --output_dir runs/mnli --bank_dir bank
-  adapt    adapt to a target task over the bank's frozen experts
-             pemt adapt --config adapt --task_name superglue-cb --output_dir runs/cb --bank_dir bank
-
-around them:
-  demo     both stages on a small world that fits a laptop
-  bank     list a bank, or import the published code's experts
-  tasks    list the tasks
-  ops      build the fused op ahead of a run, or tell what is built
-  bench    time the op
-
-`pemt COMMAND --help` lists a command's fields. On several ranks:
-  accelerate launch --config_file launchers/accelerate/cpu.yaml \\
-      --deepspeed_config_file ds_configs/zero2.json -m pemt adapt --config ...
-"""
 
 
 def main() -> None:
     """Run one command; a user's error is one line on stderr, from one rank, and exit code 2."""
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("--help", "-h"):
-        print(USAGE, end="")
+        print(overview(), end="")
         return
     try:
         if name not in COMMANDS:

@@ -6,6 +6,7 @@ complaints are turned into one line that names the file and the key.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -20,6 +21,10 @@ from pemt.config import ConfigError, RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
+_EXAMPLES = {
+    "pemt source": "--config source --task_name mnli --output_dir runs/mnli --bank_dir bank",
+    "pemt adapt": "--config adapt --task_name superglue-cb --output_dir runs/cb --bank_dir bank",
+}
 
 
 def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Config:
@@ -38,6 +43,8 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         description=(kind.__doc__ or "").split("\n", 1)[0],
+        epilog=_epilog(prog),
+        formatter_class=_Formatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -61,6 +68,19 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         raise ConfigError(_one_line(str(error), files)) from None
     values.pop("config", None)
     return kind(**values)
+
+
+class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's types and defaults; an example keeps its lines."""
+
+
+def _epilog(prog: str) -> str | None:
+    if prog not in _EXAMPLES:
+        return None
+    return (
+        f"example:\n  {prog} {_EXAMPLES[prog]}\n"
+        "with --print_config behind it, the whole configuration is shown and nothing runs"
+    )
 
 
 def recipe_names() -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
-from pemt.commands.parsers import command_parser, verb_parser
+from pemt.commands.parsers import Parser, command_parser, verb_parser
 from pemt.config import PemtError
 
 
@@ -16,7 +15,7 @@ def bank(arguments: list[str]) -> None:
     _VERBS[options.pop("verb")](**options)
 
 
-def bank_parser() -> argparse.ArgumentParser:
+def bank_parser() -> Parser:
     """The command line of `pemt bank`."""
     parser = command_parser(
         "bank", "The expert bank: what is in it, and experts from and to elsewhere."

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-
+from pemt.commands.parsers import Parser, command_parser
 from pemt.config import PemtError
 
 
 def ops(arguments: list[str]) -> None:
     """`pemt ops build` and `pemt ops info`."""
-    parser = argparse.ArgumentParser(prog="pemt ops", description="The fused op.")
-    parser.add_argument(
-        "verb", choices=["build", "info"], help="compile it now; tell what would run and why"
-    )
-    verb = parser.parse_args(arguments).verb
+    verb = ops_parser().parse_args(arguments).verb
     from pemt.ops import OpsError, build
 
     try:
@@ -22,12 +17,22 @@ def ops(arguments: list[str]) -> None:
         raise PemtError(str(error)) from None
 
 
+def ops_parser() -> Parser:
+    """The command line of `pemt ops`."""
+    parser = command_parser("ops", "The fused op.", "pemt ops build", "pemt ops info")
+    parser.add_argument(
+        "verb", choices=["build", "info"], help="compile it now; tell what would run and why"
+    )
+    return parser
+
+
 def bench(arguments: list[str]) -> None:
     """`pemt bench op` and `pemt bench step`."""
-    parser = argparse.ArgumentParser(
-        prog="pemt bench",
-        description="Time the fused op, or a whole training step.",
-        epilog="example: pemt bench step --size t5-small; `pemt bench op --help` lists the options",
+    parser = command_parser(
+        "bench",
+        "Time the fused op, or a whole training step.",
+        "pemt bench step --size t5-small",
+        "pemt bench op --help",
     )
     parser.add_argument("what", choices=["op", "step"])
     what = parser.parse_args(arguments[:1]).what

@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
         raise PemtError(f"{self.prog}: {message}; `{self.prog} --help` tells what it takes")
 
 
-def command_parser(name: str, description: str, *examples: str) -> argparse.ArgumentParser:
+def command_parser(name: str, description: str, *examples: str) -> Parser:
     """The parser of `pemt NAME`; the examples stand below the options."""
     return Parser(
         prog=f"pemt {name}",
@@ -26,9 +26,9 @@ def command_parser(name: str, description: str, *examples: str) -> argparse.Argu
     )
 
 
-def verb_parser(verbs: Any, name: str, description: str, example: str) -> argparse.ArgumentParser:
+def verb_parser(verbs: Any, name: str, description: str, example: str) -> Parser:
     """The parser of one verb of a command."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser: Parser = verbs.add_parser(
         name,
         help=description,
         description=description[0].upper() + description[1:] + ".",

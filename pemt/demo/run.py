@@ -25,7 +25,11 @@ WORLD_SEED = 0
 
 def main(arguments: list[str]) -> None:
     """The command line of `pemt demo`."""
-    parser = argparse.ArgumentParser(prog="pemt demo", description="Both stages on a small world.")
+    parser = argparse.ArgumentParser(
+        prog="pemt demo",
+        description="Both stages on a small world that fits a laptop.",
+        epilog="example:  pemt demo --quick --output_dir runs/demo",
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "pemt")
     parser.add_argument("--quick", action="store_true", help="one target and one seed")

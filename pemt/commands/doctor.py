@@ -1,0 +1,37 @@
+"""`pemt doctor`: whether this machine is ready, and what to do where it is not."""
+
+from __future__ import annotations
+
+from pemt.commands.parsers import Parser, command_parser
+from pemt.config import PemtError
+
+
+def doctor(arguments: list[str]) -> None:
+    """`pemt doctor`."""
+    options = doctor_parser().parse_args(arguments)
+    from pemt.doctor import examine
+
+    missing = []
+    for finding in examine(probe=not options.no_launch):
+        print("\n".join(finding.lines()), flush=True)
+        if finding.state == "missing":
+            missing.append(finding.what)
+    if missing:
+        raise PemtError(
+            f"a run cannot start here: {', '.join(missing)}; the lines above say what to do"
+        )
+    print("ready")
+
+
+def doctor_parser() -> Parser:
+    """The command line of `pemt doctor`."""
+    parser = command_parser(
+        "doctor",
+        "Versions, devices, the fused op, and whether DeepSpeed really runs here;\n"
+        "about each thing that is missing, what to do. Exit code 2 where a run could not start.",
+        "pemt doctor",
+    )
+    parser.add_argument(
+        "--no_launch", action="store_true", help="do not start DeepSpeed (it takes half a minute)"
+    )
+    return parser
