@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -54,7 +55,7 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         help=f"YAML file, or a recipe's name ({', '.join(recipe_names())}); may be given more than once.",
     )
     parser.add_class_arguments(kind)
-    arguments, files = _resolve_config_files(arguments)
+    arguments, files = _resolve_config_files(_inline_mappings(arguments))
     keys = field_keys(kind)
     for file in files:
         _check_yaml(file, keys)
@@ -121,6 +122,28 @@ def _resolve_config_files(arguments: list[str]) -> tuple[list[str], list[Path]]:
     return resolved, files
 
 
+def _inline_mappings(arguments: list[str]) -> list[str]:
+    """Replace a file behind `--peft_config` by what it holds, so that the run's config.yaml holds it too."""
+    resolved = list(arguments)
+    for place, argument in enumerate(arguments):
+        name, _, inline = argument.partition("=")
+        if name != "--peft_config" or (not inline and place + 1 == len(arguments)):
+            continue
+        value = inline or arguments[place + 1]
+        if value.startswith("{") or value == "null":
+            continue
+        if not Path(value).is_file():
+            raise ConfigError(
+                f"--peft_config {value}: no such file; give a YAML or JSON file, or {{peft_type: ...}}"
+            )
+        content = json.dumps(read_yaml_mapping(Path(value)))
+        if inline:
+            resolved[place] = f"{name}={content}"
+        else:
+            resolved[place + 1] = content
+    return resolved
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; a person meant one of them."""
 
@@ -165,7 +188,8 @@ def _check_yaml(path: Path, keys: list[str]) -> None:
             name = f"{prefix}{key}"
             if name not in keys:
                 raise ConfigError(f"{path}: unknown key `{name}`{nearest(name, keys)}")
-            if isinstance(value, dict):
+            # a field that is no section of its own, as peft_config, holds what keys it likes
+            if isinstance(value, dict) and any(each.startswith(f"{name}.") for each in keys):
                 check(value, f"{name}.")
 
     check(read_yaml_mapping(path), "")

@@ -1,4 +1,4 @@
-"""The model of a run: configuration, base and bank to a PemtT5, for training and for what comes after."""
+"""The model of a run: configuration, base and bank to a TrainedT5, for training and for what comes after."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pemt.bank import read_bank
-from pemt.config import AdaptConfig, RunConfig, SourceConfig
-from pemt.model import PemtT5, base_shape, description_prompt
+from pemt.bank import entry_names, read_bank
+from pemt.config import PEFT_METHODS, AdaptConfig, RunConfig, SourceConfig
+from pemt.model import (
+    BitFitT5,
+    FullT5,
+    PeftT5,
+    PemtT5,
+    TrainedT5,
+    base_shape,
+    description_prompt,
+    peft_settings,
+    starts_from_text,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +31,7 @@ class Built:
         source_names: the experts that its gates weigh, in the gates' order; none in stage 1.
     """
 
-    model: PemtT5
+    model: TrainedT5
     stage: str
     source_names: list[str]
 
@@ -44,11 +54,45 @@ def build_model(
         BankError, StorageError: the bank cannot be used.
         ModelError: base, experts and prompt do not go together.
     """
-    prompt_PD = description_prompt(tokenizer, base, description)
     if isinstance(config, SourceConfig):
-        model = PemtT5.source(base, expert=config.expert, prompt_PD=prompt_PD)
-        return Built(model=model, stage="source", source_names=[])
+        prompt_PD = description_prompt(tokenizer, base, description)
+        source = PemtT5.source(base, expert=config.expert, prompt_PD=prompt_PD)
+        return Built(model=source, stage="source", source_names=[])
     assert isinstance(config, AdaptConfig)
+    model: TrainedT5
+    names: list[str] = []
+    if config.method == "full":
+        model = FullT5(base)
+    elif config.method == "bitfit":
+        model = BitFitT5(base)
+    elif config.method in PEFT_METHODS:
+        model = _peft_model(config, base, tokenizer, description)
+    else:
+        model, names = _target_model(config, base, tokenizer, description)
+    return Built(model=model, stage="adapt", source_names=names)
+
+
+def check_method(config: AdaptConfig) -> None:
+    """Find out, before anything is loaded, whether a method lacks its library or its bank.
+
+    Raises:
+        PeftError: peft is not installed, or `peft_config` is wrong.
+        BankError: there is no bank.
+    """
+    if config.method in PEFT_METHODS:
+        peft_settings(config.method, config.peft_config)
+    elif config.method == "pemt":
+        assert config.bank_dir is not None
+        entry_names(config.bank_dir)
+
+
+def _target_model(
+    config: AdaptConfig,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    description: str,
+) -> tuple[PemtT5, list[str]]:
+    """PEMT, or its target adapter without experts; and the experts' names."""
     sources = []
     if config.method == "pemt":
         assert config.bank_dir is not None
@@ -63,6 +107,18 @@ def build_model(
         sources=sources,
         mixture=config.mixture,
         adapter=config.adapter,
-        prompt_PD=prompt_PD,
+        prompt_PD=description_prompt(tokenizer, base, description),
     )
-    return Built(model=model, stage="adapt", source_names=[source.name for source in sources])
+    return model, [source.name for source in sources]
+
+
+def _peft_model(
+    config: AdaptConfig,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    description: str,
+) -> PeftT5:
+    settings = peft_settings(config.method, config.peft_config)
+    if not starts_from_text(settings, config.peft_config):
+        return PeftT5(base, settings)
+    return PeftT5(base, settings, prompt_PD=description_prompt(tokenizer, base, description))

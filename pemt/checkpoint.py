@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint as read: names are those of `PemtT5.trainable_parameters`."""
+    """A checkpoint as read: names are those of `TrainedT5.trainable_parameters`."""
 
     progress: Progress
     weights: dict[str, Tensor]

@@ -7,7 +7,7 @@ Names follow Hugging Face's `TrainingArguments` wherever the same thing exists t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 class PemtError(ValueError):
@@ -212,32 +212,53 @@ class SourceConfig(RunConfig):
                 )
 
 
+PEFT_METHODS = ("lora", "prompt", "peft")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig(RunConfig):
-    """Stage 2, `pemt adapt`: adapt to a target task over a bank of frozen experts.
+    """Stage 2, `pemt adapt`: adapt to a target task, over a bank of frozen experts or by a baseline.
+
+    A method does not read the others' fields, so that one file serves them all; `peft_config` alone
+    is refused where it would do nothing.
 
     Args:
-        bank_dir: the expert bank to read; not needed for `method: adapter`.
-        source_tasks: which of the bank's entries to mix, in this order; default: all, by name.
-        method: `pemt`, or `adapter`: the same target adapter, prompt and norms without any expert.
-        description: one sentence about the task; its tokens' embeddings start the target prompt.
-            Default: the task's own.
-        adapter: the target adapter's size.
-        mixture: the mixture and its sparsity loss.
+        bank_dir: the expert bank that `method: pemt` reads.
+        source_tasks: which of the bank's entries `pemt` mixes, in this order; default: all, by name.
+        method: `pemt`; or a baseline on the same trainer, without experts. `adapter`: PEMT's target adapter,
+            prompt and norms alone. `full`: everything is trained. `bitfit`: biases, put into every linear
+            layer and layer norm. From the peft library `lora` (on q and v), `prompt` (100 tokens), and
+            `peft`: what peft_config says.
+        description: one sentence about the task; its tokens' embeddings start the target prompt of `pemt`,
+            `adapter` and `prompt`. Default: the task's own.
+        adapter: the target adapter's size, for `pemt` and `adapter`.
+        mixture: the mixture and its sparsity loss; of `adapter`, whether layer norms are trained.
+        peft_config: fields of a peft.PeftConfig, as a mapping in YAML or as a YAML or JSON file: all of it,
+            with peft_type, for `peft`; what differs from the default for `lora` and `prompt`.
     """
 
     bank_dir: str | None = None
     source_tasks: list[str] | None = None
-    method: Literal["pemt", "adapter"] = "pemt"
+    method: Literal["pemt", "adapter", "lora", "bitfit", "full", "prompt", "peft"] = "pemt"
     description: str | None = None
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    peft_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method == "pemt" and self.bank_dir is None:
             raise ConfigError(
-                "bank_dir: missing; give the folder that `pemt source` filled, or `method: adapter`"
+                "bank_dir: missing; give the folder that `pemt source` filled, or a method without experts"
+            )
+        if self.method == "peft" and "peft_type" not in (self.peft_config or {}):
+            raise ConfigError(
+                "peft_config: `method: peft` needs one with a peft_type, such as {peft_type: IA3}"
+            )
+        if self.peft_config is not None and self.method not in PEFT_METHODS:
+            raise ConfigError(
+                f"peft_config: `method: {self.method}` does not read it; "
+                f"it goes with {', '.join(PEFT_METHODS)}"
             )
         if self.adapter.reduction_factor <= 0:
             raise ConfigError(

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from pemt.config import RunConfig
 from pemt.data import EvalBatches, collate, lengths_of
 from pemt.engine import Engine
-from pemt.model import PemtT5
+from pemt.model import TrainedT5
 from pemt.tasks import Task, score
 
 IGNORED_LABEL = -100
@@ -68,7 +68,7 @@ def evaluate(
     """
     started = time.perf_counter()
     module = engine.module
-    assert isinstance(module, PemtT5)
+    assert isinstance(module, TrainedT5)
     was_training = module.training
     module.eval()
     longest = config.max_target_length or task.max_target_length
@@ -109,7 +109,7 @@ def evaluate(
 
 @torch.no_grad()
 def _measure(
-    engine: Engine, module: PemtT5, batch: dict[str, Tensor], *, config: RunConfig, longest: int
+    engine: Engine, module: TrainedT5, batch: dict[str, Tensor], *, config: RunConfig, longest: int
 ) -> list[Tensor]:
     """Of one batch: generated ids [B,T], summed loss [B], counted targets [B], and gates [B,L,K] if any."""
     labels_BT = batch["labels"]

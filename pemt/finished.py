@@ -21,7 +21,7 @@ from pemt.checkpoint import (
 )
 from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig
 from pemt.engine import Engine
-from pemt.model import PemtT5
+from pemt.model import TrainedT5
 from pemt.run_folder import CONFIG
 from pemt.storage import read_manifest, read_tensors
 from pemt.tasks import Task, get_task
@@ -52,7 +52,7 @@ class Finished:
     stage: str
     task: Task
     tokenizer: PreTrainedTokenizerBase
-    model: PemtT5
+    model: TrainedT5
     source_names: list[str]
     checkpoint: Path
     progress: Progress

@@ -17,7 +17,7 @@ from pemt.data import TaskData, TrainBatches, collate, lengths_of
 from pemt.engine import Engine, full_size
 from pemt.evaluate import evaluate
 from pemt.meter import Meter
-from pemt.model import PemtT5
+from pemt.model import TrainedT5
 from pemt.monitor import Monitor
 from pemt.run_folder import start_run_folder
 from pemt.tasks import Task
@@ -50,7 +50,7 @@ class Fitted:
 
 
 def fit(
-    config: RunConfig, setup: Setup, model: PemtT5, *, stage: str, source_names: list[str]
+    config: RunConfig, setup: Setup, model: TrainedT5, *, stage: str, source_names: list[str]
 ) -> Fitted:
     """Train, validate and save until the configured end (all ranks call).
 
@@ -150,13 +150,13 @@ def _validate_and_save(
     return progress
 
 
-def _size_line(model: PemtT5, engine: Engine) -> str:
+def _size_line(model: TrainedT5, engine: Engine) -> str:
     trained = sum(full_size(parameter) for _, parameter in model.trainable_parameters())
     total = sum(full_size(parameter) for parameter in model.parameters())
     stage = "no DeepSpeed" if engine.zero_stage is None else f"ZeRO-{engine.zero_stage}"
     return (
         f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
-        f"{engine.world_size} rank(s), {stage}"
+        f"{engine.world_size} rank(s), {stage}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
     )
 
 
@@ -181,7 +181,7 @@ def _batch(setup: Setup, indices: list[int]) -> dict[str, Tensor]:
 def prepare(
     config: RunConfig,
     engine: Engine,
-    model: PemtT5,
+    model: TrainedT5,
     resumed: Checkpoint | None,
     *,
     total_steps: int,
@@ -247,7 +247,7 @@ def _validate(config: RunConfig, setup: Setup, progress: Progress, monitor: Moni
 
 
 def _gate_scalars(
-    gates_LK: Tensor | None, model: PemtT5, source_names: list[str]
+    gates_LK: Tensor | None, model: TrainedT5, source_names: list[str]
 ) -> dict[str, float]:
     """`gate/<encoder|decoder>/<layer>/<source>`: the mean gate of each FFN and source."""
     if gates_LK is None:

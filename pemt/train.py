@@ -14,13 +14,13 @@ import transformers
 
 from pemt.bank import entry_folder, write_entry
 from pemt.base import load_base
-from pemt.build import Built, build_model
+from pemt.build import Built, build_model, check_method
 from pemt.config import AdaptConfig, RunConfig, SourceConfig
 from pemt.data import load_task_data
 from pemt.engine import Engine
 from pemt.evaluate import Evaluation, evaluate
 from pemt.loop import Fitted, Setup, fit
-from pemt.model import base_shape
+from pemt.model import PemtT5, base_shape
 from pemt.run_folder import check_run_folder, results_block, results_of, write_results
 from pemt.tasks import get_task
 
@@ -41,6 +41,7 @@ def run_source(config: SourceConfig) -> Path:
     built = build_model(config, base=base, tokenizer=setup.tokenizer, description=description)
     entry = entry_folder(config.bank_dir, task.name)  # refuses a name now, not after the training
     fitted, tested, _ = _fit_and_test(config, setup, built)
+    assert isinstance(built.model, PemtT5)
     if engine.is_main:
         write_entry(
             config.bank_dir,
@@ -56,7 +57,7 @@ def run_source(config: SourceConfig) -> Path:
 
 
 def run_adapt(config: AdaptConfig) -> dict[str, Any]:
-    """Stage 2: adapt to a target task over a bank of frozen experts (all ranks call).
+    """Stage 2: adapt to a target task, over a bank of frozen experts or by a baseline (all ranks call).
 
     Returns:
         What `all_results.json` holds.
@@ -64,6 +65,7 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
+    check_method(config)
     setup = set_up(config)
     built = build_model(
         config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -24,6 +25,8 @@ NATIVE_FILES = sorted(path for path in SOURCES.rglob("*") if path.is_file())
 # Needed, though nothing in pemt imports them: by torch.utils.tensorboard, by torch's C++ builds,
 # by T5's tokenizer.
 INDIRECT = {"ninja", "sentencepiece", "tensorboard"}
+# Imported inside functions, and an extra of the same name installs it.
+OPTIONAL = {"peft"}
 
 
 def name_of(path: Path) -> str:
@@ -82,7 +85,16 @@ def imported_packages() -> Iterator[tuple[str, Path]]:
 def test_setup_cfg_declares_exactly_what_is_imported() -> None:
     owners = packages_distributions()
     imported = {canonicalize_name(owners[top][0]) for top, _ in imported_packages()}
-    assert imported | INDIRECT == declared("options", "install_requires")
+    assert imported - OPTIONAL | INDIRECT == declared("options", "install_requires")
+    for name in OPTIONAL & imported:
+        assert name in declared("options.extras_require", name)
+
+
+def test_pemt_imports_without_its_extras() -> None:
+    blocked = "".join(f"sys.modules['{name}'] = None; " for name in OPTIONAL)
+    program = f"import sys; {blocked}import pemt.commands, pemt.train, pemt.model"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def pins() -> list[Requirement]:

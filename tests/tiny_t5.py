@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.model import ExpertSource, PemtT5, base_shape
+from pemt.model import ExpertSource, PemtT5, TrainedT5, base_shape
 from pemt.model.experts import expert_shapes
 
 VOCABULARY = 64
@@ -141,7 +141,7 @@ def tiny_batch(lengths: Sequence[int] = (7, 4, 2), *, extra_padding: int = 0) ->
     }
 
 
-def gradients(model: PemtT5) -> dict[str, Tensor]:
+def gradients(model: TrainedT5) -> dict[str, Tensor]:
     """Gradients of all trained parameters, taken out of the model."""
     taken = {}
     for name, parameter in model.trainable_parameters():

@@ -7,14 +7,11 @@ L all FFNs, K experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
 from pemt.model.context import PassContext, Record
@@ -30,32 +27,10 @@ from pemt.model.mixture import MIXTURES, AdapterProjection
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_digest, base_shape
 from pemt.model.trainable import Trainable
-
-IGNORED_LABEL = -100
-
-
-@dataclass
-class PemtOutput(ModelOutput):
-    """What a training step or a measurement reads.
-
-    Args:
-        loss: `ce_loss` + weight · `sparsity_loss`, fp32.
-        ce_loss: mean cross-entropy over the labels that are not -100, fp32; 0 where all are.
-        sparsity_loss: mean task sparsity loss over all FFNs, fp32; None where no experts are mixed.
-        logits: [B,T,V].
-        encoder_last_hidden_state: [B,P+S,D].
-        gates_LBK: every FFN's gates, encoder first, fp32, detached; None where none are.
-    """
-
-    loss: Tensor | None = None
-    ce_loss: Tensor | None = None
-    sparsity_loss: Tensor | None = None
-    logits: Tensor | None = None
-    encoder_last_hidden_state: Tensor | None = None
-    gates_LBK: Tensor | None = None
+from pemt.model.trained_t5 import IGNORED_LABEL, PemtOutput, TrainedT5, mean_cross_entropy
 
 
-class PemtT5(nn.Module):
+class PemtT5(TrainedT5):
     """A frozen T5, mT5 or UMT5 with PEMT's modules in it. Make one with `source` or `target`.
 
     The base model is changed in place. What is trained is settled here, once.
@@ -77,9 +52,7 @@ class PemtT5(nn.Module):
         self.expert = expert
         self.mixture = mixture
         self.base_sha256 = base_digest(base)  # now, while no ZeRO-3 has partitioned the weights
-        trained = {id(parameter) for parameter in self._declared_parameters()}
-        for parameter in self.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
+        self.settle()
 
     @classmethod
     def source(cls, base: PreTrainedModel, *, expert: ExpertConfig, prompt_PD: Tensor) -> PemtT5:
@@ -138,12 +111,6 @@ class PemtT5(nn.Module):
         return cls(base, prompt, context, mixture=mixture)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
-        """One pass with teacher forcing.
-
-        Args:
-            input_ids, attention_mask: [B,S], padded on the right.
-            labels: [B,T], -100 where there is nothing to predict.
-        """
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         counted_BT = labels != IGNORED_LABEL
         over_padding = self.mixture is None or self.mixture.sparsity_over_padding
@@ -157,13 +124,7 @@ class PemtT5(nn.Module):
                 decoder_input_ids=self.base.prepare_decoder_input_ids_from_labels(labels),
                 use_cache=False,
             )
-        summed = F.cross_entropy(
-            out.logits.float().flatten(0, 1),
-            labels.flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
-        )
-        ce_loss = summed / counted_BT.sum().clamp(min=1)
+        ce_loss = mean_cross_entropy(out.logits, labels)
         return PemtOutput(
             ce_loss=ce_loss,
             logits=out.logits,
@@ -175,31 +136,10 @@ class PemtT5(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> Tensor:
-        """Token ids [B,T] (times `num_return_sequences`) from the base model's own `generate`."""
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         base: Any = self.base  # the union of the three has no common type for `generate`
-        if base.config.num_decoder_layers != base.config.num_layers:
-            # transformers 5.23 gives its own cache the depth of the encoder; this one grows
-            growing = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            generation_kwargs.setdefault("past_key_values", growing)
-        return base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **generation_kwargs)
-
-    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All that is trained, in the order and under the names of `named_parameters`."""
-        trained = {id(parameter) for parameter in self._declared_parameters()}
-        for name, parameter in self.named_parameters():
-            if id(parameter) in trained:
-                yield name, parameter
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute every block in the backward pass instead of keeping its activations.
-
-        Not reentrant: the sparsity losses are no outputs of the blocks, and that way would cut
-        them off from their gradients.
-        """
-        self.base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        given = {**self.generation_cache(), **generation_kwargs}
+        return base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **given)
 
     def export_expert(
         self, name: str, *, state: Mapping[str, Tensor] | None = None
@@ -232,7 +172,7 @@ class PemtT5(nn.Module):
             base_sha256=self.base_sha256,
         )
 
-    def _declared_parameters(self) -> Iterator[nn.Parameter]:
+    def declared_parameters(self) -> Iterator[nn.Parameter]:
         for module in self.modules():
             if isinstance(module, Trainable):
                 yield from module.trainable_parameters()

@@ -1,0 +1,144 @@
+"""Baselines from the `peft` library (an optional extra): LoRA, prompt tuning, and whatever else it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pemt.config import PemtError
+from pemt.model.baselines import BaselineT5
+from pemt.model.experts import ModelError
+from pemt.model.inject import Base
+
+# What `--method lora` and `--method prompt` stand for; `peft_config` overrides single fields.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q", "v"]},
+    "prompt": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 100},
+    "peft": {},
+}
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+# They need calls between the steps, or several tasks, that this trainer does not make.
+UNFIT = ("ADALORA", "MULTITASK_PROMPT_TUNING", "POLY", "XLORA")
+
+
+class PeftError(PemtError):
+    """`peft` is not installed, or cannot do what `peft_config` says."""
+
+
+def peft_settings(method: str, given: Mapping[str, Any] | None) -> Any:
+    """A checked `peft.PeftConfig`: the method's defaults, and over them what was given.
+
+    Args:
+        method: `lora`, `prompt` or `peft`.
+        given: fields of the PeftConfig; with `peft` also `peft_type`.
+
+    Raises:
+        PeftError: peft is not installed, has no such type or field, or the type does not fit here.
+    """
+    try:
+        from peft import PeftType
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError:
+        raise PeftError(
+            f"method: `{method}` needs the peft library; install it with `pip install pemt[peft]`"
+        ) from None
+    fields = {**DEFAULTS[method], **(given or {})}
+    known = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+    kind = str(fields.get("peft_type", "nothing")).upper()
+    if kind not in known or kind in UNFIT:
+        fit = ", ".join(name for name in known if name not in UNFIT)
+        raise PeftError(f"peft_config.peft_type: found {kind}, allowed are {fit}")
+    if method in DEFAULTS and kind != DEFAULTS[method].get("peft_type", kind):
+        raise PeftError(
+            f"peft_config.peft_type: found {kind} with `method: {method}`; choose `method: peft`"
+        )
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    _check_fields(fields, cls)
+    if kind in PROMPTS:
+        # Otherwise peft keeps a second prompt for the decoder, and never uses it.
+        fields.setdefault("num_transformer_submodules", 1)
+    # An adapter_config.json says `inference_mode: true`, which would freeze everything.
+    fields |= {"peft_type": kind, "task_type": "SEQ_2_SEQ_LM", "inference_mode": False}
+    try:
+        return cls(**fields)
+    except (TypeError, ValueError) as error:
+        raise PeftError(f"peft_config: {_first_line(error)}") from None
+
+
+def _check_fields(fields: Mapping[str, Any], cls: type[Any]) -> None:
+    names = [each.name for each in dataclasses.fields(cls) if each.init]
+    for key in fields:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=3)
+            told = f"did you mean {' or '.join(near)}?" if near else f"allowed are {names}"
+            raise PeftError(f"peft_config.{key}: {cls.__name__} has no such field; {told}")
+
+
+class PeftT5(BaselineT5):
+    """A T5 with what peft puts into it; trained is what peft marks.
+
+    Args:
+        base: changed in place.
+        settings: what `peft_settings` gave.
+        prompt_PD: what a prompt of unspecified start begins with, repeated to its length [P,D].
+
+    Raises:
+        PeftError: peft cannot put it into this base model.
+        ModelError: the base is no T5.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, settings: Any, *, prompt_PD: Tensor | None = None
+    ) -> None:
+        from peft import get_peft_model
+
+        super().__init__(base)
+        del self.base  # it lives on inside `peft`; twice in the tree, ZeRO-3 would gather it twice
+        try:
+            self.peft = get_peft_model(base, settings)
+        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            raise PeftError(
+                f"peft_config: {settings.peft_type.value} cannot be put into this base model: {_first_line(error)}"
+            ) from None
+        self._marked = [each for each in self.peft.parameters() if each.requires_grad]
+        if not self._marked:
+            raise PeftError(f"peft_config: {settings.peft_type.value} leaves nothing to train")
+        if prompt_PD is not None:
+            self._start_prompt(prompt_PD)
+        self.settle()
+
+    @property
+    def base(self) -> Base:  # type: ignore[override]
+        return self.peft.get_base_model()
+
+    @property
+    def called(self) -> Any:
+        return self.peft
+
+    def declared_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self._marked
+
+    def _start_prompt(self, prompt_PD: Tensor) -> None:
+        embedding = self.peft.prompt_encoder[self.peft.active_adapter].embedding.weight
+        if prompt_PD.shape[1] != embedding.shape[1]:
+            raise ModelError(
+                f"the prompt is {prompt_PD.shape[1]} wide, this base model {embedding.shape[1]}"
+            )
+        repeats = -(-len(embedding) // len(prompt_PD))
+        with torch.no_grad():
+            embedding.copy_(prompt_PD.repeat(repeats, 1)[: len(embedding)])
+
+
+def starts_from_text(settings: Any, given: Mapping[str, Any] | None) -> bool:
+    """Whether a prompt is to start as the task's description: where nothing else was asked for."""
+    return settings.peft_type.value == "PROMPT_TUNING" and "prompt_tuning_init" not in (given or {})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,0 +1,112 @@
+"""What the training loop needs of a model, whichever method trains it.
+
+Shapes: B batch, S source tokens, P prompt tokens, T target tokens, V vocabulary, D d_model,
+L all FFNs, K experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput
+
+from pemt.model.inject import Base
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class PemtOutput(ModelOutput):
+    """What a training step or a measurement reads.
+
+    Args:
+        loss: what is trained on, fp32: `ce_loss`, with experts + weight · `sparsity_loss`.
+        ce_loss: mean cross-entropy over the labels that are not -100, fp32; 0 where all are.
+        sparsity_loss: mean task sparsity loss over all FFNs, fp32; None where no experts are mixed.
+        logits: [B,T,V].
+        encoder_last_hidden_state: [B,P+S,D].
+        gates_LBK: every FFN's gates, encoder first, fp32, detached; None where none are.
+    """
+
+    loss: Tensor | None = None
+    ce_loss: Tensor | None = None
+    sparsity_loss: Tensor | None = None
+    logits: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    gates_LBK: Tensor | None = None
+
+
+class TrainedT5(nn.Module, ABC):
+    """A T5, mT5 or UMT5 of which a method trains a part, or all.
+
+    A subclass changes the base model in place, then calls `settle`.
+    """
+
+    base: Base
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
+        """One pass with teacher forcing.
+
+        Args:
+            input_ids, attention_mask: [B,S], padded on the right.
+            labels: [B,T], -100 where there is nothing to predict.
+        """
+
+    @abstractmethod
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
+    ) -> Tensor:
+        """Token ids [B,T] (times `num_return_sequences`) from the base model's own `generate`."""
+
+    @abstractmethod
+    def declared_parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained, in any order; a parameter may come twice."""
+
+    def settle(self) -> None:
+        """Freeze everything that is not declared; once, before an engine sees the model."""
+        trained = {id(parameter) for parameter in self.declared_parameters()}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All that is trained, in the order and under the names of `named_parameters`."""
+        trained = {id(parameter) for parameter in self.declared_parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in trained:
+                yield name, parameter
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute every block in the backward pass instead of keeping its activations.
+
+        Not reentrant: the sparsity losses are no outputs of the blocks, and that way would cut
+        them off from their gradients.
+        """
+        self.base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+    def generation_cache(self) -> dict[str, Any]:
+        """Keyword arguments that `generate` of this base model needs, if any."""
+        config = self.base.config
+        if config.num_decoder_layers == config.num_layers:
+            return {}
+        # transformers 5.23 gives its own cache the depth of the encoder; this one grows
+        return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
+
+
+def mean_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean over the labels that are not -100, in fp32; 0 where all are."""
+    summed = F.cross_entropy(
+        logits_BTV.float().flatten(0, 1),
+        labels_BT.flatten(),
+        ignore_index=IGNORED_LABEL,
+        reduction="sum",
+    )
+    return summed / (labels_BT != IGNORED_LABEL).sum().clamp(min=1)

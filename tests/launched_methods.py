@@ -1,0 +1,61 @@
+"""What every launched rank runs: each baseline from start to end, most again from the middle.
+
+    accelerate launch ... -m tests.launched_methods WORLD FOLDER
+
+WORLD holds the base model and the task's files. Runs go to FOLDER.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pemt.engine import shut_down
+from pemt.train import run_adapt
+from tests.tiny import adapt_config, tiny_task
+
+TASK = "tiny-methods"
+RESUMED_STEP = 3
+RESUMED = ("full", "full-bf16", "lora", "prompt")
+# name of the run -> what makes it
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "full-bf16": {"method": "full", "bf16": True},
+    "bitfit": {"method": "bitfit"},
+    "lora": {"method": "lora", "peft_config": {"r": 3}},
+    "prompt": {"method": "prompt", "peft_config": {"num_virtual_tokens": 5}},
+    "ia3": {"method": "peft", "peft_config": {"peft_type": "IA3"}},
+}
+
+
+def main(world: Path, folder: Path) -> None:
+    tiny_task(TASK)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    for name, fields in METHODS.items():
+        shared = {
+            # one process takes two micro-batches where two ranks take one each
+            "gradient_accumulation_steps": 2 // ranks,
+            "save_steps": RESUMED_STEP,
+            "save_total_limit": 9,
+            "eval_strategy": "no",
+            "max_eval_samples": 3,
+            **fields,
+        }
+        paths = (world / "base", world / TASK)
+        run_adapt(adapt_config(*paths, folder / name, folder / "no bank", TASK, **shared))
+        if name not in RESUMED:
+            continue
+        again = folder / f"{name}-resumed"
+        checkpoint = str(folder / name / f"checkpoint-{RESUMED_STEP}")
+        run_adapt(
+            adapt_config(
+                *paths, again, folder / "no bank", TASK, resume_from_checkpoint=checkpoint, **shared
+            )
+        )
+    shut_down()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

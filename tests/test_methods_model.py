@@ -1,0 +1,250 @@
+"""The baselines' models: what each computes where the truth is known, what it trains, what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+from pemt.arguments import read_yaml_mapping
+from pemt.config import PemtError
+from pemt.model import BitFitT5, FullT5, PeftT5, TrainedT5, peft_settings, starts_from_text
+from tests.tiny_t5 import SIZES, gradients, tiny_base, tiny_batch, tiny_prompt
+
+LENGTHS = (7, 4, 2)
+VIRTUAL = 7
+
+
+def lora(base: Any = None, **fields: Any) -> PeftT5:
+    return PeftT5(base or tiny_base(), peft_settings("lora", fields))
+
+
+def prompt(base: Any = None) -> PeftT5:
+    settings = peft_settings("prompt", {"num_virtual_tokens": VIRTUAL})
+    return PeftT5(base or tiny_base(), settings, prompt_PD=tiny_prompt())
+
+
+def by_peft(**fields: Any) -> Callable[[], PeftT5]:
+    return lambda: PeftT5(tiny_base(), peft_settings("peft", fields))
+
+
+MODELS: dict[str, Callable[[], TrainedT5]] = {
+    "full": lambda: FullT5(tiny_base()),
+    "full umt5": lambda: FullT5(tiny_base("umt5")),
+    "bitfit": lambda: BitFitT5(tiny_base()),
+    "bitfit t5-v1.1": lambda: BitFitT5(tiny_base("t5-v1.1")),
+    "lora": lora,
+    "lora umt5": lambda: lora(tiny_base("umt5")),
+    "lora on wo": lambda: lora(target_modules=["wo"]),
+    "prompt": prompt,
+    "prompt mt5": lambda: prompt(tiny_base("mt5")),
+    "ia3": by_peft(peft_type="IA3"),
+    "loha": by_peft(peft_type="LOHA"),
+    "vera": by_peft(peft_type="VERA"),
+    "ln tuning": by_peft(peft_type="LN_TUNING"),
+    "p-tuning": by_peft(peft_type="P_TUNING", num_virtual_tokens=5),
+}
+
+
+def made(name: str) -> TrainedT5:
+    """A model in evaluation mode with random trained matrices, so that each has an effect."""
+    torch.manual_seed(7)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for _, parameter in model.trainable_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def inputs(extra_padding: int = 0) -> dict[str, Tensor]:
+    batch = tiny_batch(LENGTHS, extra_padding=extra_padding)
+    del batch["labels"]
+    return batch
+
+
+def logits_of(base: Any, **encoder: Tensor) -> Tensor:
+    """A bare T5's logits for the labels of `tiny_batch`."""
+    decoder_input_ids = base.prepare_decoder_input_ids_from_labels(tiny_batch(LENGTHS)["labels"])
+    return base(**encoder, decoder_input_ids=decoder_input_ids).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_padding_and_batch_change_nothing(name: str, beams: int) -> None:
+    model = made(name)
+    fixed = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6}
+    together = model.generate(**inputs(extra_padding=5), **fixed)
+    for row, length in enumerate(LENGTHS):
+        alone = {key: value[row : row + 1, :length] for key, value in inputs().items()}
+        assert torch.equal(model.generate(**alone, **fixed)[0], together[row])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_the_likeliest_of_the_forward_pass(name: str) -> None:
+    model = made(name)
+    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "eos_token_id": None}
+    ids = model.generate(**inputs(), **fixed)[:, 1:]
+    with torch.no_grad():
+        logits = model(**inputs(), labels=ids).logits
+    assert torch.equal(logits.argmax(-1), ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_changes_what_is_trained_and_nothing_else(name: str) -> None:
+    model = made(name)
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    trained = dict(model.trainable_parameters())
+    assert {key for key, value in model.named_parameters() if value.requires_grad} == set(trained)
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.1)
+    out = model(**tiny_batch())
+    assert out.gates_LBK is None
+    assert out.sparsity_loss is None
+    out.loss.backward()
+    optimizer.step()
+    changed = {
+        key for key, value in model.named_parameters() if not torch.equal(value, before[key])
+    }
+    assert changed == set(trained)
+
+
+@pytest.mark.parametrize("name", ["full", "bitfit", "lora", "prompt"])
+def test_recomputing_blocks_changes_no_gradient(name: str) -> None:
+    kept, recomputed = made(name), made(name)
+    recomputed.enable_gradient_checkpointing()
+    kept.train()(**tiny_batch()).loss.backward()
+    recomputed.train()(**tiny_batch()).loss.backward()
+    expected = gradients(kept)
+    for key, gradient in gradients(recomputed).items():
+        # the embedding's two uses may be summed in another order
+        assert torch.allclose(gradient, expected[key], rtol=1e-5, atol=1e-7), key
+
+
+def test_the_loss_is_the_cross_entropy_of_t5_itself() -> None:
+    batch = tiny_batch(LENGTHS)
+    assert torch.allclose(FullT5(tiny_base())(**batch).loss, tiny_base()(**batch).loss)
+
+
+def test_full_trains_everything_and_tied_weights_once() -> None:
+    base = tiny_base()
+    trained = dict(FullT5(base).trainable_parameters())
+    assert {id(each) for each in trained.values()} == {id(each) for each in base.parameters()}
+    assert len({id(each) for each in trained.values()}) == len(trained)
+    assert "base.lm_head.weight" not in trained, "it is the embedding"
+
+
+def test_bitfit_starts_as_the_base_and_has_the_published_number_of_biases() -> None:
+    with torch.no_grad():
+        ours = BitFitT5(tiny_base())(**tiny_batch(LENGTHS)).logits
+        assert torch.equal(ours, logits_of(tiny_base(), **inputs()))
+    with torch.device("meta"):
+        t5_base = T5ForConditionalGeneration(
+            T5Config(
+                d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12,
+                decoder_start_token_id=0,
+            )
+        )  # fmt: skip
+        biases = [each.numel() for _, each in BitFitT5(t5_base).trainable_parameters()]
+    # 12 encoder and 12 decoder blocks, two last norms, and the head: published as 280K
+    encoder, decoder = 12 * (4 * 768 + 3840 + 2 * 768), 12 * (8 * 768 + 3840 + 3 * 768)
+    assert sum(biases) == encoder + decoder + 2 * 768 + 32128 == 282496
+
+
+def test_a_bias_is_added_where_it_belongs() -> None:
+    model = made("bitfit")
+    ffn: Any = model.base.encoder.block[0].layer[1]
+    x_BSD = torch.randn(2, 3, SIZES["d_model"])
+    with torch.no_grad():
+        normed = ffn.layer_norm.norm(x_BSD) + ffn.layer_norm.bias
+        wi, wo = ffn.DenseReluDense.wi, ffn.DenseReluDense.wo
+        inner = torch.relu(normed @ wi.weight.T + wi.bias)
+        assert torch.allclose(ffn(x_BSD), x_BSD + inner @ wo.weight.T + wo.bias, atol=1e-6)
+
+
+def test_lora_is_the_base_with_the_product_added_to_its_weights() -> None:
+    model = made("lora")
+    plain = tiny_base()
+    sites = 0
+    for name, layer in model.base.named_modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            assert layer.lora_A["default"].weight.shape == (8, SIZES["d_model"])
+            with torch.no_grad():
+                plain.get_submodule(name).weight += 16 / 8 * delta
+            sites += 1
+    assert sites == 2 * (2 + 2 * 3), "q and v of every attention"
+    with torch.no_grad():
+        ours = model(**tiny_batch(LENGTHS)).logits
+        assert torch.allclose(ours, logits_of(plain, **inputs()), atol=1e-5)
+        assert not torch.allclose(ours, logits_of(tiny_base(), **inputs()), atol=1e-2)
+
+
+def test_lora_starts_as_the_base() -> None:
+    with torch.no_grad():
+        ours = lora()(**tiny_batch(LENGTHS)).logits
+        assert torch.equal(ours, logits_of(tiny_base(), **inputs()))
+
+
+def test_prompt_tuning_is_the_prompt_before_the_encoders_input() -> None:
+    model, plain = prompt().eval(), tiny_base()
+    ((name, virtual_PD),) = model.trainable_parameters()
+    assert name == "peft.prompt_encoder.default.embedding.weight"
+    started = torch.cat([tiny_prompt(), tiny_prompt()])[:VIRTUAL]
+    assert torch.equal(virtual_PD, started), "the description, repeated to the prompt's length"
+    given = inputs()
+    embeds = plain.get_input_embeddings()(given["input_ids"])
+    rows = len(embeds)
+    with torch.no_grad():
+        expected = logits_of(
+            plain,
+            inputs_embeds=torch.cat([virtual_PD.expand(rows, -1, -1), embeds], dim=1),
+            attention_mask=torch.cat(
+                [torch.ones(rows, VIRTUAL, dtype=torch.long), given["attention_mask"]], dim=1
+            ),
+        )
+        assert torch.allclose(model(**tiny_batch(LENGTHS)).logits, expected, atol=1e-6)
+
+
+def test_a_start_that_was_asked_for_is_kept() -> None:
+    given = {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    assert not starts_from_text(peft_settings("prompt", given), given)
+    assert starts_from_text(peft_settings("prompt", None), None)
+
+
+def test_a_saved_adapter_config_is_a_peft_config(tmp_path: Path) -> None:
+    fields = {"r": 3, "target_modules": ["wo"], "task_type": "SEQ_2_SEQ_LM"}
+    peft.LoraConfig(**fields, inference_mode=True).save_pretrained(tmp_path)
+    given = read_yaml_mapping(tmp_path / "adapter_config.json")
+    assert given["inference_mode"] is True
+    model = PeftT5(tiny_base(), peft_settings("peft", given))
+    assert sum(each.numel() for _, each in model.trainable_parameters()) == 5 * 3 * (16 + 48)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unknown type": ("peft", {"peft_type": "LORRA"}, "peft_type: found LORRA, allowed are .*LORA"),
+    "unknown field": ("lora", {"rnk": 4}, "peft_config.rnk: LoraConfig has no such field"),
+    "needs calls between steps": ("peft", {"peft_type": "ADALORA"}, "found ADALORA, allowed"),
+    "another type": ("prompt", {"peft_type": "LORA"}, "found LORA with `method: prompt`"),
+    "no such modules": ("lora", {"target_modules": ["query"]}, "cannot be put .*query"),
+    "bad value": ("lora", {"r": 0}, "LORA cannot be put .*0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_one_line_about_a_wrong_peft_config(name: str) -> None:
+    method, given, message = REFUSED[name]
+    with pytest.raises(PemtError, match=message) as caught:
+        PeftT5(tiny_base(), peft_settings(method, given))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_peft_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(PemtError, match=r"`lora` needs the peft library.*pip install pemt\[peft\]"):
+        peft_settings("lora", None)
