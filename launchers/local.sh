@@ -10,9 +10,8 @@
 #   NUM_RANKS        ranks to start (the number of GPUs; 2 without one)
 #   ACCELERATE_YAML  accelerate's file (launchers/accelerate/one_node.yaml; cpu.yaml without a GPU)
 #   DEEPSPEED_JSON   DeepSpeed's file, which chooses the ZeRO stage (ds_configs/zero2.json)
-#   DRY_RUN          1: print the commands instead of running them (0)
 #
-# Arguments go to both stages as they are:
+# `launchers/local.sh --dry_run` prints what would start; other arguments go to both stages as they are:
 #   SOURCE_TASKS="mnli qnli" TARGET_TASK=superglue-cb launchers/local.sh --seed 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,8 +21,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 BANK_DIR=${BANK_DIR:-bank}
 OUTPUT_DIR=${OUTPUT_DIR:-runs}
 DEEPSPEED_JSON=${DEEPSPEED_JSON:-ds_configs/zero2.json}
-DRY_RUN=${DRY_RUN:-0}
 
+dry_run=0
+if [[ ${1:-} == --dry_run ]]; then
+    dry_run=1
+    shift
+fi
 gpus=0
 if command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus | grep -c '^GPU' || true)
@@ -44,7 +47,7 @@ fi
 pemt_launch() {
     local command=(accelerate launch --config_file "$ACCELERATE_YAML" --deepspeed_config_file "$DEEPSPEED_JSON"
         --num_processes "$NUM_RANKS" -m pemt "$@")
-    if [[ $DRY_RUN == 1 ]]; then
+    if ((dry_run)); then
         printf '%q ' "${command[@]}"
         echo
     else

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -16,14 +17,20 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 ROOT = Path(__file__).resolve().parent.parent
 YAMLS = sorted((ROOT / "launchers" / "accelerate").glob("*.yaml"))
-SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "launchers").glob("*.sh"))]
+LAUNCHERS = sorted([*(ROOT / "launchers").glob("*.sh"), *(ROOT / "launchers").glob("*.sbatch")])
+SCRIPTS = [ROOT / ".ci" / "run", *LAUNCHERS, *sorted((ROOT / "tests" / "slurm").iterdir())]
+SOURCED = ("slurm_common.sh",)
 
-DRY_RUN = {"SOURCE_TASKS": "mnli qnli", "TARGET_TASK": "superglue-cb", "DRY_RUN": "1"}
+TASKS = {"SOURCE_TASKS": "mnli qnli", "TARGET_TASK": "superglue-cb"}
 
 
 def run_local(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run_script("local.sh", *arguments, **variables)
+
+
+def run_script(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "launchers/local.sh", *arguments],
+        ["bash", f"launchers/{name}", *arguments],
         cwd=ROOT,
         env={**os.environ, **variables},
         capture_output=True,
@@ -47,20 +54,24 @@ def test_accelerate_takes_the_yaml(path: Path) -> None:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(path: Path) -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
-    found = subprocess.run([shellcheck, path], capture_output=True, text=True, check=False)
+    command = [shellcheck, "--external-sources", path]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert os.access(path, os.X_OK)
+    assert os.access(path, os.X_OK) == (path.name not in SOURCED)
 
 
-def test_every_variable_of_local_sh_is_explained_at_its_top() -> None:
-    text = (ROOT / "launchers" / "local.sh").read_text()
+@pytest.mark.parametrize(
+    "path", [path for path in LAUNCHERS if path.name not in SOURCED], ids=lambda path: path.name
+)
+def test_every_variable_is_explained_at_the_top(path: Path) -> None:
+    text = path.read_text()
     header, body = text.split("\nset -euo pipefail\n")
-    used = set(re.findall(r"\$\{([A-Z_]+):[-?]", body))
+    used = {name for name in re.findall(r"\$\{([A-Z_]+):[-?]", body) if "SLURM" not in name}
     assert used == set(re.findall(r"^#   ([A-Z_]+) ", header, flags=re.MULTILINE))
 
 
 def test_local_sh_starts_every_source_then_the_target() -> None:
-    run = run_local("--seed", "1", **DRY_RUN, NUM_RANKS="4", MODEL="google/flan-t5-xl")
+    run = run_local("--dry_run", "--seed", "1", **TASKS, NUM_RANKS="4", MODEL="google/flan-t5-xl")
     assert run.returncode == 0, run.stderr
     mnli, qnli, adapt = run.stdout.splitlines()
     for line, stage, task in (
@@ -77,17 +88,56 @@ def test_local_sh_starts_every_source_then_the_target() -> None:
 def test_local_sh_keeps_the_experts_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "mnli").mkdir()
     (tmp_path / "mnli" / "manifest.json").touch()
-    run = run_local(**DRY_RUN, BANK_DIR=str(tmp_path))
+    run = run_local("--dry_run", **TASKS, BANK_DIR=str(tmp_path))
     assert "--task_name mnli" not in run.stdout
     assert "--task_name qnli" in run.stdout
     assert "--task_name superglue-cb" in run.stdout
 
 
 def test_local_sh_says_what_is_missing() -> None:
-    variables = {**DRY_RUN, "TARGET_TASK": ""}
-    run = run_local(**variables)
+    run = run_local(**{**TASKS, "TARGET_TASK": ""})
     assert run.returncode != 0
     assert "TARGET_TASK: names the target task" in run.stderr
+
+
+def test_slurm_source_trains_one_task_an_element() -> None:
+    run = run_script("slurm_source.sbatch", "--dry_run", "--seed", "1", **TASKS, RANKS_PER_NODE="4")
+    assert run.returncode == 0, run.stderr
+    for line, task in zip(run.stdout.splitlines(), ("mnli", "qnli"), strict=True):
+        assert line.startswith("srun --nodes=1 --ntasks=1 accelerate launch ")
+        assert f"--num_processes 4 -m pemt source --config source --task_name {task} " in line
+        assert line.strip().endswith("--resume_from_checkpoint true --seed 1")
+    run = run_script("slurm_source.sbatch", SLURM_SUBMIT_DIR=str(ROOT), **TASKS)
+    assert run.returncode != 0
+    assert "submit with sbatch --array=0-1" in run.stderr
+    beyond = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "2", **TASKS}
+    run = run_script("slurm_source.sbatch", **beyond)
+    assert (run.returncode, "SOURCE_TASKS has 2" in run.stderr) == (2, True)
+
+
+def test_slurm_adapt_starts_one_launch_a_node() -> None:
+    variables = {**TASKS, "SLURM_JOB_NUM_NODES": "4", "SLURM_GPUS_ON_NODE": "8"}
+    run = run_script("slurm_adapt.sbatch", "--dry_run", **variables)
+    assert run.returncode == 0, run.stderr
+    words = shlex.split(run.stdout)
+    assert words[:4] == ["srun", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1"]
+    assert 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' in words
+    assert "--num_machines 4 --num_processes 32 --main_process_ip FIRST_NODE" in " ".join(words)
+    assert "[mnli,qnli]" in words
+    run = run_script("slurm_adapt.sbatch", **TASKS)
+    assert run.returncode != 0
+    assert "submit this file with sbatch" in run.stderr
+
+
+def test_torchrun_prints_what_would_start() -> None:
+    variables = {"NUM_NODES": "4", "RENDEZVOUS": "node1:29500", "RANKS_PER_NODE": "8"}
+    run = run_script("torchrun.sh", "--dry_run", "adapt", "--config", "adapt", **variables)
+    assert run.returncode == 0, run.stderr
+    assert (
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE=ds_configs/zero2.json torchrun --nnodes 4" in run.stdout
+    )
+    assert "--nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node1:29500" in run.stdout
+    assert "-m pemt adapt --config adapt" in run.stdout
 
 
 @pytest.mark.launch

@@ -10,6 +10,7 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from pemt.config import PemtError, RunConfig
 from pemt.deepspeed_json import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
+from pemt.engine.schema import check_schema
 
 
 class EngineError(PemtError):
@@ -30,6 +31,7 @@ def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | 
     filled = fill_deepspeed_json(
         read_deepspeed_json(path), config, world_size=world_size, path=path
     )
+    check_schema(filled, path)
     return DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=False), path
 
 
@@ -51,12 +53,27 @@ def shut_down() -> None:
         torch.distributed.destroy_process_group()
 
 
+# What SLURM, Open MPI and MPICH tell each of the processes that they start together.
+STARTERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
 def check_world_size(num_processes: int) -> None:
     """Refuse to train N copies of the same run side by side.
 
     Raises:
-        EngineError: WORLD_SIZE, as the launcher set it, is not accelerate's number of processes.
+        EngineError: WORLD_SIZE, as the launcher set it, is not accelerate's number of processes; or it is
+            not set, and SLURM or MPI has started several of us.
     """
+    if "WORLD_SIZE" not in os.environ:
+        starters = STARTERS if STARTERS[0] in os.environ else ("SLURM_NTASKS", *STARTERS)
+        for variable in starters:
+            copies = os.environ.get(variable, "1")
+            if copies.isdecimal() and int(copies) > 1:
+                raise EngineError(
+                    f"{variable} is {copies}, but WORLD_SIZE is not set: each process would train alone on all the "
+                    "data. Let srun or mpirun start one `accelerate launch --machine_rank ...` a node, as "
+                    "launchers/slurm_adapt.sbatch does"
+                )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != num_processes:
         raise EngineError(
