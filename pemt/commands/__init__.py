@@ -14,6 +14,7 @@ from pemt.commands.ops import bench, ops, ops_parser
 from pemt.commands.overview import AROUND
 from pemt.commands.parsers import Parser, command_parser
 from pemt.commands.stages import adapt, demo, source
+from pemt.commands.sweep import sweep, sweep_parser
 from pemt.commands.tasks import tasks, tasks_parser
 from pemt.config import AdaptConfig, SourceConfig
 
@@ -31,6 +32,7 @@ def completion(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "source": source,
     "adapt": adapt,
+    "sweep": sweep,
     "bank": bank,
     "tasks": tasks,
     "demo": demo,
@@ -43,6 +45,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 PARSERS: dict[str, Callable[[], Parser]] = {
     "source": lambda: fields_parser("source", SourceConfig, "Train a source task's expert."),
     "adapt": lambda: fields_parser("adapt", AdaptConfig, "Adapt to a target task."),
+    "sweep": sweep_parser,
     "bank": bank_parser,
     "tasks": tasks_parser,
     "doctor": doctor_parser,

@@ -20,6 +20,7 @@ around them:
 
 # command -> what it does, in at most 26 characters: two of them stand side by side
 AROUND = {
+    "sweep": "methods, tasks, seeds",
     "bank": "list, add, export experts",
     "demo": "both stages on a laptop",
     "tasks": "the tasks there are",

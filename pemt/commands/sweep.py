@@ -1,0 +1,27 @@
+"""`pemt sweep`: methods × tasks × seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pemt.commands.parsers import Parser, command_parser
+
+
+def sweep(arguments: list[str]) -> None:
+    """`pemt sweep`."""
+    path = sweep_parser().parse_args(arguments).config
+    from pemt.sweep.run import run_sweep
+
+    run_sweep(path)
+
+
+def sweep_parser() -> Parser:
+    """The command line of `pemt sweep`."""
+    parser = command_parser(
+        "sweep",
+        "Methods × tasks × seeds from one YAML, one run after another on the launcher at hand.\n"
+        "The same command takes it up where it stopped. README.md shows such a YAML.",
+        "pemt sweep --config sweep.yaml",
+    )
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the sweep")
+    return parser

@@ -1,0 +1,164 @@
+"""What a sweep found: a table (sweep.md, sweep.csv) and a bar chart (sweep.png)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pemt.run_folder import RESULTS, write_text
+from pemt.storage import StorageError, read_manifest
+from pemt.sweep.plan import Run, Sweep
+
+TABLE, CSV, CHART = "sweep.md", "sweep.csv", "sweep.png"
+SCORE = "test_average_metrics"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A method on a task.
+
+    Args:
+        scores: seed -> the mean of the task's metrics on its test set, in percent; finished runs alone.
+        expected: how many seeds there are to be.
+        trained: number of trained parameters; None where it is not known.
+    """
+
+    method: str
+    task: str
+    scores: dict[int, float]
+    expected: int
+    trained: int | None
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.scores.values()) if self.scores else None
+
+    @property
+    def std(self) -> float | None:
+        """Of a sample: divided by the number of seeds less one."""
+        return stdev(self.scores.values()) if len(self.scores) > 1 else None
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "–"
+        text = f"{self.mean:.1f}" + ("" if self.std is None else f" ± {self.std:.1f}")
+        missing = len(self.scores) < self.expected
+        return f"{text} ({len(self.scores)} of {self.expected})" if missing else text
+
+
+def write_report(sweep: Sweep) -> str:
+    """Write table and chart into the sweep's folder (rank 0 calls).
+
+    Returns:
+        The table, and where the files lie.
+    """
+    cells = cells_of(sweep)
+    table = markdown(sweep, cells)
+    folder = sweep.output_dir
+    write_text(folder / TABLE, table + "\n")
+    write_text(folder / CSV, comma_separated(cells))
+    draw(sweep, cells, folder / CHART)
+    return f"{table}\n{folder / TABLE}, {folder / CSV}, {folder / CHART}"
+
+
+def cells_of(sweep: Sweep) -> list[Cell]:
+    """Every method on every task, in the sweep's order."""
+    cells = []
+    for task in sweep.tasks:
+        for method in sweep.methods:
+            runs = [run for run in sweep.runs if (run.task, run.method) == (task, method)]
+            results = {
+                run.seed: json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+                for run in runs
+                if run.finished
+            }
+            cells.append(
+                Cell(
+                    method=method,
+                    task=task,
+                    scores={seed: float(each[SCORE]) for seed, each in results.items()},
+                    expected=len(runs),
+                    trained=next(
+                        (_trained(run, results[run.seed]) for run in runs if run.finished), None
+                    ),
+                )
+            )
+    return cells
+
+
+def _trained(run: Run, results: dict[str, str]) -> int | None:
+    """Trained parameters, as the best checkpoint lists them."""
+    try:
+        shapes = read_manifest(run.folder / results["best_checkpoint"])["trained"]
+    except StorageError:  # somebody made room
+        return None
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def markdown(sweep: Sweep, cells: list[Cell]) -> str:
+    """A row a method: trained parameters, each task's mean ± standard deviation, the mean over tasks."""
+    lines = [
+        f"| method | trained | {' | '.join(sweep.tasks)} | mean |",
+        f"|---|---:|{'---:|' * (len(sweep.tasks) + 1)}",
+    ]
+    for method in sweep.methods:
+        ours = [cell for cell in cells if cell.method == method]
+        means = [cell.mean for cell in ours if cell.mean is not None]
+        over_tasks = f"{mean(means):.1f}" if len(means) == len(ours) else "–"
+        trained = max((cell.trained or 0 for cell in ours), default=0)
+        shown = f"{trained:,}" if trained else ""
+        lines.append(f"| {method} | {shown} | {' | '.join(map(str, ours))} | {over_tasks} |")
+    seeds = ", ".join(map(str, sweep.seeds))
+    note = f"Mean of each task's test metrics in percent, ± standard deviation over seeds {seeds}."
+    return "\n".join([*lines, "", note])
+
+
+def comma_separated(cells: list[Cell]) -> str:
+    """A line a method and task; `scores` has those of single seeds, as `seed=score`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["task", "method", "trained", "seeds", "mean", "std", "scores"])
+    for cell in cells:
+        scores = " ".join(f"{seed}={score}" for seed, score in cell.scores.items())
+        writer.writerow(
+            [
+                *(cell.task, cell.method, cell.trained, len(cell.scores)),
+                *(cell.mean, cell.std, scores),
+            ]
+        )
+    return text.getvalue()
+
+
+def draw(sweep: Sweep, cells: list[Cell], path: Path) -> None:
+    """Bars grouped by task, a colour a method, whiskers of one standard deviation."""
+    width = 0.8 / len(sweep.methods)
+    size = (2 + len(sweep.tasks) * max(1.2, 0.45 * len(sweep.methods)), 4)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, method in enumerate(sweep.methods):
+        ours = [cell for cell in cells if cell.method == method]
+        axes.bar(
+            [place + (number + 0.5) * width - 0.4 for place in range(len(ours))],
+            [cell.mean or 0.0 for cell in ours],
+            width,
+            yerr=[cell.std or 0.0 for cell in ours],
+            capsize=3,
+            label=method,
+        )
+    axes.set_xticks(range(len(sweep.tasks)), sweep.tasks)
+    lowest = min((cell.mean or 0.0) - (cell.std or 0.0) for cell in cells)
+    axes.set_ylim(min(0.0, lowest), 100)
+    axes.set_ylabel("mean of the test metrics, %")
+    figure.legend(loc="outside upper center", ncols=min(len(sweep.methods), 4))
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=150, format="png")
+    temporary.replace(path)

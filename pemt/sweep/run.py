@@ -1,0 +1,66 @@
+"""Runs a sweep on the launcher at hand, one run after another, and takes it up where it stopped."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from pemt.config import PemtError
+from pemt.run_folder import write_text
+from pemt.sweep.plan import Run, SweepError, read_sweep
+from pemt.sweep.report import write_report
+from pemt.train import run_adapt
+
+ERROR = "error.txt"
+
+
+def run_sweep(path: Path) -> None:
+    """Train what is not finished yet, and write the report after each run (all ranks call).
+
+    A run that was cut short goes on from its newest checkpoint. One that fails is recorded in its
+    folder as `error.txt`, and tried again after the others. In a single process the sweep goes on
+    with the next run; on several ranks it stops, since the others may wait in a collective call.
+
+    Raises:
+        SweepError: the YAML is wrong, or runs failed.
+        PemtError: a run failed on several ranks.
+    """
+    sweep = read_sweep(path)
+    is_main = os.environ.get("RANK", "0") == "0"
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    # Every rank has read which runs are finished before any can write: a run begins with all ranks.
+    waiting = [run for run in sweep.runs if not run.finished]
+    waiting.sort(key=lambda run: (run.folder / ERROR).is_file())
+    if is_main:
+        done = len(sweep.runs) - len(waiting)
+        print(f"{path}: {len(sweep.runs)} runs, {done} of them finished before", flush=True)
+    failed: list[Run] = []
+    for number, run in enumerate(waiting, start=1):
+        if is_main:
+            print(f"run {number} of {len(waiting)}: {run}", flush=True)
+        try:
+            run_adapt(replace(run.config, resume_from_checkpoint=True))
+        except Exception as error:
+            if is_main:
+                _record(run, error)
+            if not alone or not isinstance(error, PemtError):
+                raise
+            print(f"pemt: error: {run}: {error}", flush=True)
+            failed.append(run)
+            continue
+        if is_main:
+            (run.folder / ERROR).unlink(missing_ok=True)
+            write_report(sweep)
+    if is_main:
+        print(write_report(sweep), flush=True)
+    if failed:
+        raise SweepError(
+            f"{path}: {len(failed)} of {len(sweep.runs)} runs failed ({failed[0]}: see "
+            f"{failed[0].folder / ERROR}); the same command tries them again"
+        )
+
+
+def _record(run: Run, error: Exception) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / ERROR, f"{type(error).__name__}: {error}\n")
