@@ -8,7 +8,6 @@ trained parameter.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +18,13 @@ from torch import Tensor
 
 from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine
-from pemt.storage import StorageError, read_manifest, read_tensors, write_folder
+from pemt.storage import (
+    StorageError,
+    read_manifest,
+    read_tensors,
+    remove_folder,
+    write_folder,
+)
 
 WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
 FORMAT = 1
@@ -113,7 +118,7 @@ class Checkpoints:
         keep = {progress.step, progress.best_step}
         for folder in checkpoint_folders(self._output_dir)[: -self._limit]:
             if step_of(folder) not in keep:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
 
     def best_weights(self, progress: Progress) -> dict[str, Tensor]:
         """The trained weights of the best checkpoint, or of the newest where nothing was validated (all ranks call)."""
@@ -153,7 +158,7 @@ class Checkpoints:
         """Checkpoints past the one that is resumed: damaged, or of steps that will be taken again."""
         for folder in checkpoint_folders(self._output_dir):
             if _step_key(folder) > progress.step:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
 
     def _without_lost_best(self, checkpoint: Checkpoint) -> Checkpoint:
         """Forget a best checkpoint that lies in another folder than this run's."""

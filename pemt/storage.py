@@ -7,12 +7,13 @@ temporary name and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +48,39 @@ def write_folder(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder.parent, folder.name)
-        temporary.mkdir()
+        perform(os.mkdir, temporary)
         listed = {}
         for name, tensors in files.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
-            _sync(temporary / name)
+            whole = {key: value.contiguous() for key, value in tensors.items()}
+            perform(save_file, whole, temporary / name)
+            perform(_sync, temporary / name)
             listed[name] = {
                 "bytes": (temporary / name).stat().st_size,
                 "sha256": sha256(temporary / name),
             }
-        (temporary / MANIFEST).write_text(
-            json.dumps({**manifest, "files": listed}, indent=2) + "\n", encoding="utf-8"
-        )
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        text = json.dumps({**manifest, "files": listed}, indent=2) + "\n"
+        perform(_write, text, temporary / MANIFEST)
+        perform(_sync, temporary / MANIFEST)
+        perform(_sync, temporary)
         _put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"{folder}: cannot be written: {reason}") from None
     return folder
+
+
+def perform(operation: Callable[..., Any], *arguments: Any) -> None:
+    """Do one file operation of a write; every one goes through here, so that a test can die at each of them."""
+    operation(*arguments)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of tensors; a crash leaves it whole, or under a temporary name."""
+    removed = folder.with_name(f"{TEMPORARY}removed-{folder.name}")
+    with contextlib.suppress(OSError):  # what cannot be removed stays, and is no reason to stop
+        perform(os.rename, folder, removed)
+    perform(_remove_tree, removed)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -120,20 +134,30 @@ def clear_leftovers(parent: Path, name: str) -> None:
     """Remove what a crash while writing `name` left behind; a replaced folder that lost its successor comes back."""
     replaced = parent / f"{TEMPORARY}replaced-{name}"
     if replaced.exists() and not (parent / name).exists():
-        replaced.rename(parent / name)
+        perform(os.rename, replaced, parent / name)
     for leftover in parent.glob(f"{TEMPORARY}*"):
         # Another entry's name may contain this one's, and may be being written right now.
-        if re.fullmatch(rf"(replaced-)?{re.escape(name)}(-\d+)?", leftover.name[len(TEMPORARY) :]):
-            shutil.rmtree(leftover, ignore_errors=True)
+        pattern = rf"(replaced-|removed-)?{re.escape(name)}(-\d+)?"
+        if re.fullmatch(pattern, leftover.name[len(TEMPORARY) :]):
+            perform(_remove_tree, leftover)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
     replaced = folder.with_name(f"{TEMPORARY}replaced-{folder.name}")
     if folder.exists():
-        folder.rename(replaced)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+        perform(os.rename, folder, replaced)
+    perform(os.rename, temporary, folder)
+    perform(_sync, folder.parent)
+    if replaced.exists():
+        perform(_remove_tree, replaced)
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _remove_tree(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
