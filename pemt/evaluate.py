@@ -6,8 +6,10 @@ Shapes: B batch, T target tokens, V vocabulary, N examples, L all FFNs (encoder 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pemt.config import RunConfig
 from pemt.data import EvalBatches, collate, lengths_of
 from pemt.engine import Engine
-from pemt.model import TrainedT5
+from pemt.model import PemtOutput, TrainedT5
 from pemt.tasks import Task, score
 
 IGNORED_LABEL = -100
@@ -67,49 +69,69 @@ def evaluate(
         task: tells metrics and the longest answer.
     """
     started = time.perf_counter()
-    module = engine.module
-    assert isinstance(module, TrainedT5)
-    was_training = module.training
-    module.eval()
     longest = config.max_target_length or task.max_target_length
-    rows: list[list[Tensor]] = []
-    batches = EvalBatches(
+
+    def measure(indices: list[int]) -> list[Tensor]:
+        batch = collate(list(dataset.select(indices)), pad_token_id=tokenizer.pad_token_id)
+        batch = {key: value.to(engine.device) for key, value in batch.items()}
+        return _measure(engine, batch, longest=longest, num_beams=config.num_beams)
+
+    tokens_NT, loss_N, targets_N, *gates = over_ranks(
+        engine,
         lengths_of(dataset),
         batch_size=config.per_device_eval_batch_size,
-        world_size=engine.world_size,
-        rank=engine.rank,
+        measure=measure,
     )
-    for indices in batches:
-        batch = {
-            key: value.to(engine.device)
-            for key, value in collate(
-                list(dataset.select(indices)), pad_token_id=tokenizer.pad_token_id
-            ).items()
-        }
-        measured = _measure(engine, module, batch, config=config, longest=longest)
-        measured.insert(0, torch.tensor(indices, device=engine.device))
-        # The last batch may be short on one rank alone, and gathering needs equal shapes.
-        short = config.per_device_eval_batch_size - len(indices)
-        rows.append([engine.gather(_pad_rows(each, short)).cpu() for each in measured])
-    module.train(was_training)
-    indices_N, tokens_NT, loss_N, targets_N, *gates = (
-        torch.cat(column) for column in zip(*rows, strict=True)
-    )
-    order_N = _first_occurrences(indices_N, len(dataset))
-    predictions = tokenizer.batch_decode(tokens_NT[order_N], skip_special_tokens=True)
+    predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
     metrics = engine.from_main(score(task, predictions, dataset) if engine.is_main else None)
     return Evaluation(
         metrics=metrics,
-        loss=float(loss_N[order_N].sum() / targets_N[order_N].sum().clamp(min=1)),
-        gates_LK=gates[0][order_N].mean(dim=0) if gates else None,
+        loss=float(loss_N.sum() / targets_N.sum().clamp(min=1)),
+        gates_LK=gates[0].mean(dim=0) if gates else None,
         predictions=predictions,
         runtime=time.perf_counter() - started,
     )
 
 
-@torch.no_grad()
+def over_ranks(
+    engine: Engine,
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    batch_size: int,
+    measure: Callable[[list[int]], list[Tensor]],
+) -> list[Tensor]:
+    """Measure every example on one of the ranks, without gradients and dropout (all ranks call).
+
+    Args:
+        engine: holds the model, after `prepare`.
+        lengths: source tokens of each example, [N].
+        batch_size: examples of a rank's batch.
+        measure: takes a batch's indices and gives tensors [B,...], of the same shape for every batch but for B.
+
+    Returns:
+        The same tensors for all examples, [N,...], in their order, on the CPU of every rank.
+    """
+    module = engine.module
+    was_training = module.training
+    module.eval()
+    batches = EvalBatches(
+        lengths, batch_size=batch_size, world_size=engine.world_size, rank=engine.rank
+    )
+    rows: list[list[Tensor]] = []
+    for indices in batches:
+        with torch.no_grad():
+            measured = [torch.tensor(indices, device=engine.device), *measure(indices)]
+        # The last batch may be short on one rank alone, and gathering needs equal shapes.
+        short = batch_size - len(indices)
+        rows.append([engine.gather(_pad_rows(each, short)).cpu() for each in measured])
+    module.train(was_training)
+    indices_N, *columns = (torch.cat(column) for column in zip(*rows, strict=True))
+    order_N = _first_occurrences(indices_N, len(lengths))
+    return [column[order_N] for column in columns]
+
+
 def _measure(
-    engine: Engine, module: TrainedT5, batch: dict[str, Tensor], *, config: RunConfig, longest: int
+    engine: Engine, batch: dict[str, Tensor], *, longest: int, num_beams: int
 ) -> list[Tensor]:
     """Of one batch: generated ids [B,T], summed loss [B], counted targets [B], and gates [B,L,K] if any."""
     labels_BT = batch["labels"]
@@ -117,22 +139,44 @@ def _measure(
     loss_BT = F.cross_entropy(
         out.logits.float().transpose(1, 2), labels_BT, ignore_index=IGNORED_LABEL, reduction="none"
     )
+    tokens_BT = generate_tokens(engine, batch, longest=longest, num_beams=num_beams)
+    counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
+    return [tokens_BT, loss_BT.sum(dim=1), counted_B, *gates_of(out)]
+
+
+def generate_tokens(
+    engine: Engine, batch: dict[str, Tensor], *, longest: int, num_beams: int
+) -> Tensor:
+    """The answers to a batch: ids [B, longest + 1], the decoder's start first, padded on the right."""
+    module = engine.module
+    assert isinstance(module, TrainedT5)
     with engine.autocast():
         tokens_BT = module.generate(
             batch["input_ids"],
             batch["attention_mask"],
             max_new_tokens=longest,
-            num_beams=config.num_beams,
+            num_beams=num_beams,
             do_sample=False,
             # Under ZeRO-3 every step of generation gathers weights: ranks must take equally many.
             synced_gpus=engine.zero_stage == 3 and engine.world_size > 1,
         )
-    padded_BT = F.pad(
-        tokens_BT, (0, longest + 1 - tokens_BT.shape[1]), value=module.base.config.pad_token_id
-    )
-    counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
-    gates = [] if out.gates_LBK is None else [out.gates_LBK.float().transpose(0, 1)]
-    return [padded_BT, loss_BT.sum(dim=1), counted_B, *gates]
+    padding = longest + 1 - tokens_BT.shape[1]
+    return F.pad(tokens_BT, (0, padding), value=module.base.config.pad_token_id)
+
+
+def gates_of(out: PemtOutput) -> list[Tensor]:
+    """The gates [B,L,K] of a forward pass, in a list; an empty one where there are none."""
+    return [] if out.gates_LBK is None else [out.gates_LBK.float().transpose(0, 1)]
+
+
+def ffn_names(model: TrainedT5) -> list[str]:
+    """`encoder/0` …, `decoder/0` …: the FFNs in the gates' order, by stack and layer."""
+    config = model.base.config
+    assert config.num_decoder_layers is not None
+    return [
+        *(f"encoder/{layer}" for layer in range(config.num_layers)),
+        *(f"decoder/{layer}" for layer in range(config.num_decoder_layers)),
+    ]
 
 
 def _pad_rows(tensor: Tensor, count: int) -> Tensor:

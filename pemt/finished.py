@@ -103,7 +103,8 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finis
     checkpoint, progress, stage = _best_checkpoint(Path(run_dir))
     manifest = read_manifest(checkpoint)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
-    own_task = get_task(own.task_name, own.task_file)
+    same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
+    own_task = get_task(own.task_name, config.task_file if same_task else own.task_file)
     base, tokenizer = load_base(config)
     as_trained = config
     if isinstance(config, AdaptConfig) and config.method == "pemt":

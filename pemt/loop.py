@@ -15,7 +15,7 @@ from pemt.checkpoint import Checkpoint, Checkpoints, Progress, match_trained
 from pemt.config import RunConfig
 from pemt.data import TaskData, TrainBatches, collate, lengths_of
 from pemt.engine import Engine, full_size
-from pemt.evaluate import evaluate
+from pemt.evaluate import evaluate, ffn_names
 from pemt.meter import Meter
 from pemt.model import TrainedT5
 from pemt.monitor import Monitor
@@ -252,11 +252,8 @@ def _gate_scalars(
     """`gate/<encoder|decoder>/<layer>/<source>`: the mean gate of each FFN and source."""
     if gates_LK is None:
         return {}
-    encoder_layers = model.base.config.num_layers
     return {
-        f"gate/encoder/{ffn}/{name}"
-        if ffn < encoder_layers
-        else f"gate/decoder/{ffn - encoder_layers}/{name}": weight
-        for ffn, gates_K in enumerate(gates_LK.tolist())
+        f"gate/{ffn}/{name}": weight
+        for ffn, gates_K in zip(ffn_names(model), gates_LK.tolist(), strict=True)
         for name, weight in zip(source_names, gates_K, strict=True)
     }

@@ -11,11 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import datasets
+import transformers
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 TENSORBOARD_FOLDER = "tensorboard"
 LOG_FILE = "log.jsonl"
+
+
+def quiet_libraries(is_main: bool) -> None:
+    """No progress bars of `datasets` and `transformers` where nobody looks: in files, on other ranks."""
+    if not (is_main and sys.stdout.isatty()):
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
 
 
 class Monitor:

@@ -80,8 +80,8 @@ def start_run_folder(config: RunConfig) -> None:
 
 def _remove_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else that may lie in its folder."""
-    for name in (CONFIG, RESULTS, LOG_FILE):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / CONFIG, folder / LOG_FILE, *folder.glob("*_results.json")):
+        path.unlink(missing_ok=True)
     for path in (folder / TENSORBOARD_FOLDER, *checkpoint_folders(folder)):
         if path.exists():
             shutil.rmtree(path)
@@ -93,30 +93,47 @@ def results_of(
     """The final report under its published names, with the sources that `moe_weight_k` speaks of."""
     return {
         "epoch": epoch,
-        **{f"test_{name}": value for name, value in tested.metrics.items()},
-        "test_loss": tested.loss,
-        **{f"test_moe_weight_{k}": weight for k, weight in enumerate(tested.moe_weights())},
-        "test_runtime": tested.runtime,
-        "test_samples_per_second": tested.samples_per_second,
-        "sources": list(source_names),
-        # per FFN, the encoder's first, the mean gate of each source
-        "gates": [] if tested.gates_LK is None else tested.gates_LK.tolist(),
+        **scores_of(tested, source_names, split="test"),
         "best_checkpoint": f"checkpoint-{progress.step if progress.best_step is None else progress.best_step}",
         "best_validation_average_metrics": progress.best_metric,
     }
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write `all_results.json` (rank 0 calls)."""
-    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+def scores_of(scored: Evaluation, source_names: Sequence[str], *, split: str) -> dict[str, Any]:
+    """An evaluation under the published names, which begin with the split's."""
+    scores = {
+        **scored.metrics,
+        "loss": scored.loss,
+        **{f"moe_weight_{k}": weight for k, weight in enumerate(scored.moe_weights())},
+        "runtime": scored.runtime,
+        "samples_per_second": scored.samples_per_second,
+    }
+    return {
+        **{f"{split}_{name}": value for name, value in scores.items()},
+        "sources": list(source_names),
+        # per FFN, the encoder's first, the mean gate of each source
+        "gates": [] if scored.gates_LK is None else scored.gates_LK.tolist(),
+    }
 
 
-def results_block(results: dict[str, Any]) -> str:
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write a report as JSON (rank 0 calls).
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    try:
+        write_text(path, json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def results_block(results: dict[str, Any], split: str = "test") -> str:
     """The final report as the published code prints it: names and aligned values."""
     rows = {
         name: value
         for name, value in results.items()
-        if name == "epoch" or name.startswith("test_")
+        if name == "epoch" or name.startswith(f"{split}_")
     }
     texts = {
         name: f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -124,7 +141,7 @@ def results_block(results: dict[str, Any]) -> str:
     }
     name_width, value_width = max(map(len, texts)), max(map(len, texts.values()))
     lines = [f"  {name:<{name_width}} = {text:>{value_width}}" for name, text in texts.items()]
-    return "\n".join(["***** test metrics *****", *lines])
+    return "\n".join([f"***** {split} metrics *****", *lines])
 
 
 def write_text(path: Path, text: str) -> None:

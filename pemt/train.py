@@ -5,12 +5,8 @@ The loop itself, the same for both, is in `loop.py`.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
-
-import datasets
-import transformers
 
 from pemt.bank import entry_folder, write_entry
 from pemt.base import load_base
@@ -21,7 +17,8 @@ from pemt.engine import Engine
 from pemt.evaluate import Evaluation, evaluate
 from pemt.loop import Fitted, Setup, fit
 from pemt.model import PemtT5, base_shape
-from pemt.run_folder import check_run_folder, results_block, results_of, write_results
+from pemt.monitor import quiet_libraries
+from pemt.run_folder import RESULTS, check_run_folder, results_block, results_of, write_results
 from pemt.tasks import get_task
 
 
@@ -81,9 +78,7 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
 def set_up(config: RunConfig) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
     engine = Engine(config)
-    if not (engine.is_main and sys.stdout.isatty()):
-        datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
+    quiet_libraries(engine.is_main)
     check_run_folder(config)
     task = get_task(config.task_name, config.task_file)
     base, tokenizer = load_base(config)
@@ -106,6 +101,6 @@ def _fit_and_test(
         tested, progress=fitted.progress, epoch=fitted.epoch, source_names=built.source_names
     )
     if engine.is_main:
-        write_results(Path(config.output_dir), results)
+        write_results(Path(config.output_dir) / RESULTS, results)
         print(results_block(results), flush=True)
     return fitted, tested, results

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pemt.commands.bank import bank, bank_parser
 from pemt.commands.completion import completion_parser, completion_script, fields_parser
 from pemt.commands.doctor import doctor, doctor_parser
+from pemt.commands.finished import evaluate, evaluate_parser, predict, predict_parser
 from pemt.commands.ops import bench, ops, ops_parser
 from pemt.commands.overview import AROUND
 from pemt.commands.parsers import Parser, command_parser
@@ -32,6 +33,8 @@ def completion(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "source": source,
     "adapt": adapt,
+    "evaluate": evaluate,
+    "predict": predict,
     "sweep": sweep,
     "bank": bank,
     "tasks": tasks,
@@ -45,6 +48,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 PARSERS: dict[str, Callable[[], Parser]] = {
     "source": lambda: fields_parser("source", SourceConfig, "Train a source task's expert."),
     "adapt": lambda: fields_parser("adapt", AdaptConfig, "Adapt to a target task."),
+    "evaluate": evaluate_parser,
+    "predict": predict_parser,
     "sweep": sweep_parser,
     "bank": bank_parser,
     "tasks": tasks_parser,

@@ -20,6 +20,8 @@ around them:
 
 # command -> what it does, in at most 26 characters: two of them stand side by side
 AROUND = {
+    "evaluate": "score a finished run",
+    "predict": "answer a jsonl or stdin",
     "sweep": "methods, tasks, seeds",
     "bank": "list, add, export experts",
     "demo": "both stages on a laptop",

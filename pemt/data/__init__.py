@@ -2,7 +2,8 @@
 
 from pemt.data.batching import EvalBatches, TrainBatches, collate
 from pemt.data.errors import DataError
-from pemt.data.loading import TaskData, lengths_of, load_task_data
+from pemt.data.inputs import read_inputs, sources_of
+from pemt.data.loading import TaskData, encode_sources, lengths_of, load_task_data
 from pemt.data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -11,7 +12,10 @@ __all__ = [
     "TaskData",
     "TrainBatches",
     "collate",
+    "encode_sources",
     "lengths_of",
     "load_task_data",
     "load_tokenizer",
+    "read_inputs",
+    "sources_of",
 ]

@@ -152,16 +152,10 @@ def encode_batch(
         pairs = [(i, text) for i, texts in enumerate(columns["references"]) for text in texts]
         columns = {name: [values[i] for i, _ in pairs] for name, values in columns.items()}
         columns["target"] = [text for _, text in pairs]
-    sources = tokenizer(columns["source"], add_special_tokens=True).input_ids
+    sources, cut = encode_sources(columns["source"], tokenizer, max_length=lengths[0])
     targets = tokenizer(
         text_target=columns["target"], max_length=lengths[1], truncation=True
     ).input_ids
-    cut = [len(ids) > lengths[0] for ids in sources]
-    # The end of sequence stays when the text is cut.
-    sources = [
-        [*ids[: lengths[0] - 1], ids[-1]] if is_cut else ids
-        for ids, is_cut in zip(sources, cut, strict=True)
-    ]
     return {
         **columns,
         "input_ids": sources,
@@ -169,6 +163,20 @@ def encode_batch(
         "length": [len(ids) for ids in sources],
         "is_cut": cut,
     }
+
+
+def encode_sources(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of source texts, of at most `max_length` tokens, and which of them had to be cut."""
+    every = tokenizer(texts, add_special_tokens=True).input_ids
+    cut = [len(ids) > max_length for ids in every]
+    # The end of sequence stays when the text is cut.
+    kept = [
+        [*ids[: max_length - 1], ids[-1]] if is_cut else ids
+        for ids, is_cut in zip(every, cut, strict=True)
+    ]
+    return kept, cut
 
 
 def lengths_of(dataset: Dataset) -> np.ndarray:

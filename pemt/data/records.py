@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,21 +57,26 @@ def open_bytes(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, str | RowError]]:
+def lines_of(file: IO[bytes]) -> Iterator[tuple[int, str | RowError]]:
     """Numbered lines without their ends, a byte order mark left out; bad UTF-8 is a RowError."""
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            try:
-                yield number, line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                yield number, RowError(f"bad UTF-8: {error.reason} at byte {error.start}")
+    for number, line in enumerate(file, start=1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        try:
+            yield number, line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            yield number, RowError(f"bad UTF-8: {error.reason} at byte {error.start}")
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:
     """One object a line; blank lines are passed over."""
-    for number, line in lines_of(path):
-        place = f"{path}:{number}"
+    with open_bytes(path) as file:
+        yield from parsed_lines(str(path), lines_of(file))
+
+
+def parsed_lines(name: str, lines: Iterable[tuple[int, str | RowError]]) -> Iterator[Located]:
+    """The objects of numbered lines, each with its place in the file of that name."""
+    for number, line in lines:
+        place = f"{name}:{number}"
         if isinstance(line, RowError):
             yield place, line
         elif line.strip():
@@ -118,19 +123,20 @@ def read_json(path: Path) -> Iterator[Located]:
 def read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[Located]:
     """Tab-separated without quoting, as GLUE's files are; `columns` where no header is found."""
     header: list[str] | None = None
-    for number, line in lines_of(path):
-        place = f"{path}:{number}"
-        if isinstance(line, RowError):
-            yield place, line
-            continue
-        if not line:
-            continue
-        values = line.split("\t")
-        if header is None:
-            header = list(columns) if columns and not set(values) & set(columns) else values
-            if header is values:
+    with open_bytes(path) as file:
+        for number, line in lines_of(file):
+            place = f"{path}:{number}"
+            if isinstance(line, RowError):
+                yield place, line
                 continue
-        yield place, row_of(header, values)
+            if not line:
+                continue
+            values = line.split("\t")
+            if header is None:
+                header = list(columns) if columns and not set(values) & set(columns) else values
+                if header is values:
+                    continue
+            yield place, row_of(header, values)
 
 
 def read_csv(path: Path) -> Iterator[Located]:

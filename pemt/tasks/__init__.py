@@ -2,7 +2,7 @@
 
 from pemt.tasks.registry import get_task, register_task, task_names
 from pemt.tasks.scoring import score
-from pemt.tasks.task import Example, HubSource, RowError, Task, TaskError, example_of
+from pemt.tasks.task import Example, HubSource, RowError, Task, TaskError, example_of, source_of
 from pemt.tasks.task_file import load_task_file
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "load_task_file",
     "register_task",
     "score",
+    "source_of",
     "task_names",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pemt.tasks.shapes import (
-    prepare_drop,
-    prepare_squad,
-    prepare_trivia_qa,
+    answers_drop,
+    answers_squad,
+    answers_trivia_qa,
     unpack_mrqa,
     unpack_squad,
 )
@@ -36,7 +36,7 @@ ANSWER_TASKS = (
         metrics=("squad",),
         hub=HubSource(path="rajpurkar/squad"),
         unpack=unpack_squad,
-        prepare=prepare_squad,
+        prepare_label=answers_squad,
     ),
     mrqa_task(
         "newsqa",
@@ -66,7 +66,7 @@ ANSWER_TASKS = (
         max_target_length=32,
         metrics=("squad",),
         hub=HubSource(path="mandarjoshi/trivia_qa", config="rc.nocontext"),
-        prepare=prepare_trivia_qa,
+        prepare_label=answers_trivia_qa,
     ),
     Task(
         name="drop",
@@ -76,6 +76,6 @@ ANSWER_TASKS = (
         max_target_length=32,
         metrics=("squad",),
         hub=HubSource(path="ucinlp/drop"),
-        prepare=prepare_drop,
+        prepare_label=answers_drop,
     ),
 )

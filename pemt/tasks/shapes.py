@@ -2,7 +2,7 @@
 
 `unpack_*` turns one record of a published file into rows with the hub's fields and lets rows that
 already have them pass. `prepare_*` turns a row with the hub's fields into one whose template fields
-are text and whose answers are a list.
+are text; `answers_*` and `question_*` into one whose answers are a list, or that names its group.
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ def unpack_mrqa(record: Row) -> Iterator[Row]:
         }
 
 
-def prepare_squad(row: Row) -> Row:
+def answers_squad(row: Row) -> Row:
     """The hub keeps answers as {"text": [...], "answer_start": [...]}."""
     answers = field_of(row, "answers")
     return {**row, "answers": field_of(answers, "text")} if isinstance(answers, dict) else row
 
 
-def prepare_trivia_qa(row: Row) -> Row:
+def answers_trivia_qa(row: Row) -> Row:
     """The answer's own name first, then its aliases."""
     answer = part_of(row, "answer", dict)
     return {**row, "answers": [text_of(answer, "value"), *part_of(answer, "aliases", list)]}
 
 
-def prepare_drop(row: Row) -> Row:
+def answers_drop(row: Row) -> Row:
     """Every annotator's answer is accepted."""
     return {**row, "answers": part_of(part_of(row, "answers_spans", dict), "spans", list)}
 
@@ -109,11 +109,16 @@ def unpack_multirc(record: Row) -> Iterator[Row]:
 
 
 def prepare_multirc(row: Row) -> Row:
-    """Plain text for the passage, and the question's number to group by."""
-    idx = part_of(row, "idx", dict)
+    """Plain text for the passage."""
     paragraph = re.sub(r"<(?:br|b|/b)\s*/?>", " ", text_of(row, "paragraph"))
+    return {**row, "paragraph": " ".join(paragraph.split())}
+
+
+def question_multirc(row: Row) -> Row:
+    """The question's number to group by."""
+    idx = part_of(row, "idx", dict)
     group = f"{field_of(idx, 'paragraph')}-{field_of(idx, 'question')}"
-    return {**row, "paragraph": " ".join(paragraph.split()), "question_id": group}
+    return {**row, "question_id": group}
 
 
 def unpack_record(record: Row) -> Iterator[Row]:

@@ -6,6 +6,7 @@ from pemt.tasks.shapes import (
     prepare_multirc,
     prepare_record,
     prepare_wsc,
+    question_multirc,
     unpack_multirc,
     unpack_record,
     unpack_wsc,
@@ -61,6 +62,7 @@ SUPERGLUE_TASKS = (
         hub=HubSource(path=SUPERGLUE, config="multirc"),
         unpack=unpack_multirc,
         prepare=prepare_multirc,
+        prepare_label=question_multirc,
     ),
     Task(
         name="superglue-wic",

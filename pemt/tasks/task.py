@@ -85,7 +85,9 @@ class Task:
     # (split, path) pairs; a data_dir is not needed then.
     files: tuple[tuple[str, str], ...] = ()
     unpack: Callable[[Row], Iterable[Row]] | None = None
+    # What the template needs, and what label and group need; rows to predict have the former alone.
     prepare: Callable[[Row], Row] | None = None
+    prepare_label: Callable[[Row], Row] | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.metrics if name not in METRICS]
@@ -129,18 +131,27 @@ def example_of(task: Task, row: Row) -> Example | None:
 
     Raises RowError for a missing field, a wrong type or an unknown label.
     """
-    row = task.prepare(row) if task.prepare else row
-    answer = field_of(row, task.label)
+    labelled = task.prepare_label(row) if task.prepare_label else row
+    answer = field_of(labelled, task.label)
     if is_unlabelled(task, answer):
         return None
-    texts = {name: text_of(row, name) for name in task.fields}
+    source = source_of(task, row)
     references = references_of(task, answer)
     return Example(
-        source=task.template.format_map(texts),
+        source=source,
         target=references[0],
         references=references,
-        group="/".join(str(field_of(row, name)) for name in task.group),
+        group="/".join(str(field_of(labelled, name)) for name in task.group),
     )
+
+
+def source_of(task: Task, row: Row) -> str:
+    """The source text of a row, which needs no label.
+
+    Raises RowError for a missing field or a wrong type.
+    """
+    row = task.prepare(row) if task.prepare else row
+    return task.template.format_map({name: text_of(row, name) for name in task.fields})
 
 
 def field_of(row: Row, name: str) -> Any:

@@ -1,0 +1,65 @@
+"""Inputs to predict: lines of jsonl to source texts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pemt.data.errors import DataError
+from pemt.data.local_files import renamed
+from pemt.data.records import Record, lines_of, parsed_lines, read_records
+from pemt.tasks import RowError, Task, source_of
+
+STDIN = "-"
+TEXT = "input"  # the field of a row that brings its whole source text
+
+
+def read_inputs(task: Task, file: str) -> list[str]:
+    """The source texts of a file's rows, in its order.
+
+    A row has the fields of the task's template, or `{"input": text}` with a text that is taken as it
+    is. Labels are not needed and not read.
+
+    Args:
+        task: gives the template.
+        file: jsonl, or another kind of file that a task may be read from; `-` is stdin, as jsonl.
+
+    Raises:
+        DataError: no such file, no row in it, or a malformed row, told with file and line.
+    """
+    if file != STDIN and not Path(file).is_file():
+        raise DataError(f"input_file: no file {file}; give a jsonl file, or - for stdin")
+    sources: list[str] = []
+    for place, record in located(task, file):
+        try:
+            if isinstance(record, RowError):
+                raise record
+            sources += sources_of(task, record)
+        except RowError as error:
+            raise DataError(f"{place}: {error}") from None
+    if not sources:
+        raise DataError(f"{'stdin' if file == STDIN else file}: no row in it; give one or more")
+    return sources
+
+
+def located(task: Task, file: str) -> Iterable[tuple[str, Record | RowError]]:
+    """Records with their places."""
+    if file == STDIN:
+        return parsed_lines("stdin", lines_of(sys.stdin.buffer))
+    return read_records(Path(file), tsv_columns=task.tsv_columns)
+
+
+def sources_of(task: Task, record: Mapping[str, Any]) -> Iterator[str]:
+    """The source texts of a record: one, or one for each example that a published record nests."""
+    if TEXT in record and TEXT not in task.fields:
+        text = record[TEXT]
+        if not isinstance(text, str):
+            raise RowError(
+                f"field {TEXT!r} must be text, found {type(text).__name__}: {text!r:.60}"
+            )
+        yield text
+        return
+    for row in task.unpack(record) if task.unpack else (record,):
+        yield source_of(task, renamed(task, dict(row)))
