@@ -33,16 +33,21 @@ class Evaluation:
     Args:
         metrics: the task's metrics in percent, and their mean as `average_metrics`.
         loss: cross-entropy per target token, teacher forced.
-        gates_LK: mean gate of every FFN and expert; None without experts to mix.
+        gates_NLK: every example's gates, in the data set's order; None without experts to mix.
         predictions: decoded generations, in the data set's order.
         runtime: seconds.
     """
 
     metrics: dict[str, float]
     loss: float
-    gates_LK: Tensor | None
+    gates_NLK: Tensor | None
     predictions: list[str]
     runtime: float
+
+    @property
+    def gates_LK(self) -> Tensor | None:
+        """The mean gate of every FFN and expert."""
+        return None if self.gates_NLK is None else self.gates_NLK.mean(dim=0)
 
     @property
     def samples_per_second(self) -> float:
@@ -87,7 +92,7 @@ def evaluate(
     return Evaluation(
         metrics=metrics,
         loss=float(loss_N.sum() / targets_N.sum().clamp(min=1)),
-        gates_LK=gates[0].mean(dim=0) if gates else None,
+        gates_NLK=gates[0] if gates else None,
         predictions=predictions,
         runtime=time.perf_counter() - started,
     )

@@ -15,10 +15,10 @@ from pemt.checkpoint import Checkpoint, Checkpoints, Progress, match_trained
 from pemt.config import RunConfig
 from pemt.data import TaskData, TrainBatches, collate, lengths_of
 from pemt.engine import Engine, full_size
-from pemt.evaluate import evaluate, ffn_names
+from pemt.evaluate import Evaluation, evaluate
 from pemt.meter import Meter
 from pemt.model import TrainedT5
-from pemt.monitor import Monitor
+from pemt.monitor import GateNames, Monitor
 from pemt.run_folder import start_run_folder
 from pemt.tasks import Task
 
@@ -84,13 +84,16 @@ def fit(
 
     meter = Meter(engine)
     model.train()
+    gates = gate_names(model, source_names)
     with Monitor(
         output_dir,
         total_steps=total_steps,
         initial_step=progress.step,
         is_main=engine.is_main,
         description=f"{stage} {setup.task.name}",
+        gates=gates,
     ) as monitor:
+        monitor.introduce(config, _facts(model, engine))
         for line in (*setup.data.notes, _size_line(model, engine)):
             monitor.message(line)
         for micro_batches in _steps(batches, start=progress.step, end=total_steps):
@@ -98,11 +101,7 @@ def fit(
             progress = replace(progress, step=progress.step + 1)
             step, at_end = progress.step, progress.step == total_steps
             if step % config.logging_steps == 0 or at_end:
-                scalars, gates_LK = meter.read()
-                scalars |= {**rates, "train/epoch": step / per_epoch}
-                monitor.log(step, {**scalars, **_gate_scalars(gates_LK, model, source_names)})
-                rate = scalars["train/samples_per_second"]
-                monitor.advance(step, loss=scalars["train/loss"], samples_per_second=rate)
+                _report(monitor, meter, gates, step, {**rates, "train/epoch": step / per_epoch})
             with meter.paused():
                 progress = _validate_and_save(
                     config, setup, checkpoints, monitor, progress, per_epoch, at_end
@@ -125,6 +124,20 @@ def _take_step(
     grad_norm = engine.step()
     schedule.step()
     return {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
+
+
+def _report(
+    monitor: Monitor, meter: Meter, names: GateNames, step: int, rates: dict[str, float]
+) -> None:
+    """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
+    scalars, gates_LK = meter.read()
+    gates = {} if gates_LK is None else names.scalars(gates_LK)
+    monitor.log(step, {**scalars, **rates, **gates})
+    monitor.advance(
+        step,
+        loss=scalars["train/loss"],
+        samples_per_second=scalars["train/samples_per_second"],
+    )
 
 
 def _validate_and_save(
@@ -158,6 +171,11 @@ def _size_line(model: TrainedT5, engine: Engine) -> str:
         f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
         f"{engine.world_size} rank(s), {stage}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
     )
+
+
+def _facts(model: TrainedT5, engine: Engine) -> dict[str, str]:
+    """What the environment's text tells of this job."""
+    return {"job": _size_line(model, engine), "device": str(engine.device)}
 
 
 def train_batches(config: RunConfig, setup: Setup) -> TrainBatches:
@@ -241,19 +259,22 @@ def _validate(config: RunConfig, setup: Setup, progress: Progress, monitor: Moni
     )
     scores = {**validated.metrics, "loss": validated.loss}
     monitor.log(progress.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()})
+    if (seen := mixture_seen(setup.engine, validated)) is not None:
+        monitor.mixture(progress.step, *seen)
     listed = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
     monitor.message(f"step {progress.step}: validation of {name}: {listed}")
     return progress.measured(validated.metrics["average_metrics"])
 
 
-def _gate_scalars(
-    gates_LK: Tensor | None, model: TrainedT5, source_names: list[str]
-) -> dict[str, float]:
-    """`gate/<encoder|decoder>/<layer>/<source>`: the mean gate of each FFN and source."""
-    if gates_LK is None:
-        return {}
-    return {
-        f"gate/{ffn}/{name}": weight
-        for ffn, gates_K in zip(ffn_names(model), gates_LK.tolist(), strict=True)
-        for name, weight in zip(source_names, gates_K, strict=True)
-    }
+def mixture_seen(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:
+    """Of an evaluation just done, gates [N,L,K] and prompt similarity [1+K,1+K]; None without experts."""
+    assert isinstance(engine.module, TrainedT5)
+    similarity_MM = engine.module.prompt_similarity()
+    if evaluated.gates_NLK is None or similarity_MM is None:
+        return None
+    return evaluated.gates_NLK, similarity_MM.cpu()
+
+
+def gate_names(model: TrainedT5, source_names: list[str]) -> GateNames:
+    """What the axes of this model's gates stand for."""
+    return GateNames(sources=source_names, encoder_layers=model.base.config.num_layers)

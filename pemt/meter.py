@@ -30,6 +30,7 @@ class Meter:
         self._gates_LK: Tensor | None = None
         self._samples = torch.zeros((), device=self._engine.device)
         self._tokens = torch.zeros((), device=self._engine.device)
+        self._real, self._places = torch.zeros((), device=self._engine.device), 0
 
     def add(self, out: PemtOutput, batch: Mapping[str, Tensor]) -> None:
         """Count one micro-batch of this rank."""
@@ -42,7 +43,10 @@ class Meter:
             gates_LK = out.gates_LBK.float().mean(dim=1)
             self._gates_LK = gates_LK if self._gates_LK is None else self._gates_LK + gates_LK
         self._samples += len(batch["input_ids"])
-        self._tokens += batch["attention_mask"].sum() + (batch["labels"] >= 0).sum()
+        real = batch["attention_mask"].sum()
+        self._tokens += real + (batch["labels"] >= 0).sum()
+        self._real += real
+        self._places += batch["attention_mask"].numel()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -52,16 +56,23 @@ class Meter:
         self._started += time.perf_counter() - began
 
     def read(self) -> tuple[dict[str, float], Tensor | None]:
-        """Scalars by tag (losses, rates) and mean gates [L,K] since the last read (all ranks call)."""
+        """Scalars by tag and mean gates [L,K] since the last read (all ranks call).
+
+        Losses; samples and tokens a second; `train/padding_waste`, the share of padding among the
+        source tokens; memory.
+        """
         names = list(self._losses)
         means = self._engine.mean(
             torch.stack([self._losses[name] for name in names]) / self._micro_batches
         )
-        counts = self._engine.sum(torch.stack([self._samples, self._tokens]))
+        places = torch.full_like(self._real, self._places)
+        counts = self._engine.sum(torch.stack([self._samples, self._tokens, self._real, places]))
         seconds = time.perf_counter() - self._started
         scalars = {f"train/{name}": float(mean) for name, mean in zip(names, means, strict=True)}
         scalars["train/samples_per_second"] = float(counts[0]) / seconds
         scalars["train/tokens_per_second"] = float(counts[1]) / seconds
+        scalars["train/padding_waste"] = 1 - float(counts[2] / counts[3])
+        scalars |= self._engine.memory()
         gates_LK = (
             None
             if self._gates_LK is None

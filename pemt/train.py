@@ -15,9 +15,9 @@ from pemt.config import AdaptConfig, RunConfig, SourceConfig
 from pemt.data import load_task_data
 from pemt.engine import Engine
 from pemt.evaluate import Evaluation, evaluate
-from pemt.loop import Fitted, Setup, fit
+from pemt.loop import Fitted, Setup, fit, gate_names, mixture_seen
 from pemt.model import PemtT5, base_shape
-from pemt.monitor import quiet_libraries
+from pemt.monitor import quiet_libraries, record_outcome
 from pemt.run_folder import RESULTS, check_run_folder, results_block, results_of, write_results
 from pemt.tasks import get_task
 
@@ -102,5 +102,13 @@ def _fit_and_test(
     )
     if engine.is_main:
         write_results(Path(config.output_dir) / RESULTS, results)
+        record_outcome(
+            Path(config.output_dir),
+            step=fitted.progress.step,
+            config=config,
+            results=results,
+            gates=gate_names(built.model, built.source_names),
+            mixture=mixture_seen(engine, tested),
+        )
         print(results_block(results), flush=True)
     return fitted, tested, results

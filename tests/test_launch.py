@@ -79,6 +79,18 @@ def test_gradient_norms_and_results_agree(world: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
+def test_what_is_seen_of_gates_and_prompts_agrees(world: Path, name: str) -> None:
+    for tag in ("gate_entropy/decoder", "prompt_similarity/tiny-b", "train/padding_waste"):
+        ours, reference = (
+            losses(world / name / "adapt", tag),
+            losses(world / "zero2" / "adapt", tag),
+        )
+        assert len(ours) > 0
+        assert ours == pytest.approx(reference, rel=1e-5), tag
+    assert min(losses(world / name / "adapt", "memory/peak_rss_gb").values()) > 0.05
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
 def test_a_checkpoint_of_zero2_resumes_anywhere(world: Path, name: str) -> None:
     resumed, whole = losses(world / name / "resumed"), losses(world / "zero2" / "adapt")
     assert list(resumed) == [4, 5]

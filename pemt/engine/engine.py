@@ -25,6 +25,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pemt.config import RunConfig
 from pemt.engine.job import EngineError, check_world_size, deepspeed_plugin, process_group_kwargs
+from pemt.engine.memory import memory_in_use
 from pemt.engine.trained_state import TrainedState
 
 # One line per collective otherwise, from inside DeepSpeed.
@@ -173,6 +174,12 @@ class Engine:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
         return self._accelerator.reduce(tensor, reduction="sum")
+
+    def memory(self) -> dict[str, float]:
+        """GB (1e9 bytes) that the rank with the most has in use, by tag (all ranks call)."""
+        used = memory_in_use(self.device)
+        rows = self.gather(torch.tensor([list(used.values())], device=self.device))
+        return dict(zip(used, rows.amax(dim=0).tolist(), strict=True))
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value on every rank."""

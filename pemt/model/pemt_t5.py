@@ -180,6 +180,9 @@ class PemtT5(TrainedT5):
             for norm in layer_norms(self.base):
                 yield from norm.parameters()
 
+    def prompt_similarity(self) -> Tensor | None:
+        return self.prompt.similarity_MM
+
     def _put_prompt(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The prompt before the input: embeddings [B,P+S,D] and attention mask [B,P+S]."""
         prompt_PD = self.prompt()

@@ -1,6 +1,7 @@
 """Task prompts: rows of embeddings put before the encoder's input.
 
-Shapes: D d_model, N tokens of all source prompts, P tokens of the prompt, Q of one source prompt.
+Shapes: D d_model, N tokens of all source prompts, P tokens of the prompt, Q of one source prompt,
+M the prompt and the source prompts.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ class TaskPrompt(Trainable):
     prompt = P_t + Σ_k dropout(softmax(P_t P_kᵀ)) P_k   (arXiv 2402.15082)
 
     The source prompts, which may differ in length, are one parameter of this module, so that
-    ZeRO-3 gathers them for this module's forward pass.
+    ZeRO-3 gathers them for this module's forward pass. In evaluation that pass leaves
+    `similarity_MM`: cosines between the mean prompts, this one's first.
     """
+
+    similarity_MM: Tensor | None = None
 
     def __init__(
         self, prompt_PD: Tensor, *, sources: Sequence[Tensor] = (), dropout: float = 0.0
@@ -62,9 +66,19 @@ class TaskPrompt(Trainable):
             return self.prompt.clone()  # ZeRO-3 takes the parameter's own memory away afterwards
         with torch.autocast(self.prompt.device.type, enabled=False):
             target_PD = self.prompt.float()
+            sources = self.sources.float().split(self.lengths)
+            if not self.training:
+                self.similarity_MM = mean_cosines([target_PD, *sources])
             mixed_PD = target_PD
-            for source_QD in self.sources.float().split(self.lengths):
+            for source_QD in sources:
                 attention_PQ = torch.softmax(target_PD @ source_QD.T, dim=-1)
                 attention_PQ = F.dropout(attention_PQ, self.dropout, self.training)
                 mixed_PD = mixed_PD + attention_PQ @ source_QD
         return mixed_PD.to(self.prompt.dtype)
+
+
+@torch.no_grad()
+def mean_cosines(prompts: Sequence[Tensor]) -> Tensor:
+    """Cosines [M,M] between the means over tokens of M prompts, each [P,D]."""
+    means_MD = F.normalize(torch.stack([prompt_PD.mean(dim=0) for prompt_PD in prompts]), dim=-1)
+    return means_MD @ means_MD.T

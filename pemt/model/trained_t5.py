@@ -69,6 +69,13 @@ class TrainedT5(nn.Module, ABC):
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         """What is trained, in any order; a parameter may come twice."""
 
+    def prompt_similarity(self) -> Tensor | None:
+        """Cosines [M,M] between the mean prompts of the target, first, and of M - 1 sources.
+
+        Of the last pass in evaluation; None where there are no source prompts.
+        """
+        return None
+
     def settle(self) -> None:
         """Freeze everything that is not declared; once, before an engine sees the model."""
         trained = {id(parameter) for parameter in self.declared_parameters()}

@@ -1,0 +1,116 @@
+"""A run's TensorBoard folder: scalars, pictures, texts, layout, the outcome beside the configuration.
+
+Shapes: N examples, L FFNs (the encoder's first), K sources, M = 1 + K prompts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from pemt.config import RunConfig
+from pemt.monitor.gates import GateNames, entropy_NL
+from pemt.monitor.hparams import hparams_summaries
+from pemt.monitor.layout import layout
+
+TENSORBOARD_FOLDER = "tensorboard"
+DRAWING_SHARE = 0.01  # of a run's time, at most
+COMPARED = ("test/average_metrics", "test/loss")
+
+
+class Board:
+    """Writes one run's TensorBoard (rank 0 makes one).
+
+    Args:
+        folder: of the event files.
+        gates: the names behind the gates' axes; no sources where there are no gates.
+        purge_step: what an earlier attempt logged from this step on is not shown.
+    """
+
+    def __init__(self, folder: Path, *, gates: GateNames, purge_step: int | None = None) -> None:
+        self._gates = gates
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._started = time.monotonic()
+        self._drawing = 0.0
+
+    def introduce(self, task: str, texts: Mapping[str, str]) -> None:
+        """Lay out the page of custom scalars and write Markdown texts by tag."""
+        self._writer.add_custom_scalars(layout(task, self._gates))
+        for tag, text in texts.items():
+            self._writer.add_text(tag, text)
+
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Values under flat tags: a dict as one value would open a run for each of its keys."""
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def gates(
+        self, step: int, gates_NLK: Tensor, similarity_MM: Tensor, *, part: str, title: str
+    ) -> None:
+        """Gate entropy as histograms, mean gates and prompt similarity as numbers and heat maps.
+
+        Args:
+            gates_NLK: every example's gates.
+            similarity_MM: cosines between the mean prompts of the target, first, and the sources.
+            part: the data set, in the tags.
+            title: stands over the pictures.
+        """
+        for stack, entropy_Nl in self._gates.by_stack(entropy_NL(gates_NLK), dim=1).items():
+            self._writer.add_histogram(f"gate_entropy_{part}/{stack}", entropy_Nl, step)
+        began = time.monotonic()
+        if self._drawing > DRAWING_SHARE * (began - self._started):
+            return
+        from pemt.monitor import figures
+
+        names = self._gates.sources
+        for stack, gates_LK in self._gates.by_stack(gates_NLK.mean(dim=0)).items():
+            heading = f"{stack}, {title}"
+            pixels = figures.gate_map(gates_LK.numpy(), sources=names, title=heading)
+            self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
+        prompts = ["target", *names]
+        pixels = figures.similarity_map(similarity_MM.numpy(), names=prompts, title=title)
+        self._writer.add_image(f"prompts/{part}", pixels, step, dataformats="HWC")
+        self._drawing += time.monotonic() - began
+
+    def outcome(self, step: int, config: RunConfig, results: Mapping[str, Any]) -> None:
+        """The final report's numbers as scalars, and beside the configuration in the table of runs."""
+        for name, value in results.items():
+            if name.startswith("test_"):
+                self._writer.add_scalar(f"test/{name.removeprefix('test_')}", value, step)
+        file: Any = self._writer.file_writer
+        for summary in hparams_summaries(config, COMPARED):
+            file.add_summary(summary)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def record_outcome(
+    output_dir: Path,
+    *,
+    step: int,
+    config: RunConfig,
+    results: Mapping[str, Any],
+    gates: GateNames,
+    mixture: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Add a finished run's outcome to its TensorBoard (rank 0 calls).
+
+    Args:
+        output_dir: the run's folder.
+        step: its last step.
+        results: what all_results.json holds.
+        gates: the names behind the gates' axes.
+        mixture: of the test set, gates [N,L,K] and prompt similarity [M,M]; None without gates.
+    """
+    board = Board(output_dir / TENSORBOARD_FOLDER, gates=gates)
+    if mixture is not None:
+        title = f"{config.task_name}, test"
+        board.gates(step, *mixture, part="test", title=title)
+    board.outcome(step, config, results)
+    board.close()

@@ -1,0 +1,103 @@
+"""TensorBoard's HPARAMS table: a run's configuration beside what it reached.
+
+Written into the run's own folder. `SummaryWriter.add_hparams` would make a second run of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+from pemt.config import AdaptConfig, RunConfig, SourceConfig
+
+# Where files lie and how often something is written do not tell two runs apart.
+LEFT_OUT = frozenset(
+    {
+        *("output_dir", "bank_dir", "data_dir", "task_file", "tokenizer_name", "description"),
+        *("resume_from_checkpoint", "overwrite_output_dir", "skip_bad_rows"),
+        *("logging_steps", "save_steps", "save_total_limit", "eval_strategy", "eval_steps"),
+    }
+)
+# The page shows five columns unasked, those first that are said to differ between runs.
+SHOWN_FIRST = frozenset({"few_shot", "learning_rate", "method", "seed", "task_name"})
+
+
+def hparams_summaries(config: RunConfig, metrics: Sequence[str]) -> Iterator[Summary]:
+    """The three records that the plugin reads.
+
+    Args:
+        config: every field that tells runs apart becomes a column.
+        metrics: tags of the scalars to show beside them.
+    """
+    # Of several runs the plugin takes the columns of any one: they must be the same in all.
+    experiment = api_pb2.Experiment(
+        hparam_infos=[
+            api_pb2.HParamInfo(name=name, type=kind, differs=name in SHOWN_FIRST)
+            for name, kind in columns()
+        ],
+        metric_infos=[
+            api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=tag)
+            for tag in metrics
+        ],
+    )
+    started = plugin_data_pb2.SessionStartInfo()
+    kinds = dict(columns())
+    for name, value in values(config).items():
+        if kinds[name] == api_pb2.DATA_TYPE_FLOAT64:
+            started.hparams[name].number_value = value
+        elif kinds[name] == api_pb2.DATA_TYPE_BOOL:
+            started.hparams[name].bool_value = value
+        else:
+            started.hparams[name].string_value = (
+                value if isinstance(value, str) else json.dumps(value)
+            )
+    ended = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
+    data = plugin_data_pb2.HParamsPluginData
+    yield _summary(metadata.EXPERIMENT_TAG, data(experiment=experiment))
+    yield _summary(metadata.SESSION_START_INFO_TAG, data(session_start_info=started))
+    yield _summary(metadata.SESSION_END_INFO_TAG, data(session_end_info=ended))
+
+
+def columns() -> list[tuple[str, int]]:
+    """Every column's name and type: the fields of both stages, nested ones with dots."""
+    found = {}
+    for kind in (RunConfig, AdaptConfig, SourceConfig):
+        for each in fields(kind):
+            section: Any = each.default_factory
+            nested = fields(section) if hasattr(section, "__dataclass_fields__") else ()
+            for inner in nested:
+                found[f"{each.name}.{inner.name}"] = _type(str(inner.type))
+            if not nested and each.name not in LEFT_OUT:
+                found[each.name] = _type(str(each.type))
+    return list(found.items())
+
+
+def values(config: RunConfig) -> dict[str, Any]:
+    """What this run has in those columns, but for what is null."""
+    flat = {}
+    for name, value in asdict(config).items():
+        if isinstance(value, dict) and name != "peft_config":
+            flat.update({f"{name}.{inner}": each for inner, each in value.items()})
+        elif name not in LEFT_OUT:
+            flat[name] = value
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def _type(annotation: str) -> int:
+    kind = annotation.removesuffix(" | None")
+    if kind == "bool":
+        return api_pb2.DATA_TYPE_BOOL
+    return api_pb2.DATA_TYPE_FLOAT64 if kind in ("int", "float") else api_pb2.DATA_TYPE_STRING
+
+
+def _summary(tag: str, content: plugin_data_pb2.HParamsPluginData) -> Summary:
+    content.version = metadata.PLUGIN_DATA_VERSION
+    plugin = SummaryMetadata.PluginData(
+        plugin_name=metadata.PLUGIN_NAME, content=content.SerializeToString()
+    )
+    return Summary(value=[Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))])

@@ -1,0 +1,126 @@
+"""What a run says while it trains: to TensorBoard, to log.jsonl, to a terminal or a file.
+
+Shapes: N examples, L FFNs (the encoder's first), K sources, M = 1 + K prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from pemt.config import RunConfig
+from pemt.monitor.board import TENSORBOARD_FOLDER, Board
+from pemt.monitor.gates import GateNames
+from pemt.monitor.log_file import LOG_FILE, LogFile
+from pemt.monitor.progress import ProgressBar
+from pemt.monitor.provenance import config_text, environment_text
+
+NO_GATES = GateNames(sources=(), encoder_layers=0)
+
+
+class Monitor:
+    """Scalars, pictures and progress of one run; use it in a `with` block.
+
+    Every rank may call every method; on ranks other than the main one nothing is written.
+
+    Args:
+        output_dir: the run's folder; `tensorboard/` and `log.jsonl` are made in it.
+        total_steps: optimizer steps of the whole run.
+        initial_step: steps already taken by the run that this one resumes. What was logged after
+            that step is dropped, since it will be logged again.
+        is_main: whether this rank is the one that writes.
+        description: a few words before the bar and before each line.
+        gates: the names behind the gates' axes, where the run has gates.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        initial_step: int = 0,
+        is_main: bool,
+        description: str,
+        gates: GateNames = NO_GATES,
+    ) -> None:
+        self._output_dir = output_dir
+        self._total_steps = total_steps
+        self._initial_step = initial_step
+        self._is_main = is_main
+        self._description = description
+        self._gates = gates
+
+    def __enter__(self) -> Monitor:
+        if self._is_main:
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            self._log = LogFile(self._output_dir / LOG_FILE, initial_step=self._initial_step)
+            self._board = Board(
+                self._output_dir / TENSORBOARD_FOLDER,
+                gates=self._gates,
+                purge_step=self._initial_step + 1,
+            )
+            self._bar = ProgressBar(
+                total_steps=self._total_steps,
+                initial_step=self._initial_step,
+                description=self._description,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._is_main:
+            self._bar.close()
+            self._board.close()
+            self._log.close()
+
+    def introduce(self, config: RunConfig, facts: Mapping[str, str]) -> None:
+        """Write what the run is: configuration, environment and git state, and lay out TensorBoard.
+
+        Args:
+            config: the run's.
+            facts: what else to tell, such as ranks and device.
+        """
+        if self._is_main:
+            environment = environment_text(facts, folder=Path.cwd())
+            texts = {"config": config_text(config), "environment": environment}
+            self._board.introduce(config.task_name, texts)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record values under flat tags such as `train/loss`, in TensorBoard and log.jsonl."""
+        if self._is_main:
+            self._board.scalars(step, scalars)
+            self._log.write(step, scalars)
+
+    def mixture(self, step: int, gates_NLK: Tensor, similarity_MM: Tensor) -> None:
+        """Record what a validation saw of gates and prompts, as scalars, histograms and heat maps.
+
+        Args:
+            gates_NLK: every example's gates.
+            similarity_MM: cosines between the mean prompts of the target, first, and the sources.
+        """
+        if self._is_main:
+            self.log(step, self._gates.decisions(gates_NLK, similarity_MM))
+            self._board.gates(
+                step,
+                gates_NLK,
+                similarity_MM,
+                part="validation",
+                title=f"{self._description}, step {step}",
+            )
+
+    def advance(self, step: int, *, loss: float, samples_per_second: float) -> None:
+        """Move the bar to `step`; where stdout is no terminal, print a plain line instead."""
+        if self._is_main:
+            self._bar.advance(step, loss=loss, samples_per_second=samples_per_second)
+
+    def message(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._is_main:
+            self._bar.message(text)
