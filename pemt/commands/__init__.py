@@ -14,6 +14,14 @@ from pemt.commands.finished import evaluate, evaluate_parser, predict, predict_p
 from pemt.commands.ops import bench, ops, ops_parser
 from pemt.commands.overview import AROUND
 from pemt.commands.parsers import Parser, command_parser
+from pemt.commands.publish import (
+    export,
+    export_parser,
+    pull,
+    pull_parser,
+    push,
+    push_parser,
+)
 from pemt.commands.stages import adapt, demo, source
 from pemt.commands.sweep import sweep, sweep_parser
 from pemt.commands.tasks import tasks, tasks_parser
@@ -37,6 +45,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict,
     "sweep": sweep,
     "bank": bank,
+    "export": export,
+    "push": push,
+    "pull": pull,
     "tasks": tasks,
     "demo": demo,
     "doctor": doctor,
@@ -52,6 +63,9 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "predict": predict_parser,
     "sweep": sweep_parser,
     "bank": bank_parser,
+    "export": export_parser,
+    "push": push_parser,
+    "pull": pull_parser,
     "tasks": tasks_parser,
     "doctor": doctor_parser,
     "ops": ops_parser,

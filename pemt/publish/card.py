@@ -1,0 +1,225 @@
+"""The model card of a published run: what it is, what it scored, how it is used.
+
+Shapes: L FFNs (encoder first), K sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pemt.config import PEFT_METHODS, AdaptConfig
+from pemt.hub import HubError, local_folder
+from pemt.tasks import Task
+
+GATES = "gates.png"
+_PAPER = "[PEMT](https://arxiv.org/abs/2402.15082)"
+_WHAT = {
+    "pemt": f"{_PAPER}: frozen experts of other tasks, weighed per input by gates, with a target adapter "
+    "and prompt",
+    "adapter": f"the target adapter, prompt and layer norms of {_PAPER}, without experts",
+    "bitfit": "BitFit: trained biases, put into every linear layer and layer norm",
+    "full": "full fine-tuning",
+}
+_OWN = """\
+from pemt import PemtModel
+model = PemtModel.from_pretrained({here!r})
+print(model.generate([{text!r}]))"""
+_PEFT = """\
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM
+model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained({base!r}), {here!r})"""
+_FULL = """\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+model = AutoModelForSeq2SeqLM.from_pretrained({here!r})
+tokenizer = AutoTokenizer.from_pretrained({here!r})"""
+_HERE = "path/to/this/folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a model card is made of.
+
+    Args:
+        base_model: hub id or folder.
+        licence: the base model's, as the hub spells it; None where it is not known.
+        results: `all_results.json`; empty where the run was not scored.
+        config, task: of the run.
+        dtype: of the tensors.
+        bytes: size of the files.
+    """
+
+    base_model: str
+    licence: str | None
+    results: dict[str, Any]
+    config: AdaptConfig
+    task: Task
+    dtype: str
+    bytes: int
+
+    @property
+    def gates_LK(self) -> list[list[float]]:
+        """Mean gates over the test set; empty without experts."""
+        return list(self.results.get("gates", []))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Test metrics in percent."""
+        return {
+            name: self.results[f"test_{name}"]
+            for name in (*self.task.metrics, "average_metrics")
+            if f"test_{name}" in self.results
+        }
+
+
+def model_card(card: Card) -> str:
+    """The README.md, with the hub's front matter."""
+    name = card.base_model.rstrip("/").rsplit("/", maxsplit=1)[-1]
+    what = _WHAT.get(card.config.method, f"`{card.config.method}` of the peft library")
+    parts = [
+        f"---\n{_front_matter(card, name).to_yaml()}\n---",
+        f"# {name}, adapted to {card.task.name}",
+        f"`{card.base_model}` adapted to the task `{card.task.name}`: {card.task.description}\n"
+        f"Method: {what}.",
+        _use(card),
+        _scores(card),
+        *([_experts(card)] if card.gates_LK else []),
+        _training(card),
+        _licence(card),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def base_licence(base_model: str) -> str | None:
+    """The licence that a base model's own card names; None where there is no card, or no word of it."""
+    try:
+        readme = local_folder(base_model, files=("README.md",)) / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (HubError, OSError, ValueError):
+        return None
+    return str(found) if found else None
+
+
+def draw_gates(
+    gates_LK: list[list[float]], sources: Sequence[str], encoder_layers: int, path: Path
+) -> None:
+    """A heat map of the mean gates: sources (rows) by FFNs (columns)."""
+    gates = np.asarray(gates_LK)
+    names = [f"enc {i}" for i in range(encoder_layers)]
+    names += [f"dec {i}" for i in range(len(gates) - encoder_layers)]
+    width = min(14.0, 3 + 0.45 * len(names))
+    figure = Figure(figsize=(width, 1.6 + 0.35 * len(sources)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(gates.T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.axvline(encoder_layers - 0.5, color="white", linewidth=2)
+    axes.set_yticks(range(len(sources)), list(sources))
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_title("Mean gate on the test set")
+    figure.colorbar(image, ax=axes, label="weight")
+    figure.savefig(path, dpi=120)
+
+
+def _front_matter(card: Card, name: str) -> ModelCardData:
+    hub = card.task.hub
+    data: dict[str, Any] = {
+        "library_name": "peft" if card.config.method in PEFT_METHODS else "pemt",
+        "license": card.licence,
+        "base_model": card.base_model if _is_hub_id(card.base_model) else None,
+        "datasets": [hub.path] if hub else None,
+        "metrics": list(card.task.metrics),
+        "tags": ["pemt", "t5", "text2text-generation", card.config.method],
+    }
+    if card.config.method == "full":
+        data["library_name"] = "transformers"
+    if card.metrics:
+        data["model_name"] = f"{name}-{card.task.name}"
+        data["eval_results"] = [
+            EvalResult(
+                task_type="text2text-generation",
+                dataset_type=hub.path if hub else card.task.name,
+                dataset_name=card.task.name,
+                metric_type=metric,
+                metric_value=round(value, 2),
+            )
+            for metric, value in card.metrics.items()
+            if metric != "average_metrics"
+        ]
+    return ModelCardData(**{key: value for key, value in data.items() if value is not None})
+
+
+def _use(card: Card) -> str:
+    method = card.config.method
+    lines = _FULL if method == "full" else _PEFT if method in PEFT_METHODS else _OWN
+    code = lines.format(here=_HERE, base=card.base_model, text=card.task.template)
+    own = "`pip install pemt`; the path is this folder, or its id on the hub.\n\n"
+    asked = f"An input is `{card.task.template}` with the fields filled in"
+    if card.task.labels:
+        asked += "; the answers are " + ", ".join(f"`{label}`" for label in card.task.labels)
+    return f"## Use\n\n{own if lines is _OWN else ''}```python\n{code}\n```\n\n{asked}."
+
+
+def _scores(card: Card) -> str:
+    if not card.metrics:
+        return "## Scores\n\nThe run was not scored."
+    rows = [f"| {name} | {value:.2f} |" for name, value in card.metrics.items()]
+    return "\n".join(["## Scores", "", "On the test split, in percent.", "", "| metric | score |",
+                      "|---|---|", *rows])  # fmt: skip
+
+
+def _experts(card: Card) -> str:
+    means = np.asarray(card.gates_LK).mean(axis=0)
+    rows = [
+        f"| {name} | {mean:.3f} |"
+        for name, mean in zip(card.results["sources"], means, strict=True)
+    ]
+    return "\n".join(
+        ["## Experts", "", "How much the gates gave to each source task, over all FFNs and test inputs.",
+         "", "| source | mean gate |", "|---|---|", *rows, "",
+         f"![Mean gate of every source and layer]({GATES})"]
+    )  # fmt: skip
+
+
+def _training(card: Card) -> str:
+    config = card.config
+    few = f", {config.few_shot} examples per class" if config.few_shot else ""
+    steps = (
+        f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs} epochs"
+    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return (
+        f"## Training\n\nUp to {steps}{few}; AdamW, learning rate {config.learning_rate:g}, "
+        f"{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} examples a rank and step, "
+        f"inputs of up to {config.max_source_length} tokens, seed {config.seed}. "
+        f"The best checkpoint on validation. Written with {versions}; {card.bytes / 2**20:.1f} MiB in {card.dtype}."
+    )
+
+
+def _licence(card: Card) -> str:
+    told = (
+        f"`{card.licence}`"
+        if card.licence
+        else "not known here: look it up before you pass this on"
+    )
+    return f"## Licence\n\nThat of the base model, {told}, also binds what was trained on it."
+
+
+def _is_hub_id(name: str) -> bool:
+    if Path(name).is_dir():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

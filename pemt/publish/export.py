@@ -1,0 +1,163 @@
+"""`pemt export`: a finished run as a folder for others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pemt.bank import read_bank
+from pemt.config import AdaptConfig
+from pemt.finished import Finished, load_finished
+from pemt.model import FullT5, PeftT5, base_digest, base_shape
+from pemt.publish.adapter_format import (
+    CONFIG,
+    FORMAT,
+    METHODS,
+    PublishError,
+    Settings,
+    SourceSettings,
+    write_adapter,
+)
+from pemt.publish.card import GATES, Card, base_licence, draw_gates, model_card
+from pemt.run_folder import RESULTS
+
+README = "README.md"
+
+
+def export_run(
+    run_dir: str | Path,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    dtype: str = "float32",
+    licence: str | None = None,
+) -> Path:
+    """Write a finished run's best weights, and all that they need beside the base model.
+
+    `pemt`, `adapter` and `bitfit` give an adapter of our own (`PemtModel.from_pretrained`), methods of the
+    peft library one of PEFT's (`peft.PeftModel.from_pretrained`), `full` a whole model.
+
+    Args:
+        run_dir: the run's output folder.
+        folder: receives the files; new or empty, whole or not there.
+        base_model: what the adapter names as its base model; default: as the run was given it.
+        dtype: of our own adapters' tensors: `float32` gives the run's own outputs, `bfloat16` and
+            `float16` half the size.
+        licence: the base model's; default: what its own model card says.
+
+    Raises:
+        PublishError: a source run, a folder in use, or it cannot be written.
+        PemtError: as `load_finished`.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PublishError(f"{target}: is not empty; give a new folder")
+    finished = load_finished(run_dir)
+    config = finished.config
+    if not isinstance(config, AdaptConfig):
+        raise PublishError(
+            f"{run_dir}: is a source run, whose result is the bank's entry `{config.task_name}`; "
+            "`pemt bank export BANK --peft FOLDER` writes that for others"
+        )
+    name = base_model or config.model_name_or_path
+    with _whole(target) as temporary:
+        if isinstance(finished.model, PeftT5):
+            _write_peft(temporary, finished.model, name)
+        elif isinstance(finished.model, FullT5):
+            finished.model.base.save_pretrained(temporary)
+            finished.tokenizer.save_pretrained(temporary)
+        else:
+            _write_own(temporary, finished, config, name, dtype)
+        card = Card(
+            base_model=name,
+            licence=licence or base_licence(config.model_name_or_path),
+            results=_results(Path(run_dir)),
+            config=config,
+            task=finished.task,
+            dtype=dtype if config.method in METHODS else "float32",
+            bytes=sum(path.stat().st_size for path in temporary.iterdir()),
+        )
+        if card.gates_LK:
+            encoder_layers = finished.model.base.config.num_layers
+            sources = finished.source_names
+            draw_gates(card.gates_LK, sources, encoder_layers, temporary / GATES)
+        (temporary / README).write_text(model_card(card), encoding="utf-8")
+    return target
+
+
+def _write_own(
+    folder: Path, finished: Finished, config: AdaptConfig, base_model: str, dtype: str
+) -> None:
+    base, task = finished.model.base, finished.task
+    experts = []
+    if finished.source_names:
+        assert config.bank_dir is not None
+        experts = read_bank(
+            config.bank_dir,
+            base_name=config.model_name_or_path,
+            base_shape=base_shape(base.config),
+            tasks=finished.source_names,
+        )
+    settings = Settings(
+        format=FORMAT,
+        method=config.method,
+        base_model_name_or_path=base_model,
+        base_sha256=base_digest(base),
+        tokenizer_name=config.tokenizer_name,
+        task_name=task.name,
+        template=task.template,
+        labels=list(task.labels),
+        max_source_length=config.max_source_length,
+        max_new_tokens=config.max_target_length or task.max_target_length,
+        num_beams=config.num_beams,
+        reduction_factor=config.adapter.reduction_factor,
+        train_layer_norms=config.mixture.train_layer_norms,
+        sources=[
+            SourceSettings(name=each.name, kind=each.kind, rank=each.rank, alpha=each.alpha)
+            for each in experts
+        ],
+        dtype=dtype,
+    )
+    trained = dict(finished.model.trainable_parameters())
+    write_adapter(folder, settings, trained=trained, experts=experts)
+
+
+def _write_peft(folder: Path, model: PeftT5, base_model: str) -> None:
+    model.peft.save_pretrained(folder)
+    path = folder / CONFIG
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = base_model
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _results(run_dir: Path) -> dict[str, Any]:
+    """The run's final report; empty where it has none yet."""
+    path = run_dir / RESULTS
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise PublishError(f"{path}: cannot be read: {error}") from None
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when that has gone well, and else goes."""
+    temporary = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PublishError(f"{folder}: cannot be written: {reason}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

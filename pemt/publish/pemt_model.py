@@ -1,0 +1,117 @@
+"""A published adaptation, loaded and asked: `PemtModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pemt.base import load_pretrained
+from pemt.data import EvalBatches, collate, encode_sources
+from pemt.hub import local_folder
+from pemt.model import TrainedT5
+from pemt.publish.adapter_format import CONFIG, TENSORS, Settings, read_model, read_settings
+
+
+class PemtModel:
+    """A published adaptation.
+
+        from pemt import PemtModel
+        model = PemtModel.from_pretrained("runs/cb-export")      # or an id on the hub
+        model.generate(["premise: It rains. hypothesis: It is wet."])
+
+    Args:
+        model: a T5 with what was trained and mixed in it.
+        tokenizer: the base model's.
+        settings: the task, and how it was scored.
+    """
+
+    def __init__(
+        self, model: TrainedT5, tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        base_model: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> PemtModel:
+        """Load what `pemt export` wrote, and the base model that it names.
+
+        Args:
+            path_or_id: the folder, or `owner/name` on the hub.
+            revision: branch, tag or commit on the hub.
+            base_model: where the base model lies now; default: as the adapter says.
+            device: default: a GPU where there is one, else the CPU.
+            dtype: float32, or bfloat16 for half the memory; T5 overflows in float16.
+
+        Raises:
+            HubError: neither such a folder nor such a repository.
+            PublishError: what is there is no published adaptation, is damaged, or is another base's.
+            BaseModelError, DataError: base model or tokenizer cannot be loaded.
+        """
+        folder = local_folder(str(path_or_id), files=(CONFIG, TENSORS), revision=revision)
+        settings = read_settings(folder)
+        name = base_model or settings.base_model_name_or_path
+        base, tokenizer = load_pretrained(name, settings.tokenizer_name or name)
+        model = read_model(folder, settings, base)
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(device=chosen, dtype=dtype), tokenizer, settings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.base.device
+
+    def generate(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 32,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[str]:
+        """An answer to every text, in their order.
+
+        Args:
+            texts: one or several, in the form of the task's template.
+            batch_size: texts in one pass; those of like length go together.
+            num_beams, max_new_tokens: default: as the run was scored.
+        """
+        asked = [texts] if isinstance(texts, str) else list(texts)
+        if not asked:
+            return []
+        limit = self.settings.max_source_length
+        ids, _ = encode_sources(asked, self.tokenizer, max_length=limit)
+        lengths = [len(each) for each in ids]
+        answers = [""] * len(ids)
+        for chosen in EvalBatches(lengths, batch_size=batch_size, world_size=1, rank=0):
+            tokens_BT = self._generate(
+                [ids[i] for i in chosen],
+                num_beams=num_beams or self.settings.num_beams,
+                max_new_tokens=max_new_tokens or self.settings.max_new_tokens,
+            )
+            decoded = self.tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
+            for i, answer in zip(chosen, decoded, strict=True):
+                answers[i] = answer
+        return answers
+
+    def _generate(self, ids: list[list[int]], **generation_kwargs: Any) -> torch.Tensor:
+        pad_id = self.tokenizer.pad_token_id
+        batch = collate([{"input_ids": each, "labels": []} for each in ids], pad_token_id=pad_id)
+        return self.model.generate(
+            batch["input_ids"].to(self.device),
+            batch["attention_mask"].to(self.device),
+            do_sample=False,
+            **generation_kwargs,
+        )
