@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from pemt.monitor import Monitor
 
@@ -66,6 +67,17 @@ def test_a_resumed_run_overwrites_what_came_after_its_checkpoint(tmp_path: Path)
         *expected.items()
     ]
     assert read_tensorboard(tmp_path)["train/loss"] == expected
+
+
+def test_event_files_are_read_in_the_order_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their names end in a number: 10 comes before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    for attempt in range(2):
+        with monitor(tmp_path) as watch:
+            watch.log(1, {"train/loss": float(attempt)})
+    assert read_tensorboard(tmp_path)["train/loss"] == {1: 1.0}
 
 
 def test_a_half_written_line_is_dropped_on_resume(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ class Board:
 
     def __init__(self, folder: Path, *, gates: GateNames, purge_step: int | None = None) -> None:
         self._gates = gates
+        wait_for_the_next_second(folder)
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
         self._started = time.monotonic()
         self._drawing = 0.0
@@ -88,6 +89,16 @@ class Board:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def wait_for_the_next_second(folder: Path) -> None:
+    """Wait until no event file there was begun in this second.
+
+    Files are read in the order of their names: the second, then host, process and a number without
+    leading zeros. Two of one second could change places, and old values would hide new ones.
+    """
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
 
 
 def record_outcome(
