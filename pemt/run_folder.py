@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset
 
 from pemt.checkpoint import Progress, checkpoint_folders
 from pemt.config import PemtError, RunConfig
 from pemt.evaluate import Evaluation
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
+from pemt.tasks import Task, example_scores
 
-CONFIG, RESULTS = "config.yaml", "all_results.json"
+CONFIG, RESULTS, PREDICTIONS = "config.yaml", "all_results.json", "predictions.jsonl"
 
 
 class RunFolderError(PemtError):
@@ -80,7 +82,10 @@ def start_run_folder(config: RunConfig) -> None:
 
 def _remove_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else that may lie in its folder."""
-    for path in (folder / CONFIG, folder / LOG_FILE, *folder.glob("*_results.json")):
+    for path in (
+        *(folder / name for name in (CONFIG, LOG_FILE, PREDICTIONS)),
+        *folder.glob("*_results.json"),
+    ):
         path.unlink(missing_ok=True)
     for path in (folder / TENSORBOARD_FOLDER, *checkpoint_folders(folder)):
         if path.exists():
@@ -122,10 +127,39 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     Raises:
         RunFolderError: it cannot be written.
     """
-    try:
-        write_text(path, json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from None
+    _write(path, json.dumps(results, indent=2) + "\n")
+
+
+def write_predictions(
+    path: Path, scored: Evaluation, dataset: Dataset, task: Task, source_names: Sequence[str]
+) -> None:
+    """Write what was predicted, a line of JSON for every example, in the data set's order (rank 0 calls).
+
+    A line has `input`, `target`, `references`, `prediction`, `scores` (what the example scores alone, 0 to 100; empty
+    for a regression), `gates` (source -> weight, averaged over all FFNs; empty without experts), and `group` where
+    examples are scored together.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    gates_NLK = scored.gates_NLK
+    gates = [[]] * len(dataset) if gates_NLK is None else gates_NLK.mean(dim=1).tolist()
+    lines = []
+    for row, prediction, gates_K in zip(dataset, scored.predictions, gates, strict=True):
+        references = list(row["references"])
+        line = {
+            "input": row["source"],
+            "target": row["target"],
+            "references": references,
+            "prediction": prediction,
+            "scores": example_scores(task, prediction, references),
+            "gates": {
+                name: round(weight, 4) for name, weight in zip(source_names, gates_K, strict=True)
+            },
+            **({"group": row["group"]} if row["group"] else {}),
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    _write(path, "".join(lines))
 
 
 def results_block(results: dict[str, Any], split: str = "test") -> str:
@@ -149,3 +183,10 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror}") from None

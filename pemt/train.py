@@ -18,7 +18,15 @@ from pemt.evaluate import Evaluation, evaluate
 from pemt.loop import Fitted, Setup, fit, gate_names, mixture_seen
 from pemt.model import PemtT5, base_shape
 from pemt.monitor import quiet_libraries, record_outcome
-from pemt.run_folder import RESULTS, check_run_folder, results_block, results_of, write_results
+from pemt.run_folder import (
+    PREDICTIONS,
+    RESULTS,
+    check_run_folder,
+    results_block,
+    results_of,
+    write_predictions,
+    write_results,
+)
 from pemt.tasks import get_task
 
 
@@ -101,9 +109,13 @@ def _fit_and_test(
         tested, progress=fitted.progress, epoch=fitted.epoch, source_names=built.source_names
     )
     if engine.is_main:
-        write_results(Path(config.output_dir) / RESULTS, results)
+        folder = Path(config.output_dir)
+        write_predictions(
+            folder / PREDICTIONS, tested, setup.data.test, setup.task, built.source_names
+        )
+        write_results(folder / RESULTS, results)
         record_outcome(
-            Path(config.output_dir),
+            folder,
             step=fitted.progress.step,
             config=config,
             results=results,

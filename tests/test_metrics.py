@@ -10,7 +10,7 @@ import sklearn.metrics as reference
 from scipy import stats
 
 from pemt.metrics import METRICS, compute, normalize_answer
-from pemt.tasks import TaskError, get_task, score
+from pemt.tasks import TaskError, example_scores, get_task, score
 
 LABELS = ("0", "1", "2")
 
@@ -152,3 +152,11 @@ def test_score_gives_percent_and_the_mean_of_all_values():
 def test_score_refuses_a_wrong_number_of_predictions():
     with pytest.raises(TaskError, match="1 predictions for 0 rows"):
         score(get_task("mrpc"), ["1"], [])
+
+
+def test_scores_of_one_example():
+    assert example_scores(get_task("mrpc"), "1 ", ["1"]) == {"accuracy": 100.0}
+    assert example_scores(get_task("superglue-multirc"), "maybe", ["1"]) == {"accuracy": 0.0}
+    assert example_scores(get_task("stsb"), "2.0", ["2.0"]) == {}
+    found = example_scores(get_task("squad"), "in Paris", ["Rome", "Paris"])
+    assert found == {"exact_match": 0.0, "f1": pytest.approx(100 * 2 / 3)}

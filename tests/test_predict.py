@@ -225,3 +225,21 @@ def test_evaluate_on_another_task_and_with_other_fields(world: Path, tmp_path: P
         COMMANDS["evaluate"]([*arguments, "--output_file", str(path / "scores.json")])
     with pytest.raises(PemtError, match="--split: invalid choice"):
         COMMANDS["evaluate"]([str(run), "--split", "dev"])
+
+
+def test_the_run_leaves_its_test_predictions(world: Path, predictor: Predictor) -> None:
+    rows = rows_of(world)
+    lines = (world / "pemt" / "predictions.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    answers = predictor(rows)
+    results = evaluated(world / "pemt" / "all_results.json")
+    assert [each["input"] for each in found] == [f"text : {row['text']}" for row in rows]
+    assert [each["prediction"] for each in found] == [each.prediction for each in answers]
+    assert [each["references"] for each in found] == [[("no", "yes")[r["label"]]] for r in rows]
+    mean = sum(each["scores"]["accuracy"] for each in found) / len(found)
+    assert mean == pytest.approx(results["test_accuracy"])
+    for k, source in enumerate(SOURCES):
+        mean = sum(each["gates"][source] for each in found) / len(found)
+        assert mean == pytest.approx(results[f"test_moe_weight_{k}"], abs=1e-4)
+    baseline = (world / "adapter" / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(baseline[0])["gates"] == {}

@@ -1,7 +1,7 @@
 """The tasks: what each reads, what the model is asked, what counts as right."""
 
 from pemt.tasks.registry import get_task, register_task, task_names
-from pemt.tasks.scoring import score
+from pemt.tasks.scoring import example_scores, score
 from pemt.tasks.task import Example, HubSource, RowError, Task, TaskError, example_of, source_of
 from pemt.tasks.task_file import load_task_file
 
@@ -12,6 +12,7 @@ __all__ = [
     "Task",
     "TaskError",
     "example_of",
+    "example_scores",
     "get_task",
     "load_task_file",
     "register_task",

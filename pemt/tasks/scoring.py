@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pemt.metrics import compute
+from pemt.metrics import best, compute, exact_match, token_f1
 from pemt.tasks.task import Task, TaskError
 
 
@@ -26,3 +26,18 @@ def score(
     references = [list(row["references"]) for row in rows]
     groups = [str(row["group"]) for row in rows]
     return compute(task.metrics, task.labels, list(predictions), references, groups)
+
+
+def example_scores(task: Task, prediction: str, references: Sequence[str]) -> dict[str, float]:
+    """What one example alone scores, 0 to 100: its accuracy, or exact match and F1 of an open answer.
+
+    Empty for a regression, whose correlations no example has alone.
+    """
+    if task.kind == "classification" or "accuracy" in task.metrics:
+        return {"accuracy": 100.0 * (prediction.strip() == references[0].strip())}
+    if task.kind == "answer":
+        return {
+            "exact_match": 100 * best(exact_match, prediction, references),
+            "f1": 100 * best(token_f1, prediction, references),
+        }
+    return {}
