@@ -10,14 +10,20 @@ from pemt.arguments import nearest
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
 from pemt.config import PemtError
+from pemt.signals import INTERRUPTED_STATUS, Interrupted
 
 
 def main() -> None:
-    """Run one command; a user's error is one line on stderr, from one rank, and exit code 2."""
+    """Run one command.
+
+    A user's error is one line on stderr, from one rank, and exit status 2; a run that was told to stop
+    and has saved leaves with 75.
+    """
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("--help", "-h"):
         print(overview(), end="")
         return
+    status = 0
     try:
         if name not in COMMANDS:
             hint = nearest(name, list(COMMANDS), what=f"there are {', '.join(COMMANDS)}")
@@ -27,8 +33,12 @@ def main() -> None:
         complain(error)
         # Not sys.exit: a rank that waits for the others at exit would hold the job up.
         os._exit(2)
+    except Interrupted:
+        status = INTERRUPTED_STATUS
     if "pemt.engine" in sys.modules:
         sys.modules["pemt.engine"].shut_down()
+    if status:
+        sys.exit(status)
 
 
 def complain(error: PemtError) -> None:

@@ -19,7 +19,9 @@ from torch import Tensor
 from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine
 from pemt.storage import (
+    TEMPORARY,
     StorageError,
+    clear_leftovers,
     read_manifest,
     read_tensors,
     remove_folder,
@@ -42,23 +44,28 @@ class Progress:
         step: optimizer steps done; the position in the data follows from it.
         best_metric: best validation `average_metrics` so far, in percent; None before the first.
         best_step: the step at which it was measured.
+        validated_step: the last step that was validated; a run that is stopped before a validation
+            makes it when it goes on.
     """
 
     step: int = 0
     best_metric: float | None = None
     best_step: int | None = None
+    validated_step: int | None = None
 
     def measured(self, metric: float) -> Progress:
         """Progress after a validation at this step."""
+        validated = replace(self, validated_step=self.step)
         if self.best_metric is None or metric > self.best_metric:
-            return replace(self, best_metric=metric, best_step=self.step)
-        return self
+            return replace(validated, best_metric=metric, best_step=self.step)
+        return validated
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A checkpoint as read: names are those of `TrainedT5.trainable_parameters`."""
 
+    folder: Path
     progress: Progress
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
@@ -129,30 +136,29 @@ class Checkpoints:
         )
         return self._engine.from_main(weights)
 
-    def resume(self, choice: str | bool | None) -> Checkpoint | None:
+    def resume(self, choice: str | bool) -> Checkpoint | None:
         """The checkpoint to go on from, chosen and read by rank 0 for all (all ranks call).
 
         Args:
             choice: a checkpoint's folder, or True for the newest one that is whole; a folder that holds no
-                run yet gives None, so that one command both starts a run and takes it up again.
+                run yet gives None, so that one command both starts a run and takes it up again. False: none.
 
         Raises:
             CheckpointError: the chosen one is damaged or of another run, or none of several is whole.
         """
         if not choice:
             return None
-        outcome: Checkpoint | CheckpointError | None = None
-        if self._engine.is_main:
-            try:
-                outcome = self._newest_whole() if choice is True else self._read(Path(str(choice)))
-            except CheckpointError as error:
-                outcome = error
-            if isinstance(outcome, Checkpoint):
-                self._remove_later(outcome.progress)
-        outcome = self._engine.from_main(outcome)
-        if isinstance(outcome, CheckpointError):
-            raise outcome
-        return outcome and self._without_lost_best(outcome)
+        found = self._engine.on_main(lambda: self._choose(choice))
+        return found and self._without_lost_best(found)
+
+    def _choose(self, choice: str | bool) -> Checkpoint | None:
+        clear_leftovers(self._output_dir, *_unfinished(self._output_dir))
+        if not choice:
+            return None
+        found = self._newest_whole() if choice is True else self._read(Path(str(choice)))
+        if found:
+            self._remove_later(found.progress)
+        return found
 
     def _remove_later(self, progress: Progress) -> None:
         """Checkpoints past the one that is resumed: damaged, or of steps that will be taken again."""
@@ -165,7 +171,9 @@ class Checkpoints:
         best = checkpoint.progress.best_step
         if best is None or (self._output_dir / f"checkpoint-{best}").is_dir():
             return checkpoint
-        return replace(checkpoint, progress=Progress(step=checkpoint.progress.step))
+        progress = checkpoint.progress
+        alone = Progress(step=progress.step, validated_step=progress.validated_step)
+        return replace(checkpoint, progress=alone)
 
     def _newest_whole(self) -> Checkpoint | None:
         folders = checkpoint_folders(self._output_dir)
@@ -189,6 +197,7 @@ class Checkpoints:
             manifest = read_manifest(folder)
             self._check(folder, manifest)
             return Checkpoint(
+                folder=folder,
                 progress=progress_of(manifest),
                 weights=read_tensors(folder, WEIGHTS, manifest),
                 moments=read_tensors(folder, MOMENTS, manifest),
@@ -213,7 +222,8 @@ class Checkpoints:
 def progress_of(manifest: dict[str, Any]) -> Progress:
     """The progress that a checkpoint's manifest tells."""
     found = manifest.get("progress")
-    if not isinstance(found, dict) or found.keys() != {each.name for each in fields(Progress)}:
+    names = {each.name for each in fields(Progress)}
+    if not isinstance(found, dict) or not {"step"} <= found.keys() <= names:
         raise StorageError(
             f"manifest.json: progress: found {found}, expected {[each.name for each in fields(Progress)]}"
         )
@@ -226,6 +236,13 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
         (path for path in output_dir.glob("checkpoint-*") if step_of(path) is not None),
         key=_step_key,
     )
+
+
+def _unfinished(output_dir: Path) -> set[str]:
+    """Names of the checkpoints at which a crash left something under a temporary name."""
+    pattern = rf"{re.escape(TEMPORARY)}(?:replaced-|removed-)?(checkpoint-\d+)(?:-\d+)?"
+    found = (re.fullmatch(pattern, path.name) for path in output_dir.glob(f"{TEMPORARY}*"))
+    return {match[1] for match in found if match}
 
 
 def step_of(folder: Path) -> int | None:

@@ -18,6 +18,20 @@ class ConfigError(PemtError):
     """A configuration that cannot be run."""
 
 
+# Fields that may change while a run goes on: they say where and how, not what is computed. The
+# accumulation is among them because the global batch counts, which checkpoints tell.
+NOT_THE_RUN = (
+    "output_dir",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "ddp_timeout",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
     """The expert that stage 1 trains on every FFN's output projection.
@@ -103,7 +117,8 @@ class RunConfig:
         bf16: train in bfloat16 (fp32 for trained weights under DeepSpeed, softmax, norms, losses).
         fp16: train in float16; T5 overflows in it from size large on.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        resume_from_checkpoint: a checkpoint folder, or true for the newest one in output_dir.
+        resume_from_checkpoint: a checkpoint folder; true: the newest one in output_dir, if there is any;
+            false: never. Default: the newest one, if output_dir holds a run of the same configuration.
         overwrite_output_dir: delete the run that output_dir holds.
     """
 

@@ -65,6 +65,7 @@ def evaluate(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
+    between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score the prepared model on a data set (all ranks call).
 
@@ -72,6 +73,7 @@ def evaluate(
         engine: holds the model, after `prepare`.
         dataset: tokenised examples, as `load_task_data` gives them.
         task: tells metrics and the longest answer.
+        between: called by all ranks after each batch; what it raises ends the evaluation.
     """
     started = time.perf_counter()
     longest = config.max_target_length or task.max_target_length
@@ -86,6 +88,7 @@ def evaluate(
         lengths_of(dataset),
         batch_size=config.per_device_eval_batch_size,
         measure=measure,
+        between=between,
     )
     predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
     metrics = engine.from_main(score(task, predictions, dataset) if engine.is_main else None)
@@ -104,6 +107,7 @@ def over_ranks(
     *,
     batch_size: int,
     measure: Callable[[list[int]], list[Tensor]],
+    between: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Measure every example on one of the ranks, without gradients and dropout (all ranks call).
 
@@ -112,6 +116,7 @@ def over_ranks(
         lengths: source tokens of each example, [N].
         batch_size: examples of a rank's batch.
         measure: takes a batch's indices and gives tensors [B,...], of the same shape for every batch but for B.
+        between: as in `evaluate`.
 
     Returns:
         The same tensors for all examples, [N,...], in their order, on the CPU of every rank.
@@ -129,6 +134,7 @@ def over_ranks(
         # The last batch may be short on one rank alone, and gathering needs equal shapes.
         short = batch_size - len(indices)
         rows.append([engine.gather(_pad_rows(each, short)).cpu() for each in measured])
+        between()
     module.train(was_training)
     indices_N, *columns = (torch.cat(column) for column in zip(*rows, strict=True))
     order_N = _first_occurrences(indices_N, len(lengths))

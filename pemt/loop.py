@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from pemt.build import Built
 from pemt.checkpoint import Checkpoint, Checkpoints, Progress, match_trained
 from pemt.config import RunConfig
 from pemt.data import TaskData, TrainBatches, collate, lengths_of
@@ -19,7 +20,9 @@ from pemt.evaluate import Evaluation, evaluate
 from pemt.meter import Meter
 from pemt.model import TrainedT5
 from pemt.monitor import GateNames, Monitor
-from pemt.run_folder import start_run_folder
+from pemt.run_folder import goes_on, start_run_folder
+from pemt.session import Session
+from pemt.signals import Interrupted
 from pemt.tasks import Task
 
 
@@ -49,63 +52,97 @@ class Fitted:
     epoch: float
 
 
-def fit(
-    config: RunConfig, setup: Setup, model: TrainedT5, *, stage: str, source_names: list[str]
-) -> Fitted:
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What stays the same from step to step."""
+
+    config: RunConfig
+    setup: Setup
+    built: Built
+    session: Session
+    checkpoints: Checkpoints
+    monitor: Monitor
+    steps_per_epoch: int
+    total_steps: int
+
+    def ends_epoch_at(self, step: int) -> bool:
+        return step % self.steps_per_epoch == 0 or step == self.total_steps
+
+    def validates_at(self, step: int) -> bool:
+        if step == 0:
+            return False
+        interval = self.config.eval_steps
+        if interval is not None:
+            return step % interval == 0 or step == self.total_steps
+        return self.config.eval_strategy == "epoch" and self.ends_epoch_at(step)
+
+    def saves_at(self, step: int) -> bool:
+        """After each validation, or after each epoch where there is none; and as often as was asked for."""
+        interval = self.config.save_steps
+        return (
+            self.validates_at(step)
+            or (interval is not None and step % interval == 0)
+            or (self.config.eval_strategy == "no" and self.ends_epoch_at(step))
+        )
+
+
+def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitted:
     """Train, validate and save until the configured end (all ranks call).
 
     Args:
         config: the run.
         setup: engine, task, tokenizer and data.
-        model: not yet prepared.
-        stage: `source` or `adapt`; a checkpoint of one is refused by the other.
-        source_names: the experts' names, for the gates' tags.
+        built: the model, not yet prepared; a checkpoint of one stage is refused by the other.
+        session: tells when to stop.
 
     Raises:
         PemtError: the run cannot start, resume, or write its files.
+        Interrupted: a rank was told to stop; what was trained is saved.
     """
-    engine, output_dir = setup.engine, Path(config.output_dir)
+    engine, model, output_dir = setup.engine, built.model, Path(config.output_dir)
     size = len(setup.data.train)
-    identity = {"stage": stage, "sources": source_names, "train_examples": size}
+    identity = {"stage": built.stage, "sources": built.source_names, "train_examples": size}
     checkpoints = Checkpoints(output_dir, engine, config, identity)
-    resumed = checkpoints.resume(config.resume_from_checkpoint)
-    if engine.is_main:
-        start_run_folder(config)
-    engine.barrier()
+    resumed = checkpoints.resume(goes_on(config))
+    engine.on_main(lambda: start_run_folder(config))
 
     batches = train_batches(config, setup)
     per_epoch = batches.steps_per_epoch
     total_steps = config.max_steps if config.max_steps > 0 else per_epoch * config.num_train_epochs
     schedule = prepare(config, engine, model, resumed, total_steps=total_steps)
-    progress = Progress()
-    if resumed:
-        progress = resumed.progress
-        _restore(setup, schedule, resumed, dummy=_batch(setup, next(batches.epoch(0))[0]))
-
-    meter = Meter(engine)
+    progress = _restore(setup, schedule, resumed, batches) if resumed else Progress()
+    session.reached(progress.step)
     model.train()
-    gates = gate_names(model, source_names)
     with Monitor(
         output_dir,
         total_steps=total_steps,
         initial_step=progress.step,
         is_main=engine.is_main,
-        description=f"{stage} {setup.task.name}",
-        gates=gates,
+        description=f"{built.stage} {setup.task.name}",
+        gates=gate_names(model, built.source_names),
     ) as monitor:
-        monitor.introduce(config, _facts(model, engine))
-        for line in (*setup.data.notes, _size_line(model, engine)):
-            monitor.message(line)
+        run = _Run(
+            config=config,
+            setup=setup,
+            built=built,
+            session=session,
+            checkpoints=checkpoints,
+            monitor=monitor,
+            steps_per_epoch=per_epoch,
+            total_steps=total_steps,
+        )
+        _introduce(run, resumed)
+        if run.validates_at(progress.step) and progress.validated_step != progress.step:
+            progress = _finish_step(run, progress)  # it was stopped before this validation
+        meter = Meter(engine)
         for micro_batches in _steps(batches, start=progress.step, end=total_steps):
             rates = _take_step(setup, schedule, meter, micro_batches)
             progress = replace(progress, step=progress.step + 1)
-            step, at_end = progress.step, progress.step == total_steps
-            if step % config.logging_steps == 0 or at_end:
-                _report(monitor, meter, gates, step, {**rates, "train/epoch": step / per_epoch})
+            session.reached(progress.step)
+            if progress.step % config.logging_steps == 0 or progress.step == total_steps:
+                _report(run, meter, progress.step, rates)
             with meter.paused():
-                progress = _validate_and_save(
-                    config, setup, checkpoints, monitor, progress, per_epoch, at_end
-                )
+                progress = _finish_step(run, progress)
     best = checkpoints.best_weights(progress)
     return Fitted(weights=best, progress=progress, epoch=progress.step / per_epoch)
 
@@ -126,41 +163,43 @@ def _take_step(
     return {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
 
 
-def _report(
-    monitor: Monitor, meter: Meter, names: GateNames, step: int, rates: dict[str, float]
-) -> None:
+def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None:
     """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
     scalars, gates_LK = meter.read()
+    names = gate_names(run.built.model, run.built.source_names)
     gates = {} if gates_LK is None else names.scalars(gates_LK)
-    monitor.log(step, {**scalars, **rates, **gates})
-    monitor.advance(
+    epoch = {"train/epoch": step / run.steps_per_epoch}
+    run.monitor.log(step, {**scalars, **rates, **epoch, **gates})
+    run.monitor.advance(
         step,
         loss=scalars["train/loss"],
         samples_per_second=scalars["train/samples_per_second"],
     )
 
 
-def _validate_and_save(
-    config: RunConfig,
-    setup: Setup,
-    checkpoints: Checkpoints,
-    monitor: Monitor,
-    progress: Progress,
-    per_epoch: int,
-    at_end: bool,
-) -> Progress:
-    """What is due after a step: validation, and a checkpoint after it or on its own."""
-    step = progress.step
-    at_epoch_end = step % per_epoch == 0 or at_end
-    validates = (config.eval_strategy == "epoch" and at_epoch_end) or (
-        config.eval_steps is not None and (step % config.eval_steps == 0 or at_end)
-    )
-    saves = bool(config.save_steps) and step % (config.save_steps or 1) == 0
-    if validates:
-        progress = _validate(config, setup, progress, monitor)
-    if validates or saves or (config.eval_strategy == "no" and at_epoch_end):
-        checkpoints.save(progress)
+def _finish_step(run: _Run, progress: Progress) -> Progress:
+    """Validate and save where it is due; save and leave where a rank was told to stop."""
+    try:
+        run.session.check()
+        if run.validates_at(progress.step):
+            progress = _validate(run, progress)
+    except Interrupted:
+        run.checkpoints.save(progress)
+        raise
+    if run.saves_at(progress.step):
+        run.checkpoints.save(progress)
     return progress
+
+
+def _introduce(run: _Run, resumed: Checkpoint | None) -> None:
+    """What this run is, to the logs and the terminal."""
+    monitor, size = run.monitor, _size_line(run.built.model, run.setup.engine)
+    monitor.introduce(run.config, {"job": size, "device": str(run.setup.engine.device)})
+    for line in (*run.setup.data.notes, size):
+        monitor.message(line)
+    if resumed:
+        step = resumed.progress.step
+        monitor.message(f"going on after step {step} of {run.total_steps}: {resumed.folder}")
 
 
 def _size_line(model: TrainedT5, engine: Engine) -> str:
@@ -171,11 +210,6 @@ def _size_line(model: TrainedT5, engine: Engine) -> str:
         f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
         f"{engine.world_size} rank(s), {stage}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
     )
-
-
-def _facts(model: TrainedT5, engine: Engine) -> dict[str, str]:
-    """What the environment's text tells of this job."""
-    return {"job": _size_line(model, engine), "device": str(engine.device)}
 
 
 def train_batches(config: RunConfig, setup: Setup) -> TrainBatches:
@@ -226,14 +260,18 @@ def prepare(
 
 
 def _restore(
-    setup: Setup, schedule: LRScheduler, resumed: Checkpoint, *, dummy: dict[str, Tensor]
-) -> None:
+    setup: Setup, schedule: LRScheduler, resumed: Checkpoint, batches: TrainBatches
+) -> Progress:
+    """Optimizer, schedule and generators as they were when the checkpoint was saved."""
+    progress = resumed.progress
+    any_batch = _batch(setup, next(batches.epoch(0))[0])
     setup.engine.load_optimizer_state(
-        resumed.weights, resumed.moments, step=resumed.progress.step, batch=dummy
+        resumed.weights, resumed.moments, step=progress.step, batch=any_batch
     )
-    for _ in range(resumed.progress.step):
+    for _ in range(progress.step):
         schedule.step()
     setup.engine.load_random_states(resumed.random)
+    return progress
 
 
 def _steps(batches: TrainBatches, *, start: int, end: int) -> Iterator[list[list[int]]]:
@@ -248,21 +286,24 @@ def _steps(batches: TrainBatches, *, start: int, end: int) -> Iterator[list[list
                 return
 
 
-def _validate(config: RunConfig, setup: Setup, progress: Progress, monitor: Monitor) -> Progress:
-    name = setup.task.name
+def _validate(run: _Run, progress: Progress) -> Progress:
+    setup, name = run.setup, run.setup.task.name
     validated = evaluate(
         setup.engine,
         setup.data.validation,
         task=setup.task,
         tokenizer=setup.tokenizer,
-        config=config,
+        config=run.config,
+        between=run.session.check,
     )
     scores = {**validated.metrics, "loss": validated.loss}
-    monitor.log(progress.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()})
+    run.monitor.log(
+        progress.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()}
+    )
     if (seen := mixture_seen(setup.engine, validated)) is not None:
-        monitor.mixture(progress.step, *seen)
+        run.monitor.mixture(progress.step, *seen)
     listed = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
-    monitor.message(f"step {progress.step}: validation of {name}: {listed}")
+    run.monitor.message(f"step {progress.step}: validation of {name}: {listed}")
     return progress.measured(validated.metrics["average_metrics"])
 
 

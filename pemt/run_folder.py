@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import yaml
 from datasets import Dataset
 
 from pemt.checkpoint import Progress, checkpoint_folders
-from pemt.config import PemtError, RunConfig
+from pemt.config import NOT_THE_RUN, PemtError, RunConfig
 from pemt.evaluate import Evaluation
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
+from pemt.storage import write_text
 from pemt.tasks import Task, example_scores
 
 CONFIG, RESULTS, PREDICTIONS = "config.yaml", "all_results.json", "predictions.jsonl"
@@ -27,10 +27,11 @@ class RunFolderError(PemtError):
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Refuse to write over a run; nothing is touched here.
+    """Refuse to write over a run, and to go on with another one than it holds; nothing is touched here.
 
     Raises:
-        RunFolderError: `output_dir` holds a run and neither going on nor overwriting was asked for.
+        RunFolderError: `output_dir` holds a run of another configuration, or this one and going on was
+            refused by `resume_from_checkpoint: false`; and overwriting was not asked for.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -52,11 +53,72 @@ def check_run_folder(config: RunConfig) -> None:
             f"output_dir: {folder} already holds a run, and {config.resume_from_checkpoint} is a checkpoint "
             "of another; give a new output_dir"
         )
-    if holds_run(folder) and not (config.overwrite_output_dir or config.resume_from_checkpoint):
+    if not holds_run(folder) or config.overwrite_output_dir or config.resume_from_checkpoint:
+        return
+    differences = _differences(config, folder)
+    if differences or config.resume_from_checkpoint is False:
         raise RunFolderError(
-            f"output_dir: {folder} already holds a run; give --resume_from_checkpoint true to go on with it, "
-            "--overwrite_output_dir true to delete it, or another folder"
+            f"output_dir: {folder} already holds a run{differences}; give --resume_from_checkpoint true to go on "
+            "with it all the same, --overwrite_output_dir true to delete it, or another folder"
         )
+
+
+def goes_on(config: RunConfig) -> bool | str:
+    """What to resume: a checkpoint's folder, True for the newest one there may be, False for none."""
+    if config.resume_from_checkpoint is None:
+        return not config.overwrite_output_dir
+    return config.resume_from_checkpoint
+
+
+def _differences(config: RunConfig, folder: Path) -> str:
+    """In which fields the run in this folder is another one, for the error; empty if in none."""
+    path = folder / CONFIG
+    if not path.exists():
+        return ""  # the checkpoints tell themselves whose they are
+    try:
+        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        theirs = None
+    if not isinstance(theirs, dict):
+        return f", whose {CONFIG} cannot be read"
+    ours = _flat(yaml.safe_load(_config_text(config)))
+    # A field that was not there when the run began had the default.
+    defaults = {each.name: each.default for each in fields(config)}
+    theirs = {**{name: defaults.get(name, value) for name, value in ours.items()}, **_flat(theirs)}
+    found = [
+        f"{name} {theirs[name]}, not {value}"
+        for name, value in ours.items()
+        if name not in NOT_THE_RUN and theirs[name] != value
+    ]
+    return f" with {'; '.join(found)}" if found else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, its keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def finished_results(config: RunConfig) -> dict[str, Any] | None:
+    """What the run that this very configuration describes has left; None if it is not finished.
+
+    Raises:
+        RunFolderError: as `check_run_folder`.
+    """
+    check_run_folder(config)
+    path = Path(config.output_dir) / RESULTS
+    if config.resume_from_checkpoint or config.overwrite_output_dir or not path.is_file():
+        return None
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # the checkpoint is still there, and the test is made again
+    return results
 
 
 def holds_run(folder: Path) -> bool:
@@ -75,9 +137,14 @@ def start_run_folder(config: RunConfig) -> None:
         if config.overwrite_output_dir:
             _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+        (folder / RESULTS).unlink(missing_ok=True)
+        write_text(folder / CONFIG, _config_text(config))
     except OSError as error:
         raise RunFolderError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+
+
+def _config_text(config: RunConfig) -> str:
+    return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def _remove_run(folder: Path) -> None:
@@ -176,13 +243,6 @@ def results_block(results: dict[str, Any], split: str = "test") -> str:
     name_width, value_width = max(map(len, texts)), max(map(len, texts.values()))
     lines = [f"  {name:<{name_width}} = {text:>{value_width}}" for name, text in texts.items()]
     return "\n".join([f"***** {split} metrics *****", *lines])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole: aside, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _write(path: Path, text: str) -> None:

@@ -130,8 +130,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def clear_leftovers(parent: Path, name: str) -> None:
-    """Remove what a crash while writing `name` left behind; a replaced folder that lost its successor comes back."""
+def clear_leftovers(parent: Path, *names: str) -> None:
+    """Remove what a crash while writing these left behind; a replaced folder that lost its successor comes back."""
+    for name in names:
+        _clear_leftovers(parent, name)
+
+
+def _clear_leftovers(parent: Path, name: str) -> None:
     replaced = parent / f"{TEMPORARY}replaced-{name}"
     if replaced.exists() and not (parent / name).exists():
         perform(os.rename, replaced, parent / name)
@@ -150,6 +155,13 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     perform(_sync, folder.parent)
     if replaced.exists():
         perform(_remove_tree, replaced)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: aside, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _write(text: str, path: Path) -> None:

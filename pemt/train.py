@@ -5,6 +5,7 @@ The loop itself, the same for both, is in `loop.py`.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,22 @@ from pemt.config import AdaptConfig, RunConfig, SourceConfig
 from pemt.data import load_task_data
 from pemt.engine import Engine
 from pemt.evaluate import Evaluation, evaluate
+from pemt.lock import check_lock
 from pemt.loop import Fitted, Setup, fit, gate_names, mixture_seen
 from pemt.model import PemtT5, base_shape
 from pemt.monitor import quiet_libraries, record_outcome
+from pemt.restart import settled
 from pemt.run_folder import (
     PREDICTIONS,
     RESULTS,
     check_run_folder,
+    finished_results,
     results_block,
     results_of,
     write_predictions,
     write_results,
 )
+from pemt.session import Session
 from pemt.tasks import get_task
 
 
@@ -39,24 +44,32 @@ def run_source(config: SourceConfig) -> Path:
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
+    config = settled(config)
+    entry = entry_folder(
+        config.bank_dir, config.task_name
+    )  # refuses a name now, not after training
+    if finished_results(config) and entry.exists():
+        _say_finished(config)
+        return entry
     setup = set_up(config)
     engine, task, base = setup.engine, setup.task, setup.base
     shape = base_shape(base.config)
     description = config.description or task.description
     built = build_model(config, base=base, tokenizer=setup.tokenizer, description=description)
-    entry = entry_folder(config.bank_dir, task.name)  # refuses a name now, not after the training
-    fitted, tested, _ = _fit_and_test(config, setup, built)
-    assert isinstance(built.model, PemtT5)
-    if engine.is_main:
-        write_entry(
-            config.bank_dir,
-            built.model.export_expert(task.name, state=fitted.weights),
-            base={"name": config.model_name_or_path, **shape},
-            description=description,
-            metrics=tested.metrics,
-            dtype="float32",
+    with Session(Path(config.output_dir), engine) as session:
+        fitted, tested, _ = _fit_and_test(config, setup, built, session)
+        model = built.model
+        assert isinstance(model, PemtT5)
+        engine.on_main(
+            lambda: write_entry(
+                config.bank_dir,
+                model.export_expert(task.name, state=fitted.weights),
+                base={"name": config.model_name_or_path, **shape},
+                description=description,
+                metrics=tested.metrics,
+                dtype="float32",
+            )
         )
-    engine.barrier()
     engine.release()
     return entry
 
@@ -70,6 +83,11 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
+    config = settled(config)
+    results = finished_results(config)
+    if results is not None:
+        _say_finished(config)
+        return results
     check_method(config)
     setup = set_up(config)
     built = build_model(
@@ -78,7 +96,8 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
         tokenizer=setup.tokenizer,
         description=config.description or setup.task.description,
     )
-    _, _, results = _fit_and_test(config, setup, built)
+    with Session(Path(config.output_dir), setup.engine) as session:
+        _, _, results = _fit_and_test(config, setup, built, session)
     setup.engine.release()
     return results
 
@@ -88,6 +107,7 @@ def set_up(config: RunConfig) -> Setup:
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     check_run_folder(config)
+    engine.on_main(lambda: check_lock(Path(config.output_dir)))
     task = get_task(config.task_name, config.task_file)
     base, tokenizer = load_base(config)
     data = load_task_data(task, config, tokenizer, build_first=engine.build_first)
@@ -95,15 +115,28 @@ def set_up(config: RunConfig) -> Setup:
     return Setup(engine=engine, task=task, tokenizer=tokenizer, base=base, data=data)
 
 
+def _say_finished(config: RunConfig) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{config.output_dir}: this run is finished; give --overwrite_output_dir true to train it again",
+            flush=True,
+        )
+
+
 def _fit_and_test(
-    config: RunConfig, setup: Setup, built: Built
+    config: RunConfig, setup: Setup, built: Built, session: Session
 ) -> tuple[Fitted, Evaluation, dict[str, Any]]:
     """Train, score the best weights on the test set, report (all ranks call)."""
     engine = setup.engine
-    fitted = fit(config, setup, built.model, stage=built.stage, source_names=built.source_names)
+    fitted = fit(config, setup, built, session)
     engine.trained.overwrite_weights(fitted.weights)
     tested = evaluate(
-        engine, setup.data.test, task=setup.task, tokenizer=setup.tokenizer, config=config
+        engine,
+        setup.data.test,
+        task=setup.task,
+        tokenizer=setup.tokenizer,
+        config=config,
+        between=session.check,
     )
     results = results_of(
         tested, progress=fitted.progress, epoch=fitted.epoch, source_names=built.source_names
@@ -113,7 +146,6 @@ def _fit_and_test(
         write_predictions(
             folder / PREDICTIONS, tested, setup.data.test, setup.task, built.source_names
         )
-        write_results(folder / RESULTS, results)
         record_outcome(
             folder,
             step=fitted.progress.step,
@@ -122,5 +154,7 @@ def _fit_and_test(
             gates=gate_names(built.model, built.source_names),
             mixture=mixture_seen(engine, tested),
         )
+        # Last, since whoever finds it takes the run for finished.
+        write_results(folder / RESULTS, results)
         print(results_block(results), flush=True)
     return fitted, tested, results

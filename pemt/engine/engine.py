@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
@@ -23,8 +23,14 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from pemt.config import RunConfig
-from pemt.engine.job import EngineError, check_world_size, deepspeed_plugin, process_group_kwargs
+from pemt.config import PemtError, RunConfig
+from pemt.engine.job import (
+    EngineError,
+    check_world_size,
+    deepspeed_plugin,
+    hosts_group,
+    process_group_kwargs,
+)
 from pemt.engine.memory import memory_in_use
 from pemt.engine.trained_state import TrainedState
 
@@ -32,6 +38,8 @@ from pemt.engine.trained_state import TrainedState
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 deepspeed.utils.logger.setLevel("WARNING")
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -72,6 +80,7 @@ class Engine:
         self.is_main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
         check_world_size(self.world_size)
+        self._hosts = hosts_group()
         self.zero_stage: int | None = plugin.zero_stage if plugin else None
         self._deepspeed_json = path
 
@@ -184,6 +193,27 @@ class Engine:
     def from_main(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         return broadcast_object_list([value])[0]
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What a function gives on rank 0, on every rank; so is an error for the user, which all raise."""
+        outcome: T | PemtError | None = None
+        if self.is_main:
+            try:
+                outcome = function()
+            except PemtError as error:
+                outcome = error
+        outcome = self.from_main(outcome)
+        if isinstance(outcome, PemtError):
+            raise outcome
+        return cast("T", outcome)
+
+    def highest(self, value: int) -> int:
+        """The highest of all ranks' values; from host to host, so that no device is waited for."""
+        if self._hosts is None:
+            return value
+        values = torch.tensor([value])
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._hosts)
+        return int(values)
 
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()

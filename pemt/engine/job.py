@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def process_group_kwargs() -> list[InitProcessGroupKwargs]:
         if launched and not torch.cuda.is_available()
         else []
     )
+
+
+@functools.cache
+def hosts_group() -> torch.distributed.ProcessGroup | None:
+    """All ranks over gloo, for a few numbers between hosts; one for the whole job, None where there is one rank."""
+    if not torch.distributed.is_initialized():
+        return None
+    return torch.distributed.new_group(backend="gloo")
 
 
 def shut_down() -> None:

@@ -13,8 +13,8 @@ from statistics import mean, stdev
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pemt.run_folder import RESULTS, write_text
-from pemt.storage import StorageError, read_manifest
+from pemt.run_folder import RESULTS
+from pemt.storage import StorageError, read_manifest, write_text
 from pemt.sweep.plan import Run, Sweep
 
 TABLE, CSV, CHART = "sweep.md", "sweep.csv", "sweep.png"

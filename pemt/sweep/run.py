@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pemt.config import PemtError
-from pemt.run_folder import write_text
+from pemt.storage import write_text
 from pemt.sweep.plan import Run, SweepError, read_sweep
 from pemt.sweep.report import write_report
 from pemt.train import run_adapt
