@@ -93,6 +93,8 @@ class RunConfig:
         skip_bad_rows: count and leave out malformed rows instead of stopping at the first.
         max_source_length: longest input, in tokens; longer ones are cut.
         max_target_length: longest target, in tokens; default: the task's own.
+        pad_to_multiple_of: fill batches up to a multiple of so many tokens; default: to their longest row.
+        preprocessing_num_workers: processes that tokenise; default: one, or up to 8 from 50 000 examples on.
         max_train_samples: keep only this many training examples.
         max_eval_samples: keep only this many examples of validation and of test.
         per_device_train_batch_size: examples per rank and micro-batch.
@@ -132,6 +134,8 @@ class RunConfig:
     skip_bad_rows: bool = False
     max_source_length: int = 256
     max_target_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    preprocessing_num_workers: int | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     per_device_train_batch_size: int = 32
@@ -164,6 +168,8 @@ class RunConfig:
             "max_source_length",
             "max_target_length",
             "few_shot",
+            "pad_to_multiple_of",
+            "preprocessing_num_workers",
             "max_train_samples",
             "max_eval_samples",
             "per_device_train_batch_size",

@@ -79,7 +79,11 @@ def evaluate(
     longest = config.max_target_length or task.max_target_length
 
     def measure(indices: list[int]) -> list[Tensor]:
-        batch = collate(list(dataset.select(indices)), pad_token_id=tokenizer.pad_token_id)
+        batch = collate(
+            list(dataset.select(indices)),
+            pad_token_id=tokenizer.pad_token_id,
+            pad_to_multiple_of=config.pad_to_multiple_of,
+        )
         batch = {key: value.to(engine.device) for key, value in batch.items()}
         return _measure(engine, batch, longest=longest, num_beams=config.num_beams)
 

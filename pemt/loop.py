@@ -226,7 +226,11 @@ def train_batches(config: RunConfig, setup: Setup) -> TrainBatches:
 
 def _batch(setup: Setup, indices: list[int]) -> dict[str, Tensor]:
     rows = setup.data.train.select(indices)
-    batch = collate(list(rows), pad_token_id=setup.tokenizer.pad_token_id)
+    batch = collate(
+        list(rows),
+        pad_token_id=setup.tokenizer.pad_token_id,
+        pad_to_multiple_of=setup.data.pad_to_multiple_of,
+    )
     return {key: value.to(setup.engine.device) for key, value in batch.items()}
 
 

@@ -125,10 +125,12 @@ class Predictor:
         tokenizer, engine = self.finished.tokenizer, self.engine
         # Gates look at the input alone: any label gives them.
         rows = [{"input_ids": each, "labels": [tokenizer.eos_token_id]} for each in ids]
-        batch = {
-            key: value.to(engine.device)
-            for key, value in collate(rows, pad_token_id=tokenizer.pad_token_id).items()
-        }
+        batch = collate(
+            rows,
+            pad_token_id=tokenizer.pad_token_id,
+            pad_to_multiple_of=self.finished.config.pad_to_multiple_of,
+        )
+        batch = {key: value.to(engine.device) for key, value in batch.items()}
         gates = gates_of(engine.model(**batch)) if self.finished.source_names else []
         return [generate_tokens(engine, batch, longest=longest, num_beams=num_beams), *gates]
 

@@ -137,12 +137,18 @@ def test_evaluation_pads_the_same_examples_together_on_any_number_of_ranks():
     assert composition(1) == composition(2) == composition(3)
 
 
-def test_collate_pads_right_to_multiples_of_eight():
+def test_collate_pads_right():
     rows = [{"input_ids": [5, 6, 1], "labels": [9, 1]}, {"input_ids": [7] * 9, "labels": [1]}]
     batch = collate(rows, pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 1, *[0] * 6], [7] * 9]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 9]
+    assert batch["labels"].tolist() == [[9, 1], [1, -100]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_collate_pads_to_a_multiple():
+    rows = [{"input_ids": [5, 6, 1], "labels": [9, 1]}, {"input_ids": [7] * 9, "labels": [1]}]
+    batch = collate(rows, pad_token_id=0, pad_to_multiple_of=8)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 16)
-    assert batch["input_ids"][0].tolist() == [5, 6, 1] + [0] * 13
     assert batch["attention_mask"].sum(dim=1).tolist() == [3, 9]
     assert batch["labels"].tolist() == [[9, 1] + [-100] * 6, [1] + [-100] * 7]
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    assert collate(rows, pad_token_id=0, multiple_of=1)["input_ids"].shape == (2, 9)

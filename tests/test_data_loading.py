@@ -151,13 +151,26 @@ def test_a_second_load_reads_and_tokenises_nothing(folder, tokenizer, monkeypatc
     assert second.train[:] == first.train[:]
 
 
-def test_several_processes_give_the_same_rows(folder, tokenizer, monkeypatch):
+@pytest.mark.parametrize("asked", [None, 2])
+def test_several_processes_give_the_same_rows(folder, tokenizer, monkeypatch, asked):
     alone = load_task_data(TASK, config(folder), tokenizer).train[:]
-    monkeypatch.setattr(loading_module, "PARALLEL_FROM", 1)
-    monkeypatch.setattr(loading_module.os, "cpu_count", lambda: 2)
+    encoded = count_calls(monkeypatch, loading_module, "encode_batch")
+    if asked is None:
+        monkeypatch.setattr(loading_module, "PARALLEL_FROM", 1)
+        monkeypatch.setattr(loading_module.os, "cpu_count", lambda: 2)
     # Another maximum, which no target reaches, so that the cache is not used.
-    changed = config(folder, max_target_length=9)
+    changed = config(folder, max_target_length=9, preprocessing_num_workers=asked)
     assert load_task_data(TASK, changed, tokenizer).train[:] == alone
+    assert not encoded, "it was other processes that tokenised"
+
+
+def test_the_number_of_processes_does_not_make_the_cache_another_one(
+    folder, tokenizer, monkeypatch
+):
+    load_task_data(TASK, config(folder), tokenizer)
+    encoded = count_calls(monkeypatch, loading_module, "encode_batch")
+    load_task_data(TASK, config(folder, preprocessing_num_workers=1), tokenizer)
+    assert not encoded
 
 
 def test_another_file_template_or_length_is_read_anew(folder, tokenizer, monkeypatch):

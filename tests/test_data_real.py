@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 
 import datasets
 import numpy as np
 import pytest
 
 from pemt.config import SourceConfig
-from pemt.data import TrainBatches, lengths_of, load_task_data, load_tokenizer
+from pemt.data import TrainBatches, collate, lengths_of, load_task_data, load_tokenizer
 from pemt.data.local_files import read_rows
 from pemt.tasks import RowError, example_of, get_task
 
@@ -185,3 +186,18 @@ def test_padding_wastes_less_than_seven_percent(lengths, task, batch_size, micro
     )
     for epoch in range(3):
         assert train.waste(np.array(list(train.epoch(epoch)))) < 0.07
+
+
+@pytest.mark.parametrize("task", ["rte", "sst2"])
+@pytest.mark.parametrize("batch_size", [32, 128])
+def test_batches_as_a_run_makes_them_waste_less_than_seven_percent(lengths, task, batch_size):
+    default = next(f.default for f in fields(SourceConfig) if f.name == "pad_to_multiple_of")
+    train = TrainBatches(
+        lengths[task], batch_size=batch_size, accumulation=1, world_size=1, rank=0, seed=42
+    )
+    real = padded = 0
+    for step in train.epoch(0):
+        rows = [{"input_ids": [3] * lengths[task][i], "labels": [1]} for i in step[0]]
+        mask = collate(rows, pad_token_id=0, pad_to_multiple_of=default)["attention_mask"]
+        real, padded = real + int(mask.sum()), padded + mask.numel()
+    assert 1 - real / padded < 0.07

@@ -119,13 +119,14 @@ class EvalBatches:
 
 
 def collate(
-    rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, multiple_of: int = 8
+    rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> dict[str, Tensor]:
     """Pads rows on the right.
 
     Returns `input_ids` and `attention_mask` [B, S], `labels` [B, T] with -100 for padding, as
-    int64; S and T are the longest row's, rounded up to `multiple_of`.
+    int64; S and T are the longest row's, rounded up to `pad_to_multiple_of` if it is given.
     """
+    multiple_of = pad_to_multiple_of or 1
     input_ids, lengths = padded([row["input_ids"] for row in rows], pad_token_id, multiple_of)
     labels, _ = padded([row["labels"] for row in rows], IGNORED, multiple_of)
     mask = torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]

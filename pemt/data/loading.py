@@ -33,14 +33,15 @@ class TaskData:
 
     Columns: `input_ids` and `labels` (ids with the end of sequence, unpadded), `length` (of
     input_ids), and what scoring needs: `source`, `target`, `references`, `group`.
-    `max_target_length` bounds the labels and what is to be generated, in tokens; `notes` says in
-    one line each what was left out or cut.
+    `max_target_length` bounds the labels and what is to be generated, in tokens; `pad_to_multiple_of`
+    is the configuration's; `notes` says in one line each what was left out or cut.
     """
 
     train: Dataset
     validation: Dataset
     test: Dataset
     max_target_length: int
+    pad_to_multiple_of: int | None
     notes: tuple[str, ...]
 
 
@@ -90,7 +91,12 @@ def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
                 f"{config.max_source_length} tokens and were cut"
             )
         encoded[name] = encoded[name].remove_columns("is_cut")
-    return TaskData(**encoded, max_target_length=encoder.max_target_length, notes=tuple(notes))
+    return TaskData(
+        **encoded,
+        max_target_length=encoder.max_target_length,
+        pad_to_multiple_of=config.pad_to_multiple_of,
+        notes=tuple(notes),
+    )
 
 
 class Encoder:
@@ -98,6 +104,7 @@ class Encoder:
 
     def __init__(self, task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.workers = config.preprocessing_num_workers
         self.max_source_length = config.max_source_length
         self.max_target_length = config.max_target_length or task.max_target_length
         for label in task.labels:
@@ -111,12 +118,14 @@ class Encoder:
     def encode(self, examples: Dataset, *, every_answer: bool) -> Dataset:
         """Adds input_ids, labels, length and is_cut; with `every_answer` a row per reference."""
         lengths = (self.max_source_length, self.max_target_length)
-        processes = min(MAX_PROCESSES, os.cpu_count() or 1)
+        processes = self.workers or 1
+        if self.workers is None and len(examples) >= PARALLEL_FROM:
+            processes = min(MAX_PROCESSES, os.cpu_count() or 1)
         return examples.map(
             encode_batch,
             batched=True,
             remove_columns=examples.column_names,
-            num_proc=processes if len(examples) >= PARALLEL_FROM else None,
+            num_proc=min(processes, len(examples)) if processes > 1 else None,
             fn_kwargs={
                 "tokenizer": self.tokenizer,
                 "lengths": lengths,
