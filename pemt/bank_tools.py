@@ -84,7 +84,7 @@ def add_peft(
         raise PeftFormatError(
             f"{folder}: does not name its base model; give it with --model_name_or_path"
         )
-    base, tokenizer = load_pretrained(name, tokenizer_name or name)
+    base, tokenizer = load_pretrained(name, tokenizer_name or name, lazy=True)
     shape = base_shape(base.config)
     lora = read_peft(folder, shape)
     if description is None and task in task_names():

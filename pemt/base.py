@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pemt.base_files import WeightFileError, unread_base
 from pemt.config import PemtError, RunConfig
 from pemt.data import load_tokenizer
 from pemt.model import base_shape
@@ -24,22 +26,25 @@ class BaseModelError(PemtError):
     """A base model that cannot be loaded, is no T5, or does not go with the tokenizer."""
 
 
-def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(
+    config: RunConfig, *, lazy: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base model in fp32 and tokenizer of a run.
 
     Args:
         config: `model_name_or_path`, and `tokenizer_name` where the tokenizer lies elsewhere.
+        lazy: leave the weights in their files, where these can be mapped; `Engine.prepare` reads them.
 
     Raises:
         BaseModelError: the model cannot be loaded, is no T5, or embeds fewer tokens than there are.
         DataError: the tokenizer cannot be loaded.
     """
     name = config.model_name_or_path
-    return load_pretrained(name, config.tokenizer_name or name)
+    return load_pretrained(name, config.tokenizer_name or name, lazy=lazy)
 
 
 def load_pretrained(
-    name: str, tokenizer_name: str
+    name: str, tokenizer_name: str, *, lazy: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base model in fp32 and tokenizer, each by hub id or folder.
 
@@ -55,8 +60,12 @@ def load_pretrained(
         )
     try:
         # DeepSpeed casts to the run's precision and keeps its masters; everything starts from fp32.
-        base = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        base = unread_base(name, model_config) if lazy else None
+        if base is None:
+            base = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
+    except WeightFileError as error:
+        raise BaseModelError(str(error)) from None
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from None
     return base, tokenizer
 

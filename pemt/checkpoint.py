@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine
+from pemt.lazy_weights import put_value
 from pemt.storage import (
     TEMPORARY,
     StorageError,
@@ -287,6 +288,5 @@ def load_trained(
             f"{where}: tensor `{name}` is {shapes.get(name, 'missing')} there and "
             f"{wanted.get(name, 'not trained')} in this run; use the run's own configuration"
         )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
+    for name, parameter in trained.items():
+        put_value(parameter, weights[name].to(parameter, copy=True))

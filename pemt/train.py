@@ -109,7 +109,7 @@ def set_up(config: RunConfig) -> Setup:
     check_run_folder(config)
     engine.on_main(lambda: check_lock(Path(config.output_dir)))
     task = get_task(config.task_name, config.task_file)
-    base, tokenizer = load_base(config)
+    base, tokenizer = load_base(config, lazy=True)
     data = load_task_data(task, config, tokenizer, build_first=engine.build_first)
     engine.seed(config.seed, per_rank=False)
     return Setup(engine=engine, task=task, tokenizer=tokenizer, base=base, data=data)

@@ -11,9 +11,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pemt.build import build_model
 from pemt.config import ExpertConfig, MixtureConfig, RunConfig
@@ -33,32 +37,52 @@ def main(world: Path, folder: Path) -> None:
     for task in (*SOURCES, TARGET):
         tiny_task(task)
     base, bank = world / "base", folder / "bank"
+    plain = MixtureConfig(prompt_dropout=0.0)
     # One process over the same global batches takes two micro-batches a step where two ranks take one each.
     fields: dict[str, Any] = {
         "gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1))
     }
+    # Ranks draw dropout of their own, so the runs that are held against each other have none.
+    saving = {**fields, "save_steps": RESUMED_STEP, "save_total_limit": 9, "mixture": plain}
+    if folder.name.endswith("_offload"):
+        resume(world, folder, saving)
+        shut_down()
+        return
     for task in SOURCES:
         run_source(
             source_config(base, world / task, folder / task, bank, task, expert=EXPERT, **fields)
         )
 
     data = world / TARGET
-    # Ranks draw dropout of their own, so the runs that are held against each other have none.
-    plain = MixtureConfig(prompt_dropout=0.0)
-    saving = {**fields, "save_steps": RESUMED_STEP, "save_total_limit": 9, "mixture": plain}
     results = run_adapt(adapt_config(base, data, folder / "adapt", bank, TARGET, **saving))
-    first = world / "zero2"
+    resume(world, folder, saving)
+    report = {
+        "results": results,
+        "source": inspect_run(
+            source_config(base, data, folder / "x", bank, TARGET, expert=EXPERT, **fields)
+        ),
+        "adapt": inspect_run(adapt_config(base, data, folder / "y", bank, TARGET, **fields)),
+    }
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / "report.json").write_text(json.dumps(report))
+    shut_down()
+
+
+def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
+    """Go on from what ZeRO-2 saved; then save, and go on, with dropout and in bf16."""
+    base, data, first = world / "base", world / TARGET, world / "zero2"
+    bank = first / "bank"
     saved = adapt_config(
         base,
         data,
         folder / "resumed",
-        first / "bank",
+        bank,
         TARGET,
         resume_from_checkpoint=str(first / "adapt" / f"checkpoint-{RESUMED_STEP}"),
         **saving,
     )
     run_adapt(saved)
-    saving["mixture"] = MixtureConfig(prompt_dropout=0.5)
+    saving = {**saving, "mixture": MixtureConfig(prompt_dropout=0.5)}
     dropped = adapt_config(base, data, folder / "dropout", bank, TARGET, **saving)
     run_adapt(dropped)
     checkpoint = str(folder / "dropout" / f"checkpoint-{RESUMED_STEP}")
@@ -75,17 +99,6 @@ def main(world: Path, folder: Path) -> None:
         replace(halved, output_dir=str(folder / "bf16-resumed"), resume_from_checkpoint=checkpoint)
     )
 
-    report = {
-        "results": results,
-        "source": inspect_run(
-            source_config(base, data, folder / "x", bank, TARGET, expert=EXPERT, **fields)
-        ),
-        "adapt": inspect_run(adapt_config(base, data, folder / "y", bank, TARGET, **fields)),
-    }
-    if int(os.environ.get("RANK", 0)) == 0:
-        (folder / "report.json").write_text(json.dumps(report))
-    shut_down()
-
 
 def inspect_run(config: Any) -> dict[str, Any]:
     setup = set_up(config)
@@ -99,12 +112,14 @@ def inspect(config: RunConfig, setup: Setup, model: PemtT5) -> dict[str, Any]:
     """Names and sizes of what is trained, every rank's optimizer bytes and first batches."""
     engine = setup.engine
     trained = {name: parameter.numel() for name, parameter in model.trainable_parameters()}
-    prepare(config, engine, model, None, total_steps=1)
+    with broadcast_bytes() as sent:
+        prepare(config, engine, model, None, total_steps=1)
     batches = train_batches(config, setup)
     shares = [indices for step in batches.epoch(0) for indices in step]
     take_one_step(config, setup)
     found = {
         "trained": trained,
+        "broadcast_bytes": sum(sent),
         "moment_bytes": every_rank(engine, moment_bytes(engine)),
         "shares": every_rank(engine, shares),
         "examples": len(setup.data.train),
@@ -132,13 +147,28 @@ def moment_bytes(engine: Engine) -> int:
 
 
 def every_rank(engine: Engine, value: Any) -> list[Any]:
-    import torch.distributed as dist
-
     if engine.world_size == 1:
         return [value]
     values: list[Any] = [None] * engine.world_size
-    dist.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def broadcast_bytes() -> Iterator[list[int]]:
+    """Bytes of every tensor that the block broadcasts, before they are sent."""
+    sent: list[int] = []
+    broadcast = torch.distributed.broadcast
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return broadcast(tensor, *args, **kwargs)
+
+    torch.distributed.broadcast = counting
+    try:
+        yield sent
+    finally:
+        torch.distributed.broadcast = broadcast
 
 
 if __name__ == "__main__":

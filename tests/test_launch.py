@@ -17,6 +17,7 @@ from tests.tiny import losses, make_base, write_task_files
 ROOT = Path(__file__).parent.parent
 STAGES = ("zero2", "zero0", "zero1", "zero3")  # zero2 makes the checkpoint that all resume from
 LAUNCHES = (*STAGES, "plain")
+OFFLOADS = ("zero2_offload", "zero3_offload")  # they resume, and do no more
 # Sums over micro-batches are taken in another order; the losses are about 3.
 ROUNDING = 2e-6
 
@@ -29,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_base(folder / "base")
     for seed, task in enumerate((*SOURCES, TARGET)):
         write_task_files(folder / task, seed=seed)
-    for name in LAUNCHES:
+    for name in (*LAUNCHES, *OFFLOADS):
         (folder / name).mkdir()
         launch(folder, name)
     return folder
@@ -90,7 +91,7 @@ def test_what_is_seen_of_gates_and_prompts_agrees(world: Path, name: str) -> Non
     assert min(losses(world / name / "adapt", "memory/peak_rss_gb").values()) > 0.05
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", [*LAUNCHES, *OFFLOADS])
 def test_a_checkpoint_of_zero2_resumes_anywhere(world: Path, name: str) -> None:
     resumed, whole = losses(world / name / "resumed"), losses(world / "zero2" / "adapt")
     assert list(resumed) == [4, 5]
@@ -98,7 +99,7 @@ def test_a_checkpoint_of_zero2_resumes_anywhere(world: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("run", ["dropout", "bf16"])
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", [*LAUNCHES, *OFFLOADS])
 def test_resume_is_bit_for_bit(world: Path, name: str, run: str) -> None:
     """With dropout; and in bf16, where masters hold more than the model's own copies."""
     resumed, whole = losses(world / name / f"{run}-resumed"), losses(world / name / run)
@@ -119,6 +120,14 @@ def test_optimizer_holds_the_trained_alone(world: Path, name: str, stage: str) -
         filling = 2 * 4 * len(found["trained"]) * len(per_rank)
         assert 2 * 4 * count <= sum(per_rank) <= 2 * 4 * count + filling
         assert max(per_rank) - min(per_rank) <= filling
+
+
+@pytest.mark.parametrize("stage", ["source", "adapt"])
+@pytest.mark.parametrize("name", STAGES)
+def test_the_start_sends_what_is_trained_and_no_more(world: Path, name: str, stage: str) -> None:
+    """DeepSpeed alone would broadcast the frozen model too, which every node has read from disk."""
+    found = report(world, name)[stage]
+    assert found["broadcast_bytes"] == 4 * sum(found["trained"].values())
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

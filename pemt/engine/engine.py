@@ -32,6 +32,7 @@ from pemt.engine.job import (
     process_group_kwargs,
 )
 from pemt.engine.memory import memory_in_use
+from pemt.engine.start import only_trained_are_sent, place, shard
 from pemt.engine.trained_state import TrainedState
 
 # One line per collective otherwise, from inside DeepSpeed.
@@ -58,6 +59,7 @@ class Engine:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         plugin, path = deepspeed_plugin(config)
+        self._plugin = plugin
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
         self._accelerator = Accelerator(
@@ -72,8 +74,8 @@ class Engine:
             deepspeed_plugin=plugin,
             kwargs_handlers=process_group_kwargs(),
         )
-        # transformers would hand out empty shards at stage 3; PEMT's modules are built on whole weights,
-        # which `prepare` then shards.
+        # transformers would hand out empty shards at stage 3; PEMT's modules are built on weights that are
+        # whole by their shape, and unread: `prepare` shards them.
         unset_hf_deepspeed_config()
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
@@ -89,7 +91,7 @@ class Engine:
         set_seed(seed, device_specific=per_rank)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Hand model and optimizer to DeepSpeed or DDP.
+        """Read the model's weights, hand it and the optimizer to DeepSpeed or DDP.
 
         Args:
             model: `requires_grad` is already set and the optimizer holds the trained parameters alone.
@@ -97,7 +99,9 @@ class Engine:
         """
         self.module = model
         self.base_optimizer = optimizer
-        self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
+        self._place(model)
+        with only_trained_are_sent(model):
+            self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
         if self.zero_stage is not None:
             # Where moments are offloaded, accelerate has put DeepSpeed's CPU Adam in its place.
             self.base_optimizer = self.model.basic_optimizer
@@ -112,6 +116,15 @@ class Engine:
         )
         if self.zero_stage is not None:
             self._check_deepspeed_agrees()
+
+    def _place(self, model: nn.Module) -> None:
+        if self._plugin and self.zero_stage == 3:
+            shard(model, self._plugin.deepspeed_config, self.device)
+            return
+        # Without DeepSpeed fp16 autocasts, and T5 keeps parts of itself in fp32.
+        half = torch.float16 if self._config.fp16 and self._plugin else torch.float32
+        frozen_dtype = torch.bfloat16 if self._config.bf16 else half
+        place(model, frozen_dtype=frozen_dtype, device=self.device)
 
     def _check_deepspeed_agrees(self) -> None:
         config = self._config

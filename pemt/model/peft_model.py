@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import PemtError
+from pemt.lazy_weights import read_all
 from pemt.model.baselines import BaselineT5
 from pemt.model.experts import ModelError
 from pemt.model.inject import Base
@@ -100,6 +101,7 @@ class PeftT5(BaselineT5):
 
         super().__init__(base)
         del self.base  # it lives on inside `peft`; twice in the tree, ZeRO-3 would gather it twice
+        read_all(base)  # some of peft's ways to start look at the weights
         try:
             self.peft = get_peft_model(base, settings)
         except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pemt.lazy_weights import value_of
 from pemt.model.experts import ModelError
 from pemt.model.trainable import Trainable
 
@@ -29,9 +30,9 @@ def description_prompt(tokenizer: Any, base: PreTrainedModel, description: str) 
         raise ModelError(
             f"description: found {description!r}, which has no tokens; write a sentence on the task"
         )
-    embedding = base.get_input_embeddings()
-    with torch.no_grad():
-        return embedding(torch.tensor(ids, device=base.device)).clone()
+    embedding: Any = base.get_input_embeddings().weight
+    rows = torch.tensor(ids, device=embedding.device)
+    return value_of(embedding)[rows].to(embedding.dtype)
 
 
 class TaskPrompt(Trainable):

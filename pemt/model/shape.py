@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from pemt.lazy_weights import value_of
 from pemt.model.inject import Base
 
 _KEYS = (
@@ -37,6 +38,6 @@ def base_digest(base: Base) -> str:
     digest = hashlib.sha256()
     blocks: list[Any] = [base.encoder.block[0], base.decoder.block[-1]]
     for block in blocks:
-        weight = block.layer[0].SelfAttention.q.weight.detach().to("cpu", torch.bfloat16)
+        weight = value_of(block.layer[0].SelfAttention.q.weight).to("cpu", torch.bfloat16)
         digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

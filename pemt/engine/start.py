@@ -1,0 +1,85 @@
+"""A model's weights to where they are trained, by the shortest way: from their files, never over the network.
+
+DeepSpeed would have every rank hold the whole model, and rank 0 send all of it to the others. The frozen
+weights are the same on every rank already, since all read the same files; only trained ones are sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.partition_parameters import is_zero_param
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pemt.lazy_weights import is_unread, put_value, value_of
+
+
+def place(model: nn.Module, *, frozen_dtype: torch.dtype, device: torch.device) -> None:
+    """Read what is unread, one parameter at a time, onto the device.
+
+    Args:
+        model: changed in place; its frozen parameters get `frozen_dtype`, trained ones keep theirs.
+    """
+    for parameter in model.parameters():
+        dtype = parameter.dtype if parameter.requires_grad else frozen_dtype
+        # A mapped file's memory is no place for weights: copied even where nothing changes.
+        put_value(parameter, value_of(parameter).to(device, dtype, copy=is_unread(parameter)))
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
+
+
+def shard(model: nn.Module, deepspeed_config: dict[str, Any], device: torch.device) -> None:
+    """Partition the parameters as ZeRO-3 wants them, reading one at a time: no rank ever holds the model.
+
+    Args:
+        model: changed in place.
+        deepspeed_config: with nothing left to `"auto"`.
+    """
+    ShardedInit(module=model, config_dict_or_path=deepspeed_config)
+    for buffer in model.buffers():  # DeepSpeed leaves them alone where weights are sharded already
+        buffer.data = buffer.to(device)
+
+
+class ShardedInit(deepspeed.zero.Init):
+    """DeepSpeed's `zero.Init(module=...)`, which reads what is unread and does not send what is frozen.
+
+    Its own would copy each parameter whole to the device and broadcast it from rank 0. This is a private
+    corner of DeepSpeed 0.19; tests/test_sharded_init.py counts memory and bytes.
+    """
+
+    def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
+        for parameter in param_list:
+            if is_zero_param(parameter):
+                continue
+            put_value(parameter, value_of(parameter).to(self.local_device, self.dtype))
+            self._convert_to_deepspeed_param(parameter)
+            if parameter.requires_grad:
+                dist.broadcast(parameter.data.view(torch.uint8), 0)
+            parameter.partition()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def only_trained_are_sent(model: nn.Module) -> Iterator[None]:
+    """While DeepSpeed or DDP starts, keep its broadcast of the model to what is trained.
+
+    DeepSpeed passes over parameters that have this mark, which is how its OptimizedLinear says that a
+    weight is not the same on every rank; nothing else of what we use reads it (DeepSpeed 0.19). DDP
+    takes names, and would send the buffers again in every step.
+    """
+    frozen: list[Any] = [each for each in model.parameters() if not each.requires_grad]
+    names = [name for name, each in model.named_parameters() if not each.requires_grad]
+    names += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    for parameter in frozen:
+        parameter.ds_optim_param = True
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            del parameter.ds_optim_param

@@ -1,0 +1,90 @@
+"""What every launched rank runs: a base model larger than a rank may hold, sharded as it is read; then read whole.
+
+    accelerate launch ... -m tests.launched_start WORLD FOLDER
+
+WORLD holds the base model, the bank and the task's files. report.json goes to FOLDER.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pemt.train
+from pemt.base import load_base
+from pemt.build import build_model
+from pemt.engine import Engine, full_size, shut_down
+from pemt.loop import Setup, _batch, prepare, train_batches
+from tests.launched import broadcast_bytes, every_rank
+from tests.tiny import adapt_config, tiny_task
+
+TASK = "tiny-start"
+STEPS = 2
+
+
+def main(world: Path, folder: Path) -> None:
+    tiny_task(TASK)
+    report = {"sharded": started(world, folder)}
+    # The control: read whole by every rank, and handed to DeepSpeed like that.
+    pemt.train.load_base = lambda config, lazy: load_base(config)  # type: ignore[assignment]
+    Engine._place = lambda engine, model: None  # type: ignore[method-assign]
+    report["whole"] = started(world, folder)
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / "report.json").write_text(json.dumps(report))
+    shut_down()
+
+
+def started(world: Path, folder: Path) -> dict[str, Any]:
+    """How much resident memory each rank takes at most, what is broadcast, and the losses."""
+    config = adapt_config(world / "base", world / TASK, folder / "run", world / "bank", TASK)
+    before = resident_from_now()
+    with broadcast_bytes() as sent:
+        setup = pemt.train.set_up(config)
+        built = build_model(
+            config, base=setup.base, tokenizer=setup.tokenizer, description="the lid"
+        )
+        prepare(config, setup.engine, built.model, None, total_steps=STEPS)
+    trained = sum(full_size(each) for _, each in built.model.trainable_parameters())
+    at_start = resident("VmHWM") - before
+    losses = take_steps(config, setup)
+    found = {
+        "start_bytes": every_rank(setup.engine, at_start),
+        "peak_bytes": every_rank(setup.engine, resident("VmHWM") - before),
+        "broadcast_bytes": sum(sent),
+        "trained_bytes": 4 * trained,
+        "losses": losses,
+    }
+    setup.engine.release()
+    return found
+
+
+def take_steps(config: Any, setup: Setup) -> list[float]:
+    losses = []
+    for (indices,) in list(train_batches(config, setup).epoch(0))[:STEPS]:
+        loss = setup.engine.model(**_batch(setup, indices)).loss
+        setup.engine.backward(loss, last=True)
+        setup.engine.step()
+        losses.append(float(setup.engine.mean(loss.detach())))
+    return losses
+
+
+def resident_from_now() -> int:
+    """Bytes of resident memory; its peak starts again from here."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
