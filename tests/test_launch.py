@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def launch(world: Path, name: str) -> None:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    (world / f"{name}.out").write_text(done.stdout)
 
 
 def report(world: Path, name: str) -> dict[str, Any]:
@@ -77,6 +79,15 @@ def test_gradient_norms_and_results_agree(world: Path, name: str) -> None:
     for key in ("test_accuracy", "test_loss", "test_moe_weight_0", "test_moe_weight_1"):
         assert ours[key] == pytest.approx(reference[key], rel=1e-5)
     assert ours["sources"] == list(SOURCES)
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_step_is_one_plain_line_of_one_rank(world: Path, name: str) -> None:
+    out = (world / f"{name}.out").read_text()
+    assert "\r" not in out, "a bar in a file"
+    for step in range(1, 6):
+        line = rf"^source tiny-a: step {step}/5, loss \d+\.\d+, [\d.]+ samples/s, \d+:\d+ left$"
+        assert len(re.findall(line, out, flags=re.MULTILINE)) == 1, step
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

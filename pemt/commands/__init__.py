@@ -22,6 +22,7 @@ from pemt.commands.publish import (
     push,
     push_parser,
 )
+from pemt.commands.report import report, report_parser
 from pemt.commands.stages import adapt, demo, source
 from pemt.commands.sweep import sweep, sweep_parser
 from pemt.commands.tasks import tasks, tasks_parser
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "adapt": adapt,
     "evaluate": evaluate,
     "predict": predict,
+    "report": report,
     "sweep": sweep,
     "bank": bank,
     "export": export,
@@ -61,6 +63,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "adapt": lambda: fields_parser("adapt", AdaptConfig, "Adapt to a target task."),
     "evaluate": evaluate_parser,
     "predict": predict_parser,
+    "report": report_parser,
     "sweep": sweep_parser,
     "bank": bank_parser,
     "export": export_parser,

@@ -22,6 +22,7 @@ around them:
 AROUND = {
     "evaluate": "score a finished run",
     "predict": "answer a jsonl or stdin",
+    "report": "a page about runs",
     "sweep": "methods, tasks, seeds",
     "bank": "list, add, export experts",
     "demo": "both stages on a laptop",

@@ -1,0 +1,1 @@
+"""`pemt report`: what runs did, as one page that needs no network, and as Markdown."""

@@ -1,0 +1,223 @@
+"""What there is to see in a run: where sources act, what is confused, best and worst, what it cost.
+
+Shapes: L FFNs (the encoder's first), K sources, C classes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+from pemt.report.record import Record
+
+MOST_CLASSES = 20
+EXAMPLES = 5
+OTHER = "(no such label)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A table of numbers in [0, 1] with names on both sides."""
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceUse:
+    """What one source did for a run.
+
+    Args:
+        mean_gate: over all FFNs and test examples.
+        leads_ffns: in how many FFNs its mean gate is the largest.
+        similarity: cosine of the target's mean prompt with its own, at the last validation.
+        leads: in how many test examples its mean gate is the largest.
+        score: what these score, in percent; None where no single example has a score.
+    """
+
+    name: str
+    mean_gate: float
+    leads_ffns: int
+    similarity: float | None
+    leads: int
+    score: float | None
+
+
+def gate_matrices(record: Record) -> list[Matrix]:
+    """Mean gates of the test set, a matrix a stack: layers × sources."""
+    gates_LK = record.results.get("gates") or []
+    if not gates_LK:
+        return []
+    # A log tells where the encoder ends; T5's stacks are of the same depth unless it says otherwise.
+    layers = {
+        tag.split("/")[2] for line in record.log for tag in line if tag.startswith("gate/encoder/")
+    }
+    encoder = len(layers) or len(gates_LK) // 2
+    return [
+        Matrix(
+            title=stack,
+            rows=[f"layer {layer}" for layer in range(len(part))],
+            columns=record.sources,
+            values=part,
+        )
+        for stack, part in (("encoder", gates_LK[:encoder]), ("decoder", gates_LK[encoder:]))
+    ]
+
+
+def source_uses(record: Record) -> list[SourceUse]:
+    """Which source helped where, the most used first."""
+    gates_LK = record.results.get("gates") or []
+    led = defaultdict(list)
+    for line in record.predictions:
+        if line.get("gates"):
+            led[max(line["gates"], key=line["gates"].get)].append(line)
+    found = []
+    for k, name in enumerate(record.sources):
+        scores = [score for line in led[name] if (score := score_of(line)) is not None]
+        cosines = record.series(f"prompt_similarity/{name}")[1]
+        found.append(
+            SourceUse(
+                name=name,
+                mean_gate=mean(gates_K[k] for gates_K in gates_LK),
+                leads_ffns=sum(gates_K[k] == max(gates_K) for gates_K in gates_LK),
+                similarity=cosines[-1] if cosines else None,
+                leads=len(led[name]),
+                score=mean(scores) if scores else None,
+            )
+        )
+    return sorted(found, key=lambda use: -use.mean_gate)
+
+
+def gates_by_class(record: Record) -> Matrix | None:
+    """The mean gate of each source over the test examples of each class; None without classes or gates."""
+    classes = classes_of(record)
+    with_gates = [line for line in record.predictions if line.get("gates")]
+    if not classes or not with_gates:
+        return None
+    values = [
+        [
+            mean(
+                float(line["gates"].get(source, 0)) for line in with_gates if line["target"] == name
+            )
+            for source in record.sources
+        ]
+        for name in classes
+    ]
+    return Matrix(title="class", rows=classes, columns=record.sources, values=values)
+
+
+def classes_of(record: Record) -> list[str]:
+    """The targets, where they are few and each example is right or wrong; else none."""
+    targets = Counter(str(line["target"]) for line in record.predictions)
+    decided = all("accuracy" in (line.get("scores") or {}) for line in record.predictions)
+    return sorted(targets) if decided and 0 < len(targets) <= MOST_CLASSES else []
+
+
+def confusion(record: Record) -> tuple[list[str], list[str], list[list[int]]] | None:
+    """Counts of gold class (rows) and predicted class (columns); None where there are no classes."""
+    classes = classes_of(record)
+    if not classes:
+        return None
+    pairs = Counter(
+        (
+            line["target"],
+            prediction if (prediction := str(line["prediction"]).strip()) in classes else OTHER,
+        )
+        for line in record.predictions
+    )
+    columns = classes + ([OTHER] if any(predicted == OTHER for _, predicted in pairs) else [])
+    return classes, columns, [[pairs[gold, predicted] for predicted in columns] for gold in classes]
+
+
+def score_of(line: dict[str, Any]) -> float | None:
+    """What an example scores alone, 0 to 100; of a regression how near it comes, 0 at best."""
+    scores = line.get("scores") or {}
+    if scores:
+        return mean(float(value) for value in scores.values())
+    try:
+        return -abs(float(line["prediction"]) - float(line["target"]))
+    except ValueError:
+        return None
+
+
+def worst_and_best(record: Record) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A few examples of each, of as many kinds as there are: of one confusion, of one class."""
+    scored = [(score, line) for line in record.predictions if (score := score_of(line)) is not None]
+    if not scored:
+        return [], []
+    perfect = 100 if any(line.get("scores") for _, line in scored) else 0
+    highest, lowest = max(score for score, _ in scored), min(score for score, _ in scored)
+    # Where all are equally wrong, none is the best.
+    bar = highest if highest > lowest or highest == perfect else perfect
+    wrong = [line for score, line in sorted(scored, key=lambda pair: pair[0]) if score < bar]
+    right = [line for score, line in scored if score >= bar]
+    return (
+        _of_every_kind(wrong, lambda line: (line["target"], line["prediction"])),
+        _of_every_kind(right, lambda line: line["target"]),
+    )
+
+
+def _of_every_kind(
+    lines: Iterable[dict[str, Any]], kind: Callable[[dict[str, Any]], object]
+) -> list[dict[str, Any]]:
+    """Some lines, in turn from every kind, in the order in which the kinds appear."""
+    kinds: dict[object, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        kinds[kind(line)].append(line)
+    chosen: list[dict[str, Any]] = []
+    while kinds and len(chosen) < EXAMPLES:
+        for key in list(kinds):
+            chosen.append(kinds[key].pop(0))
+            if not kinds[key]:
+                del kinds[key]
+    return chosen[:EXAMPLES]
+
+
+def costs(record: Record) -> dict[str, str]:
+    """Time, throughput, memory and size, as words; what is not known is left out."""
+    steps = [line["step"] for line in record.log]
+    seconds = max((float(line.get("elapsed", 0)) for line in record.log), default=0.0)
+    found: dict[str, str | None] = {
+        "time to train": duration(seconds) if seconds else None,
+        "time to test": duration(record.results["test_runtime"]) if record.results else None,
+        "steps": f"{max(steps):,}" if steps else None,
+        "tokens per second": _middle(record, "train/tokens_per_second", "{:,.0f}"),
+        "samples per second": _middle(record, "train/samples_per_second", "{:,.1f}"),
+        "padding": _middle(record, "train/padding_waste", "{:.1%}"),
+        "peak memory": _peak(record, "memory/peak_rss_gb"),
+        "peak GPU memory": _peak(record, "memory/peak_cuda_gb"),
+        "trained parameters": None if record.trained is None else f"{record.trained:,}",
+        "checkpoint": None
+        if record.checkpoint_bytes is None
+        else megabytes(record.checkpoint_bytes),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _middle(record: Record, tag: str, form: str) -> str | None:
+    values = record.series(tag)[1]
+    return form.format(median(values)) if values else None
+
+
+def _peak(record: Record, tag: str) -> str | None:
+    values = record.series(tag)[1]
+    return f"{max(values):.2f} GB" if values else None
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s` or `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def megabytes(size: int) -> str:
+    """Of 1e6 bytes."""
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,158 @@
+"""What a run has left in its folder: configuration, log, results, predictions, checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pemt.checkpoint import checkpoint_folders
+from pemt.config import PemtError
+from pemt.monitor import LOG_FILE, read_log
+from pemt.run_folder import CONFIG, PREDICTIONS, RESULTS
+from pemt.storage import StorageError, read_manifest
+
+
+class ReportError(PemtError):
+    """A folder that cannot be reported on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A run as its folder tells it; a run that is not finished has no results and no predictions.
+
+    Args:
+        name: the folder's, long enough to tell it from the others.
+        folder: the run's output folder.
+        config: the configuration's fields.
+        log: the lines of log.jsonl.
+        results: what all_results.json holds; empty without one.
+        predictions: the lines of predictions.jsonl, an example of the test set each.
+        checkpoint_bytes: size of the best checkpoint; None where there is none.
+        trained: number of trained parameters; None where no checkpoint tells it.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    log: list[dict[str, Any]]
+    results: dict[str, Any]
+    predictions: list[dict[str, Any]]
+    checkpoint_bytes: int | None
+    trained: int | None
+
+    @property
+    def task(self) -> str:
+        return str(self.config.get("task_name"))
+
+    @property
+    def method(self) -> str:
+        """Stage 1 has no choice of method."""
+        return str(self.config.get("method", "source"))
+
+    @property
+    def sources(self) -> list[str]:
+        return [str(name) for name in self.results.get("sources", [])]
+
+    def series(self, tag: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a tag, where it is logged and finite."""
+        found = [(line["step"], line[tag]) for line in self.log if line.get(tag) is not None]
+        return [step for step, _ in found], [float(value) for _, value in found]
+
+
+def read_records(folders: Sequence[Path]) -> list[Record]:
+    """The runs in these folders.
+
+    Raises:
+        ReportError: a folder holds no run, or a file in it is damaged.
+    """
+    return [_read(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    longest = max(map(len, parts))
+    for count in range(1, longest + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def _read(folder: Path, name: str) -> Record:
+    if not (folder / CONFIG).is_file():
+        raise ReportError(
+            f"{folder}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
+        )
+    config = _config(folder / CONFIG)
+    results = _json_object(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    checkpoint = _checkpoint(folder, results)
+    size, trained = None, None
+    if checkpoint is not None:
+        size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
+        try:
+            shapes = read_manifest(checkpoint)["trained"]
+            trained = sum(prod(shape) for shape in shapes.values())
+        except (StorageError, KeyError, AttributeError, TypeError):
+            trained = None  # a report need not fail over a checkpoint that nobody will load
+    return Record(
+        name=name,
+        folder=folder,
+        config=config,
+        log=read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else [],
+        results=results,
+        predictions=_json_lines(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else [],
+        checkpoint_bytes=size,
+        trained=trained,
+    )
+
+
+def _checkpoint(folder: Path, results: dict[str, Any]) -> Path | None:
+    """The one that was tested, or the newest."""
+    folders = checkpoint_folders(folder)
+    named = [each for each in folders if each.name == results.get("best_checkpoint")]
+    chosen = named or folders[-1:]
+    return chosen[0] if chosen else None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ReportError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ReportError(f"{path}: found {type(content).__name__}, expected a run's configuration")
+    return content
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ReportError(f"{path}: found {type(content).__name__}, expected an object")
+    return content
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line an object with at least an input, a target and a prediction."""
+    lines = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, text in enumerate(file, start=1):
+            try:
+                line = json.loads(text)
+                line["input"], line["target"], line["prediction"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ReportError(
+                    f"{path}, line {number}: no prediction ({type(error).__name__}: {error}); "
+                    "`pemt evaluate` does not write this file: train the run again, or remove it"
+                ) from None
+            lines.append(line)
+    return lines
