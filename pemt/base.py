@@ -51,7 +51,7 @@ def load_pretrained(
     Raises:
         BaseModelError, DataError: as `load_base`.
     """
-    model_config = _load_config(name)
+    model_config = load_config(name)
     tokenizer = load_tokenizer(tokenizer_name)
     if len(tokenizer) > model_config.vocab_size:
         raise BaseModelError(
@@ -76,10 +76,15 @@ def load_shape(name: str) -> dict[str, Any]:
     Raises:
         BaseModelError: it cannot be read, or is no T5.
     """
-    return base_shape(_load_config(name))
+    return base_shape(load_config(name))
 
 
-def _load_config(name: str) -> PreTrainedConfig:
+def load_config(name: str) -> PreTrainedConfig:
+    """A base model's config.json, by hub id or folder.
+
+    Raises:
+        BaseModelError: it cannot be read, or is no T5's.
+    """
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from pemt.commands.finished import evaluate, evaluate_parser, predict, predict_p
 from pemt.commands.ops import bench, ops, ops_parser
 from pemt.commands.overview import AROUND
 from pemt.commands.parsers import Parser, command_parser
+from pemt.commands.plan import plan, plan_parser
 from pemt.commands.publish import (
     export,
     export_parser,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pull": pull,
     "tasks": tasks,
     "demo": demo,
+    "plan": plan,
     "doctor": doctor,
     "ops": ops,
     "bench": bench,
@@ -70,6 +72,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "push": push_parser,
     "pull": pull_parser,
     "tasks": tasks_parser,
+    "plan": plan_parser,
     "doctor": doctor_parser,
     "ops": ops_parser,
     "completion": completion_parser,

@@ -27,19 +27,17 @@ def ops_parser() -> Parser:
 
 
 def bench(arguments: list[str]) -> None:
-    """`pemt bench op`, `pemt bench step` and `pemt bench generate`."""
+    """`pemt bench op` and `pemt bench step`."""
     parser = command_parser(
         "bench",
-        "Time the fused op, a whole training step, or answering.",
+        "Time the fused op, or a whole training step.",
         "pemt bench step --size t5-small",
         "pemt bench op --help",
     )
-    parser.add_argument("what", choices=["op", "step", "generate"])
+    parser.add_argument("what", choices=["op", "step"])
     what = parser.parse_args(arguments[:1]).what
     if what == "op":
         from pemt.bench.op import main
-    elif what == "step":
-        from pemt.bench.step import main
     else:
-        from pemt.bench.generate import main
+        from pemt.bench.step import main
     main(arguments[1:])

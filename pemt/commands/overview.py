@@ -30,6 +30,7 @@ AROUND = {
     "push": "an export to the hub",
     "pull": "an export from the hub",
     "tasks": "the tasks there are",
+    "plan": "memory, traffic, time",
     "doctor": "is this machine ready",
     "ops": "build the fused op",
     "bench": "time the op",

@@ -1,0 +1,226 @@
+"""`pemt plan`: memory, traffic and time of a run, before it is paid for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pemt.commands.parsers import Parser, command_parser
+from pemt.config import AdapterConfig, ConfigError, ExpertConfig, RunConfig
+from pemt.plan.job import CHIPS, Cluster, Job, PlanError, read_zero
+from pemt.plan.report import describe, figures
+from pemt.plan.shapes import KNOWN, read_shape
+
+TOKENS_A_WORD = 1.3  # of English descriptions in T5's vocabulary, about
+EXPERTS = 6
+
+
+def plan(arguments: list[str]) -> None:
+    """`pemt plan`."""
+    options = plan_parser().parse_args(arguments)
+    job, cluster = _job(options), _cluster(options)
+    zero = read_zero(options.ds_config)
+    found = figures(job, zero, cluster, options.ds_config.parent)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    print(
+        f"{options.model_name_or_path}, {job.method}, {zero.name}: {cluster.nodes} x "
+        f"{cluster.gpus_per_node} {options.gpu}, {job.batch} x ({job.encoder_tokens} -> {job.target}) "
+        f"tokens a GPU, {_experts(job)}, {options.precision}\n"
+    )
+    print(describe(found, job, zero, cluster))
+
+
+def plan_parser() -> Parser:
+    """The command line of `pemt plan`."""
+    parser = command_parser(
+        "plan",
+        "Memory, bytes on the wire, time and the right DeepSpeed JSON of a run, before it is paid for.\n"
+        "Nothing is loaded or downloaded for the published T5s; no GPU is needed. Sizes and traffic are\n"
+        "counted as DeepSpeed does it, from the run and the JSON; times are a model of FLOPs over the\n"
+        "chip's rate and bytes over the slowest link. The lines below the table say which is which.\n"
+        "Efficiency at N nodes is a GPU's throughput there beside that of a single GPU.",
+        "pemt plan --model_name_or_path google/flan-t5-xl --task_name superglue-cb \\",
+        "      --num_nodes 4 --gpus_per_node 8 --gpu h100-80 --ds_config ds_configs/zero3.json",
+        "pemt plan --model_name_or_path ./my-t5 --bank_dir bank --gpu a100-40 --json",
+    )
+    _training_options(parser)
+    machines = parser.add_argument_group("the machines")
+    machines.add_argument("--num_nodes", type=int, default=1, metavar="N")
+    machines.add_argument("--gpus_per_node", type=int, default=8, metavar="N")
+    machines.add_argument("--gpu", choices=list(CHIPS), default="h100-80")
+    machines.add_argument("--ds_config", type=Path, default="ds_configs/zero2.json", metavar="JSON")
+    machines.add_argument(
+        "--gpu_memory_gb", type=float, metavar="GB", help="default: the data sheet's"
+    )
+    machines.add_argument(
+        "--gpu_tflops", type=float, metavar="T", help="dense bf16; default: the data sheet's"
+    )
+    machines.add_argument(
+        "--link_gb_s", type=float, metavar="GB/S", help="between GPUs of a node, one way"
+    )
+    machines.add_argument(
+        "--network_gbit_s", type=float, default=200.0, metavar="GBIT/S", help="of a node (200)"
+    )
+    machines.add_argument(
+        "--latency_us", type=float, default=10.0, metavar="US", help="between nodes (10)"
+    )
+    machines.add_argument(
+        "--efficiency",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="share of those TFLOP/s that is reached (0.4)",
+    )
+    parser.add_argument("--json", action="store_true", help="all figures as one JSON object")
+    return parser
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    training = parser.add_argument_group("the training, as for `pemt adapt` and `pemt source`")
+    training.add_argument(
+        "--model_name_or_path",
+        required=True,
+        metavar="T5",
+        help=f"known without a network: {', '.join(KNOWN)}; or a folder or hub id with config.json",
+    )
+    training.add_argument(
+        "--task_name", "--task", metavar="TASK", help="gives target and prompt length"
+    )
+    training.add_argument(
+        "--method", choices=["pemt", "adapter", "full", "source"], default="pemt",
+        help="`source` is stage 1",
+    )  # fmt: skip
+    training.add_argument(
+        "--bank_dir", metavar="DIR", help="the experts to mix; else as the next two say"
+    )
+    training.add_argument("--num_experts", type=int, default=EXPERTS, metavar="K", help="(6)")
+    training.add_argument(
+        "--expert_rank", type=int, default=ExpertConfig.rank, metavar="R", help="(64)"
+    )
+    training.add_argument(
+        "--prompt_tokens", type=int, metavar="N", help="default: guessed from the description"
+    )
+    training.add_argument(
+        "--adapter_reduction_factor",
+        type=int,
+        default=AdapterConfig.reduction_factor,
+        metavar="N",
+        help="(16)",
+    )
+    batch, length = RunConfig.per_device_train_batch_size, RunConfig.max_source_length
+    training.add_argument(
+        "--per_device_train_batch_size", type=int, default=batch, metavar="N", help=f"({batch})"
+    )
+    training.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, metavar="N", help="(1)"
+    )
+    training.add_argument(
+        "--max_source_length", type=int, default=length, metavar="N", help=f"({length})"
+    )
+    training.add_argument(
+        "--max_target_length", type=int, metavar="N", help="default: the task's own, or 16"
+    )
+    training.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16")
+    training.add_argument("--gradient_checkpointing", action="store_true")
+
+
+def _job(options: argparse.Namespace) -> Job:
+    _at_least_one(
+        options,
+        "num_experts",
+        "expert_rank",
+        "prompt_tokens",
+        "adapter_reduction_factor",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_source_length",
+        "max_target_length",
+    )
+    words, target = 15, 16
+    if options.task_name:
+        from pemt.tasks import get_task
+
+        task = get_task(options.task_name)
+        words, target = len(task.description.split()), task.max_target_length
+    prompt = options.prompt_tokens or math.ceil(TOKENS_A_WORD * words)
+    job = Job(
+        shape=read_shape(options.model_name_or_path),
+        method=options.method,
+        ranks=(options.expert_rank,) * (1 if options.method == "source" else options.num_experts),
+        prompt_tokens=prompt,
+        source_prompt_tokens=prompt * options.num_experts,
+        adapter_reduction=options.adapter_reduction_factor,
+        batch=options.per_device_train_batch_size,
+        source=options.max_source_length,
+        target=options.max_target_length or target,
+        accumulation=options.gradient_accumulation_steps,
+        bytes_per_value=4 if options.precision == "fp32" else 2,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    if options.adapter_reduction_factor > job.shape.d_model:
+        raise ConfigError(
+            f"--adapter_reduction_factor: found {options.adapter_reduction_factor}, allowed is at most "
+            f"this base model's d_model, {job.shape.d_model}"
+        )
+    return replace(job, **_bank(options.bank_dir)) if options.bank_dir else job
+
+
+def _bank(bank_dir: str) -> dict[str, Any]:
+    """Ranks and prompt lengths of a bank's entries."""
+    from pemt.bank import entry_folder, entry_names, read_entry
+
+    ranks, prompts = [], 0
+    for task in entry_names(bank_dir):
+        manifest, expert = read_entry(entry_folder(bank_dir, task))
+        if manifest.kind != "lora":
+            raise PlanError(
+                f"{bank_dir}: the expert `{task}` is a {manifest.kind}; "
+                "only LoRA experts can be planned with"
+            )
+        ranks.append(manifest.rank)
+        prompts += len(expert.prompt_PD)
+    return {"ranks": tuple(ranks), "source_prompt_tokens": prompts}
+
+
+def _cluster(options: argparse.Namespace) -> Cluster:
+    _at_least_one(options, "num_nodes", "gpus_per_node")
+    rates = ("gpu_memory_gb", "gpu_tflops", "link_gb_s", "network_gbit_s", "efficiency")
+    for name in rates:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name}: found {value}, it must be above 0")
+    chip = CHIPS[options.gpu]
+    given = {
+        "memory": options.gpu_memory_gb and 1e9 * options.gpu_memory_gb,
+        "flops": options.gpu_tflops and 1e12 * options.gpu_tflops,
+        "link": options.link_gb_s and 1e9 * options.link_gb_s,
+    }
+    return Cluster(
+        nodes=options.num_nodes,
+        gpus_per_node=options.gpus_per_node,
+        chip=replace(chip, **{key: value for key, value in given.items() if value}),
+        network=options.network_gbit_s * 1e9 / 8,
+        latency=options.latency_us * 1e-6,
+        efficiency=options.efficiency,
+    )
+
+
+def _at_least_one(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: found {value}, at least 1 is needed")
+
+
+def _experts(job: Job) -> str:
+    if job.method == "source":
+        return f"one LoRA expert of rank {job.ranks[0]}"
+    if not job.experts:
+        return "no experts"
+    return f"{job.experts} LoRA experts of rank {', '.join(map(str, sorted(set(job.ranks))))}"
