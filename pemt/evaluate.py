@@ -154,19 +154,20 @@ def _measure(
     loss_BT = F.cross_entropy(
         out.logits.float().transpose(1, 2), labels_BT, ignore_index=IGNORED_LABEL, reduction="none"
     )
-    tokens_BT = generate_tokens(engine, batch, longest=longest, num_beams=num_beams)
+    tokens_BT, *_ = answer_batch(engine, batch, longest=longest, num_beams=num_beams)
     counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
     return [tokens_BT, loss_BT.sum(dim=1), counted_B, *gates_of(out)]
 
 
-def generate_tokens(
+def answer_batch(
     engine: Engine, batch: dict[str, Tensor], *, longest: int, num_beams: int
-) -> Tensor:
-    """The answers to a batch: ids [B, longest + 1], the decoder's start first, padded on the right."""
+) -> list[Tensor]:
+    """The answers to a batch: ids [B, longest + 1], the decoder's start first, padded on the right; and gates
+    [B,L,K] where there are experts, those of the same pass."""
     module = engine.module
     assert isinstance(module, TrainedT5)
     with engine.autocast():
-        tokens_BT = module.generate(
+        tokens_BT, gates_BLK = module.answer(
             batch["input_ids"],
             batch["attention_mask"],
             max_new_tokens=longest,
@@ -176,7 +177,8 @@ def generate_tokens(
             synced_gpus=engine.zero_stage == 3 and engine.world_size > 1,
         )
     padding = longest + 1 - tokens_BT.shape[1]
-    return F.pad(tokens_BT, (0, padding), value=module.base.config.pad_token_id)
+    padded_BT = F.pad(tokens_BT, (0, padding), value=module.base.config.pad_token_id)
+    return [padded_BT] if gates_BLK is None else [padded_BT, gates_BLK.float()]
 
 
 def gates_of(out: PemtOutput) -> list[Tensor]:

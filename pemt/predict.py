@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pemt.config import PemtError, RunConfig
 from pemt.data import collate, encode_sources, read_inputs, sources_of
 from pemt.engine import Engine
-from pemt.evaluate import ffn_names, gates_of, generate_tokens, over_ranks
+from pemt.evaluate import answer_batch, ffn_names, over_ranks
 from pemt.finished import Finished, finished_config, load_finished, prepare_finished
 from pemt.monitor import quiet_libraries
 from pemt.tasks import get_task
@@ -123,16 +123,13 @@ class Predictor:
     def _measure(self, ids: list[list[int]], longest: int, num_beams: int) -> list[Tensor]:
         """Of one batch: generated ids [B,T], and gates [B,L,K] where there are experts."""
         tokenizer, engine = self.finished.tokenizer, self.engine
-        # Gates look at the input alone: any label gives them.
-        rows = [{"input_ids": each, "labels": [tokenizer.eos_token_id]} for each in ids]
         batch = collate(
-            rows,
+            [{"input_ids": each, "labels": []} for each in ids],
             pad_token_id=tokenizer.pad_token_id,
             pad_to_multiple_of=self.finished.config.pad_to_multiple_of,
         )
         batch = {key: value.to(engine.device) for key, value in batch.items()}
-        gates = gates_of(engine.model(**batch)) if self.finished.source_names else []
-        return [generate_tokens(engine, batch, longest=longest, num_beams=num_beams), *gates]
+        return answer_batch(engine, batch, longest=longest, num_beams=num_beams)
 
     def _named(self, gates_LK: Tensor) -> dict[str, dict[str, float]]:
         rows = zip(self._ffns, gates_LK.tolist(), strict=True)

@@ -90,3 +90,42 @@ def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model.generate(**_inputs(), max_new_tokens=3)
     with pytest.raises(AssertionError, match="no sparsity loss"):
         model(**tiny_batch())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_the_gates_of_an_answer_are_those_of_a_forward_pass(kind: str, beams: int) -> None:
+    model = target_model(tiny_sources(kind))
+    with torch.no_grad():
+        expected = model(**tiny_batch(LENGTHS)).gates_LBK.transpose(0, 1)
+    tokens, gates = model.answer(**_inputs(), num_beams=beams, max_new_tokens=5)
+    assert torch.equal(tokens, model.generate(**_inputs(), num_beams=beams, max_new_tokens=5))
+    torch.testing.assert_close(gates, expected, rtol=1e-6, atol=1e-7)
+    assert (gates - gates[:1]).abs().max() > 1e-3, "the samples' gates must differ"
+    assert target_model([]).answer(**_inputs(), max_new_tokens=2)[1] is None
+
+
+def test_what_a_request_keeps_is_not_the_next_ones() -> None:
+    """Same shape, another input: nothing of the first request's gates may be left."""
+    model = target_model()
+    first = {key: value[:1, :2] for key, value in _inputs().items()}
+    second = {**first, "input_ids": first["input_ids"].flip(1) + 1}
+    fixed = {"max_new_tokens": 6, "min_new_tokens": 6}
+    alone = target_model().answer(**second, **fixed)
+    model.answer(**first, **fixed)
+    again = model.answer(**second, **fixed)
+    assert torch.equal(again[0], alone[0])
+    assert torch.equal(again[1], alone[1])
+    assert not torch.equal(model.answer(**first, **fixed)[1], alone[1])
+
+
+def test_a_step_of_an_answer_is_the_op() -> None:
+    """The decoder's way around the op gives the op's values."""
+    model = target_model()
+    mixture = model.base.decoder.block[1].layer[-1].DenseReluDense.wo
+    x_BSF = torch.randn(3, 1, mixture.weight.shape[1])
+    gates_BK = torch.softmax(torch.randn(3, 3), dim=-1)
+    with torch.no_grad():
+        expected, _ = mixture.mix(x_BSF, gates_BK)
+        found = mixture.answer(x_BSF, mixture.prepare_answer(gates_BK))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

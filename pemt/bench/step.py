@@ -116,19 +116,24 @@ class Step:
         return float(loss.detach())
 
 
-def build_model(bench: StepBench, variant: str) -> PemtT5:
-    """A stage-2 model of this size; the same weights for every variant."""
+def plain_base(bench: StepBench) -> T5ForConditionalGeneration:
+    """A random T5 of this size; always the same weights."""
     layers, d_model, d_ff, heads, d_kv, projection = SIZES[bench.size]
     shape: dict[str, Any] = {
         "num_layers": layers, "d_model": d_model, "d_ff": d_ff, "num_heads": heads, "d_kv": d_kv,
         "feed_forward_proj": projection, "vocab_size": 32_128, "decoder_start_token_id": 0,
     }  # fmt: skip
-    config = T5Config(**shape)
     torch.manual_seed(0)
     with torch.device(bench.device):
-        base = T5ForConditionalGeneration(config).to(getattr(torch, bench.dtype))
-        sources = [] if variant == "adapter" else random_sources(base_shape(config))
-        prompt_PD = torch.randn(PROMPT_TOKENS, d_model)
+        return T5ForConditionalGeneration(T5Config(**shape)).to(getattr(torch, bench.dtype))
+
+
+def build_model(bench: StepBench, variant: str) -> PemtT5:
+    """A stage-2 model of this size; the same weights for every variant."""
+    base = plain_base(bench)
+    with torch.device(bench.device):
+        sources = [] if variant == "adapter" else random_sources(base_shape(base.config))
+        prompt_PD = torch.randn(PROMPT_TOKENS, base.config.d_model)
     shipped = MIXTURES["lora"]
     try:
         if variant == "loop":

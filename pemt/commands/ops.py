@@ -27,17 +27,19 @@ def ops_parser() -> Parser:
 
 
 def bench(arguments: list[str]) -> None:
-    """`pemt bench op` and `pemt bench step`."""
+    """`pemt bench op`, `pemt bench step` and `pemt bench generate`."""
     parser = command_parser(
         "bench",
-        "Time the fused op, or a whole training step.",
+        "Time the fused op, a whole training step, or answering.",
         "pemt bench step --size t5-small",
         "pemt bench op --help",
     )
-    parser.add_argument("what", choices=["op", "step"])
+    parser.add_argument("what", choices=["op", "step", "generate"])
     what = parser.parse_args(arguments[:1]).what
     if what == "op":
         from pemt.bench.op import main
-    else:
+    elif what == "step":
         from pemt.bench.step import main
+    else:
+        from pemt.bench.generate import main
     main(arguments[1:])

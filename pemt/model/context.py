@@ -1,6 +1,6 @@
 """What one forward pass shares between modules that T5 itself does not connect.
 
-Shapes: B batch, S tokens of a stack (prompt included), D d_model, K experts.
+Shapes: B batch, S tokens of a stack (prompt included), D d_model, K experts, L all FFNs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class PassContext:
 
     `encoder_prompt_BD` is written by a hook inside every decoder block, hence inside the region
     that activation checkpointing recomputes: a recomputed block sees the encoder states of its own
-    forward pass, however many passes have run since. In `generate` it is expanded over beams.
+    forward pass, however many passes have run since. In `generate` it is expanded over beams, and
+    taken once: beams change places, but only with beams of the same sample.
 
     The masks limit the sparsity loss to real tokens; without them every position counts.
     """
@@ -37,6 +38,7 @@ class PassContext:
     encoder_mask_BS: Tensor | None = None
     decoder_mask_BS: Tensor | None = None
     _records: list[Record] | None = field(default=None, repr=False)
+    _answers: list[Tensor] | None = field(default=None, repr=False)
 
     @contextmanager
     def recording(
@@ -55,6 +57,35 @@ class PassContext:
         finally:
             self._records = None
             self.encoder_prompt_BD = None
+
+    @contextmanager
+    def answering(self) -> Iterator[list[Tensor]]:
+        """One `generate`: what is constant over its steps is computed at the first.
+
+        Gives every FFN's gates [B,K], encoder first; a decoder's rows are repeated for beams.
+        """
+        gates: list[Tensor] = []
+        self.encoder_prompt_BD, self._answers = None, gates
+        try:
+            yield gates
+        finally:
+            self.encoder_prompt_BD, self._answers = None, None
+
+    @property
+    def is_answering(self) -> bool:
+        """Inside `answering`."""
+        return self._answers is not None
+
+    def keep_encoder_prompt(self, states_BSD: Tensor) -> None:
+        """Take the mean over the prompt of the encoder's last states."""
+        kept_BD = self.encoder_prompt_BD
+        if not (self.is_answering and kept_BD is not None and len(kept_BD) == len(states_BSD)):
+            self.encoder_prompt_BD = states_BSD[:, : self.prompt_length].float().mean(dim=1)
+
+    def record_answer(self, gates_BK: Tensor) -> None:
+        """Keep what one FFN's gates were in this `generate`."""
+        assert self._answers is not None
+        self._answers.append(gates_BK)
 
     @property
     def wants_sparsity(self) -> bool:

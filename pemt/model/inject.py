@@ -123,8 +123,7 @@ def pass_encoder_prompt(base: Base, context: PassContext) -> None:
     def keep_prompt_mean(
         module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> None:
-        states_BSD = kwargs[ENCODER_STATES[type(module)]]
-        context.encoder_prompt_BD = states_BSD[:, : context.prompt_length].float().mean(dim=1)
+        context.keep_encoder_prompt(kwargs[ENCODER_STATES[type(module)]])
 
     for module in base.decoder.modules():
         if type(module) in ENCODER_STATES:

@@ -79,13 +79,18 @@ class MixtureProjection(AdapterProjection, ABC):
         self.gate = Gate(d_model if self.in_decoder else d_ff, len(sources), like=self.weight)
         self.context = context
         self.ranks = [source.rank for source in sources]
+        self._answered: tuple[Tensor, Any] | None = None
 
     def forward(self, x_BSF: Tensor) -> Tensor:
+        if self.in_decoder and self.context.is_answering:
+            return self.adapter(self._answer(x_BSF))
         gates_BK = self.gate(self._gate_context(x_BSF))
         y_BSD, kept = self.mix(x_BSF, gates_BK)
         z_BSD = self.adapter(y_BSD)
         context = self.context
-        if context.wants_sparsity:
+        if context.is_answering:
+            context.record_answer(gates_BK)
+        elif context.wants_sparsity:
             mask_BS = context.decoder_mask_BS if self.in_decoder else context.encoder_mask_BS
             context.record(gates_BK, self.sparsity(z_BSD, kept, gates_BK, mask_BS))
         return z_BSD
@@ -95,6 +100,23 @@ class MixtureProjection(AdapterProjection, ABC):
             return x_BSF[:, : self.context.prompt_length].float().mean(dim=1)
         assert self.context.encoder_prompt_BD is not None, "the hook on cross-attention has not run"
         return self.context.encoder_prompt_BD
+
+    def _answer(self, x_BSF: Tensor) -> Tensor:
+        """One step of `generate` in the decoder: y [B,S,D], with the gates of its first step."""
+        prompt_BD = self._gate_context(x_BSF)
+        if self._answered is None or self._answered[0] is not prompt_BD:
+            gates_BK = self.gate(prompt_BD)
+            self.context.record_answer(gates_BK)
+            self._answered = prompt_BD, self.prepare_answer(gates_BK)
+        return self.answer(x_BSF, self._answered[1])
+
+    def prepare_answer(self, gates_BK: Tensor) -> Any:
+        """What `answer` needs of the gates; once for all steps of a `generate`."""
+        return gates_BK
+
+    def answer(self, x_BSF: Tensor, prepared: Any) -> Tensor:
+        """y [B,S,D] of `mix`, for one step after another with the same gates."""
+        return self.mix(x_BSF, prepared)[0]
 
     @abstractmethod
     def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Any]:
@@ -128,6 +150,21 @@ class LoraMixture(MixtureProjection):
     def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
         return expert_mixture(
             x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
+        )
+
+    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
+        """g_k s_k of every sample, once per rank [B,1,N]."""
+        scaled_BK = gates_BK * gates_BK.new_tensor(self.scales)
+        ranks = torch.tensor(self.ranks, device=gates_BK.device)
+        return scaled_BK.repeat_interleave(ranks, dim=1)[:, None].to(self.down.dtype)
+
+    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+        # Not the op: for a token at a time its checks and its dispatch cost a fifth of it, and no
+        # gradient wants the latent. Not folded into a weight of each sample: see docs/serving.md.
+        latent_BSN = F.linear(x_BSF, self.down) * prepared
+        y_BSD = F.linear(x_BSF, self.weight)
+        return torch.addmm(y_BSD.flatten(0, 1), latent_BSN.flatten(0, 1), self.up.t()).view_as(
+            y_BSD
         )
 
     def sparsity(

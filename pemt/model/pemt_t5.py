@@ -132,14 +132,25 @@ class PemtT5(TrainedT5):
             **self._with_sparsity(ce_loss, records),
         )
 
-    @torch.no_grad()
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> Tensor:
+        return self.answer(input_ids, attention_mask, **generation_kwargs)[0]
+
+    @torch.no_grad()
+    def answer(
+        self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         base: Any = self.base  # the union of the three has no common type for `generate`
         given = {**self.generation_cache(), **generation_kwargs}
-        return base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **given)
+        with self.context.answering() as gates:
+            tokens_BT = base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **given)
+        if not gates:
+            return tokens_BT, None
+        # In the decoder every sample stands there once per beam.
+        batch = len(input_ids)
+        return tokens_BT, torch.stack([each[:: len(each) // batch] for each in gates], dim=1)
 
     def export_expert(
         self, name: str, *, state: Mapping[str, Tensor] | None = None

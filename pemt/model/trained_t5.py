@@ -65,6 +65,12 @@ class TrainedT5(nn.Module, ABC):
     ) -> Tensor:
         """Token ids [B,T] (times `num_return_sequences`) from the base model's own `generate`."""
 
+    def answer(
+        self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `generate` gives, and the gates [B,L,K], fp32, of that same pass; None where none are."""
+        return self.generate(input_ids, attention_mask, **generation_kwargs), None
+
     @abstractmethod
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         """What is trained, in any order; a parameter may come twice."""

@@ -1,0 +1,147 @@
+"""`pemt bench generate`: answering with PEMT beside the base model's own `generate`.
+
+    plain    the base model alone on the same tokens
+    longer   the base model alone on as many more tokens as PEMT's prompt has
+    pemt     prompt, experts, gates and target adapter in it
+
+A random T5 of the named size, random experts and tokens, answers of a fixed length; greedy or beams.
+All variants run in every round, in turn; the ratios are medians over the rounds, of the time on the
+clock and of the time that the process's threads computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pemt.bench.step import PROMPT_TOKENS, SIZES, StepBench, build_model, plain_base
+
+VARIANTS = ("plain", "longer", "pemt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateBench:
+    """What to measure.
+
+    Args:
+        size: a name in `pemt.bench.step.SIZES`.
+        batch: inputs in one pass; source, target: tokens of each input and answer.
+        num_beams: 1 is greedy.
+        device: cpu or cuda; dtype: a name in torch.
+        rounds: how often every variant is timed.
+    """
+
+    size: str = "t5-small"
+    batch: int = 8
+    source: int = 128
+    target: int = 16
+    num_beams: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+    rounds: int = 10
+
+
+def variants_of(bench: GenerateBench) -> dict[str, Callable[[], Tensor]]:
+    """The calls to time; each answers the whole batch."""
+    step = StepBench(size=bench.size, device=bench.device, dtype=bench.dtype)
+    plain: Any = plain_base(step).eval()
+    pemt = build_model(step, "fused").eval()
+    torch.manual_seed(0)
+    rows = (bench.batch, PROMPT_TOKENS + bench.source)
+    longer_BS = torch.randint(2, 32_000, rows, device=bench.device)
+    ids_BS = longer_BS[:, PROMPT_TOKENS:]
+    given = {
+        "num_beams": bench.num_beams,
+        "max_new_tokens": bench.target,
+        "min_new_tokens": bench.target,
+        "do_sample": False,
+    }
+    return {
+        "plain": lambda: plain.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), **given),
+        "longer": lambda: plain.generate(
+            longer_BS, attention_mask=torch.ones_like(longer_BS), **given
+        ),
+        "pemt": lambda: pemt.generate(ids_BS, torch.ones_like(ids_BS), **given),
+    }
+
+
+def measure(bench: GenerateBench) -> dict[str, Any]:
+    """Times all variants in turn."""
+    calls = variants_of(bench)
+    clock: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    computed: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for call in calls.values():  # warm-up; builds kernels
+        call()
+    for number in range(bench.rounds):
+        turn = number % len(VARIANTS)  # no variant always follows the same other
+        for name in VARIANTS[turn:] + VARIANTS[:turn]:
+            began = time.perf_counter(), time.process_time()
+            calls[name]()
+            if bench.device != "cpu":
+                torch.cuda.synchronize()
+            clock[name].append(time.perf_counter() - began[0])
+            computed[name].append(time.process_time() - began[1])
+    return {
+        **asdict(bench),
+        "threads": torch.get_num_threads(),
+        "milliseconds": {name: 1e3 * statistics.median(clock[name]) for name in VARIANTS},
+        "pemt_over": {
+            other: {
+                "clock": _median_ratio(clock["pemt"], clock[other]),
+                "computed": _median_ratio(computed["pemt"], computed[other]),
+            }
+            for other in ("plain", "longer")
+        },
+    }
+
+
+def _median_ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `pemt bench generate`."""
+    parser = argparse.ArgumentParser(
+        prog="pemt bench generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=list(SIZES), default=GenerateBench.size)
+    for name in ("batch", "source", "target", "num_beams", "rounds"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(GenerateBench, name))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=GenerateBench.device)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=GenerateBench.dtype)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = vars(parser.parse_args(arguments))
+    torch.set_num_threads(options.pop("threads"))
+    as_json = options.pop("json")
+    result = measure(GenerateBench(**options))
+    print(json.dumps(result) if as_json else table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    lines = [
+        f"{result['size']}: {result['batch']} x ({PROMPT_TOKENS} + {result['source']} -> {result['target']}) tokens,"
+        f" {result['num_beams']} beams, {result['dtype']} on {result['device']} ({result['threads']} threads),"
+        f" medians of {result['rounds']} rounds",
+        *(f"  {name:<8}{result['milliseconds'][name]:10.1f} ms" for name in VARIANTS),
+    ]
+    for other, ratio in result["pemt_over"].items():
+        lines.append(
+            f"  pemt / {other:<8} {ratio['clock']:.3f} on the clock, {ratio['computed']:.3f} computed"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
