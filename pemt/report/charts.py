@@ -48,7 +48,7 @@ def line_chart(title: str, curves: Mapping[str, Series], *, unit: str = "") -> s
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return svg_of(figure, salt=title)
 
 

@@ -15,7 +15,7 @@ from pemt.report.record import Record
 
 MOST_CLASSES = 20
 EXAMPLES = 5
-OTHER = "(no such label)"
+OTHER = "(another answer)"
 
 
 @dataclass(frozen=True, kw_only=True)
