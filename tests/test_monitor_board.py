@@ -167,7 +167,9 @@ def test_a_real_run_answers_what_one_asks(runs: Path) -> None:
     assert last(events, "test/accuracy") == pytest.approx(results["test_accuracy"])
     assert 0.01 < last(events, "memory/rss_gb") <= last(events, "memory/peak_rss_gb") < 100
     assert 0 <= last(events, "train/padding_waste") < 0.9
-    assert -1 <= last(events, f"prompt_similarity/{SOURCES[0]}") <= 1
+    # Target and second source began with the same sentence.
+    first, second = (last(events, f"prompt_similarity/{source}") for source in SOURCES)
+    assert first < 0.8 < second
     assert "gates/decoder_test" in events.Tags()["images"]
     # one run, not a folder of runs
     assert all(path.is_file() for path in (runs / "adapt" / "tensorboard").iterdir())

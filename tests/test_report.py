@@ -260,6 +260,11 @@ def test_a_chart_is_one_escaped_element() -> None:
     )
 
 
+def test_what_was_not_finite_is_left_out_of_a_curve() -> None:
+    log = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": None}, {"step": 3}]
+    assert record(log=log).series("train/loss") == ([1], [2.0])
+
+
 def test_names_are_as_long_as_they_must_be() -> None:
     assert short_names([Path("/runs/cb/seed-0"), Path("/runs/cb/seed-1")]) == ["seed-0", "seed-1"]
     assert short_names([Path("/a/x"), Path("/b/x")]) == ["a/x", "b/x"]
