@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Hashable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ import jsonargparse
 import yaml
 
 from pemt.config import ConfigError, RunConfig
+from pemt.yaml_file import load_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
@@ -41,6 +42,25 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         ConfigError: unknown key, wrong type, value out of range, unreadable or malformed YAML.
         SystemExit: after `--help` or `--print_config`.
     """
+    arguments, files = _resolve_config_files(_inline_mappings(arguments))
+    keys = field_keys(kind)
+    for file in files:
+        _check_yaml(file, keys)
+    _check_flags(arguments, keys)
+    try:
+        parser = _parser(kind, prog)  # type: ignore[arg-type]
+        namespace = parser.parse_args(arguments)
+        values = dict(vars(parser.instantiate(namespace)))
+    except ConfigError:
+        raise
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(_one_line(str(error), files)) from None
+    values.pop("config", None)
+    return kind(**values)
+
+
+@cache
+def _parser(kind: Any, prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         description=(kind.__doc__ or "").split("\n", 1)[0],
@@ -55,20 +75,7 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         help=f"YAML file, or a recipe's name ({', '.join(recipe_names())}); may be given more than once.",
     )
     parser.add_class_arguments(kind)
-    arguments, files = _resolve_config_files(_inline_mappings(arguments))
-    keys = field_keys(kind)
-    for file in files:
-        _check_yaml(file, keys)
-    _check_flags(arguments, keys)
-    try:
-        namespace = parser.parse_args(arguments)
-        values = dict(vars(parser.instantiate(namespace)))
-    except ConfigError:
-        raise
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(str(error), files)) from None
-    values.pop("config", None)
-    return kind(**values)
+    return parser
 
 
 class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -144,21 +151,6 @@ def _inline_mappings(arguments: list[str]) -> list[str]:
     return resolved
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; a person meant one of them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` stands there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """A YAML file whose top level is a mapping.
 
@@ -166,12 +158,11 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         ConfigError: unreadable, malformed, a key given twice, or no mapping.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_UniqueKeyLoader)
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{path}, line {line}: malformed YAML: {error.problem}") from None
-    except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
         ) from None

@@ -1,13 +1,15 @@
 """Checkpoints of trainable state only, gathered: they load at any world size and any ZeRO stage.
 
 `checkpoint-<step>/` holds trained.safetensors (fp32 weights), moments.safetensors (AdamW's moments),
-random.safetensors (each rank's generators) and the manifest with the run's progress: 12 bytes per
-trained parameter.
+random.safetensors (each rank's generators) and the manifest with the run's progress, configuration
+and what it belongs to: 12 bytes per trained parameter.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pemt.config import PemtError, RunConfig
+from pemt.config import NOT_THE_RUN, PemtError, RunConfig
 from pemt.engine import Engine
 from pemt.lazy_weights import put_value
 from pemt.storage import (
@@ -30,7 +32,8 @@ from pemt.storage import (
 )
 
 WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
-FORMAT = 1
+FORMAT = 2
+UNUSABLE = "unusable-"
 
 
 class CheckpointError(PemtError):
@@ -47,12 +50,14 @@ class Progress:
         best_step: the step at which it was measured.
         validated_step: the last step that was validated; a run that is stopped before a validation
             makes it when it goes on.
+        skipped: steps that changed nothing, since loss or gradient was not finite.
     """
 
     step: int = 0
     best_metric: float | None = None
     best_step: int | None = None
     validated_step: int | None = None
+    skipped: int = 0
 
     def measured(self, metric: float) -> Progress:
         """Progress after a validation at this step."""
@@ -64,13 +69,17 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint as read: names are those of `TrainedT5.trainable_parameters`."""
+    """A checkpoint as read: names are those of `TrainedT5.trainable_parameters`.
+
+    `notes` tells in one line each what was passed over on the way to it, and what has changed since.
+    """
 
     folder: Path
     progress: Progress
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     random: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
 class Checkpoints:
@@ -89,6 +98,7 @@ class Checkpoints:
         self._output_dir = output_dir
         self._engine = engine
         self._limit = config.save_total_limit
+        self._config = plain_values(config)
         self._run = {
             **identity,
             "task_name": config.task_name,
@@ -113,10 +123,10 @@ class Checkpoints:
             manifest = {
                 "format": FORMAT,
                 "run": self._run,
+                "config": self._config,
                 "progress": asdict(progress),
                 "world_size": self._engine.world_size,
                 "zero_stage": self._engine.zero_stage,
-                "trained": {name: list(weight.shape) for name, weight in weights.items()},
             }
             write_folder(self._output_dir / f"checkpoint-{progress.step}", files, manifest)
             self._remove_old(progress)
@@ -129,13 +139,14 @@ class Checkpoints:
                 remove_folder(folder)
 
     def best_weights(self, progress: Progress) -> dict[str, Tensor]:
-        """The trained weights of the best checkpoint, or of the newest where nothing was validated (all ranks call)."""
+        """The trained weights of the best checkpoint, or of the newest where nothing was validated (all ranks call).
+
+        Raises:
+            StorageError: it is damaged.
+        """
         step = progress.step if progress.best_step is None else progress.best_step
         folder = self._output_dir / f"checkpoint-{step}"
-        weights = (
-            read_tensors(folder, WEIGHTS, read_manifest(folder)) if self._engine.is_main else None
-        )
-        return self._engine.from_main(weights)
+        return self._engine.on_main(lambda: read_tensors(folder, WEIGHTS, read_manifest(folder)))
 
     def resume(self, choice: str | bool) -> Checkpoint | None:
         """The checkpoint to go on from, chosen and read by rank 0 for all (all ranks call).
@@ -156,13 +167,13 @@ class Checkpoints:
         clear_leftovers(self._output_dir, *_unfinished(self._output_dir))
         if not choice:
             return None
-        found = self._newest_whole() if choice is True else self._read(Path(str(choice)))
+        found = self._newest_usable() if choice is True else self._read(Path(str(choice)))
         if found:
             self._remove_later(found.progress)
         return found
 
     def _remove_later(self, progress: Progress) -> None:
-        """Checkpoints past the one that is resumed: damaged, or of steps that will be taken again."""
+        """Checkpoints of steps that will be taken again."""
         for folder in checkpoint_folders(self._output_dir):
             if _step_key(folder) > progress.step:
                 remove_folder(folder)
@@ -173,25 +184,33 @@ class Checkpoints:
         if best is None or (self._output_dir / f"checkpoint-{best}").is_dir():
             return checkpoint
         progress = checkpoint.progress
-        alone = Progress(step=progress.step, validated_step=progress.validated_step)
+        alone = replace(progress, best_metric=None, best_step=None)
         return replace(checkpoint, progress=alone)
 
-    def _newest_whole(self) -> Checkpoint | None:
+    def _newest_usable(self) -> Checkpoint | None:
+        """The newest whole checkpoint of this run; those passed over are put aside, and told of."""
         folders = checkpoint_folders(self._output_dir)
-        problems = []
+        problems: dict[Path, CheckpointError] = {}
         for folder in reversed(folders):
             try:
-                return self._read(folder)
+                found = self._read(folder)
             except CheckpointError as error:
-                if not isinstance(error.__cause__, StorageError):
-                    raise
-                problems.append(str(error))
-        if problems:
-            raise CheckpointError(
-                f"{self._output_dir}: none of {len(folders)} checkpoints is whole ({problems[0]}); "
-                "start again with --overwrite_output_dir true"
-            )
-        return None
+                problems[folder] = error
+                continue
+            notes = [
+                f"{error}; it was put aside as {_put_aside(damaged).name}, going on from {folder.name}"
+                for damaged, error in problems.items()
+            ]
+            return replace(found, notes=(*notes, *found.notes))
+        if not problems:
+            return None
+        first = problems[folders[-1]]
+        if not isinstance(first.__cause__, StorageError):
+            raise first
+        raise CheckpointError(
+            f"{self._output_dir}: none of {len(folders)} checkpoints is whole ({first}); "
+            "start again with --overwrite_output_dir true"
+        )
 
     def _read(self, folder: Path) -> Checkpoint:
         try:
@@ -203,6 +222,7 @@ class Checkpoints:
                 weights=read_tensors(folder, WEIGHTS, manifest),
                 moments=read_tensors(folder, MOMENTS, manifest),
                 random=read_tensors(folder, RANDOM, manifest),
+                notes=self._changes(manifest),
             )
         except StorageError as error:
             raise CheckpointError(str(error)) from error
@@ -212,6 +232,9 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder}: format {manifest.get('format')}, this version reads format {FORMAT}"
             )
+        progress = progress_of(manifest)
+        if step_of(folder) not in (None, progress.step):
+            raise CheckpointError(f"{folder}: its manifest is that of step {progress.step}")
         for key, ours in self._run.items():
             theirs = manifest["run"].get(key)
             if theirs != ours:
@@ -219,15 +242,48 @@ class Checkpoints:
                     f"{folder}: was saved with {key} {theirs}, this run has {ours}; make them agree or start a new run"
                 )
 
+    def _changes(self, manifest: dict[str, Any]) -> tuple[str, ...]:
+        """A line on the fields that this run sets otherwise than the checkpoint's."""
+        before = manifest.get("config")
+        if not isinstance(before, dict):
+            return ()
+        changed = [
+            f"{name} {before.get(name)} -> {value}"
+            for name, value in self._config.items()
+            if before.get(name) != value and name not in NOT_THE_RUN
+        ]
+        return (f"changed since the checkpoint: {', '.join(changed)}",) if changed else ()
+
+
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """A configuration as JSON gives it back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _put_aside(folder: Path) -> Path:
+    aside = folder.with_name(f"{UNUSABLE}{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    return aside
+
 
 def progress_of(manifest: dict[str, Any]) -> Progress:
-    """The progress that a checkpoint's manifest tells."""
+    """The progress that a checkpoint's manifest tells.
+
+    Raises:
+        StorageError: a field is missing, unknown or no such number.
+    """
     found = manifest.get("progress")
-    names = {each.name for each in fields(Progress)}
-    if not isinstance(found, dict) or not {"step"} <= found.keys() <= names:
-        raise StorageError(
-            f"manifest.json: progress: found {found}, expected {[each.name for each in fields(Progress)]}"
-        )
+    names = [each.name for each in fields(Progress)]
+    if not isinstance(found, dict) or found.keys() != set(names):
+        raise StorageError(f"manifest.json: progress: found {found}, expected {names}")
+    for name, value in found.items():
+        optional = name not in ("step", "skipped")
+        kinds = (int, float) if name == "best_metric" else (int,)
+        if not (optional and value is None) and (type(value) not in kinds or value < 0):
+            raise StorageError(
+                f"manifest.json: progress.{name}: found {value!r}, expected a number"
+            )
     return Progress(**found)
 
 

@@ -9,9 +9,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+MOST_CHARACTERS = 1500
+
 
 class PemtError(ValueError):
-    """An error for the user: its text is one line that says what was found, what is allowed, what to do."""
+    """An error for the user: its text is one line that says what was found, what is allowed, what to do.
+
+    What was found may be anything that a file can hold: it is made printable here, and a long one is cut.
+
+    Args:
+        faults: one line each; more than one where many can be told at once.
+    """
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__(*(_line(fault) for fault in faults))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+def _line(text: str) -> str:
+    text = "".join(each if each.isprintable() else _shown(each) for each in text)
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"
+    return text
+
+
+def _shown(character: str) -> str:
+    """A character that is no printable one: a space, or its escape as Python writes it."""
+    return " " if character.isspace() else character.encode("unicode_escape").decode()
 
 
 class ConfigError(PemtError):
@@ -24,6 +50,7 @@ NOT_THE_RUN = (
     "output_dir",
     "gradient_accumulation_steps",
     "logging_steps",
+    "max_skipped_steps",
     "save_steps",
     "save_total_limit",
     "resume_from_checkpoint",
@@ -105,6 +132,9 @@ class RunConfig:
         max_grad_norm: gradients are clipped to this global norm; 0 turns clipping off.
         num_train_epochs: passes over the training data.
         max_steps: if positive, stop after this many optimizer steps, whatever num_train_epochs says.
+        max_skipped_steps: stop after this many steps in a row whose loss or gradient is not finite on some
+            rank. Such a step changes no weight and no moment; schedule and data go on. fp16 needs up to 17
+            to find its loss scale.
         warmup_steps: steps of linear warm-up.
         lr_scheduler_type: a schedule of `transformers.get_scheduler`.
         eval_strategy: when to validate: each epoch, every eval_steps, or never.
@@ -146,6 +176,7 @@ class RunConfig:
     max_grad_norm: float = 1.0
     num_train_epochs: int = 20
     max_steps: int = -1
+    max_skipped_steps: int = 20
     warmup_steps: int = 0
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
@@ -176,6 +207,7 @@ class RunConfig:
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "num_train_epochs",
+            "max_skipped_steps",
             "logging_steps",
             "eval_steps",
             "save_steps",

@@ -72,7 +72,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         raise DeepSpeedConfigError(
             f"{path}, line {error.lineno}: malformed JSON: {error.msg}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except DeepSpeedConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, or too many digits
         raise DeepSpeedConfigError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise DeepSpeedConfigError(
@@ -112,7 +114,8 @@ def fill_deepspeed_json(
         path: the JSON's name, for errors.
 
     Raises:
-        DeepSpeedConfigError: the JSON and the configuration give different values for the same thing.
+        DeepSpeedConfigError: the JSON and the configuration give different values for the same thing, or the
+            JSON switches off a guard.
     """
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     run_values: dict[str, tuple[Any, str]] = {
@@ -136,4 +139,18 @@ def fill_deepspeed_json(
                 f'write "auto" into the JSON, or make the two agree'
             )
         section[last] = value
+    _check_guards(filled, path)
     return filled
+
+
+def _check_guards(filled: dict[str, Any], path: Path) -> None:
+    """Refuse to switch off what tells DeepSpeed of a gradient that is not finite: it would go into the weights."""
+    for section, key in (
+        ("bf16", "check_grad_overflow"),
+        ("zero_optimization", "compute_grad_norm"),
+    ):
+        if filled[section].get(key, True) is not True:
+            raise DeepSpeedConfigError(
+                f"{path}: {section}.{key}: found {json.dumps(filled[section][key])}; a gradient of NaN would go "
+                "unseen into the weights; remove the key"
+            )

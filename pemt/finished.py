@@ -21,7 +21,7 @@ from pemt.checkpoint import (
 )
 from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig
 from pemt.engine import Engine
-from pemt.model import TrainedT5
+from pemt.model import TrainedT5, base_digest, checked_base
 from pemt.run_folder import CONFIG
 from pemt.storage import read_manifest, read_tensors
 from pemt.tasks import Task, get_task
@@ -95,7 +95,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finis
         config: what `finished_config` gave; default: the run's own.
 
     Raises:
-        FinishedError: as `finished_config`.
+        FinishedError: as `finished_config`; or the base model's weights are others than the run's.
         PemtError: base model, bank, task or checkpoint cannot be read, or do not go together any more.
     """
     own = finished_config(run_dir)
@@ -106,6 +106,11 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finis
     same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
     own_task = get_task(own.task_name, config.task_file if same_task else own.task_file)
     base, tokenizer = load_base(config)
+    if base_digest(checked_base(base)) != manifest["run"].get("base_sha256"):
+        raise FinishedError(
+            f"{checkpoint}: was trained on other weights than those of {config.model_name_or_path}; "
+            "give the base model of the run with --model_name_or_path"
+        )
     as_trained = config
     if isinstance(config, AdaptConfig) and config.method == "pemt":
         # The bank may have more entries by now.

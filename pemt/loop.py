@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from pemt.data import TaskData, TrainBatches, collate, lengths_of
 from pemt.engine import Engine, full_size
 from pemt.evaluate import Evaluation, evaluate
 from pemt.meter import Meter
-from pemt.model import TrainedT5
+from pemt.model import TrainedT5, base_digest, checked_base
 from pemt.monitor import GateNames, Monitor
+from pemt.not_finite import NotFinite
 from pemt.run_folder import goes_on, start_run_folder
 from pemt.session import Session
 from pemt.signals import Interrupted
@@ -100,9 +102,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
         Interrupted: a rank was told to stop; what was trained is saved.
     """
     engine, model, output_dir = setup.engine, built.model, Path(config.output_dir)
-    size = len(setup.data.train)
-    identity = {"stage": built.stage, "sources": built.source_names, "train_examples": size}
-    checkpoints = Checkpoints(output_dir, engine, config, identity)
+    checkpoints = Checkpoints(output_dir, engine, config, _identity(setup, built))
     resumed = checkpoints.resume(goes_on(config))
     engine.on_main(lambda: start_run_folder(config))
 
@@ -110,7 +110,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     per_epoch = batches.steps_per_epoch
     total_steps = config.max_steps if config.max_steps > 0 else per_epoch * config.num_train_epochs
     schedule = prepare(config, engine, model, resumed, total_steps=total_steps)
-    progress = _restore(setup, schedule, resumed, batches) if resumed else Progress()
+    progress = _restore(setup, schedule, resumed) if resumed else Progress()
     session.reached(progress.step)
     model.train()
     with Monitor(
@@ -135,32 +135,47 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
         if run.validates_at(progress.step) and progress.validated_step != progress.step:
             progress = _finish_step(run, progress)  # it was stopped before this validation
         meter = Meter(engine)
+        guard = NotFinite(config, engine, setup.data.train, tell=monitor.message)
         for micro_batches in _steps(batches, start=progress.step, end=total_steps):
-            rates = _take_step(setup, schedule, meter, micro_batches)
-            progress = replace(progress, step=progress.step + 1)
-            session.reached(progress.step)
-            if progress.step % config.logging_steps == 0 or progress.step == total_steps:
-                _report(run, meter, progress.step, rates)
+            rates, losses = _take_step(setup, schedule, meter, micro_batches)
+            step = progress.step + 1
+            skipped = guard.check(step, rates["train/grad_norm"], micro_batches, losses)
+            progress = replace(progress, step=step, skipped=progress.skipped + skipped)
+            session.reached(step)
+            if step % config.logging_steps == 0 or step == total_steps:
+                _report(run, meter, step, {**rates, "train/skipped_steps": progress.skipped})
             with meter.paused():
                 progress = _finish_step(run, progress)
     best = checkpoints.best_weights(progress)
     return Fitted(weights=best, progress=progress, epoch=progress.step / per_epoch)
 
 
+def _identity(setup: Setup, built: Built) -> dict[str, Any]:
+    """What a checkpoint of this run belongs to, besides what the configuration tells."""
+    return {
+        "stage": built.stage,
+        "sources": built.source_names,
+        "train_examples": len(setup.data.train),
+        "base_sha256": base_digest(checked_base(setup.base)),
+    }
+
+
 def _take_step(
     setup: Setup, schedule: LRScheduler, meter: Meter, micro_batches: list[list[int]]
-) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches; its learning rate and gradient norm."""
+) -> tuple[dict[str, float], list[Tensor]]:
+    """One optimizer step over this rank's micro-batches: its learning rate and gradient norm, and their losses."""
     engine = setup.engine
+    losses = []
     for number, indices in enumerate(micro_batches):
         batch = _batch(setup, indices)
         out = engine.model(**batch)
         engine.backward(out.loss, last=number == len(micro_batches) - 1)
         meter.add(out, batch)
+        losses.append(out.loss.detach())
     learning_rate = float(schedule.get_last_lr()[0])
     grad_norm = engine.step()
     schedule.step()
-    return {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
+    return {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}, losses
 
 
 def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None:
@@ -195,7 +210,7 @@ def _introduce(run: _Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
     monitor, size = run.monitor, _size_line(run.built.model, run.setup.engine)
     monitor.introduce(run.config, {"job": size, "device": str(run.setup.engine.device)})
-    for line in (*run.setup.data.notes, size):
+    for line in (*(resumed.notes if resumed else ()), *run.setup.data.notes, size):
         monitor.message(line)
     if resumed:
         step = resumed.progress.step
@@ -263,14 +278,16 @@ def prepare(
     return schedule
 
 
-def _restore(
-    setup: Setup, schedule: LRScheduler, resumed: Checkpoint, batches: TrainBatches
-) -> Progress:
+def _restore(setup: Setup, schedule: LRScheduler, resumed: Checkpoint) -> Progress:
     """Optimizer, schedule and generators as they were when the checkpoint was saved."""
     progress = resumed.progress
-    any_batch = _batch(setup, next(batches.epoch(0))[0])
+    # One token: a batch of the data may be the very one that gives no finite loss.
+    token = torch.tensor([[setup.tokenizer.eos_token_id]], device=setup.engine.device)
     setup.engine.load_optimizer_state(
-        resumed.weights, resumed.moments, step=progress.step, batch=any_batch
+        resumed.weights,
+        resumed.moments,
+        step=progress.step - progress.skipped,
+        batch={"input_ids": token, "attention_mask": torch.ones_like(token), "labels": token},
     )
     for _ in range(progress.step):
         schedule.step()

@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 from datasets import Dataset
 
-from pemt.checkpoint import Progress, checkpoint_folders
+from pemt.checkpoint import UNUSABLE, Progress, checkpoint_folders
 from pemt.config import NOT_THE_RUN, PemtError, RunConfig
 from pemt.evaluate import Evaluation
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
 from pemt.storage import write_text
 from pemt.tasks import Task, example_scores
+from pemt.yaml_file import load_yaml
 
 CONFIG, RESULTS, PREDICTIONS = "config.yaml", "all_results.json", "predictions.jsonl"
 
@@ -76,7 +77,7 @@ def _differences(config: RunConfig, folder: Path) -> str:
     if not path.exists():
         return ""  # the checkpoints tell themselves whose they are
     try:
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+        theirs = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         theirs = None
     if not isinstance(theirs, dict):
@@ -152,9 +153,11 @@ def _remove_run(folder: Path) -> None:
     for path in (
         *(folder / name for name in (CONFIG, LOG_FILE, PREDICTIONS)),
         *folder.glob("*_results.json"),
+        *folder.glob("not-finite-*.jsonl"),
     ):
         path.unlink(missing_ok=True)
-    for path in (folder / TENSORBOARD_FOLDER, *checkpoint_folders(folder)):
+    unusable = folder.glob(f"{UNUSABLE}checkpoint-*")
+    for path in (folder / TENSORBOARD_FOLDER, *checkpoint_folders(folder), *unusable):
         if path.exists():
             shutil.rmtree(path)
 

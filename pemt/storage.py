@@ -8,8 +8,6 @@ temporary name and nothing else.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -21,14 +19,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pemt.config import PemtError
+from pemt.manifest import (
+    MANIFEST,
+    StorageError,
+    check_file,
+    check_name,
+    check_tensors,
+    listed_file,
+    read_manifest,
+    sealed,
+)
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "MANIFEST",
+    "TEMPORARY",
+    "StorageError",
+    "bring_back",
+    "read_manifest",
+    "read_tensors",
+    "remove_folder",
+    "write_folder",
+]
 TEMPORARY = ".writing-"
-
-
-class StorageError(PemtError):
-    """A folder that cannot be written, or is not what its manifest says."""
 
 
 def write_folder(
@@ -54,12 +66,8 @@ def write_folder(
             whole = {key: value.contiguous() for key, value in tensors.items()}
             perform(save_file, whole, temporary / name)
             perform(_sync, temporary / name)
-            listed[name] = {
-                "bytes": (temporary / name).stat().st_size,
-                "sha256": sha256(temporary / name),
-            }
-        text = json.dumps({**manifest, "files": listed}, indent=2) + "\n"
-        perform(_write, text, temporary / MANIFEST)
+            listed[name] = listed_file(temporary / name, tensors)
+        perform(_write, sealed({**manifest, "files": listed}), temporary / MANIFEST)
         perform(_sync, temporary / MANIFEST)
         perform(_sync, temporary)
         _put_in_place(temporary, folder)
@@ -83,51 +91,30 @@ def remove_folder(folder: Path) -> None:
     perform(_remove_tree, removed)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest.
-
-    Raises:
-        StorageError: missing or malformed.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"{path}: cannot be read: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise StorageError(f"{path}: malformed JSON: {error}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise StorageError(f"{path}: found no object with `files`; it is no manifest of pemt")
-    return manifest
-
-
 def read_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of one file, after its size and checksum have been found right.
 
     Raises:
-        StorageError: the manifest does not list the file, or the file is missing, cut or altered.
+        StorageError: the manifest does not list the file, or the file is missing, a link, cut or altered.
     """
+    check_name(folder / MANIFEST, name)
     path = folder / name
-    listed = manifest["files"].get(name)
-    if not isinstance(listed, dict):
-        raise StorageError(f"{folder / MANIFEST}: lists no file `{name}`")
     try:
-        if path.stat().st_size != listed.get("bytes") or sha256(path) != listed.get("sha256"):
-            raise StorageError(
-                f"{path}: is not the file that {MANIFEST} lists (size or sha256 differs); it is damaged"
-            )
-        return load_file(path)
+        check_file(path, manifest["files"].get(name))
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path}: cannot be read: {error}") from None
+    check_tensors(path, manifest["files"][name], tensors)
+    return tensors
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def bring_back(parent: Path) -> None:
+    """Undo what a crash in the middle of replacing a folder left: the old one gets its name again."""
+    for replaced in parent.glob(f"{TEMPORARY}replaced-*"):
+        folder = parent / replaced.name.removeprefix(f"{TEMPORARY}replaced-")
+        if not folder.exists():
+            with contextlib.suppress(OSError):  # a disk that is read-only stays as it is
+                perform(os.rename, replaced, folder)
 
 
 def clear_leftovers(parent: Path, *names: str) -> None:

@@ -23,6 +23,7 @@ from pemt.bank import (
     write_entry,
 )
 from pemt.config import PemtError
+from pemt.manifest import sealed
 from pemt.model import ExpertSource, ModelError, base_shape
 from tests.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_source
 
@@ -200,15 +201,16 @@ def _cut(entry: Path) -> None:
 def _drop_the_rank(entry: Path) -> None:
     path = entry / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["rank"]
-    path.write_text(json.dumps(manifest))
+    del manifest["rank"], manifest["sha256"]
+    path.write_text(sealed(manifest))
 
 
 def _change(**changes: Any) -> Callable[[Path], None]:
     def apply(entry: Path) -> None:
         path = entry / "manifest.json"
         manifest = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps(manifest))
+        del manifest["sha256"]
+        path.write_text(sealed(manifest))
 
     return apply
 

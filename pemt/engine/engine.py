@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -159,7 +160,11 @@ class Engine:
         Args:
             loss: scalar, the mean over the micro-batch; the division by the accumulation is done here.
             last: whether this micro-batch completes the step, so that ranks reduce their gradients.
+
+        A loss that is not finite on one rank makes its gradients NaN, and these are how the others hear of
+        it: `step` is then skipped by all.
         """
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
         if self.zero_stage is not None:
             self.model.set_gradient_accumulation_boundary(is_boundary=last)
             self.model.backward(loss)
@@ -169,19 +174,37 @@ class Engine:
             self._accelerator.backward(loss)
 
     def step(self) -> float:
-        """Clip, update and clear the gradients; the global gradient norm before clipping."""
-        if self.zero_stage is not None:
-            # Stage 0 in fp32 does not tell its norm; gradients are whole there, and not yet clipped.
-            gradients = [p.grad for _, p in self.trained.parameters if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients) if self.zero_stage == 0 else None
-            self.model.step()
-            told: Any = self.model.get_global_grad_norm()
-            return float(norm if told is None else told)  # type: ignore[arg-type]
-        limit = self._config.max_grad_norm or float("inf")
-        norm = self._accelerator.clip_grad_norm_([p for _, p in self.trained.parameters], limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(norm)
+        """Clip, update and clear the gradients; the global gradient norm before clipping.
+
+        Where loss or gradient was not finite on any rank, no rank updates anything, and the norm is NaN.
+        """
+        if self.zero_stage is None:
+            limit = self._config.max_grad_norm or float("inf")
+            trained = [parameter for _, parameter in self.trained.parameters]
+            norm = float(self._accelerator.clip_grad_norm_(trained, limit))
+            # fp16's scaler skips by itself, and learns from it
+            if math.isfinite(norm) or self._accelerator.scaler is not None:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+            return norm if math.isfinite(norm) else math.nan
+        if self.zero_stage == 0 and not (self._config.bf16 or self._config.fp16):
+            return self._plain_deepspeed_step()
+        self.model.step()
+        # Stage 1 to 3 and half precision check for themselves, and all ranks come to the same result.
+        if self.model.optimizer.overflow:
+            return math.nan
+        told: Any = self.model.get_global_grad_norm()
+        return float(told)
+
+    def _plain_deepspeed_step(self) -> float:
+        """At stage 0 in fp32 DeepSpeed tells no norm and checks nothing; gradients are whole there, and unclipped."""
+        gradients = [p.grad for _, p in self.trained.parameters if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.model.zero_grad()
+            return math.nan
+        self.model.step()
+        return norm
 
     # Collectives: every rank calls them equally often.
 
@@ -251,8 +274,11 @@ class Engine:
             weights: what `trained.weights` gave: under bf16 the fp32 masters know more than the model does.
             moments: what `trained.moments` gave.
             step: optimizer steps that they have seen.
-            batch: any training batch: DeepSpeed makes its optimizer state in the first step, so one is
-                taken with a zero loss at learning rate zero.
+            batch: any batch: DeepSpeed makes its optimizer state in the first step, so one is taken with a
+                zero loss at learning rate zero.
+
+        Raises:
+            EngineError: the model gives no finite number for that batch.
         """
         rates = [group["lr"] for group in self.base_optimizer.param_groups]
         for group in self.base_optimizer.param_groups:
@@ -260,7 +286,10 @@ class Engine:
         for micro in range(self._config.gradient_accumulation_steps):
             last = micro == self._config.gradient_accumulation_steps - 1
             self.backward(self.model(**batch).loss * 0.0, last=last)
-        self.step()
+        if not math.isfinite(self.step()):
+            raise EngineError(
+                "the model gives NaN or Inf for a single token; train in bf16 or fp32"
+            )
         for group, rate in zip(self.base_optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.trained.restore(weights, moments, step=step)

@@ -57,11 +57,16 @@ class TrainedState:
         return {name: _copy(self._full_weight(p)) for name, p in self.parameters}
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's moments, full and fp32, as `<parameter>.<exp_avg|exp_avg_sq>` (all ranks call)."""
+        """AdamW's moments, full and fp32, as `<parameter>.<exp_avg|exp_avg_sq>` (all ranks call).
+
+        Zeros before the first step that was not skipped: DeepSpeed has made none yet.
+        """
         moments = {}
         for name, parameter in self.parameters:
             for key in MOMENTS:
-                if _is_sharded(parameter):
+                if not self._optimizer.state:
+                    full = torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
+                elif _is_sharded(parameter):
                     full = safe_get_full_optimizer_state(parameter, key)
                 else:
                     full = self._moment(parameter, key)

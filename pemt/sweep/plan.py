@@ -121,7 +121,7 @@ def read_sweep(path: Path) -> Sweep:
 
 def _stop(faults: list[str]) -> None:
     if faults:
-        raise SweepError("\n".join(dict.fromkeys(faults)))
+        raise SweepError(*dict.fromkeys(faults))
 
 
 def _named(path: Path, content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:

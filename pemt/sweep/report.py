@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pemt.checkpoint import WEIGHTS
 from pemt.run_folder import RESULTS
 from pemt.storage import StorageError, read_manifest, write_text
 from pemt.sweep.plan import Run, Sweep
@@ -97,10 +98,10 @@ def cells_of(sweep: Sweep) -> list[Cell]:
 def _trained(run: Run, results: dict[str, str]) -> int | None:
     """Trained parameters, as the best checkpoint lists them."""
     try:
-        shapes = read_manifest(run.folder / results["best_checkpoint"])["trained"]
+        manifest = read_manifest(run.folder / results["best_checkpoint"])
     except StorageError:  # somebody made room
         return None
-    return sum(prod(shape) for shape in shapes.values())
+    return sum(prod(tensor["shape"]) for tensor in manifest["files"][WEIGHTS]["tensors"].values())
 
 
 def markdown(sweep: Sweep, cells: list[Cell]) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from pemt.tasks.task import HubSource, Task, TaskError
+from pemt.yaml_file import load_yaml
 
 SPLITS = ("train", "validation", "test")
 
@@ -63,7 +64,7 @@ def load_task_file(path: str | Path) -> Task:
 def mapping_of(path: Path) -> Mapping[Any, Any]:
     """The YAML file's top-level mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TaskError(f"task_file: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -71,6 +72,8 @@ def mapping_of(path: Path) -> Mapping[Any, Any]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise TaskError(f"{path}{line}: malformed YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise TaskError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise TaskError(f"{path}: found {type(values).__name__}, it must be a mapping of keys")
     return values

@@ -1,0 +1,192 @@
+"""What every launched rank runs to see faults survived: bad numbers, damaged checkpoints, uneven ends.
+
+    accelerate launch ... -m tests.faults.launched WORLD FOLDER [numbers] [checkpoints] [ends]
+
+WORLD holds a base model and task files. Runs and report.json go to FOLDER; every part adds to the report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pemt import loop
+from pemt.config import ExpertConfig, MixtureConfig, PemtError, SourceConfig
+from pemt.engine import Engine, shut_down
+from pemt.model import PemtT5
+from pemt.train import run_adapt, run_source
+from tests.tiny import adapt_config, source_config, tiny_task
+
+SOURCE, TARGET = "tiny-a", "tiny-target"
+STEPS, BAD_STEP = 4, 2
+GUILTY = 1  # the rank whose numbers go wrong
+ENDS = ("one", "three", "uneven", "long", "empty")
+
+
+def config_of(world: Path, output_dir: Path, **fields: Any) -> SourceConfig:
+    given = {"expert": ExpertConfig(rank=2), "max_steps": STEPS, "save_total_limit": 9, **fields}
+    given = {"eval_strategy": "no", "save_steps": 1, "gradient_accumulation_steps": 2, **given}
+    bank = output_dir.parent / "bank"
+    return source_config(world / "base", world / SOURCE, output_dir, bank, SOURCE, **given)
+
+
+@contextmanager
+def injected(kind: str, steps: set[int]) -> Iterator[None]:
+    """Make the second micro-batch of these steps bad, on one rank.
+
+    `loss`: Inf is added to the loss, whose gradient stays finite. `gradient`: one parameter's gradient
+    becomes NaN behind a finite loss.
+    """
+    forward, backward = PemtT5.forward, Engine.backward
+    micro_batches = count()
+
+    def bad_forward(model: PemtT5, **batch: Tensor) -> Any:
+        out = forward(model, **batch)
+        if model.training and (at := next(micro_batches)) % 2 and at // 2 + 1 in steps:
+            out.loss = out.loss + math.inf
+        return out
+
+    def bad_backward(engine: Engine, loss: Tensor, *, last: bool) -> None:
+        hook = None
+        if (at := next(micro_batches)) % 2 and at // 2 + 1 in steps:
+            parameter = engine.trained.parameters[-1][1]
+            hook = parameter.register_hook(lambda gradient: gradient * math.nan)
+        backward(engine, loss, last=last)
+        if hook is not None:
+            hook.remove()
+
+    if int(os.environ["RANK"]) != GUILTY:  # there is no process group before the first run
+        pass
+    elif kind == "loss":
+        PemtT5.forward = bad_forward
+    else:
+        Engine.backward = bad_backward
+    try:
+        yield
+    finally:
+        PemtT5.forward, Engine.backward = forward, backward
+
+
+def bad_numbers(world: Path, folder: Path) -> dict[str, Any]:
+    for precision in ("fp32", "bf16"):
+        for kind in ("loss", "gradient"):
+            config = config_of(world, folder / f"{kind}-{precision}", bf16=precision == "bf16")
+            with injected(kind, {BAD_STEP}):
+                run_source(config)
+        checkpoint = str(Path(config.output_dir) / f"checkpoint-{BAD_STEP}")
+        again = folder / f"resumed-{precision}"
+        run_source(replace(config, output_dir=str(again), resume_from_checkpoint=checkpoint))
+    ended = config_of(world, folder / "ended", max_skipped_steps=3, max_steps=9)
+    with injected("loss", {1, 3, 4, 5, 6}):
+        return {"ended": error_of(lambda: run_source(ended))}
+
+
+def damaged_checkpoints(world: Path, folder: Path) -> dict[str, Any]:
+    config = config_of(world, folder / "damaged", save_total_limit=3)
+    run_source(config)
+    going_on = replace(config, resume_from_checkpoint=True)
+    on_rank_0(lambda: flip(folder / "damaged" / f"checkpoint-{STEPS}" / "moments.safetensors"))
+    run_source(going_on)
+
+    def damage_all() -> None:
+        for checkpoint in (folder / "damaged").glob("checkpoint-*"):
+            flip(checkpoint / "trained.safetensors")
+
+    on_rank_0(damage_all)
+    none_left = error_of(lambda: run_source(going_on))
+    return {"none_left": none_left}
+
+
+def uneven_ends(world: Path, folder: Path) -> dict[str, Any]:
+    run_source(config_of(world, folder / "source"))
+    results = {}
+    for name in ENDS:
+        results[name] = run_adapt(end_config(world, folder, name))
+    with every_label_ignored():
+        results["ignored"] = run_adapt(end_config(world, folder, "uneven", run="ignored"))
+    return {"ends": results}
+
+
+def end_config(world: Path, folder: Path, name: str, *, run: str | None = None) -> Any:
+    return adapt_config(
+        world / "base",
+        world / name,
+        folder / (run or name),
+        folder / "bank",
+        TARGET,
+        mixture=MixtureConfig(sparsity_over_padding=False),
+        num_train_epochs=2,
+    )
+
+
+@contextmanager
+def every_label_ignored() -> Iterator[None]:
+    """One rank's labels are all -100."""
+    whole = loop.collate
+
+    def collate(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        batch = whole(*args, **kwargs)
+        if dist.get_rank() == GUILTY:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
+
+    loop.collate = collate
+    try:
+        yield
+    finally:
+        loop.collate = whole
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+
+
+def on_rank_0(act: Callable[[], None]) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        act()
+    dist.barrier()
+
+
+def error_of(act: Callable[[], Any]) -> list[str]:
+    """The error that each rank got."""
+    try:
+        act()
+        told = "none"
+    except PemtError as error:
+        told = f"{type(error).__name__}: {error}"
+    everyones: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everyones, told)
+    return everyones
+
+
+PARTS = {"numbers": bad_numbers, "checkpoints": damaged_checkpoints, "ends": uneven_ends}
+
+
+def main(world: Path, folder: Path, parts: list[str]) -> None:
+    for task in (SOURCE, TARGET):
+        tiny_task(task)
+    report: dict[str, Any] = {}
+    for part in parts:
+        report |= PARTS[part](world, folder)
+    if dist.get_rank() == 0:
+        (folder / "report.json").write_text(json.dumps(report))
+    shut_down()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

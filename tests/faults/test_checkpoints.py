@@ -1,0 +1,179 @@
+"""Damaged and foreign checkpoints: told of, put aside, the one before is used; never a silent fresh start."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pemt.checkpoint import CheckpointError, checkpoint_folders, step_of
+from pemt.config import ExpertConfig, SourceConfig
+from pemt.manifest import MANIFEST, read_manifest, sealed
+from pemt.train import run_source
+from tests.tiny import losses, make_base, source_config, tiny_task, write_task_files
+
+TASK = "tiny-damaged"
+STEPS = 6
+Damage = Callable[[Path, Path], None]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with a checkpoint at 2, 4, 6, and one of another seed."""
+    folder = tmp_path_factory.mktemp("damaged")
+    make_base(folder / "base")
+    tiny_task(TASK)
+    write_task_files(folder / "data", seed=0, rows=40)
+    run_source(config_of(folder, "run"))
+    run_source(replace(config_of(folder, "other"), data_seed=7))
+    return folder
+
+
+def config_of(world: Path, run: str, **fields: object) -> SourceConfig:
+    return source_config(
+        world / "base",
+        world / "data",
+        world / run,
+        world / f"bank-{run}",
+        TASK,
+        **{
+            "expert": ExpertConfig(rank=2),
+            "max_steps": STEPS,
+            "eval_strategy": "no",
+            "save_steps": 2,
+            "save_total_limit": 3,
+            "num_train_epochs": 9,
+            **fields,
+        },
+    )
+
+
+def resumed(world: Path, run: Path) -> SourceConfig:
+    return replace(config_of(world, "run"), output_dir=str(run), resume_from_checkpoint=True)
+
+
+def flip(checkpoint: Path, _: Path) -> None:
+    path = checkpoint / "moments.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 8
+    path.write_bytes(data)
+
+
+def cut(checkpoint: Path, _: Path) -> None:
+    path = checkpoint / "random.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def miss(checkpoint: Path, _: Path) -> None:
+    (checkpoint / "trained.safetensors").unlink()
+
+
+def miss_manifest(checkpoint: Path, _: Path) -> None:
+    (checkpoint / MANIFEST).unlink()
+
+
+def foreign_manifest(checkpoint: Path, other: Path) -> None:
+    shutil.copy(other / checkpoint.name / MANIFEST, checkpoint / MANIFEST)
+
+
+def foreign(checkpoint: Path, other: Path) -> None:
+    shutil.rmtree(checkpoint)
+    shutil.copytree(other / checkpoint.name, checkpoint)
+
+
+def of_another_step(checkpoint: Path, _: Path) -> None:
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("checkpoint-2"), checkpoint)
+
+
+DAMAGES = {
+    flip: "moments.safetensors: is not the file that manifest.json lists",
+    cut: "random.safetensors: is not the file that manifest.json lists",
+    miss: "trained.safetensors: cannot be read",
+    miss_manifest: "manifest.json: cannot be read",
+    foreign_manifest: "checkpoint-6: was saved with data_seed 7, this run has 42",
+    foreign: "checkpoint-6: was saved with data_seed 7, this run has 42",
+    of_another_step: "checkpoint-6: its manifest is that of step 2",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_the_one_before_is_used_and_told_of(
+    world: Path, tmp_path: Path, damage: Damage, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    damage(run / "checkpoint-6", world / "other")
+    run_source(resumed(world, run))
+    told = [line for line in capfd.readouterr().out.splitlines() if "put aside" in line]
+    assert len(told) == 1
+    assert DAMAGES[damage] in told[0]
+    assert told[0].endswith("put aside as unusable-checkpoint-6, going on from checkpoint-4")
+    assert (run / "unusable-checkpoint-6").is_dir(), "nothing is thrown away"
+    assert [step_of(folder) for folder in checkpoint_folders(run)] == [2, 4, 6]
+    for name in ("trained.safetensors", "moments.safetensors"):
+        again = load_file(run / "checkpoint-6" / name)
+        whole = load_file(world / "run" / "checkpoint-6" / name)
+        assert all(torch.equal(again[key], whole[key]) for key in whole), name
+    assert losses(run) == losses(world / "run")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, miss, miss_manifest], ids=lambda d: d.__name__)
+def test_none_left_is_an_error_and_no_fresh_start(
+    world: Path, tmp_path: Path, damage: Damage
+) -> None:
+    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    for folder in checkpoint_folders(run):
+        damage(folder, world / "other")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(CheckpointError, match=r"none of 3 checkpoints is whole .*overwrite") as e:
+        run_source(resumed(world, run))
+    assert "\n" not in str(e.value)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "touched"
+
+
+def test_all_of_another_run_is_an_error_that_names_the_difference(world: Path) -> None:
+    other = resumed(world, world / "other")
+    with pytest.raises(CheckpointError, match="was saved with data_seed 7, this run has 42"):
+        run_source(other)
+    assert len(checkpoint_folders(world / "other")) == 3
+
+
+def test_a_damaged_checkpoint_that_was_named_is_not_replaced_by_another(
+    world: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    flip(run / "checkpoint-4", run)
+    named = replace(resumed(world, run), resume_from_checkpoint=str(run / "checkpoint-4"))
+    with pytest.raises(CheckpointError, match=r"checkpoint-4/moments.*damaged"):
+        run_source(named)
+    assert len(checkpoint_folders(run)) == 3
+
+
+def test_other_base_weights_are_refused(world: Path, tmp_path: Path) -> None:
+    """Same folder name and shape, other weights: what was trained on one base is noise on another."""
+    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    base = Path(shutil.copytree(world / "base", tmp_path / "base"))
+    path = base / "model.safetensors"
+    weights = {key: value * 1.01 for key, value in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    config = replace(resumed(world, run), model_name_or_path=str(base))
+    for folder in checkpoint_folders(run):  # the name alone must not be what is noticed
+        manifest = read_manifest(folder)
+        manifest["run"]["model_name_or_path"] = str(base)
+        (folder / MANIFEST).write_text(sealed(manifest))
+    with pytest.raises(CheckpointError, match="was saved with base_sha256"):
+        run_source(config)
+
+
+def test_what_changed_since_is_told(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    run_source(replace(resumed(world, run), learning_rate=0.5, max_steps=STEPS + 1))
+    told = [line for line in capfd.readouterr().out.splitlines() if "changed since" in line]
+    assert told == ["changed since the checkpoint: learning_rate 0.01 -> 0.5, max_steps 6 -> 7"]
