@@ -14,7 +14,6 @@ the two stages:
   adapt     adapt to a target task over the bank's frozen experts
               pemt adapt --config adapt --task_name superglue-cb \\
                   --output_dir runs/cb --bank_dir bank
-
 around them:
 """
 
