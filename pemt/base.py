@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pemt.base_files import WeightFileError, unread_base
+from pemt.base_files import WeightFileError, unread_base, weight_files
 from pemt.config import PemtError, RunConfig
 from pemt.data import load_tokenizer
 from pemt.model import base_shape
+from pemt.official import refusal
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
 
@@ -62,9 +64,15 @@ def load_pretrained(
         # DeepSpeed casts to the run's precision and keeps its masters; everything starts from fp32.
         base = unread_base(name, model_config) if lazy else None
         if base is None:
+            weight_files(name)  # refuses an index that leads out of the folder
             base = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
     except WeightFileError as error:
         raise BaseModelError(str(error)) from None
+    except pickle.UnpicklingError as error:
+        raise BaseModelError(
+            f"model_name_or_path: `{name}`: its weights are refused: {refusal(error)}; "
+            "give a model in safetensors"
+        ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from None
     return base, tokenizer

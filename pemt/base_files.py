@@ -80,9 +80,23 @@ def weight_files(name: str) -> list[Path] | None:
         if (found := find(single)) is not None:
             return [Path(found)]
         if (found := find(index)) is not None:
-            parts = json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values()
-            return [Path(str(cached_file(name, part))) for part in sorted(set(parts))]
+            return [Path(str(cached_file(name, part))) for part in _parts(Path(found))]
     return None
+
+
+def _parts(index: Path) -> list[str]:
+    """The files that a sharded model's index names, all in its own folder."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        parts = sorted(set(listed))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightFileError(f"{index}: cannot be read as an index of weights: {error}") from None
+    for part in parts:
+        if not isinstance(part, str) or Path(part).name != part or not part:
+            raise WeightFileError(
+                f"{index}: weight_map: found `{part}`, which is no plain file name"
+            )
+    return parts
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Entry]]:

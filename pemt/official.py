@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -108,9 +109,7 @@ def _expert(path: Path, kind: Literal["lora", "bottleneck"]) -> dict[str, Tensor
 def _prompt(path: Path) -> Tensor:
     """The prompt [P,D]: the file's tensor, or the only one in its dict."""
     saved = _load(path)
-    tensors = [saved] if isinstance(saved, Tensor) else []
-    if isinstance(saved, Mapping):
-        tensors = [value for value in saved.values() if isinstance(value, Tensor)]
+    tensors = _tensors(saved)
     if len(tensors) != 1 or tensors[0].dim() != 2:
         found = [list(tensor.shape) for tensor in tensors]
         raise OfficialError(
@@ -121,19 +120,43 @@ def _prompt(path: Path) -> Tensor:
 
 def _load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _check_unpacked(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise OfficialError(f"{path}: does not exist") from None
     except pickle.UnpicklingError as error:
         raise OfficialError(
-            f"{path}: refused: {_reason(error)}; only plain tensors are taken"
+            f"{path}: refused: {refusal(error)}; only plain tensors are taken"
         ) from None
-    except (OSError, EOFError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0] or "it ends too early"
         raise OfficialError(f"{path}: cannot be read: {reason}") from None
+    for tensor in _tensors(saved):
+        if tensor.numel() * tensor.element_size() > path.stat().st_size:
+            raise OfficialError(
+                f"{path}: a tensor of shape {list(tensor.shape)} claims more numbers than the file holds"
+            )
+    return saved
 
 
-def _reason(error: pickle.UnpicklingError) -> str:
+def _check_unpacked(path: Path) -> None:
+    """torch.save compresses nothing; what unpacks to more than the file was made to fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > path.stat().st_size:
+        raise OfficialError(
+            f"{path}: would unpack to {size} bytes, and torch.save packs nothing; it is refused"
+        )
+
+
+def _tensors(saved: Any) -> list[Tensor]:
+    values = saved.values() if isinstance(saved, Mapping) else [saved]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def refusal(error: pickle.UnpicklingError) -> str:
     """What the restricted unpickler objected to, out of its long advice."""
     blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if blocked:

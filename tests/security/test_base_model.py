@@ -1,0 +1,81 @@
+"""A base model from disk or hub: its pickles run nothing, its index leads nowhere, its own code stays unread."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pemt.base import BaseModelError, load_pretrained
+from tests.tiny import make_base
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_malicious_pytorch_model(base: Path, tmp_path: Path, lazy: bool, legacy: bool) -> None:
+    (base / "model.safetensors").unlink()
+    saved = {"shared.weight": Evil(tmp_path / "made")}
+    path = base / "pytorch_model.bin"
+    torch.save(saved, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(BaseModelError, match=r"refused: it would call posix\.mkdir when") as raised:
+        load_pretrained(str(base), str(base), lazy=lazy)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("part", ["../secret.safetensors", "/etc/passwd", "..", "a/b", "", 7, None])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_an_index_that_leads_outside(base: Path, lazy: bool, part: Any) -> None:
+    (base / "model.safetensors").rename(base.parent / "secret.safetensors")
+    index = {"metadata": {}, "weight_map": {"shared.weight": part}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BaseModelError) as raised:
+        load_pretrained(str(base), str(base), lazy=lazy)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"a": []}}', "[" * 9999]
+)
+def test_a_broken_index(base: Path, text: str) -> None:
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(BaseModelError, match=r"model\.safetensors\.index\.json"):
+        load_pretrained(str(base), str(base), lazy=True)
+
+
+def test_code_beside_the_weights_is_not_run(base: Path, tmp_path: Path) -> None:
+    """`auto_map` in config.json names Python files of the repository: they are the hub's way to run code."""
+    made = tmp_path / "made"
+    (base / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "modeling_evil.Config",
+        "AutoModelForSeq2SeqLM": "modeling_evil.Model",
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["modeling_evil.Tokenizer", None]}
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    model, _ = load_pretrained(str(base), str(base))
+    assert type(model).__name__ == "T5ForConditionalGeneration"
+    assert not made.exists()
