@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import itertools
 import json
 import re
@@ -17,7 +18,7 @@ from pemt.commands import COMMANDS
 from pemt.config import ExpertConfig, PemtError
 from pemt.report import findings
 from pemt.report.charts import MOST_POINTS, line_chart, thinned
-from pemt.report.page import environment, in_markdown, write_report
+from pemt.report.page import environment, in_markdown, shade, write_report
 from pemt.report.record import Record, read_records, short_names
 from pemt.train import run_adapt, run_source
 from tests.browser import chromium
@@ -275,6 +276,24 @@ def test_markdown_means_nothing_but_itself() -> None:
     assert in_markdown("a\n| b `c` <i>") == "a \\| b \\`c\\` &lt;i&gt;"
     assert in_markdown(3) == 3
     assert environment(markdown=False).from_string("{{ x }}").render(x="<i>") == "&lt;i&gt;"
+
+
+def luminance(red: float, green: float, blue: float) -> float:
+    """Relative luminance of a colour in [0, 1] (WCAG 2.2)."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 0.3, 0.6, 1.0, 2.0])
+def test_text_stands_out_from_every_shade(value: float) -> None:
+    found = re.fullmatch(r"background:hsl\((\d+) (\d+)% (\d+)%\)", shade(value))
+    assert found is not None
+    hue, saturation, lightness = (int(part) for part in found.groups())
+    ground = luminance(*colorsys.hls_to_rgb(hue / 360, lightness / 100, saturation / 100))
+    text = luminance(0x1B / 255, 0x1F / 255, 0x24 / 255)
+    assert (ground + 0.05) / (text + 0.05) >= 4.5, "WCAG 2.2 asks for 4.5 to 1"
 
 
 def test_a_run_that_is_not_finished_is_told_as_far_as_it_goes(runs: Path, tmp_path: Path) -> None:

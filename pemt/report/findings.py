@@ -61,7 +61,7 @@ def gate_matrices(record: Record) -> list[Matrix]:
     return [
         Matrix(
             title=stack,
-            rows=[f"layer {layer}" for layer in range(len(part))],
+            rows=[str(layer) for layer in range(len(part))],
             columns=record.sources,
             values=part,
         )

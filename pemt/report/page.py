@@ -175,10 +175,9 @@ def _markup(svg: str | None) -> Markup | None:
 
 
 def shade(value: float) -> Markup:
-    """CSS of a heat map's cell: from white at 0 to dark blue at 1, with a text that stands out."""
+    """CSS of a heat map's cell: from white at 0 to a blue at 1 that dark text still stands out from."""
     share = min(1.0, max(0.0, value))
-    text = "#fff" if share > 0.55 else "#1b1f24"
-    return Markup(f"background:hsl(210 70% {97 - 62 * share:.0f}%);color:{text}")
+    return Markup(f"background:hsl(210 80% {98 - 42 * share:.0f}%)")
 
 
 def clipped(text: object) -> str:
