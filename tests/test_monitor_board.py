@@ -6,9 +6,12 @@ import json
 import math
 import re
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,7 +20,7 @@ from tensorboard.plugins.hparams import metadata
 
 from pemt.config import AdaptConfig, ExpertConfig, SourceConfig
 from pemt.model.prompts import mean_cosines
-from pemt.monitor import GateNames, Monitor, board, entropy_NL
+from pemt.monitor import GateNames, Monitor, board, entropy_NL, figures
 from pemt.monitor.hparams import columns
 from pemt.monitor.provenance import config_text, environment_text, git_state
 from pemt.train import run_adapt, run_source
@@ -80,15 +83,25 @@ def test_a_validation_leaves_numbers_histograms_and_pictures(tmp_path: Path) -> 
 def test_drawing_takes_a_hundredth_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "DRAWING_SHARE", 0.0)
+    """On a clock of our own, by which a validation's pictures take three seconds."""
+    clock = SimpleNamespace(now=0.0)
+
+    def takes_a_second(*_: Any, **__: Any) -> np.ndarray:
+        clock.now += 1.0
+        return np.zeros((4, 4, 3), dtype=np.uint8)
+
+    monkeypatch.setattr(board, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
+    monkeypatch.setattr(figures, "gate_map", takes_a_second)
+    monkeypatch.setattr(figures, "similarity_map", takes_a_second)
     with Monitor(
         tmp_path, total_steps=3, is_main=True, description="adapt cb", gates=NAMES
     ) as watch:
-        for step in (1, 2, 3):
+        for step, now in enumerate((1.0, 100.0, 599.0, 601.0, 899.0, 901.0), start=1):
+            clock.now = now
             watch.mixture(step, GATES_NLK, SIMILARITY_MM)
     events = events_of(tmp_path)
-    assert [each.step for each in events.Images("gates/encoder_validation")] == [1]
-    assert [each.step for each in events.Scalars("gate_entropy/encoder")] == [1, 2, 3]
+    assert [each.step for each in events.Images("gates/encoder_validation")] == [1, 4, 6]
+    assert [each.step for each in events.Scalars("gate_entropy/encoder")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.fixture

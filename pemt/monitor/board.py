@@ -37,7 +37,7 @@ class Board:
         wait_for_the_next_second(folder)
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
         self._started = time.monotonic()
-        self._drawing = 0.0
+        self._drawing, self._last_drawing = 0.0, 0.0
 
     def introduce(self, task: str, texts: Mapping[str, str]) -> None:
         """Lay out the page of custom scalars and write Markdown texts by tag."""
@@ -64,8 +64,8 @@ class Board:
         for stack, entropy_Nl in self._gates.by_stack(entropy_NL(gates_NLK), dim=1).items():
             self._writer.add_histogram(f"gate_entropy_{part}/{stack}", entropy_Nl, step)
         began = time.monotonic()
-        if self._drawing > DRAWING_SHARE * (began - self._started):
-            return
+        if self._drawing + self._last_drawing > DRAWING_SHARE * (began - self._started):
+            return  # the first, before which none has taken time, is always drawn
         from pemt.monitor import figures
 
         names = self._gates.sources
@@ -76,7 +76,8 @@ class Board:
         prompts = ["target", *names]
         pixels = figures.similarity_map(similarity_MM.numpy(), names=prompts, title=title)
         self._writer.add_image(f"prompts/{part}", pixels, step, dataformats="HWC")
-        self._drawing += time.monotonic() - began
+        self._last_drawing = time.monotonic() - began
+        self._drawing += self._last_drawing
 
     def outcome(self, step: int, config: RunConfig, results: Mapping[str, Any]) -> None:
         """The final report's numbers as scalars, and beside the configuration in the table of runs."""
