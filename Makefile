@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test lint typecheck imports clean
+.PHONY: help demo demo-quick test lint typecheck imports docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -42,6 +42,9 @@ typecheck: $(STAMP)  ## mypy on the package
 
 imports: $(STAMP)  ## who may import whom (pyproject.toml)
 	$(BIN)/lint-imports
+
+docs: $(STAMP)  ## renew the pages that are generated: configuration, tasks
+	$(BIN)/python -m docs.generate
 
 clean:  ## remove .venv and every cache; results under runs/ stay
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

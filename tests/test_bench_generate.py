@@ -1,0 +1,23 @@
+"""`pemt bench generate` times the base model and PEMT on the same request."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pemt.bench import generate, step
+
+
+def test_all_variants_answer_and_are_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(step.SIZES, "t5-small", (2, 64, 128, 2, 32, "relu"))
+    bench = generate.GenerateBench(batch=2, source=8, target=3, num_beams=2, rounds=2)
+    answers = {name: call() for name, call in generate.variants_of(bench).items()}
+    assert {tuple(answer.shape) for answer in answers.values()} == {(2, 4)}
+    generate.main(["--batch", "2", "--source", "8", "--target", "3", "--rounds", "2", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert all(result["milliseconds"][name] > 0 for name in generate.VARIANTS)
+    assert result["pemt_over"]["plain"]["computed"] > 0
+    assert "pemt / longer" in generate.table(result)
