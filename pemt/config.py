@@ -149,6 +149,8 @@ class RunConfig:
         bf16: train in bfloat16 (fp32 for trained weights under DeepSpeed, softmax, norms, losses).
         fp16: train in float16; T5 overflows in it from size large on.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        torch_compile: compile every T5 block with torch.compile, for training; the first steps take minutes. With
+            gradient_checkpointing or ZeRO-3 it gains little.
         resume_from_checkpoint: a checkpoint folder; true: the newest one in output_dir, if there is any;
             false: never. Default: the newest one, if output_dir holds a run of the same configuration.
         overwrite_output_dir: delete the run that output_dir holds.
@@ -190,6 +192,7 @@ class RunConfig:
     bf16: bool = True
     fp16: bool = False
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
     resume_from_checkpoint: bool | str | None = None
     overwrite_output_dir: bool = False
 

@@ -133,7 +133,8 @@ def over_ranks(
     )
     rows: list[list[Tensor]] = []
     for indices in batches:
-        with torch.no_grad():
+        # Blocks that are compiled for training run as written here: generation has too many shapes.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             measured = [torch.tensor(indices, device=engine.device), *measure(indices)]
         # The last batch may be short on one rank alone, and gathering needs equal shapes.
         short = batch_size - len(indices)

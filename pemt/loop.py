@@ -263,6 +263,8 @@ def prepare(
         match_trained(resumed, trained)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if config.torch_compile:
+        model.compile_blocks()
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
     )

@@ -105,6 +105,16 @@ class TrainedT5(nn.Module, ABC):
             activation_checkpointing_kwargs={"use_reentrant": False}
         )
 
+    def compile_blocks(self) -> None:
+        """Compile every T5 block in place (torch.compile); their names and parameters stay.
+
+        Blocks rather than the model: they are alike, so few programs serve them all. Sizes are left
+        open, since batches differ in width.
+        """
+        for stack in (self.base.encoder, self.base.decoder):
+            for block in stack.block:
+                block.compile(dynamic=True)
+
     def generation_cache(self) -> dict[str, Any]:
         """Keyword arguments that `generate` of this base model needs, if any."""
         config = self.base.config
