@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,15 @@ def progress_of(manifest: dict[str, Any]) -> Progress:
                 f"manifest.json: progress.{name}: found {value!r}, expected a number"
             )
     return Progress(**found)
+
+
+def trained_count(folder: Path) -> int | None:
+    """How many parameters a checkpoint's run trains; None where it is gone or damaged."""
+    try:
+        tensors = read_manifest(folder)["files"][WEIGHTS]["tensors"]
+    except (StorageError, KeyError):
+        return None
+    return sum(prod(tensor["shape"]) for tensor in tensors.values())
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:

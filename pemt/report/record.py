@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pemt.checkpoint import checkpoint_folders
+from pemt.checkpoint import checkpoint_folders, trained_count
 from pemt.config import PemtError
 from pemt.monitor import LOG_FILE, read_log
 from pemt.run_folder import CONFIG, PREDICTIONS, RESULTS
-from pemt.storage import StorageError, read_manifest
 
 
 class ReportError(PemtError):
@@ -93,14 +91,6 @@ def _read(folder: Path, name: str) -> Record:
     config = _config(folder / CONFIG)
     results = _json_object(folder / RESULTS) if (folder / RESULTS).is_file() else {}
     checkpoint = _checkpoint(folder, results)
-    size, trained = None, None
-    if checkpoint is not None:
-        size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
-        try:
-            shapes = read_manifest(checkpoint)["trained"]
-            trained = sum(prod(shape) for shape in shapes.values())
-        except (StorageError, KeyError, AttributeError, TypeError):
-            trained = None  # a report need not fail over a checkpoint that nobody will load
     return Record(
         name=name,
         folder=folder,
@@ -108,9 +98,14 @@ def _read(folder: Path, name: str) -> Record:
         log=read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else [],
         results=results,
         predictions=_json_lines(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else [],
-        checkpoint_bytes=size,
-        trained=trained,
+        checkpoint_bytes=None if checkpoint is None else folder_bytes(checkpoint),
+        trained=None if checkpoint is None else trained_count(checkpoint),
     )
+
+
+def folder_bytes(folder: Path) -> int:
+    """What its files take."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _checkpoint(folder: Path, results: dict[str, Any]) -> Path | None:

@@ -6,17 +6,16 @@ import csv
 import io
 import json
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pemt.checkpoint import WEIGHTS
+from pemt.checkpoint import trained_count
 from pemt.run_folder import RESULTS
-from pemt.storage import StorageError, read_manifest, write_text
-from pemt.sweep.plan import Run, Sweep
+from pemt.storage import write_text
+from pemt.sweep.plan import Sweep
 
 TABLE, CSV, CHART = "sweep.md", "sweep.csv", "sweep.png"
 SCORE = "test_average_metrics"
@@ -88,20 +87,16 @@ def cells_of(sweep: Sweep) -> list[Cell]:
                     scores={seed: float(each[SCORE]) for seed, each in results.items()},
                     expected=len(runs),
                     trained=next(
-                        (_trained(run, results[run.seed]) for run in runs if run.finished), None
+                        (
+                            trained_count(run.folder / results[run.seed]["best_checkpoint"])
+                            for run in runs
+                            if run.finished
+                        ),
+                        None,
                     ),
                 )
             )
     return cells
-
-
-def _trained(run: Run, results: dict[str, str]) -> int | None:
-    """Trained parameters, as the best checkpoint lists them."""
-    try:
-        manifest = read_manifest(run.folder / results["best_checkpoint"])
-    except StorageError:  # somebody made room
-        return None
-    return sum(prod(tensor["shape"]) for tensor in manifest["files"][WEIGHTS]["tensors"].values())
 
 
 def markdown(sweep: Sweep, cells: list[Cell]) -> str:
