@@ -46,12 +46,13 @@ class Progress:
     """How far a run is.
 
     Args:
-        step: optimizer steps done; the position in the data follows from it.
+        step: optimizer steps done; the position in the data follows from it, but for a stream.
         best_metric: best validation `average_metrics` so far, in percent; None before the first.
         best_step: the step at which it was measured.
         validated_step: the last step that was validated; a run that is stopped before a validation
             makes it when it goes on.
         skipped: steps that changed nothing, since loss or gradient was not finite.
+        position: where in a stream the next step begins.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class Progress:
     best_step: int | None = None
     validated_step: int | None = None
     skipped: int = 0
+    position: dict[str, Any] | None = None
 
     def measured(self, metric: float) -> Progress:
         """Progress after a validation at this step."""
@@ -184,8 +186,7 @@ class Checkpoints:
         best = checkpoint.progress.best_step
         if best is None or (self._output_dir / f"checkpoint-{best}").is_dir():
             return checkpoint
-        progress = checkpoint.progress
-        alone = replace(progress, best_metric=None, best_step=None)
+        alone = replace(checkpoint.progress, best_metric=None, best_step=None)
         return replace(checkpoint, progress=alone)
 
     def _newest_usable(self) -> Checkpoint | None:
@@ -272,13 +273,18 @@ def progress_of(manifest: dict[str, Any]) -> Progress:
     """The progress that a checkpoint's manifest tells.
 
     Raises:
-        StorageError: a field is missing, unknown or no such number.
+        StorageError: a field is missing, unknown or of another kind.
     """
     found = manifest.get("progress")
     names = [each.name for each in fields(Progress)]
     if not isinstance(found, dict) or found.keys() != set(names):
         raise StorageError(f"manifest.json: progress: found {found}, expected {names}")
+    position = found["position"]
+    if position is not None and not _is_position(position):
+        raise StorageError(f"manifest.json: progress.position: found {position!r}, which is none")
     for name, value in found.items():
+        if name == "position":
+            continue
         optional = name not in ("step", "skipped")
         kinds = (int, float) if name == "best_metric" else (int,)
         if not (optional and value is None) and (type(value) not in kinds or value < 0):
@@ -295,6 +301,17 @@ def trained_count(folder: Path) -> int | None:
     except (StorageError, KeyError):
         return None
     return sum(prod(tensor["shape"]) for tensor in tensors.values())
+
+
+def _is_position(value: Any) -> bool:
+    """Whether this is what `StreamBatches.position` gives."""
+    counts = ("epoch", "buffer", "done")
+    return (
+        isinstance(value, dict)
+        and value.keys() == {*counts, "state"}
+        and all(type(value[name]) is int and value[name] >= 0 for name in counts)
+        and isinstance(value["state"], dict | None)
+    )
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:

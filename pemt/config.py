@@ -116,7 +116,12 @@ class RunConfig:
         task_name: the task to train on (`pemt tasks` lists them).
         task_file: YAML file that describes a task of your own.
         data_dir: read the task from local files in this folder instead of the hub.
-        few_shot: train on this many examples per class.
+        streaming: read the training set while training instead of beforehand, for data larger than memory and
+            disk; needs max_steps. Scored are the official validation and test sets; where there is one of them, it is
+            the test set, and the first 1000 training examples are validation.
+        shuffle_buffer_size: examples of a stream that are mixed and put in order of length together.
+        few_shot: train on this many examples per class, drawn by data_seed; of a regression or of open answers on
+            this many in all.
         skip_bad_rows: count and leave out malformed rows instead of stopping at the first.
         max_source_length: longest input, in tokens; longer ones are cut.
         max_target_length: longest target, in tokens; default: the task's own.
@@ -162,6 +167,8 @@ class RunConfig:
     tokenizer_name: str | None = None
     task_file: str | None = None
     data_dir: str | None = None
+    streaming: bool = False
+    shuffle_buffer_size: int = 10_000
     few_shot: int | None = None
     skip_bad_rows: bool = False
     max_source_length: int = 256
@@ -202,6 +209,7 @@ class RunConfig:
             "max_source_length",
             "max_target_length",
             "few_shot",
+            "shuffle_buffer_size",
             "pad_to_multiple_of",
             "preprocessing_num_workers",
             "max_train_samples",
@@ -227,11 +235,26 @@ class RunConfig:
                 f"eval_steps: found {self.eval_steps}, and eval_strategy is `{self.eval_strategy}`; "
                 "an interval in steps goes with `steps`, and with it alone"
             )
+        if self.streaming:
+            self._check_streaming()
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise ConfigError(
                 "overwrite_output_dir, resume_from_checkpoint: both are given; keep one, "
                 "to start again or to go on"
             )
+
+    def _check_streaming(self) -> None:
+        if self.max_steps <= 0:
+            raise ConfigError(
+                f"max_steps: found {self.max_steps}, but a stream's length is not known; give the number of steps"
+            )
+        if self.eval_strategy == "epoch":
+            raise ConfigError(
+                "eval_strategy: found epoch, but a stream's length is not known; give `steps` with eval_steps, or `no`"
+            )
+        for name in ("few_shot", "max_train_samples"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name}: does not go with streaming; leave one of them out")
 
     def _at_least(self, least: float, *names: str) -> None:
         for name in names:

@@ -42,6 +42,10 @@ def evaluate_run(
     if split not in SPLITS:
         raise PemtError(f"split: found {split}, allowed are {', '.join(SPLITS)}")
     config = finished_config(run_dir, overrides)
+    if config.streaming and split == "train":
+        raise PemtError(
+            "split: this run's training set is a stream, which has no end; give --streaming false"
+        )
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     finished = load_finished(run_dir, config)

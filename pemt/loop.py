@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from pemt.build import Built
 from pemt.checkpoint import Checkpoint, Checkpoints, Progress, match_trained
 from pemt.config import RunConfig
-from pemt.data import TaskData, TrainBatches, collate, lengths_of
+from pemt.data import (
+    StreamBatches,
+    TaskData,
+    TrainBatches,
+    TrainStream,
+    collate,
+    lengths_of,
+)
 from pemt.engine import Engine, full_size
 from pemt.evaluate import Evaluation, evaluate
 from pemt.meter import Meter
@@ -26,6 +33,8 @@ from pemt.run_folder import goes_on, start_run_folder
 from pemt.session import Session
 from pemt.signals import Interrupted
 from pemt.tasks import Task
+
+Batches: TypeAlias = TrainBatches | StreamBatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +73,12 @@ class _Run:
     session: Session
     checkpoints: Checkpoints
     monitor: Monitor
-    steps_per_epoch: int
+    batches: Batches
     total_steps: int
 
     def ends_epoch_at(self, step: int) -> bool:
-        return step % self.steps_per_epoch == 0 or step == self.total_steps
+        per_epoch = self.batches.steps_per_epoch
+        return step == self.total_steps or (per_epoch is not None and step % per_epoch == 0)
 
     def validates_at(self, step: int) -> bool:
         if step == 0:
@@ -106,9 +116,8 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     resumed = checkpoints.resume(goes_on(config))
     engine.on_main(lambda: start_run_folder(config))
 
-    batches = train_batches(config, setup)
-    per_epoch = batches.steps_per_epoch
-    total_steps = config.max_steps if config.max_steps > 0 else per_epoch * config.num_train_epochs
+    batches = train_batches(config, setup, resumed.progress.position if resumed else None)
+    total_steps = _total_steps(config, batches)
     schedule = prepare(config, engine, model, resumed, total_steps=total_steps)
     progress = _restore(setup, schedule, resumed) if resumed else Progress()
     session.reached(progress.step)
@@ -128,40 +137,48 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             session=session,
             checkpoints=checkpoints,
             monitor=monitor,
-            steps_per_epoch=per_epoch,
+            batches=batches,
             total_steps=total_steps,
         )
         _introduce(run, resumed)
         if run.validates_at(progress.step) and progress.validated_step != progress.step:
             progress = _finish_step(run, progress)  # it was stopped before this validation
         meter = Meter(engine)
-        guard = NotFinite(config, engine, setup.data.train, tell=monitor.message)
-        for micro_batches in _steps(batches, start=progress.step, end=total_steps):
+        guard = NotFinite(config, engine, partial(_rows, setup), tell=monitor.message)
+        for micro_batches in batches.steps(progress.step, total_steps):
             rates, losses = _take_step(setup, schedule, meter, micro_batches)
-            step = progress.step + 1
-            skipped = guard.check(step, rates["train/grad_norm"], micro_batches, losses)
-            progress = replace(progress, step=step, skipped=progress.skipped + skipped)
+            step, norm = progress.step + 1, rates["train/grad_norm"]
+            skipped = progress.skipped + guard.check(step, norm, micro_batches, losses)
+            progress = replace(progress, step=step, skipped=skipped, position=batches.position())
             session.reached(step)
             if step % config.logging_steps == 0 or step == total_steps:
-                _report(run, meter, step, {**rates, "train/skipped_steps": progress.skipped})
+                _report(run, meter, step, {**rates, "train/skipped_steps": skipped})
             with meter.paused():
                 progress = _finish_step(run, progress)
     best = checkpoints.best_weights(progress)
-    return Fitted(weights=best, progress=progress, epoch=progress.step / per_epoch)
+    return Fitted(weights=best, progress=progress, epoch=batches.epochs_at(progress.step))
+
+
+def _total_steps(config: RunConfig, batches: Batches) -> int:
+    if config.max_steps > 0:
+        return config.max_steps
+    assert batches.steps_per_epoch is not None, "a stream needs max_steps"
+    return batches.steps_per_epoch * config.num_train_epochs
 
 
 def _identity(setup: Setup, built: Built) -> dict[str, Any]:
     """What a checkpoint of this run belongs to, besides what the configuration tells."""
+    train = setup.data.train
     return {
         "stage": built.stage,
         "sources": built.source_names,
-        "train_examples": len(setup.data.train),
+        "train_examples": None if isinstance(train, TrainStream) else len(train),
         "base_sha256": base_digest(checked_base(setup.base)),
     }
 
 
 def _take_step(
-    setup: Setup, schedule: LRScheduler, meter: Meter, micro_batches: list[list[int]]
+    setup: Setup, schedule: LRScheduler, meter: Meter, micro_batches: list[list[Any]]
 ) -> tuple[dict[str, float], list[Tensor]]:
     """One optimizer step over this rank's micro-batches: its learning rate and gradient norm, and their losses."""
     engine = setup.engine
@@ -183,13 +200,15 @@ def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None
     scalars, gates_LK = meter.read()
     names = gate_names(run.built.model, run.built.source_names)
     gates = {} if gates_LK is None else names.scalars(gates_LK)
-    epoch = {"train/epoch": step / run.steps_per_epoch}
+    epoch = {"train/epoch": run.batches.epochs_at(step)}
     run.monitor.log(step, {**scalars, **rates, **epoch, **gates})
     run.monitor.advance(
         step,
         loss=scalars["train/loss"],
         samples_per_second=scalars["train/samples_per_second"],
     )
+    for line in run.batches.notes() if step == run.total_steps else []:
+        run.monitor.message(line)
 
 
 def _finish_step(run: _Run, progress: Progress) -> Progress:
@@ -227,22 +246,34 @@ def _size_line(model: TrainedT5, engine: Engine) -> str:
     )
 
 
-def train_batches(config: RunConfig, setup: Setup) -> TrainBatches:
-    """This rank's share of the training data."""
-    return TrainBatches(
-        lengths_of(setup.data.train),
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        world_size=setup.engine.world_size,
-        rank=setup.engine.rank,
-        seed=config.effective_data_seed,
-    )
+def train_batches(
+    config: RunConfig, setup: Setup, position: dict[str, Any] | None = None
+) -> Batches:
+    """This rank's share of the training data; of a stream from a position on."""
+    division: dict[str, Any] = {
+        "batch_size": config.per_device_train_batch_size,
+        "accumulation": config.gradient_accumulation_steps,
+        "world_size": setup.engine.world_size,
+        "rank": setup.engine.rank,
+        "seed": config.effective_data_seed,
+    }
+    train = setup.data.train
+    if isinstance(train, TrainStream):
+        size = config.shuffle_buffer_size
+        return StreamBatches(train, **division, buffer_size=size, position=position)
+    return TrainBatches(lengths_of(train), **division)
 
 
-def _batch(setup: Setup, indices: list[int]) -> dict[str, Tensor]:
-    rows = setup.data.train.select(indices)
+def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
+    """A micro-batch's examples: a stream gives them, otherwise it is their indices."""
+    train = setup.data.train
+    return micro_batch if isinstance(train, TrainStream) else list(train.select(micro_batch))
+
+
+def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
+    """A micro-batch on this rank's device."""
     batch = collate(
-        list(rows),
+        _rows(setup, micro_batch),
         pad_token_id=setup.tokenizer.pad_token_id,
         pad_to_multiple_of=setup.data.pad_to_multiple_of,
     )
@@ -295,18 +326,6 @@ def _restore(setup: Setup, schedule: LRScheduler, resumed: Checkpoint) -> Progre
         schedule.step()
     setup.engine.load_random_states(resumed.random)
     return progress
-
-
-def _steps(batches: TrainBatches, *, start: int, end: int) -> Iterator[list[list[int]]]:
-    """This rank's micro-batches of every optimizer step from `start` to `end`."""
-    step = start
-    while step < end:
-        epoch, done = divmod(step, batches.steps_per_epoch)
-        for micro_batches in batches.epoch(epoch, start_step=done):
-            yield micro_batches
-            step += 1
-            if step == end:
-                return
 
 
 def _validate(run: _Run, progress: Progress) -> Progress:

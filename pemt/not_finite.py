@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from pemt.config import PemtError, RunConfig
@@ -26,7 +25,7 @@ class NotFinite:
     Args:
         config: `max_skipped_steps`; `output_dir` receives `not-finite-step-<step>-rank-<rank>.jsonl`.
         engine: the run's ranks.
-        dataset: the training examples, from which the batch is saved for inspection.
+        rows_of: the examples of a micro-batch, which are saved for inspection.
         tell: prints a line.
     """
 
@@ -34,19 +33,19 @@ class NotFinite:
         self,
         config: RunConfig,
         engine: Engine,
-        dataset: Dataset,
+        rows_of: Callable[[list[Any]], list[dict[str, Any]]],
         *,
         tell: Callable[[str], None],
     ) -> None:
         self._output_dir = Path(config.output_dir)
         self._limit = config.max_skipped_steps
         self._engine = engine
-        self._dataset = dataset
+        self._rows_of = rows_of
         self._tell = tell
         self._in_a_row = 0
 
     def check(
-        self, step: int, grad_norm: float, micro_batches: list[list[int]], losses: list[Tensor]
+        self, step: int, grad_norm: float, micro_batches: list[list[Any]], losses: list[Tensor]
     ) -> bool:
         """Look at a step that was taken (all ranks call).
 
@@ -73,7 +72,7 @@ class NotFinite:
         return True
 
     def _end(
-        self, step: int, micro_batches: list[list[int]], losses: list[Tensor]
+        self, step: int, micro_batches: list[list[Any]], losses: list[Tensor]
     ) -> NotFiniteError:
         values = torch.stack(losses).float()
         # gloo and NCCL gather equal shapes, and every rank has equally many micro-batches
@@ -95,15 +94,15 @@ class NotFinite:
     def _path(self, step: int, rank: int) -> Path:
         return self._output_dir / f"not-finite-step-{step}-rank-{rank}.jsonl"
 
-    def _save(self, step: int, micro_batches: list[list[int]], losses: list[float]) -> None:
+    def _save(self, step: int, micro_batches: list[list[Any]], losses: list[float]) -> None:
         """This rank's share of the step, a line an example."""
         lines = []
-        for number, (indices, loss) in enumerate(zip(micro_batches, losses, strict=True)):
-            for index, row in zip(indices, self._dataset.select(indices), strict=True):
+        for number, (micro_batch, loss) in enumerate(zip(micro_batches, losses, strict=True)):
+            for index, row in zip(micro_batch, self._rows_of(micro_batch), strict=True):
                 line: dict[str, Any] = {
                     "micro_batch": number,
                     "loss": loss if math.isfinite(loss) else str(loss),
-                    "index": index,
+                    "index": index if isinstance(index, int) else None,  # a stream's rows have none
                     **{key: row[key] for key in ("source", "target", "input_ids", "labels")},
                 }
                 lines.append(json.dumps(line) + "\n")

@@ -158,7 +158,8 @@ def predict_file(
     config = finished_config(run_dir, overrides)
     engine = Engine(config)
     quiet_libraries(engine.is_main)
-    texts = _read_on_main(engine, config, input_file, output_file)
+    # Rank 0 alone reads: all share one stdin.
+    texts = engine.on_main(lambda: _read(config, input_file, output_file))
     predictor = Predictor(load_finished(run_dir, config), engine)
     if engine.is_main:
         _tell_cuts(predictor.finished, texts)
@@ -170,24 +171,12 @@ def predict_file(
     engine.release()
 
 
-def _read_on_main(
-    engine: Engine, config: RunConfig, input_file: str, output_file: str | None
-) -> list[str]:
-    """What rank 0 reads, or its error, on all ranks: they share one stdin."""
-    outcome: list[str] | PemtError | None = None
-    if engine.is_main:
-        try:
-            folder = Path(output_file or ".").parent
-            if not folder.is_dir():
-                raise PemtError(f"output_file: there is no folder {folder}; make it first")
-            outcome = read_inputs(get_task(config.task_name, config.task_file), input_file)
-        except PemtError as error:
-            outcome = error
-    outcome = engine.from_main(outcome)
-    if isinstance(outcome, PemtError):
-        raise outcome
-    assert outcome is not None
-    return outcome
+def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[str]:
+    """The inputs; raises PemtError as well where the output could not be written."""
+    folder = Path(output_file or ".").parent
+    if not folder.is_dir():
+        raise PemtError(f"output_file: there is no folder {folder}; make it first")
+    return read_inputs(get_task(config.task_name, config.task_file), input_file)
 
 
 def _tell_cuts(finished: Finished, texts: list[str]) -> None:

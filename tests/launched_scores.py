@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from pemt.config import MixtureConfig
 from pemt.data import examples, loading
 from pemt.engine import shut_down
 from pemt.evaluate_run import evaluate_run
@@ -26,6 +28,12 @@ TASK = "tiny-scores"
 # 11 examples in batches of 2, 3 and 4 leave every remainder that 2 and 3 ranks can have.
 BATCH_SIZES = (2, 3, 4)
 MICRO_BATCHES = 6
+STREAMED: dict[str, Any] = {
+    "streaming": True,
+    "eval_strategy": "no",
+    "max_steps": 8,
+    "shuffle_buffer_size": 24,
+}
 
 
 def main(world: Path, folder: Path) -> None:
@@ -58,8 +66,10 @@ def measure(world: Path, folder: Path) -> None:
         max_steps=2,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=MICRO_BATCHES // ranks,
+        mixture=MixtureConfig(prompt_dropout=0.0),  # ranks draw their own
     )
     run_adapt(config)
+    run_adapt(replace(config, output_dir=str(folder / "streamed"), **STREAMED))
 
 
 def count(module: Any, name: str) -> list[int]:

@@ -219,7 +219,8 @@ def test_the_published_test_file_without_labels_is_left_alone(folder, tokenizer)
 def test_the_hub_is_asked_for_the_splits_of_the_table(folder, tokenizer, monkeypatch):
     asked = []
 
-    def load(path, name, *, split, revision):
+    def load(path, name, *, split, revision, streaming):
+        assert not streaming
         asked.append((path, name, split, revision))
         rows = [{"text": f"w{i}", "label": i % 2 if i else -1} for i in range(9)]
         return datasets.Dataset.from_list(rows)

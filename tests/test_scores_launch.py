@@ -12,7 +12,7 @@ from pemt.config import ExpertConfig
 from pemt.train import run_adapt, run_source
 from tests.conftest import ROOT, launch_ranks
 from tests.launched_scores import BATCH_SIZES, TASK, measure
-from tests.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
+from tests.tiny import adapt_config, losses, make_base, source_config, tiny_task, write_task_files
 
 RANKS = (1, 2, 3)
 SOURCES = ("tiny-scores-a", "tiny-scores-b")
@@ -84,9 +84,18 @@ def test_the_final_test_has_every_example_once(world: Path, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
+def test_a_stream_trains_alike(world: Path, ranks: int) -> None:
+    ours, alone = (losses(world / str(n) / "streamed") for n in (ranks, 1))
+    assert len(set(ours.values())) == 8
+    assert ours == pytest.approx(alone, rel=2e-6)  # sums are taken in another order
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
 def test_a_node_builds_its_data_once(world: Path, ranks: int) -> None:
     built = [
         json.loads((world / str(ranks) / f"built-{rank}.json").read_text()) for rank in range(ranks)
     ]
-    assert built[0] == {"examples": 40 + 11 + 11, "encoded": 3}
-    assert built[1:] == [{"examples": 0, "encoded": 0}] * (ranks - 1)
+    # Of the stream every rank reads two passes of 40 rows, in buffers of 24 and 16.
+    streamed = {"examples": 80, "encoded": 4}
+    assert built[1:] == [streamed] * (ranks - 1)
+    assert built[0] == {"examples": 40 + 11 + 11 + 80, "encoded": 3 + 4}

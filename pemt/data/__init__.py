@@ -4,13 +4,16 @@ from pemt.data.batching import EvalBatches, TrainBatches, collate
 from pemt.data.errors import DataError
 from pemt.data.inputs import read_inputs, sources_of
 from pemt.data.loading import TaskData, encode_sources, lengths_of, load_task_data
+from pemt.data.streaming import StreamBatches, TrainStream
 from pemt.data.tokenizer import load_tokenizer
 
 __all__ = [
     "DataError",
     "EvalBatches",
+    "StreamBatches",
     "TaskData",
     "TrainBatches",
+    "TrainStream",
     "collate",
     "encode_sources",
     "lengths_of",

@@ -68,6 +68,28 @@ class TrainBatches:
         for step in steps[start_step:]:
             yield order_SMB[step, self.mine].tolist()
 
+    def steps(self, start: int, end: int) -> Iterator[list[list[int]]]:
+        """This rank's micro-batches of every optimizer step from `start` to `end`."""
+        step = start
+        while step < end:
+            epoch, done = divmod(step, self.steps_per_epoch)
+            for micro_batches in self.epoch(epoch, start_step=done):
+                yield micro_batches
+                step += 1
+                if step == end:
+                    return
+
+    def epochs_at(self, step: int) -> float:
+        """Passes over the data after so many steps."""
+        return step / self.steps_per_epoch
+
+    def position(self) -> None:
+        """Nothing: where to go on follows from the number of steps."""
+
+    def notes(self) -> list[str]:
+        """Nothing: what was left out was told before the first step."""
+        return []
+
     def in_order(self, epoch: int, blur: float) -> np.ndarray:
         """The micro-batches of an epoch from short to long, [S, M, B]."""
         rng = np.random.default_rng([self.seed, epoch, 0])

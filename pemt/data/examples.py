@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,25 @@ EXAMPLE = Features(
 Located = Iterable[tuple[str, Record | RowError]]
 
 
-def load_examples(task: Task, data_dir: str | None) -> dict[str, Dataset]:
-    """The examples of every labelled split that exists, malformed rows included.
+def load_examples(
+    task: Task, data_dir: str | None, wanted: Sequence[str] = SPLITS
+) -> dict[str, Dataset]:
+    """The examples of every labelled split that exists and is wanted, malformed rows included.
 
     Read from `data_dir`, else from the task's own files, else from the hub.
     """
+    files = files_of(task, data_dir)
+    if files is not None:
+        return {split: local_examples(task, files[split]) for split in wanted if split in files}
+    hub = hub_of(task)
+    names = {split: hub.split_name(split) for split in wanted}
+    return {split: hub_examples(task, hub, name) for split, name in names.items() if name}
+
+
+def files_of(task: Task, data_dir: str | None) -> dict[str, tuple[Path, ...]] | None:
+    """The local files of each split; None where the task is read from the hub."""
     if data_dir is None and not task.files:
-        return load_hub_examples(task)
+        return None
     files = (
         find_files(task, data_dir)
         if data_dir is not None
@@ -46,24 +58,25 @@ def load_examples(task: Task, data_dir: str | None) -> dict[str, Dataset]:
     if task.hub is not None and task.hub.test is None:
         # The published test file has no labels.
         files.pop("test", None)
-    return {split: local_examples(task, tuple(paths)) for split, paths in files.items()}
+    for path in (path for paths in files.values() for path in paths):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file, which task {task.name} reads")
+    return {split: tuple(paths) for split, paths in files.items()}
 
 
-def load_hub_examples(task: Task) -> dict[str, Dataset]:
-    """The labelled splits of a task's data set on the hub."""
+def hub_of(task: Task) -> HubSource:
+    """A task's data set on the hub."""
     if task.hub is None:
         raise DataError(f"task {task.name}: it has no data set on the hub; give --data_dir")
-    return {
-        split: hub_examples(task, task.hub, name)
-        for split in SPLITS
-        if (name := task.hub.split_name(split))
-    }
+    return task.hub
 
 
-def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
-    """One split of the hub's copy."""
+def load_hub(task: Task, hub: HubSource, split: str, *, streaming: bool = False) -> Any:
+    """One split of the hub's copy, as a Dataset or, streaming, an IterableDataset."""
     try:
-        rows = load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
+        return load_dataset(
+            hub.path, hub.config, split=split, revision=hub.revision, streaming=streaming
+        )
     except (OSError, ValueError, RuntimeError) as error:
         # The first line is the cause; what follows repeats it for every file tried.
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -71,15 +84,21 @@ def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
             f"task {task.name}: {hub.path} ({hub.config or 'default'}, {split}) could not be "
             f"loaded: {cause}; point --data_dir at local files to work without the hub"
         ) from None
-    located = HubRows(rows, f"{hub.path}/{hub.config or 'default'}/{split}")
-    return build(task, located, rows._fingerprint)
+
+
+def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
+    """One split of the hub's copy."""
+    rows = load_hub(task, hub, split)
+    return build(task, HubRows(rows, hub_name(hub, split)), rows._fingerprint)
+
+
+def hub_name(hub: HubSource, split: str) -> str:
+    """How the places of its rows begin."""
+    return f"{hub.path}/{hub.config or 'default'}/{split}"
 
 
 def local_examples(task: Task, paths: tuple[Path, ...]) -> Dataset:
     """One split of local files, which are told apart by their path, size and time of change."""
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file, which task {task.name} reads")
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return build(task, LocalRows(task, paths), Hasher.hash(stats))
 
@@ -119,15 +138,20 @@ def build(task: Task, rows: Located, origin: str) -> Dataset:
 def examples_of(task: Task, rows: Located) -> Iterator[dict[str, Any]]:
     """An example per row; where a row gives none, an empty one with the reason as `problem`."""
     for place, row in rows:
-        try:
-            if isinstance(row, RowError):
-                raise row
-            example = example_of(task, row)
-            problem = f"{place}: {UNLABELLED}" if example is None else ""
-        except RowError as error:
-            example, problem = None, f"{place}: {error}"
-        empty = {"source": "", "target": "", "references": [], "group": ""}
-        yield {**(example or empty), "problem": problem}
+        yield example_row(task, place, row)
+
+
+def example_row(task: Task, place: str, row: Record | RowError) -> dict[str, Any]:
+    """The example of one row."""
+    try:
+        if isinstance(row, RowError):
+            raise row
+        example = example_of(task, row)
+        problem = f"{place}: {UNLABELLED}" if example is None else ""
+    except RowError as error:
+        example, problem = None, f"{place}: {error}"
+    empty = {"source": "", "target": "", "references": [], "group": ""}
+    return {**(example or empty), "problem": problem}
 
 
 def source_hash() -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from pemt.config import RunConfig
 from pemt.data import splits
 from pemt.data.errors import DataError
 from pemt.data.examples import load_examples
+from pemt.data.local_files import SPLITS
+from pemt.data.streaming import TrainStream
 from pemt.tasks import Task
 
 # Below this many examples one process (whose tokenizer has its own threads) is faster than several.
@@ -37,7 +40,7 @@ class TaskData:
     is the configuration's; `notes` says in one line each what was left out or cut.
     """
 
-    train: Dataset
+    train: Dataset | TrainStream
     validation: Dataset
     test: Dataset
     max_target_length: int
@@ -66,37 +69,72 @@ def load_task_data(
 
 def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """What load_task_data does, in this process."""
-    seed = config.seed if config.data_seed is None else config.data_seed
+    seed = config.effective_data_seed
     notes: list[str] = []
     parts = {}
-    for name, examples in load_examples(task, config.data_dir).items():
+    wanted = SPLITS[1:] if config.streaming else SPLITS
+    for name, examples in load_examples(task, config.data_dir, wanted).items():
         parts[name], left_out = splits.usable(
             task, name, examples, skip_bad_rows=config.skip_bad_rows
         )
         notes += left_out
-    parts = splits.split(task, parts, seed)
-    if config.few_shot is not None:
-        parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
     encoder = Encoder(task, config, tokenizer)
-    encoded = {}
+    sets: dict[str, Any] = {}
+    if config.streaming:
+        sets["train"], parts = streamed(task, config, encoder, parts)
+    else:
+        parts = splits.split(task, parts, seed)
+        if config.few_shot is not None:
+            parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
     for name, examples in parts.items():
         maximum = config.max_train_samples if name == "train" else config.max_eval_samples
         chosen = splits.at_most(task, examples, maximum, seed)
         every_answer = name == "train" and task.train_on_every_answer
-        encoded[name] = encoder.encode(chosen, every_answer=every_answer)
-        cut = sum(encoded[name]["is_cut"][:])
+        encoded = encoder.encode(chosen, every_answer=every_answer)
+        cut = sum(encoded["is_cut"][:])
         if cut:
             notes.append(
-                f"{task.name}, {name}: {cut} of {len(encoded[name])} sources are longer than "
+                f"{task.name}, {name}: {cut} of {len(encoded)} sources are longer than "
                 f"{config.max_source_length} tokens and were cut"
             )
-        encoded[name] = encoded[name].remove_columns("is_cut")
+        sets[name] = encoded.remove_columns("is_cut")
     return TaskData(
-        **encoded,
+        **sets,
         max_target_length=encoder.max_target_length,
         pad_to_multiple_of=config.pad_to_multiple_of,
         notes=tuple(notes),
     )
+
+
+def streamed(
+    task: Task, config: RunConfig, encoder: Encoder, parts: Mapping[str, Dataset]
+) -> tuple[TrainStream, dict[str, Dataset]]:
+    """A training stream, and validation and test by the rule for large tasks.
+
+    With both given they stay; otherwise the one that is there is the test set, and the stream's first
+    examples are validation.
+    """
+    splits.check_splits(task, ("train", *parts))
+    stream = TrainStream(
+        task,
+        config.data_dir,
+        encode=partial(encode_batch, **encoder.settings(every_answer=task.train_on_every_answer)),
+        skip_bad_rows=config.skip_bad_rows,
+    )
+    if len(parts) == 2:
+        return stream, dict(parts)
+    first = list(islice(stream.usable(), splits.HELD_OUT + 1))
+    if len(first) <= splits.HELD_OUT:
+        raise DataError(
+            f"task {task.name}: found {len(first)} training examples and one set to score on; a stream gives its "
+            f"first {splits.HELD_OUT} to validation: give both sets, or train without --streaming"
+        )
+    stream.held_out = splits.HELD_OUT
+    (test,) = parts.values()
+    return stream, {
+        "validation": Dataset.from_list(first[:-1], features=test.features),
+        "test": test,
+    }
 
 
 class Encoder:
@@ -107,6 +145,7 @@ class Encoder:
         self.workers = config.preprocessing_num_workers
         self.max_source_length = config.max_source_length
         self.max_target_length = config.max_target_length or task.max_target_length
+        self.lengths = (self.max_source_length, self.max_target_length)
         for label in task.labels:
             length = len(tokenizer(label).input_ids)
             if length > self.max_target_length:
@@ -117,7 +156,6 @@ class Encoder:
 
     def encode(self, examples: Dataset, *, every_answer: bool) -> Dataset:
         """Adds input_ids, labels, length and is_cut; with `every_answer` a row per reference."""
-        lengths = (self.max_source_length, self.max_target_length)
         processes = self.workers or 1
         if self.workers is None and len(examples) >= PARALLEL_FROM:
             processes = min(MAX_PROCESSES, os.cpu_count() or 1)
@@ -126,16 +164,16 @@ class Encoder:
             batched=True,
             remove_columns=examples.column_names,
             num_proc=min(processes, len(examples)) if processes > 1 else None,
-            fn_kwargs={
-                "tokenizer": self.tokenizer,
-                "lengths": lengths,
-                "every_answer": every_answer,
-            },
+            fn_kwargs=self.settings(every_answer=every_answer),
             new_fingerprint=Hasher.hash(
-                [examples._fingerprint, self.identity, lengths, every_answer]
+                [examples._fingerprint, self.identity, self.lengths, every_answer]
             ),
             desc="tokenising",
         )
+
+    def settings(self, *, every_answer: bool) -> dict[str, Any]:
+        """What `encode_batch` is given besides a batch."""
+        return {"tokenizer": self.tokenizer, "lengths": self.lengths, "every_answer": every_answer}
 
     @cached_property
     def identity(self) -> str:

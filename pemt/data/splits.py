@@ -5,7 +5,7 @@ Every draw depends on (seed, purpose) alone. Examples of one group stay on one s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import IntEnum
 
 import numpy as np
@@ -71,12 +71,9 @@ def split(task: Task, parts: Mapping[str, Dataset], seed: int) -> dict[str, Data
     validation and tests on the official validation set. Without a validation set training gives
     its 1000 (never more than a tenth) all the same. Raises DataError where neither is there.
     """
+    check_splits(task, parts)
     train, validation, test = (parts.get(name) for name in ("train", "validation", "test"))
-    if train is None or (validation is None and test is None):
-        raise DataError(
-            f"task {task.name}: found {', '.join(parts) or 'no split'}; train and at least one of "
-            "validation (validation, val, dev) and test are needed"
-        )
+    assert train is not None
     if validation is not None and test is not None:
         return {"train": train, "validation": validation, "test": test}
     units = unit_ids(task, train)
@@ -86,6 +83,15 @@ def split(task: Task, parts: Mapping[str, Dataset], seed: int) -> dict[str, Data
         return {"train": train, "validation": first, "test": second}
     kept, held_out = divided(task, train, 1 - min(HELD_OUT / number, 0.1), seed)
     return {"train": kept, "validation": held_out, "test": test if test is not None else validation}
+
+
+def check_splits(task: Task, found: Collection[str]) -> None:
+    """Raises DataError unless train and one of validation and test are there."""
+    if "train" not in found or not {"validation", "test"} & set(found):
+        raise DataError(
+            f"task {task.name}: found {', '.join(found) or 'no split'}; train and at least one of "
+            "validation (validation, val, dev) and test are needed"
+        )
 
 
 def column(dataset: Dataset, name: str) -> np.ndarray:

@@ -1,0 +1,190 @@
+"""Training data larger than memory: read while it is trained on, bucketed within a buffer, resumable.
+
+Every rank reads the whole stream and takes its share of each buffer, so all have equally many batches
+whatever the number of ranks, and no rank has to know of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+
+from pemt.data.batching import TrainBatches
+from pemt.data.errors import DataError
+from pemt.data.examples import (
+    EXAMPLE,
+    UNLABELLED,
+    LocalRows,
+    example_row,
+    examples_of,
+    files_of,
+    hub_name,
+    hub_of,
+    load_hub,
+)
+from pemt.tasks import Task
+
+Row = dict[str, Any]
+# More buffers than an epoch has: keeps the numbers of two epochs' buffers apart.
+EPOCH = 2**32
+
+
+class TrainStream:
+    """A training set that is read anew in every epoch, in the order of its files.
+
+    Args:
+        task: what is read, and how a row becomes an example.
+        data_dir: local files, as for a set that is loaded whole.
+        encode: adds token ids and `length` to columns of examples.
+        skip_bad_rows: leave malformed rows out instead of stopping at the first.
+
+    `held_out` usable examples at the start of every epoch are passed over: validation has them.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        data_dir: str | None,
+        *,
+        encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+        skip_bad_rows: bool,
+    ) -> None:
+        self.task = task
+        self.dataset = open_stream(task, data_dir)
+        self.held_out = 0
+        self.bad_rows: list[str] = []  # those left out, each with its place
+        self._encode = encode
+        self._skip_bad_rows = skip_bad_rows
+
+    def usable(self) -> Iterator[Row]:
+        """Labelled, well-formed examples from where the data set stands.
+
+        Raises:
+            DataError: the first malformed row, unless they are to be left out.
+        """
+        for row in self.dataset:
+            problem = row.pop("problem")
+            if not problem:
+                yield row
+            elif problem.endswith(f": {UNLABELLED}"):
+                continue
+            elif self._skip_bad_rows:
+                self.bad_rows.append(problem)
+            else:
+                raise DataError(
+                    f"{problem}; mend the file, or leave such rows out with --skip_bad_rows"
+                )
+
+    def encoded(self, rows: list[Row]) -> list[Row]:
+        """Rows with token ids; one for each accepted answer where a task trains on all."""
+        columns = self._encode({name: [row[name] for row in rows] for name in rows[0]})
+        every = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, values, strict=True)) for values in every]
+
+
+def open_stream(task: Task, data_dir: str | None) -> IterableDataset:
+    """The training set's examples, malformed ones included, read when they are asked for."""
+    files = files_of(task, data_dir)
+    if files is not None:
+        # A list among the arguments is one shard each: what lies before a resumed one is not read again.
+        given = {"task": task, "paths": list(files["train"])}
+        return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
+    hub = hub_of(task)
+    rows = load_hub(task, hub, hub.train, streaming=True)
+    place = hub_name(hub, hub.train)
+
+    def example(row: Row, number: int) -> Row:
+        return example_row(task, f"{place}: row {number + 1}", row)
+
+    return rows.map(example, with_indices=True, remove_columns=rows.column_names, features=EXAMPLE)
+
+
+def local_rows(task: Task, paths: list[Path]) -> Iterator[Row]:
+    """The examples of local files."""
+    return examples_of(task, LocalRows(task, tuple(paths)))
+
+
+class StreamBatches:
+    """Training batches of one rank from a stream: `TrainBatches` of one buffer after the other.
+
+    A buffer's batches depend on (seed, epoch, number of the buffer) and its examples alone.
+
+    Args:
+        stream: the training set.
+        buffer_size: examples that are put in order of length together, rounded down to whole steps.
+        position: where to go on, as `position` gave it; default: at the start.
+        batch_size, accumulation, world_size, rank, seed: as for `TrainBatches`.
+    """
+
+    steps_per_epoch = None  # nobody knows how long an epoch is
+
+    def __init__(
+        self,
+        stream: TrainStream,
+        *,
+        batch_size: int,
+        accumulation: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+        buffer_size: int,
+        position: dict[str, Any] | None = None,
+    ) -> None:
+        self._stream = stream
+        self._division = {
+            "batch_size": batch_size,
+            "accumulation": accumulation,
+            "world_size": world_size,
+            "rank": rank,
+            "seed": seed,
+        }
+        of_a_step = batch_size * accumulation * world_size
+        self._buffer_size = max(1, buffer_size // of_a_step) * of_a_step
+        # `done`: steps of this buffer; `state`: the data set's where the buffer begins, None at an epoch's start.
+        self._at = position or {"epoch": 0, "buffer": 0, "done": 0, "state": None}
+
+    def position(self) -> dict[str, Any]:
+        """What is needed to go on behind the step that was given last, as JSON."""
+        return dict(self._at)
+
+    def epochs_at(self, step: int) -> float:
+        """Whole passes done."""
+        return float(self._at["epoch"])
+
+    def notes(self) -> list[str]:
+        """What was left out, in one line, if anything was."""
+        bad = list(dict.fromkeys(self._stream.bad_rows))
+        name = self._stream.task.name
+        return [f"{name}, train: left out {len(bad)} malformed rows, first {bad[0]}"] if bad else []
+
+    def steps(self, start: int, end: int) -> Iterator[list[list[Row]]]:
+        """This rank's micro-batches of rows, a list per step, from the position on."""
+        every_epoch = chain.from_iterable(iter(self._epoch, None))
+        return islice(every_epoch, end - start)
+
+    def _epoch(self) -> Iterator[list[list[Row]]]:
+        """What is left of the epoch, and on to the next one."""
+        stream, at = self._stream, self._at
+        stream.dataset.set_epoch(at["epoch"])
+        if at["state"] is not None:
+            stream.dataset.load_state_dict(at["state"])
+        examples = stream.usable()
+        if at["state"] is None:
+            examples = islice(examples, stream.held_out, None)
+        while rows := list(islice(examples, self._buffer_size)):
+            yield from self._buffer(rows)
+            at.update(buffer=at["buffer"] + 1, done=0, state=stream.dataset.state_dict())
+        if at["buffer"] == 0:
+            raise DataError(f"task {stream.task.name}: the stream has nothing to train on")
+        at.update(epoch=at["epoch"] + 1, buffer=0, done=0, state=None)
+
+    def _buffer(self, rows: list[Row]) -> Iterator[list[list[Row]]]:
+        at, encoded = self._at, self._stream.encoded(rows)
+        batches = TrainBatches([row["length"] for row in encoded], **self._division)
+        for micro_batches in batches.epoch(at["epoch"] * EPOCH + at["buffer"], at["done"]):
+            at["done"] += 1
+            yield [[encoded[i] for i in indices] for indices in micro_batches]
