@@ -20,6 +20,7 @@ from pemt.report import findings
 from pemt.report.charts import MOST_POINTS, line_chart, thinned
 from pemt.report.page import environment, in_markdown, shade, write_report
 from pemt.report.record import Record, read_records, short_names
+from pemt.status import write_status
 from pemt.train import run_adapt, run_source
 from tests.browser import chromium
 from tests.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
@@ -152,6 +153,7 @@ def record(**changes: Any) -> Record:
         "name": "run",
         "folder": Path("run"),
         "config": {"task_name": "cb"},
+        "state": "",
         "log": [],
         "results": {},
         "predictions": [],
@@ -302,9 +304,10 @@ def test_a_run_that_is_not_finished_is_told_as_far_as_it_goes(runs: Path, tmp_pa
         (run / name).unlink()
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 99, "tra')
+    write_status(run, "interrupted", step=10)
     write_report([run], tmp_path)
     text = Page((tmp_path / "report.html").read_text()).text
-    assert "Not finished yet" in text
+    assert "Not finished yet (interrupted)" in text
     assert "training loss" in text
 
 

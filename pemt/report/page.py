@@ -87,6 +87,7 @@ def run_content(record: Record) -> dict[str, Any]:
         "method": record.method,
         "base": record.config.get("model_name_or_path"),
         "finished": bool(record.results),
+        "state": record.state,
         "scores": scores_of(record),
         "gates": findings.gate_matrices(record),
         "gates_chart": _markup(line_chart("mean gate of each source", means, unit="gate")),

@@ -14,6 +14,7 @@ from pemt.checkpoint import checkpoint_folders, trained_count
 from pemt.config import PemtError
 from pemt.monitor import LOG_FILE, read_log
 from pemt.run_folder import CONFIG, PREDICTIONS, RESULTS
+from pemt.status import STATUS
 
 
 class ReportError(PemtError):
@@ -28,6 +29,7 @@ class Record:
         name: the folder's, long enough to tell it from the others.
         folder: the run's output folder.
         config: the configuration's fields.
+        state: what status.json says became of it; empty without one.
         log: the lines of log.jsonl.
         results: what all_results.json holds; empty without one.
         predictions: the lines of predictions.jsonl, an example of the test set each.
@@ -38,6 +40,7 @@ class Record:
     name: str
     folder: Path
     config: dict[str, Any]
+    state: str
     log: list[dict[str, Any]]
     results: dict[str, Any]
     predictions: list[dict[str, Any]]
@@ -95,6 +98,9 @@ def _read(folder: Path, name: str) -> Record:
         name=name,
         folder=folder,
         config=config,
+        state=str(_json_object(folder / STATUS).get("state", ""))
+        if (folder / STATUS).is_file()
+        else "",
         log=read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else [],
         results=results,
         predictions=_json_lines(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else [],
