@@ -117,9 +117,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub(root: Path) -> Iterator[dict[str, str]]:
+def hub(root: Path, kind: type[Hub] = Hub) -> Iterator[dict[str, str]]:
     """Serve the repositories below `root`; gives the environment that makes a process use it."""
-    handler = type("Here", (Hub,), {"root": root})
+    handler = type("Here", (kind,), {"root": root})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

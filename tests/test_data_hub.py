@@ -1,8 +1,11 @@
-"""Data sets laid out as on the hub, in a folder that the code reads as it reads the hub, without a network."""
+"""Data sets laid out as on the hub, from a folder, and over HTTP from a stand-in for the hub."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from pemt.config import AdaptConfig
 from pemt.data import DataError, load_task_data, load_tokenizer
 from pemt.data.examples import load_examples
 from pemt.tasks import HubSource, get_task, load_task_file
+from tests.hub import hub
+from tests.hub_datasets import DatasetHub
 from tests.tiny import adapt_config, make_base
 
 SENTENCES = ("It rains.", "Dogs bark.", "He runs.")
@@ -137,3 +142,52 @@ def test_a_task_file_may_name_it(repository: Path, tmp_path: Path) -> None:
     task = load_task_file(path)
     assert task.hub == HubSource(path=str(repository), config="wnli", revision="v1.0")
     assert load_examples(task, None)["train"][0]["target"] == "no"
+
+
+LOADS = """
+import json, sys
+from dataclasses import replace
+from pemt.config import PemtError
+from pemt.data.examples import load_examples
+from pemt.data.streaming import open_stream
+from pemt.tasks import HubSource, get_task
+
+task = replace(get_task("rte"), hub=HubSource(path="owner/glue", config="rte", revision="v1.5"))
+parts = load_examples(task, None)
+streamed = [row["source"] for row in open_stream(task, None)]
+assert streamed == parts["train"]["source"][:]
+print(json.dumps({split: rows["target"][:] for split, rows in parts.items()}))
+try:
+    load_examples(replace(task, hub=HubSource(path="owner/none")), None)
+except PemtError as error:
+    print(error)
+"""
+
+
+def test_a_hub_id_is_fetched_at_its_revision_whole_and_streamed(
+    repository: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    (root / "owner").mkdir(parents=True)
+    repository.rename(root / "owner" / "glue")
+    with hub(root, DatasetHub) as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", LOADS],
+            env={**os.environ, **environment, "HF_DATASETS_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    found, absent = done.stdout.splitlines()[-2:]
+    labels = json.loads(found)
+    assert {split: len(targets) for split, targets in labels.items()} == {
+        "train": 30,
+        "validation": 8,
+    }
+    assert labels["validation"] == ["0", "1"] * 4
+    assert "owner/none (default, train) could not be loaded" in absent
+    assert "--data_dir" in absent
+    asked = (root / "asked.txt").read_text().splitlines()
+    assert "/datasets/owner/glue/resolve/v1.5/README.md" in asked
