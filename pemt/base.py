@@ -22,6 +22,7 @@ from pemt.model import base_shape
 from pemt.official import refusal
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
+OVERFLOWS_FROM = 1024  # d_model of t5-large, t5-3b and their v1.1
 
 
 class BaseModelError(PemtError):
@@ -76,6 +77,16 @@ def load_pretrained(
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from None
     return base, tokenizer
+
+
+def precision_warning(config: RunConfig, base: PreTrainedModel) -> str | None:
+    """A line on fp16 where the base model is known to overflow in it: T5 from size large on, by its width."""
+    if not config.fp16 or base.config.d_model < OVERFLOWS_FROM:
+        return None
+    return (
+        f"warning: fp16: activations of a T5 as wide as {config.model_name_or_path} (d_model "
+        f"{base.config.d_model}) exceed fp16's 65,504, and steps are lost; train with --fp16 false --bf16 true"
+    )
 
 
 def load_shape(name: str) -> dict[str, Any]:

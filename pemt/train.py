@@ -6,11 +6,12 @@ The loop itself, the same for both, is in `loop.py`.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from pemt.bank import entry_folder, write_entry
-from pemt.base import load_base
+from pemt.base import load_base, precision_warning
 from pemt.build import Built, build_model, check_method
 from pemt.config import AdaptConfig, RunConfig, SourceConfig
 from pemt.data import load_task_data
@@ -110,6 +111,8 @@ def set_up(config: RunConfig) -> Setup:
     engine.on_main(lambda: check_lock(Path(config.output_dir)))
     task = get_task(config.task_name, config.task_file)
     base, tokenizer = load_base(config, lazy=True)
+    if (warning := precision_warning(config, base)) and engine.is_main:
+        print(f"pemt: {warning}", file=sys.stderr, flush=True)
     data = load_task_data(task, config, tokenizer, build_first=engine.build_first)
     engine.seed(config.seed, per_rank=False)
     return Setup(engine=engine, task=task, tokenizer=tokenizer, base=base, data=data)
