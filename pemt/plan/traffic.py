@@ -86,18 +86,28 @@ def per_step(job: Job, zero: Zero, cluster: Cluster) -> list[Collective]:
 
 
 def at_start(job: Job, zero: Zero, cluster: Cluster) -> list[Collective]:
-    """What is sent once, when training starts: rank 0's trained weights (see `pemt.engine.start`)."""
+    """What is sent once, when training starts: rank 0's trained weights (see `pemt.engine.start`).
+
+    At stage 3 DeepSpeed gathers each of them again, to hang its hooks on them.
+    """
     found, world = weights(job), cluster.world_size
     trained = [each for each in found if each.role == "trained"]
-    sent = Collective(
-        what="trained weights",
-        kind="broadcast",
-        size=job.bytes_per_value * sum(each.size for each in trained),
-        calls=len(trained),
-        ranks=world,
-        overlaps=False,
-    )
-    return [sent]
+    size = {
+        "broadcast": sum(each.size for each in trained),
+        "all-gather": sum(share(each.size, world) * world for each in trained),
+    }
+    kinds: list[Kind] = ["broadcast", "all-gather"] if zero.stage == 3 else ["broadcast"]
+    return [
+        Collective(
+            what="trained weights",
+            kind=kind,
+            size=job.bytes_per_value * size[kind],
+            calls=len(trained),
+            ranks=world,
+            overlaps=False,
+        )
+        for kind in kinds
+    ]
 
 
 def _stage_three(job: Job, zero: Zero, cluster: Cluster, found: list[Weight]) -> list[Collective]:
