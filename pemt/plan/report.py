@@ -60,7 +60,7 @@ def figures(job: Job, zero: Zero, cluster: Cluster, folder: Path) -> dict[str, A
 
 def describe(found: dict[str, Any], job: Job, zero: Zero, cluster: Cluster) -> str:
     """The table."""
-    parts = [_parameters(found), _memory(found), _wire(found), _time(found, cluster)]
+    parts = [_parameters(found), _memory(found), _wire(found, cluster), _time(found, cluster)]
     advice = found["advice"]
     parts.append(f"take {advice['name']}: {advice['why']}")
     parts.append(_honesty(job, zero, cluster))
@@ -95,20 +95,22 @@ def _memory(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _wire(found: dict[str, Any]) -> str:
-    lines = ["sent by each rank in a step, and out of each node"]
+def _wire(found: dict[str, Any], cluster: Cluster) -> str:
+    lines = ["sent by each rank in a step, and as much out of each node"]
     lines += [
-        _row(f"  {each['kind']}: {each['what']}", _bytes(each["sent"]), _over(each))
+        _row(f"  {each['kind']}: {each['what']}", _bytes(each["sent"]), _over(each, cluster))
         for each in found["wire_per_step"]
-        if each["size"]
+        if each["sent"]
     ]
     lines.append(_row("  together", _bytes(found["sent_per_step"]), ""))
     lines.append(_row("  once, at the start", _bytes(found["sent_at_start"]), ""))
     return "\n".join(lines)
 
 
-def _over(each: dict[str, Any]) -> str:
-    return f"of {_bytes(each['size'])} over {each['ranks']} ranks"
+def _over(each: dict[str, Any], cluster: Cluster) -> str:
+    inside = cluster.nodes > 1 and each["ranks"] <= cluster.gpus_per_node
+    among = " of one node, not out of it" if inside else ""
+    return f"of {_bytes(each['size'])} over {each['ranks']} ranks{among}"
 
 
 def _time(found: dict[str, Any], cluster: Cluster) -> str:
@@ -147,6 +149,8 @@ def _honesty(job: Job, zero: Zero, cluster: Cluster) -> str:
     ]
     if zero.quantized_weights or zero.quantized_frozen:
         lines.append("Quantised weights have not been run yet: their figures are formulas alone.")
+    if job.bytes_per_value == 4:
+        lines.append("fp32 reaches less of a chip's bf16 rate: give its own with --gpu_tflops.")
     if job.method == "full":
         lines.append("Of full fine-tuning only the counts have been held against real runs.")
     return "\n".join(lines)
