@@ -68,7 +68,7 @@ def gathered(weights: list[Weight], zero: Zero) -> Gathered:
         elements += sum(size[name] for name in wanted)
         most = max(most, elements)
         for name in module:
-            if releases[step] and name in releases[step] and fetched_for[name] <= step:
+            if name in releases[step] and fetched_for[name] <= step:
                 whole.discard(name)
                 elements -= size[name]
     return Gathered(names=names, live=most, largest=largest)
