@@ -7,6 +7,9 @@ VENV        ?= .venv
 DEMO_DIR    ?= runs/demo
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
+SCRIPTS     := .ci/run $(wildcard launchers/*.sh launchers/*.sbatch tests/slurm/*)
+NATIVE      := $(wildcard pemt/ops/csrc/*)
+
 BIN         := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 STAMP       := $(VENV)/.installed
@@ -33,9 +36,11 @@ demo-quick: $(STAMP)  ## the same with one target and one seed (about 5 minutes)
 test: lint typecheck imports  ## all checks: ruff, mypy, import directions, pytest
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## ruff: rules and format
+lint: $(STAMP)  ## ruff, shellcheck, clang-format: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x $(SCRIPTS)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 typecheck: $(STAMP)  ## mypy on the package
 	$(BIN)/mypy

@@ -112,6 +112,7 @@ class Layer:
 
 
 def forward_loop(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """One FFN and its loss with a loop over the experts."""
     y, latent = reference.expert_mixture(
         layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
     )
@@ -124,6 +125,7 @@ def forward_loop(layer: Layer) -> tuple[Tensor, Tensor | None]:
 
 
 def forward_stacked(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """One FFN and its loss with all experts' outputs kept side by side, as published."""
     outputs = []
     for k in range(EXPERTS):
         ranks = slice(k * RANK, (k + 1) * RANK)
@@ -139,6 +141,7 @@ def forward_stacked(layer: Layer) -> tuple[Tensor, Tensor | None]:
 
 
 def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """One FFN and its loss with the fused op."""
     y, latent = ops.expert_mixture(
         layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
     )
@@ -151,16 +154,19 @@ def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
 
 
 def forward_frozen(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """One FFN without experts."""
     return layer.adapt(linear(layer.x, layer.weight)), None
 
 
 def step(layer: Layer, forward: Callable[[Layer], tuple[Tensor, Tensor | None]]) -> None:
+    """A forward pass, the loss, and its backward pass."""
     layer.backward(*forward(layer))
     for tensor in layer.trainable:
         tensor.grad = None
 
 
 def step_ops(layer: Layer, implementation: str) -> None:
+    """The same with the fused op."""
     with forced(implementation):
         step(layer, forward_ops)
 

@@ -22,6 +22,7 @@ def check_mixture(
     x: Tensor, weight: Tensor, down: Tensor, up: Tensor, gates: Tensor,
     scales: Sequence[float], ranks: Sequence[int],
 ) -> None:  # fmt: skip
+    """Raise OpsError unless these are arguments of `expert_mixture`."""
     _check_experts(scales, ranks)
     _check_dims(x=(x, 3), weight=(weight, 2), down=(down, 2), up=(up, 2), gates=(gates, 2))
     batch, d_ff, d_model, total = x.shape[0], x.shape[2], weight.shape[0], sum(ranks)
@@ -37,6 +38,7 @@ def check_sparsity(
     z: Tensor, latent: Tensor, up: Tensor, gram: Tensor, gates: Tensor,
     scales: Sequence[float], ranks: Sequence[int], mask: Tensor | None,
 ) -> None:  # fmt: skip
+    """Raise OpsError unless these are arguments of `task_sparsity`."""
     _check_experts(scales, ranks)
     _check_dims(z=(z, 3), latent=(latent, 3), up=(up, 2), gram=(gram, 2), gates=(gates, 2))
     batch, tokens, d_model = z.shape
@@ -52,6 +54,7 @@ def check_sparsity(
 
 
 def check_gram(up: Tensor, ranks: Sequence[int]) -> None:
+    """Raise OpsError unless `up` is [D, T] with T the sum of the ranks."""
     _check_experts([1.0] * len(ranks), ranks)
     _check_dims(up=(up, 2))
     _check_shape("up", up, (up.shape[0], sum(ranks)))

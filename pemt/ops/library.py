@@ -71,6 +71,7 @@ class Library:
 
 
 def cpu_library() -> Library:
+    """The C++ kernels for this machine's CPU."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = ("-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
     return Library(

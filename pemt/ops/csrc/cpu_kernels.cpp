@@ -31,28 +31,39 @@ struct bf16 {
   }
 };
 
-template <class T> struct RealOf { using type = float; };
-template <> struct RealOf<double> { using type = double; };
-template <class T> using Real = typename RealOf<T>::type;
+template <class T>
+struct RealOf {
+  using type = float;
+};
+template <>
+struct RealOf<double> {
+  using type = double;
+};
+template <class T>
+using Real = typename RealOf<T>::type;
 
-template <class R> struct Lanes {
+template <class R>
+struct Lanes {
   static constexpr int count = 64 / sizeof(R);
   typedef R type __attribute__((vector_size(64), aligned(alignof(R)), may_alias));
 };
 
-template <class T, class R> void widen(const T* from, int64_t count, R* to) {
+template <class T, class R>
+void widen(const T* from, int64_t count, R* to) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) to[i] = R(from[i]);
 }
 
-template <class T, class R> R dot(const T* left, const R* right, int64_t count) {
+template <class T, class R>
+R dot(const T* left, const R* right, int64_t count) {
   R sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) sum += R(left[i]) * right[i];
   return sum;
 }
 
-template <class T> Real<T> norm(const T* row, int64_t count) {
+template <class T>
+Real<T> norm(const T* row, int64_t count) {
   using R = Real<T>;
   R sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -62,7 +73,8 @@ template <class T> Real<T> norm(const T* row, int64_t count) {
 
 // kRows latents and their products with the Gram matrices. A tile of products may reach past its
 // expert's ranks: zeros there, which the next expert overwrites, and slack at the end.
-template <class T> struct GramRows {
+template <class T>
+struct GramRows {
   using R = Real<T>;
   using Vector = typename Lanes<R>::type;
   static constexpr int lanes = Lanes<R>::count;
@@ -71,7 +83,10 @@ template <class T> struct GramRows {
   std::vector<R> latent, product;
 
   explicit GramRows(const Experts& e)
-      : experts(e), stride(e.total + e.gram_width), latent(kRows * stride), product(kRows * stride) {}
+      : experts(e),
+        stride(e.total + e.gram_width),
+        latent(kRows * stride),
+        product(kRows * stride) {}
 
   void compute(const T* rows, int64_t count, const R* gram) {
     for (int64_t r = 0; r < kRows; ++r) {
@@ -89,7 +104,8 @@ template <class T> struct GramRows {
   void tile(int start, int rank, int column, const R* gram) {
     Vector sums[kRows] = {};
     for (int i = 0; i < rank; ++i) {
-      const Vector row = *reinterpret_cast<const Vector*>(gram + int64_t(i) * experts.gram_width + column);
+      const Vector row =
+          *reinterpret_cast<const Vector*>(gram + int64_t(i) * experts.gram_width + column);
       const R* factor = &latent[start + i];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sums[r] += factor[r * stride] * row;
@@ -99,7 +115,8 @@ template <class T> struct GramRows {
   }
 };
 
-template <class R> std::vector<R> mean_gates(const Shape& shape, const Experts& experts, const R* gates) {
+template <class R>
+std::vector<R> mean_gates(const Shape& shape, const Experts& experts, const R* gates) {
   std::vector<R> mean(experts.count, R(0));
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int k = 0; k < experts.count; ++k) mean[k] += gates[b * experts.count + k];
@@ -108,8 +125,8 @@ template <class R> std::vector<R> mean_gates(const Shape& shape, const Experts& 
 }
 
 template <class T>
-void gate_latent_of(const Shape& shape, const Experts& experts, const T* latent,
-                    const Real<T>* gates, T* gated) {
+void gate_latent_of(
+    const Shape& shape, const Experts& experts, const T* latent, const Real<T>* gates, T* gated) {
   using R = Real<T>;
   const int64_t rows = shape.batch * shape.tokens;
 #pragma omp parallel for schedule(static)
@@ -126,7 +143,7 @@ void gate_latent_of(const Shape& shape, const Experts& experts, const T* latent,
 // One token: adds to the gates' sums, and turns its projection into the latent's gradient.
 template <class T>
 void mixture_backward_row(const Experts& experts, const MixtureBackward& args, int64_t n,
-                          const Real<T>* gates, Real<T>* sums) {
+    const Real<T>* gates, Real<T>* sums) {
   using R = Real<T>;
   for (int k = 0; k < experts.count; ++k) {
     const int64_t start = n * experts.total + experts.offset[k];
@@ -163,8 +180,8 @@ void mixture_backward_of(const Shape& shape, const Experts& experts, const Mixtu
     const int64_t b = block / chunks, first = block % chunks * kBlock;
     std::fill(partials + block * count, partials + (block + 1) * count, R(0));
     for (int64_t s = first; s < std::min(first + kBlock, shape.tokens); ++s)
-      mixture_backward_row<T>(experts, args, b * shape.tokens + s, gates + b * count,
-                              partials + block * count);
+      mixture_backward_row<T>(
+          experts, args, b * shape.tokens + s, gates + b * count, partials + block * count);
   }
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int k = 0; k < count; ++k) {
@@ -176,7 +193,7 @@ void mixture_backward_of(const Shape& shape, const Experts& experts, const Mixtu
 
 template <class T>
 void sparsity_forward_row(const Shape& shape, const Experts& experts, const SparsityForward& args,
-                          int64_t n, const GramRows<T>& rows, int64_t r, Real<T>* sums) {
+    int64_t n, const GramRows<T>& rows, int64_t r, Real<T>* sums) {
   using R = Real<T>;
   const int count = experts.count;
   R* stats = static_cast<R*>(args.stats) + n * (2 * count + 1);
@@ -216,7 +233,7 @@ void sparsity_forward_of(const Shape& shape, const Experts& experts, const Spars
       for (int64_t n = block * kBlock; n < end; n += kRows) {
         const int64_t group = std::min<int64_t>(kRows, end - n);
         rows.compute(static_cast<const T*>(args.latent) + n * experts.total, group,
-                     static_cast<const R*>(args.gram));
+            static_cast<const R*>(args.gram));
         for (int64_t r = 0; r < group; ++r)
           sparsity_forward_row<T>(shape, experts, args, n + r, rows, r, sums);
       }
@@ -234,8 +251,7 @@ void sparsity_forward_of(const Shape& shape, const Experts& experts, const Spars
 
 template <class T>
 void sparsity_backward_row(const Shape& shape, const Experts& experts, const SparsityBackward& args,
-                           int64_t n, const GramRows<T>& rows, int64_t r,
-                           const std::vector<Real<T>>& grad_gates) {
+    int64_t n, const GramRows<T>& rows, int64_t r, const std::vector<Real<T>>& grad_gates) {
   using R = Real<T>;
   const int count = experts.count;
   const R* stats = static_cast<const R*>(args.stats) + n * (2 * count + 1);
@@ -272,7 +288,8 @@ void sparsity_backward_row(const Shape& shape, const Experts& experts, const Spa
 }
 
 template <class T>
-void sparsity_backward_of(const Shape& shape, const Experts& experts, const SparsityBackward& args) {
+void sparsity_backward_of(
+    const Shape& shape, const Experts& experts, const SparsityBackward& args) {
   using R = Real<T>;
   const int count = experts.count;
   const int64_t tokens = shape.batch * shape.tokens;
@@ -286,7 +303,7 @@ void sparsity_backward_of(const Shape& shape, const Experts& experts, const Spar
     for (int64_t group = 0; group < (tokens + kRows - 1) / kRows; ++group) {
       const int64_t n = group * kRows, present = std::min<int64_t>(kRows, tokens - n);
       rows.compute(static_cast<const T*>(args.latent) + n * experts.total, present,
-                   static_cast<const R*>(args.gram));
+          static_cast<const R*>(args.gram));
       for (int64_t r = 0; r < present; ++r)
         sparsity_backward_row<T>(shape, experts, args, n + r, rows, r, grad_gates);
     }
@@ -298,12 +315,17 @@ void sparsity_backward_of(const Shape& shape, const Experts& experts, const Spar
 }
 
 // Calls `run` with a null pointer of the tensors' type.
-template <class Run> void with_type(Dtype dtype, const Run& run) {
+template <class Run>
+void with_type(Dtype dtype, const Run& run) {
   switch (dtype) {
-    case Dtype::f32: return run(static_cast<float*>(nullptr));
-    case Dtype::f64: return run(static_cast<double*>(nullptr));
-    case Dtype::bf16: return run(static_cast<bf16*>(nullptr));
-    case Dtype::f16: return run(static_cast<_Float16*>(nullptr));
+    case Dtype::f32:
+      return run(static_cast<float*>(nullptr));
+    case Dtype::f64:
+      return run(static_cast<double*>(nullptr));
+    case Dtype::bf16:
+      return run(static_cast<bf16*>(nullptr));
+    case Dtype::f16:
+      return run(static_cast<_Float16*>(nullptr));
   }
 }
 
@@ -315,36 +337,36 @@ int64_t sparsity_partials(const Shape& shape) {
   return (shape.batch * shape.tokens + kBlock - 1) / kBlock;
 }
 
-bool expand_small(void*, Dtype, const Shape&, const Experts&, const void*, const void*, const void*,
-                  void*) {
+bool expand_small(
+    void*, Dtype, const Shape&, const Experts&, const void*, const void*, const void*, void*) {
   return false;  // a matrix product costs no launch here
 }
 
-void gate_latent(void*, Dtype dtype, const Shape& shape, const Experts& experts,
-                 const void* latent, const void* gates, void* gated) {
+void gate_latent(void*, Dtype dtype, const Shape& shape, const Experts& experts, const void* latent,
+    const void* gates, void* gated) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     gate_latent_of(shape, experts, static_cast<const T*>(latent),
-                   static_cast<const Real<T>*>(gates), static_cast<T*>(gated));
+        static_cast<const Real<T>*>(gates), static_cast<T*>(gated));
   });
 }
 
-void mixture_backward(void*, Dtype dtype, const Shape& shape, const Experts& experts,
-                      const MixtureBackward& args) {
+void mixture_backward(
+    void*, Dtype dtype, const Shape& shape, const Experts& experts, const MixtureBackward& args) {
   with_type(dtype, [&](auto* type) {
     mixture_backward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
   });
 }
 
-void sparsity_forward(void*, Dtype dtype, const Shape& shape, const Experts& experts,
-                      const SparsityForward& args) {
+void sparsity_forward(
+    void*, Dtype dtype, const Shape& shape, const Experts& experts, const SparsityForward& args) {
   with_type(dtype, [&](auto* type) {
     sparsity_forward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
   });
 }
 
-void sparsity_backward(void*, Dtype dtype, const Shape& shape, const Experts& experts,
-                       const SparsityBackward& args) {
+void sparsity_backward(
+    void*, Dtype dtype, const Shape& shape, const Experts& experts, const SparsityBackward& args) {
   with_type(dtype, [&](auto* type) {
     sparsity_backward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
   });

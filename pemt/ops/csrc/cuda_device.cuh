@@ -19,19 +19,32 @@ __device__ inline float real(f16 value) { return __half2float(value); }
 __device__ inline float real(float value) { return value; }
 __device__ inline double real(double value) { return value; }
 
-template <class T> __device__ inline T rounded(float value) { return T(value); }
-template <> __device__ inline bf16 rounded<bf16>(float value) { return __float2bfloat16_rn(value); }
-template <> __device__ inline f16 rounded<f16>(float value) { return __float2half_rn(value); }
-template <class T> __device__ inline T rounded(double value) { return T(value); }
+template <class T>
+__device__ inline T rounded(float value) {
+  return T(value);
+}
+template <>
+__device__ inline bf16 rounded<bf16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ inline f16 rounded<f16>(float value) {
+  return __float2half_rn(value);
+}
+template <class T>
+__device__ inline T rounded(double value) {
+  return T(value);
+}
 
-template <class R> __device__ inline R shuffle_xor(R value, int lane_mask) {
+template <class R>
+__device__ inline R shuffle_xor(R value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
 // sums[16x8] += a[16x16] b[16x8] over a warp, in the fragment layout of mma.m16n8k16.
 template <class T>
-__device__ inline void tensor_core_product(float (&sums)[4], const uint32_t (&a)[4],
-                                           const uint32_t (&b)[2]) {
+__device__ inline void tensor_core_product(
+    float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, bf16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -47,11 +60,12 @@ __device__ inline void tensor_core_product(float (&sums)[4], const uint32_t (&a)
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream,
-            const Arguments&... arguments) {
+    const Arguments&... arguments) {
   kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("pemt: a kernel did not start: ") + cudaGetErrorString(error));
+    throw std::runtime_error(
+        std::string("pemt: a kernel did not start: ") + cudaGetErrorString(error));
 }
 
 }  // namespace pemt

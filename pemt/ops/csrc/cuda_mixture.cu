@@ -13,8 +13,8 @@ namespace {
 // Per block: kChunk tokens of any sample and one expert.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-gate_latent_kernel(Shape shape, const __grid_constant__ Experts experts, const T* latent,
-                   const Real<T>* gates, T* gated, bool wide) {
+    gate_latent_kernel(Shape shape, const __grid_constant__ Experts experts, const T* latent,
+        const Real<T>* gates, T* gated, bool wide) {
   using R = Real<T>;
   const int k = blockIdx.y, rank = experts.offset[k + 1] - experts.offset[k];
   const int packs = (rank + kPack<T> - 1) / kPack<T>;
@@ -40,8 +40,8 @@ constexpr int kBlockColumns = kSmallThreads / kWarp * kSmallColumns;
 
 template <class T>
 __global__ void __launch_bounds__(kSmallThreads, kSmallBlocks)
-expand_small_kernel(Shape shape, const __grid_constant__ Experts experts, const T* latent,
-                    const Real<T>* gates, const T* up, T* y) {
+    expand_small_kernel(Shape shape, const __grid_constant__ Experts experts, const T* latent,
+        const Real<T>* gates, const T* up, T* y) {
   using R = Real<T>;
   __shared__ R gated[kWarp][kSmallRanks + 1], rows[kBlockColumns][kSmallRanks];
   const int64_t tokens = shape.batch * shape.tokens, first = int64_t(blockIdx.y) * kWarp;
@@ -58,14 +58,17 @@ expand_small_kernel(Shape shape, const __grid_constant__ Experts experts, const 
         const int64_t token = first + i / kSmallRanks;
         const int at = i % kSmallRanks;
         gated[i / kSmallRanks][at] = token < tokens && at < width
-            ? real(latent[token * experts.total + start + at]) * R(experts.scale[k]) *
-                  gates[token / shape.tokens * experts.count + k] : R(0);
+                                         ? real(latent[token * experts.total + start + at]) *
+                                               R(experts.scale[k]) *
+                                               gates[token / shape.tokens * experts.count + k]
+                                         : R(0);
       }
       for (int i = threadIdx.x; i < kBlockColumns * kSmallRanks; i += kSmallThreads) {
         const int64_t column = first_column + i / kSmallRanks;
         const int at = i % kSmallRanks;
         rows[i / kSmallRanks][at] = column < shape.d_model && at < width
-            ? real(up[column * experts.total + start + at]) : R(0);
+                                        ? real(up[column * experts.total + start + at])
+                                        : R(0);
       }
       __syncthreads();
 #pragma unroll 8
@@ -85,9 +88,8 @@ expand_small_kernel(Shape shape, const __grid_constant__ Experts experts, const 
 
 // Per block: kChunk tokens of one sample and one expert.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-mixture_backward_kernel(Shape shape, const __grid_constant__ Experts experts,
-                        MixtureBackward args, int64_t chunks, bool wide) {
+__global__ void __launch_bounds__(kThreads) mixture_backward_kernel(Shape shape,
+    const __grid_constant__ Experts experts, MixtureBackward args, int64_t chunks, bool wide) {
   using R = Real<T>;
   const int k = blockIdx.y, rank = experts.offset[k + 1] - experts.offset[k];
   const int packs = (rank + kPack<T> - 1) / kPack<T>;
@@ -100,8 +102,8 @@ mixture_backward_kernel(Shape shape, const __grid_constant__ Experts experts,
   for (int i = threadIdx.x; i < kChunk * packs; i += kThreads) {
     if (first + i / packs >= shape.tokens) break;
     const int column = i % packs * kPack<T>, valid = rank - column;
-    const int64_t at = (b * shape.tokens + first + i / packs) * experts.total +
-                       experts.offset[k] + column;
+    const int64_t at =
+        (b * shape.tokens + first + i / packs) * experts.total + experts.offset[k] + column;
     R latent[kPack<T>], projection[kPack<T>], outer[kPack<T>] = {};
     load(static_cast<const T*>(args.latent) + at, valid, wide, latent);
     load(projections + at, valid, wide, projection);
@@ -120,8 +122,8 @@ mixture_backward_kernel(Shape shape, const __grid_constant__ Experts experts,
 
 // One thread per gate; a warp reads neighbouring gates of a chunk together.
 template <class R>
-__global__ void sum_chunks_kernel(int64_t gates, int count, int64_t chunks, const R* partials,
-                                  R* dgates) {
+__global__ void sum_chunks_kernel(
+    int64_t gates, int count, int64_t chunks, const R* partials, R* dgates) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= gates) return;
   R sum = 0;
@@ -135,46 +137,47 @@ __global__ void sum_chunks_kernel(int64_t gates, int count, int64_t chunks, cons
 int64_t mixture_partials(const Shape& shape) { return blocks_of(shape.tokens, kChunk); }
 
 bool expand_small(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                  const void* latent, const void* gates, const void* up, void* y) {
+    const void* latent, const void* gates, const void* up, void* y) {
   const int64_t tokens = shape.batch * shape.tokens;
   if (tokens == 0 || tokens > kSmallTokens) return false;
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const dim3 grid(unsigned(blocks_of(shape.d_model, kBlockColumns)),
-                    unsigned(blocks_of(tokens, kWarp)));
+    const dim3 grid(
+        unsigned(blocks_of(shape.d_model, kBlockColumns)), unsigned(blocks_of(tokens, kWarp)));
     launch(expand_small_kernel<T>, grid, kSmallThreads, stream, shape, experts,
-           static_cast<const T*>(latent), static_cast<const Real<T>*>(gates),
-           static_cast<const T*>(up), static_cast<T*>(y));
+        static_cast<const T*>(latent), static_cast<const Real<T>*>(gates),
+        static_cast<const T*>(up), static_cast<T*>(y));
   });
   return true;
 }
 
 void gate_latent(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                 const void* latent, const void* gates, void* gated) {
+    const void* latent, const void* gates, void* gated) {
   const int64_t blocks = blocks_of(shape.batch * shape.tokens, kChunk);
   if (blocks == 0) return;
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     launch(gate_latent_kernel<T>, dim3(unsigned(blocks), experts.count), kThreads, stream, shape,
-           experts, static_cast<const T*>(latent), static_cast<const Real<T>*>(gates),
-           static_cast<T*>(gated), ranks_aligned<T>(experts) && aligned(latent, gated));
+        experts, static_cast<const T*>(latent), static_cast<const Real<T>*>(gates),
+        static_cast<T*>(gated), ranks_aligned<T>(experts) && aligned(latent, gated));
   });
 }
 
 void mixture_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                      const MixtureBackward& args) {
+    const MixtureBackward& args) {
   if (shape.batch == 0) return;
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using R = Real<T>;
     const int64_t chunks = mixture_partials(shape), gates = shape.batch * experts.count;
-    const bool wide = ranks_aligned<T>(experts) && aligned(args.latent, args.projection, args.dlatent);
+    const bool wide =
+        ranks_aligned<T>(experts) && aligned(args.latent, args.projection, args.dlatent);
     if (chunks > 0)
       launch(mixture_backward_kernel<T>, dim3(unsigned(shape.batch * chunks), experts.count),
-             kThreads, stream, shape, experts, args, chunks, wide);
+          kThreads, stream, shape, experts, args, chunks, wide);
     launch(sum_chunks_kernel<R>, dim3(unsigned(blocks_of(gates, kThreads))), kThreads, stream,
-           gates, experts.count, chunks, static_cast<const R*>(args.partials),
-           static_cast<R*>(args.dgates));
+        gates, experts.count, chunks, static_cast<const R*>(args.partials),
+        static_cast<R*>(args.dgates));
   });
 }
 

@@ -2,8 +2,8 @@
 // float atomics, so runs repeat bit by bit and graphs can capture them.
 //
 // A block has all experts of its tokens, so that z is read once. What each must move, in numbers of
-// the tensors' type: sparsity_forward ND + 2 NT, sparsity_backward 2 ND + 4 NT; and 4 NTR operations
-// each on the Gram matrices, twice that where the tensor cores take them as two halves.
+// the tensors' type: sparsity_forward ND + 2 NT, sparsity_backward 2 ND + 4 NT; and 4 NTR
+// operations each on the Gram matrices, twice that where the tensor cores take them as two halves.
 #include <algorithm>
 
 #include "cuda_tiles.cuh"
@@ -11,13 +11,15 @@
 namespace pemt {
 namespace {
 
-template <class R> __device__ R mean_gate(const Shape& shape, int count, int k, const R* gates) {
+template <class R>
+__device__ R mean_gate(const Shape& shape, int count, int k, const R* gates) {
   R sum = 0;  // one warp, in the same order wherever it is needed
   for (int64_t b = threadIdx.x % kWarp; b < shape.batch; b += kWarp) sum += gates[b * count + k];
   return lane_sum<kWarp>(sum) / R(shape.batch > 0 ? shape.batch : 1);
 }
 
-template <class R> __device__ R token_weight(const Shape& shape, const void* weights, int64_t n) {
+template <class R>
+__device__ R token_weight(const Shape& shape, const void* weights, int64_t n) {
   return weights ? static_cast<const R*>(weights)[n] : R(1) / R(shape.batch * shape.tokens);
 }
 
@@ -25,9 +27,8 @@ constexpr int kSparsityBlocks = 2;  // on one multiprocessor; asking for more ma
 
 // Per block: kTokens tokens and all experts, so that z is read once.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kSparsityBlocks)
-sparsity_forward_kernel(Shape shape, const __grid_constant__ Experts experts,
-                        SparsityForward args, bool wide, bool wide_z) {
+__global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_forward_kernel(Shape shape,
+    const __grid_constant__ Experts experts, SparsityForward args, bool wide, bool wide_z) {
   using R = Real<T>;
   __shared__ R norm_z[kTokens], distance[kTokens];
   const Place place(blockIdx.x, shape.batch * shape.tokens);
@@ -52,10 +53,11 @@ sparsity_forward_kernel(Shape shape, const __grid_constant__ Experts experts,
     R dot = 0, square = 0, product[kPack<T>], latent[kPack<T>], projection[kPack<T>];
     for (int tile = 0; tile < rank; tile += kTile<T>) {
       gram_product<T>(place, experts, k, tile, static_cast<const T*>(args.latent),
-                      static_cast<const R*>(args.gram), wide, product);
+          static_cast<const R*>(args.gram), wide, product);
       const int column = tile + place.column * kPack<T>, valid = present ? rank - column : 0;
       load(static_cast<const T*>(args.latent) + token_at + start + column, valid, wide, latent);
-      load(static_cast<const T*>(args.projection) + token_at + start + column, valid, wide, projection);
+      load(static_cast<const T*>(args.projection) + token_at + start + column, valid, wide,
+          projection);
 #pragma unroll
       for (int c = 0; c < kPack<T>; ++c) {
         dot += latent[c] * projection[c];
@@ -68,7 +70,8 @@ sparsity_forward_kernel(Shape shape, const __grid_constant__ Experts experts,
       const R norm = sqrt(max(square, R(0))) * abs(R(experts.scale[k]));
       const R safe_z = present ? max(norm_z[place.row], R(kCosineEps)) : R(1);
       const R cosine = dot / (max(norm, R(kCosineEps)) * safe_z);
-      distance[place.row] = present ? token_weight<R>(shape, args.token_weights, n) * (1 - cosine) : R(0);
+      distance[place.row] =
+          present ? token_weight<R>(shape, args.token_weights, n) * (1 - cosine) : R(0);
       if (present) {
         stats[k] = cosine;
         stats[count + k] = norm;
@@ -87,7 +90,7 @@ sparsity_forward_kernel(Shape shape, const __grid_constant__ Experts experts,
 // One block; a warp per expert.
 template <class R>
 __global__ void __launch_bounds__(kThreads)
-sum_distances_kernel(Shape shape, int count, int64_t blocks, SparsityForward args) {
+    sum_distances_kernel(Shape shape, int count, int64_t blocks, SparsityForward args) {
   __shared__ R parts[kMaxExperts];
   const int lane = threadIdx.x % kWarp;
   for (int k = threadIdx.x / kWarp; k < count; k += kThreads / kWarp) {
@@ -111,9 +114,8 @@ sum_distances_kernel(Shape shape, int count, int64_t blocks, SparsityForward arg
 
 // Per block: kTokens tokens and all experts; block 0 does the gates as well.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kSparsityBlocks)
-sparsity_backward_kernel(Shape shape, const __grid_constant__ Experts experts,
-                         SparsityBackward args, bool wide, bool wide_z) {
+__global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_backward_kernel(Shape shape,
+    const __grid_constant__ Experts experts, SparsityBackward args, bool wide, bool wide_z) {
   using R = Real<T>;
   __shared__ R push_all[kMaxExperts], shrink_z[kTokens];
   const Place place(blockIdx.x, shape.batch * shape.tokens);
@@ -148,7 +150,7 @@ sparsity_backward_kernel(Shape shape, const __grid_constant__ Experts experts,
     R product[kPack<T>], latent[kPack<T>], projection[kPack<T>];
     for (int tile = 0; tile < rank; tile += kTile<T>) {
       gram_product<T>(place, experts, k, tile, static_cast<const T*>(args.latent),
-                      static_cast<const R*>(args.gram), wide, product);
+          static_cast<const R*>(args.gram), wide, product);
       const int column = tile + place.column * kPack<T>, valid = present ? rank - column : 0;
       const int64_t at = token_at + start + column;
       load(static_cast<const T*>(args.latent) + at, valid, wide, latent);
@@ -184,23 +186,22 @@ int64_t sparsity_partials(const Shape& shape) {
 }
 
 void sparsity_forward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                      const SparsityForward& args) {
+    const SparsityForward& args) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t blocks = sparsity_partials(shape);
-    const bool wide = ranks_aligned<T>(experts) &&
-                      aligned(args.latent, args.projection, args.gram);
+    const bool wide = ranks_aligned<T>(experts) && aligned(args.latent, args.projection, args.gram);
     const bool wide_z = shape.d_model % kPack<T> == 0 && aligned(args.z);
     if (blocks > 0)
       launch(sparsity_forward_kernel<T>, dim3(unsigned(blocks)), kThreads, stream, shape, experts,
-             args, wide, wide_z);
+          args, wide, wide_z);
     launch(sum_distances_kernel<Real<T>>, dim3(1), kThreads, stream, shape, experts.count, blocks,
-           args);
+        args);
   });
 }
 
 void sparsity_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                       const SparsityBackward& args) {
+    const SparsityBackward& args) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t blocks = std::max<int64_t>(1, sparsity_partials(shape));  // one for the gates
@@ -208,7 +209,7 @@ void sparsity_backward(void* stream, Dtype dtype, const Shape& shape, const Expe
                       aligned(args.latent, args.projection, args.gram, args.mix, args.dlatent);
     const bool wide_z = shape.d_model % kPack<T> == 0 && aligned(args.z, args.dz);
     launch(sparsity_backward_kernel<T>, dim3(unsigned(blocks)), kThreads, stream, shape, experts,
-           args, wide, wide_z);
+        args, wide, wide_z);
   });
 }
 

@@ -5,28 +5,38 @@
 
 #include "kernels.h"
 #ifdef PEMT_EMULATE_CUDA
-#include "cuda_emulation.h"
+#  include "cuda_emulation.h"
 #else
-#include "cuda_device.cuh"
+#  include "cuda_device.cuh"
 #endif
 
 namespace pemt {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int kTokens = 32;                      // tokens of one block in the sparsity kernels
-constexpr int kPerToken = kThreads / kTokens;    // threads that share a token
-constexpr int kChunk = 64;                       // tokens of one block in the mixture's backward
+constexpr int kTokens = 32;                    // tokens of one block in the sparsity kernels
+constexpr int kPerToken = kThreads / kTokens;  // threads that share a token
+constexpr int kChunk = 64;                     // tokens of one block in the mixture's backward
 constexpr double kCosineEps = 1e-8;
 
-template <class T> struct RealOf { using type = float; };
-template <> struct RealOf<double> { using type = double; };
-template <class T> using Real = typename RealOf<T>::type;
+template <class T>
+struct RealOf {
+  using type = float;
+};
+template <>
+struct RealOf<double> {
+  using type = double;
+};
+template <class T>
+using Real = typename RealOf<T>::type;
 
-template <class T> constexpr int kPack = 16 / sizeof(T);           // elements of one wide access
-template <class T> constexpr int kTile = kPerToken * kPack<T>;     // ranks of one Gram tile
+template <class T>
+constexpr int kPack = 16 / sizeof(T);  // elements of one wide access
+template <class T>
+constexpr int kTile = kPerToken * kPack<T>;  // ranks of one Gram tile
 
-template <class T> struct alignas(16) Pack {
+template <class T>
+struct alignas(16) Pack {
   T value[kPack<T>];
 };
 
@@ -57,13 +67,15 @@ __device__ void store(const Real<T> (&from)[kPack<T>], int valid, bool wide, T* 
   }
 }
 
-template <int Lanes, class R> __device__ R lane_sum(R value) {  // the same in all `Lanes` lanes
+template <int Lanes, class R>
+__device__ R lane_sum(R value) {  // the same in all `Lanes` lanes
 #pragma unroll
   for (int mask = Lanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
 
-template <class R> __device__ R block_sum(R value) {  // thread 0 has it
+template <class R>
+__device__ R block_sum(R value) {  // thread 0 has it
   __shared__ R sums[kThreads / kWarp];
   value = lane_sum<kWarp>(value);
   __syncthreads();
@@ -91,14 +103,15 @@ struct Place {
 // Sums over one tile of the contraction on the ordinary cores.
 template <class R, int Tile, int Width>
 __device__ void multiply(const R (&rows)[kTokens][Tile + 1], const R (&squares)[Tile][Tile + 1],
-                         const Place& place, R (&product)[Width]) {
+    const Place& place, R (&product)[Width]) {
   for (int i = 0; i < Tile; ++i)
 #pragma unroll
     for (int c = 0; c < Width; ++c)
       product[c] += rows[place.row][i] * squares[place.column * Width + c][i];
 }
 
-template <class T> __device__ uint32_t pair_at(const T* two) {
+template <class T>
+__device__ uint32_t pair_at(const T* two) {
   uint32_t bits;
   memcpy(&bits, two, sizeof bits);
   return bits;
@@ -108,13 +121,13 @@ template <class T> __device__ uint32_t pair_at(const T* two) {
 // matrix comes as a sum of two half-width numbers, so that it keeps 16 bits and more.
 template <class T, int Stride>
 __device__ void multiply(const T (&rows)[kTokens][Stride], const T (&high)[kTile<T>][Stride],
-                         const T (&low)[kTile<T>][Stride], int columns, float (&sums)[2][4]) {
+    const T (&low)[kTile<T>][Stride], int columns, float (&sums)[2][4]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, pair = lane % 4 * 2;
   const int token = warp % 2 * 16 + group;
   for (int i = pair; i < kTile<T>; i += 16) {
     const uint32_t a[4] = {pair_at(&rows[token][i]), pair_at(&rows[token + 8][i]),
-                           pair_at(&rows[token][i + 8]), pair_at(&rows[token + 8][i + 8])};
+        pair_at(&rows[token][i + 8]), pair_at(&rows[token + 8][i + 8])};
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int column = (warp / 2 * 2 + n) * 8;
@@ -131,8 +144,7 @@ __device__ void multiply(const T (&rows)[kTokens][Stride], const T (&high)[kTile
 // where the products run on the tensor cores. All loads are on their way before the first store.
 template <class T, int Parts, int Stride>
 __device__ void load_squares(const Experts& experts, int k, int row, int column,
-                             const Real<T>* gram, bool wide,
-                             T (&squares)[Parts][kTile<T>][Stride]) {
+    const Real<T>* gram, bool wide, T (&squares)[Parts][kTile<T>][Stride]) {
   using R = Real<T>;
   constexpr int per_row = kTile<T> / kPack<R>, packs = kTile<T> * per_row;
   constexpr int rounds = (packs + kThreads - 1) / kThreads;
@@ -143,7 +155,7 @@ __device__ void load_squares(const Experts& experts, int k, int row, int column,
     const int i = round * kThreads + threadIdx.x, at = column + i % per_row * kPack<R>;
     const int valid = i < packs && row + i / per_row < rank ? rank - at : 0;
     load(gram + int64_t(start + row + i / per_row) * experts.gram_width + at, valid, wide,
-         values[round]);
+        values[round]);
   }
 #pragma unroll
   for (int round = 0; round < rounds; ++round) {
@@ -154,7 +166,8 @@ __device__ void load_squares(const Experts& experts, int k, int row, int column,
       const int to = i % per_row * kPack<R> + c;
       const T high = rounded<T>(values[round][c]);
       squares[0][i / per_row][to] = high;
-      if constexpr (Parts == 2) squares[1][i / per_row][to] = rounded<T>(values[round][c] - real(high));
+      if constexpr (Parts == 2)
+        squares[1][i / per_row][to] = rounded<T>(values[round][c] - real(high));
     }
   }
 }
@@ -163,8 +176,7 @@ __device__ void load_squares(const Experts& experts, int k, int row, int column,
 // kPack columns of the tile that begins at `tile`. All threads of the block must call it.
 template <class T>
 __device__ void gram_product(const Place& place, const Experts& experts, int k, int tile,
-                             const T* latent, const Real<T>* gram, bool wide,
-                             Real<T> (&product)[kPack<T>]) {
+    const T* latent, const Real<T>* gram, bool wide, Real<T> (&product)[kPack<T>]) {
   using R = Real<T>;
   constexpr int width = kTile<T>;
   constexpr bool halves = sizeof(T) == 2;
@@ -195,31 +207,41 @@ __device__ void gram_product(const Place& place, const Experts& experts, int k, 
     const int token = warp % 2 * 16 + lane / 4;
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      out[token + i / 2 % 2 * 8][(warp / 2 * 2 + i / 4) * 8 + lane % 4 * 2 + i % 2] = sums[i / 4][i % 4];
+      out[token + i / 2 % 2 * 8][(warp / 2 * 2 + i / 4) * 8 + lane % 4 * 2 + i % 2] =
+          sums[i / 4][i % 4];
     __syncthreads();
 #pragma unroll
     for (int c = 0; c < kPack<T>; ++c) product[c] = out[place.row][place.column * kPack<T> + c];
   }
 }
 
-inline int64_t blocks_of(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+inline int64_t blocks_of(int64_t items, int64_t per_block) {
+  return (items + per_block - 1) / per_block;
+}
 
-template <class... Pointers> bool aligned(Pointers... pointers) {
+template <class... Pointers>
+bool aligned(Pointers... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-template <class T> bool ranks_aligned(const Experts& experts) {  // every rank begins a pack
+template <class T>
+bool ranks_aligned(const Experts& experts) {  // every rank begins a pack
   return std::all_of(experts.offset, experts.offset + experts.count + 1,
-                     [](int offset) { return offset % kPack<T> == 0; });
+      [](int offset) { return offset % kPack<T> == 0; });
 }
 
 // Calls `run` with a null pointer of the tensors' type.
-template <class Run> void with_type(Dtype dtype, const Run& run) {
+template <class Run>
+void with_type(Dtype dtype, const Run& run) {
   switch (dtype) {
-    case Dtype::f32: return run(static_cast<float*>(nullptr));
-    case Dtype::f64: return run(static_cast<double*>(nullptr));
-    case Dtype::bf16: return run(static_cast<bf16*>(nullptr));
-    case Dtype::f16: return run(static_cast<f16*>(nullptr));
+    case Dtype::f32:
+      return run(static_cast<float*>(nullptr));
+    case Dtype::f64:
+      return run(static_cast<double*>(nullptr));
+    case Dtype::bf16:
+      return run(static_cast<bf16*>(nullptr));
+    case Dtype::f16:
+      return run(static_cast<f16*>(nullptr));
   }
 }
 

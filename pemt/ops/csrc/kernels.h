@@ -35,24 +35,24 @@ int64_t sparsity_partials(const Shape& shape);  // blocks in all; the buffer is 
 
 // gated[n,t] = latent[n,t] * gate[b,k] * scale[k]
 void gate_latent(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                 const void* latent, const void* gates, void* gated);
+    const void* latent, const void* gates, void* gated);
 
-// y[n,:] += gated latent[n,:] up^T in one launch, for few tokens; false, and nothing done, for many.
-// up [D,T] must be contiguous.
+// y[n,:] += gated latent[n,:] up^T in one launch, for few tokens; false, and nothing done, for
+// many. up [D,T] must be contiguous.
 bool expand_small(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                  const void* latent, const void* gates, const void* up, void* y);
+    const void* latent, const void* gates, const void* up, void* y);
 
 struct MixtureBackward {
-  const void* latent;      // [N,T]
-  void* projection;        // [N,T], dy up; overwritten by the latent's whole gradient
-  const void* dlatent;     // [N,T] from outside, or null
-  const void* gates;       // [B,K] reals
-  void* partials;          // [B, mixture_partials, K] reals
-  void* dgates;            // [B,K] reals
+  const void* latent;   // [N,T]
+  void* projection;     // [N,T], dy up; overwritten by the latent's whole gradient
+  const void* dlatent;  // [N,T] from outside, or null
+  const void* gates;    // [B,K] reals
+  void* partials;       // [B, mixture_partials, K] reals
+  void* dgates;         // [B,K] reals
   bool need_dlatent;
 };
 void mixture_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                      const MixtureBackward& args);
+    const MixtureBackward& args);
 
 struct SparsityForward {
   const void* z;              // [N,D]
@@ -67,7 +67,7 @@ struct SparsityForward {
   void* loss;                 // one real
 };
 void sparsity_forward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                      const SparsityForward& args);
+    const SparsityForward& args);
 
 struct SparsityBackward {
   const void* grad;           // one real: the loss's gradient
@@ -85,6 +85,6 @@ struct SparsityBackward {
   void* dgates;               // [B,K] reals
 };
 void sparsity_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-                       const SparsityBackward& args);
+    const SparsityBackward& args);
 
 }  // namespace pemt

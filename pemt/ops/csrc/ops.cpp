@@ -7,8 +7,8 @@
 #include <torch/library.h>
 
 #ifdef PEMT_CUDA
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#  include <c10/cuda/CUDAGuard.h>
+#  include <c10/cuda/CUDAStream.h>
 #endif
 
 #include "kernels.h"
@@ -32,11 +32,16 @@ void* stream_of(const Tensor&) { return nullptr; }
 
 pemt::Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return pemt::Dtype::f32;
-    case at::kDouble: return pemt::Dtype::f64;
-    case at::kBFloat16: return pemt::Dtype::bf16;
-    case at::kHalf: return pemt::Dtype::f16;
-    default: TORCH_CHECK(false, "pemt: no kernel for dtype ", tensor.scalar_type());
+    case at::kFloat:
+      return pemt::Dtype::f32;
+    case at::kDouble:
+      return pemt::Dtype::f64;
+    case at::kBFloat16:
+      return pemt::Dtype::bf16;
+    case at::kHalf:
+      return pemt::Dtype::f16;
+    default:
+      TORCH_CHECK(false, "pemt: no kernel for dtype ", tensor.scalar_type());
   }
 }
 
@@ -59,7 +64,8 @@ pemt::Experts experts_of(at::ArrayRef<double> scales, at::IntArrayRef ranks) {
     widest = std::max(widest, ranks[k]);
   }
   experts.total = experts.offset[ranks.size()];
-  experts.gram_width = int((widest + pemt::kGramMultiple - 1) / pemt::kGramMultiple) * pemt::kGramMultiple;
+  experts.gram_width =
+      int((widest + pemt::kGramMultiple - 1) / pemt::kGramMultiple) * pemt::kGramMultiple;
   return experts;
 }
 
@@ -71,9 +77,8 @@ const void* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-std::tuple<Tensor, Tensor> expert_mixture(
-    const Tensor& x, const Tensor& weight, const Tensor& down, const Tensor& up,
-    const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks) {
+std::tuple<Tensor, Tensor> expert_mixture(const Tensor& x, const Tensor& weight, const Tensor& down,
+    const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks) {
   const Guard guard(x.device());
   const auto experts = experts_of(scales, ranks);
   const pemt::Shape shape{x.size(0), x.size(1), weight.size(0)};
@@ -82,23 +87,22 @@ std::tuple<Tensor, Tensor> expert_mixture(
   const Tensor latent_NT = at::mm(x_NF, down.t());
   const void* latents = latent_NT.const_data_ptr();
   const void* gate_values = gates_BK.const_data_ptr();
-  const bool expanded = up.is_contiguous() &&
-      pemt::expand_small(stream_of(x), dtype_of(x), shape, experts, latents, gate_values,
-                         up.const_data_ptr(), y_ND.mutable_data_ptr());
+  const bool expanded =
+      up.is_contiguous() && pemt::expand_small(stream_of(x), dtype_of(x), shape, experts, latents,
+                                gate_values, up.const_data_ptr(), y_ND.mutable_data_ptr());
   if (!expanded) {
     Tensor gated_NT = at::empty_like(latent_NT);
     pemt::gate_latent(stream_of(x), dtype_of(x), shape, experts, latents, gate_values,
-                      gated_NT.mutable_data_ptr());
+        gated_NT.mutable_data_ptr());
     y_ND.addmm_(gated_NT, up.t());
   }
   return {y_ND.view({shape.batch, shape.tokens, shape.d_model}),
-          latent_NT.view({shape.batch, shape.tokens, experts.total})};
+      latent_NT.view({shape.batch, shape.tokens, experts.total})};
 }
 
-std::tuple<Tensor, Tensor> expert_mixture_backward(
-    const Tensor& dy, const OptionalTensor& dlatent, const Tensor& latent, const Tensor& weight,
-    const Tensor& down, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
-    at::IntArrayRef ranks, bool need_dx) {
+std::tuple<Tensor, Tensor> expert_mixture_backward(const Tensor& dy, const OptionalTensor& dlatent,
+    const Tensor& latent, const Tensor& weight, const Tensor& down, const Tensor& up,
+    const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks, bool need_dx) {
   const Guard guard(dy.device());
   const auto experts = experts_of(scales, ranks);
   const pemt::Shape shape{dy.size(0), dy.size(1), dy.size(2)};
@@ -107,13 +111,13 @@ std::tuple<Tensor, Tensor> expert_mixture_backward(
   OptionalTensor outer;
   if (dlatent.has_value()) outer = dlatent->contiguous();
   Tensor projection_NT = at::mm(dy_ND, up);
-  const Tensor partials = at::empty(
-      {shape.batch, pemt::mixture_partials(shape), experts.count}, gates_BK.options());
+  const Tensor partials =
+      at::empty({shape.batch, pemt::mixture_partials(shape), experts.count}, gates_BK.options());
   Tensor dgates = at::empty_like(gates_BK);
-  pemt::mixture_backward(
-      stream_of(dy), dtype_of(dy), shape, experts,
+  pemt::mixture_backward(stream_of(dy), dtype_of(dy), shape, experts,
       {latent_NT.const_data_ptr(), projection_NT.mutable_data_ptr(), pointer(outer),
-       gates_BK.const_data_ptr(), partials.mutable_data_ptr(), dgates.mutable_data_ptr(), need_dx});
+          gates_BK.const_data_ptr(), partials.mutable_data_ptr(), dgates.mutable_data_ptr(),
+          need_dx});
   dgates = dgates.to(gates.scalar_type());
   if (!need_dx) return {at::empty({0}, dy.options()), dgates};
   Tensor dx_NF = at::mm(dy_ND, weight);
@@ -121,10 +125,9 @@ std::tuple<Tensor, Tensor> expert_mixture_backward(
   return {dx_NF.view({shape.batch, shape.tokens, weight.size(1)}), dgates};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(
-    const Tensor& z, const Tensor& latent, const Tensor& up, const Tensor& gram,
-    const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
-    const OptionalTensor& token_weights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(const Tensor& z, const Tensor& latent,
+    const Tensor& up, const Tensor& gram, const Tensor& gates, at::ArrayRef<double> scales,
+    at::IntArrayRef ranks, const OptionalTensor& token_weights) {
   const Guard guard(z.device());
   const auto experts = experts_of(scales, ranks);
   const pemt::Shape shape{z.size(0), z.size(1), z.size(2)};
@@ -137,20 +140,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(
   const Tensor stats = at::empty({shape.batch, shape.tokens, 2 * experts.count + 1}, options);
   const Tensor partials = at::empty({pemt::sparsity_partials(shape), experts.count}, options);
   const Tensor distance = at::empty({experts.count}, options), loss = at::empty({}, options);
-  pemt::sparsity_forward(
-      stream_of(z), dtype_of(z), shape, experts,
+  pemt::sparsity_forward(stream_of(z), dtype_of(z), shape, experts,
       {z_ND.const_data_ptr(), latent_NT.const_data_ptr(), projection_NT.const_data_ptr(),
-       gram_TW.const_data_ptr(), gates_BK.const_data_ptr(), pointer(weights),
-       stats.mutable_data_ptr(), partials.mutable_data_ptr(), distance.mutable_data_ptr(),
-       loss.mutable_data_ptr()});
+          gram_TW.const_data_ptr(), gates_BK.const_data_ptr(), pointer(weights),
+          stats.mutable_data_ptr(), partials.mutable_data_ptr(), distance.mutable_data_ptr(),
+          loss.mutable_data_ptr()});
   return {loss, projection_NT.view({shape.batch, shape.tokens, experts.total}), stats, distance};
 }
 
-std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(
-    const Tensor& grad, const Tensor& z, const Tensor& latent, const Tensor& up,
-    const Tensor& gram, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
-    const OptionalTensor& token_weights, const Tensor& projection, const Tensor& stats,
-    const Tensor& distance) {
+std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, const Tensor& z,
+    const Tensor& latent, const Tensor& up, const Tensor& gram, const Tensor& gates,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
+    const Tensor& projection, const Tensor& stats, const Tensor& distance) {
   const Guard guard(z.device());
   const auto experts = experts_of(scales, ranks);
   const pemt::Shape shape{z.size(0), z.size(1), z.size(2)};
@@ -161,17 +162,15 @@ std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(
   if (token_weights.has_value()) weights = reals(*token_weights, z);
   Tensor dz_ND = at::empty_like(z_ND), mix_NT = at::empty_like(latent_NT);
   const Tensor dlatent_NT = at::empty_like(latent_NT), dgates = at::empty_like(gates_BK);
-  pemt::sparsity_backward(
-      stream_of(z), dtype_of(z), shape, experts,
+  pemt::sparsity_backward(stream_of(z), dtype_of(z), shape, experts,
       {grad_1.const_data_ptr(), z_ND.const_data_ptr(), latent_NT.const_data_ptr(),
-       projection_NT.const_data_ptr(), gram_TW.const_data_ptr(), gates_BK.const_data_ptr(),
-       pointer(weights), stats_NC.const_data_ptr(), distance.const_data_ptr(),
-       dz_ND.mutable_data_ptr(), mix_NT.mutable_data_ptr(), dlatent_NT.mutable_data_ptr(),
-       dgates.mutable_data_ptr()});
+          projection_NT.const_data_ptr(), gram_TW.const_data_ptr(), gates_BK.const_data_ptr(),
+          pointer(weights), stats_NC.const_data_ptr(), distance.const_data_ptr(),
+          dz_ND.mutable_data_ptr(), mix_NT.mutable_data_ptr(), dlatent_NT.mutable_data_ptr(),
+          dgates.mutable_data_ptr()});
   dz_ND.addmm_(mix_NT, up.t());
   return {dz_ND.view({shape.batch, shape.tokens, shape.d_model}),
-          dlatent_NT.view({shape.batch, shape.tokens, experts.total}),
-          dgates.to(gates.scalar_type())};
+      dlatent_NT.view({shape.batch, shape.tokens, experts.total}), dgates.to(gates.scalar_type())};
 }
 
 }  // namespace

@@ -1,0 +1,84 @@
+"""The public interface is documented and typed, and the tools that hold the house are the pinned ones."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pemt
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted((ROOT / "pemt").rglob("*.py"))
+Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def public_definitions(path: Path) -> Iterator[Documented]:
+    """Functions and classes at a module's top whose names do not begin with an underscore."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, Documented) and not node.name.startswith("_"):
+            yield node
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_public_name_says_what_it_is(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)) or not text, "the module itself"
+    assert [node.name for node in public_definitions(path) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("name", pemt.__all__)
+def test_the_public_interface_is_documented_and_typed(name: str) -> None:
+    member = getattr(pemt, name)
+    assert inspect.getdoc(member)
+    methods = inspect.getmembers(member, inspect.isfunction) if inspect.isclass(member) else []
+    for label, method in [(name, member), *methods]:
+        if label.startswith("_") or not inspect.isfunction(inspect.unwrap(method)):
+            continue
+        assert inspect.getdoc(method), label
+        signature = inspect.signature(method)
+        untyped = [
+            each.name
+            for each in signature.parameters.values()
+            if each.annotation is inspect.Parameter.empty and each.name not in ("self", "cls")
+        ]
+        assert untyped == [], label
+        assert signature.return_annotation is not inspect.Signature.empty, label
+
+
+def test_make_help_lists_every_target() -> None:
+    text = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.M)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == phony.split()
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local", (
+        "nothing is fetched, nothing drifts from the pinned versions"
+    )
+    lint = (ROOT / "Makefile").read_text()
+    for hook in repository["hooks"]:
+        tool = hook["entry"].split()[0].removeprefix(".venv/bin/")
+        assert f"$(BIN)/{tool}" in lint, tool
+        if "files" in hook:
+            tracked = subprocess.run(
+                ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            assert any(re.search(hook["files"], name) for name in tracked.stdout.splitlines())
+
+
+@pytest.mark.skipif(shutil.which("clang-format") is None, reason="not installed")
+def test_the_native_sources_are_formatted() -> None:
+    files = sorted(map(str, (ROOT / "pemt" / "ops" / "csrc").iterdir()))
+    command = ["clang-format", "--dry-run", "--Werror", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
