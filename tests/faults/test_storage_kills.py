@@ -91,6 +91,7 @@ def kill_while_writing(writer: Writer, root: Path, kills: int) -> dict[str, int]
         here, there = context.Pipe()
         child = context.Process(target=write_for_ever, args=(writer, root, step, there))
         child.start()
+        there.close()  # so that a writer that does not come up is an error here and no endless wait
         here.recv()
         time.sleep(draw.uniform(0, LONGEST_LIFE))
         assert child.pid is not None
