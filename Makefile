@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test lint typecheck imports docs clean
+.PHONY: help demo demo-quick test soak lint typecheck imports docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -35,6 +35,9 @@ demo-quick: $(STAMP)  ## the same with one target and one seed (about 5 minutes)
 
 test: lint typecheck imports  ## all checks: ruff, mypy, import directions, pytest
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+soak: $(STAMP)  ## faults tried many times on two ranks: kill -9 at 20 random steps, and at every file operation of a save
+	$(BIN)/pytest -m soak -rA tests/faults
 
 lint: $(STAMP)  ## ruff, shellcheck, clang-format: rules and format
 	$(BIN)/ruff check .

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pemt.background import BackgroundWriter, Snapshot
 from pemt.config import NOT_THE_RUN, PemtError, RunConfig
 from pemt.engine import Engine
 from pemt.lazy_weights import put_value
+from pemt.progress import Progress, progress_of
 from pemt.storage import (
     TEMPORARY,
     StorageError,
@@ -39,35 +42,6 @@ UNUSABLE = "unusable-"
 
 class CheckpointError(PemtError):
     """A checkpoint that does not exist, is damaged, or belongs to another run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a run is.
-
-    Args:
-        step: optimizer steps done; the position in the data follows from it, but for a stream.
-        best_metric: best validation `average_metrics` so far, in percent; None before the first.
-        best_step: the step at which it was measured.
-        validated_step: the last step that was validated; a run that is stopped before a validation
-            makes it when it goes on.
-        skipped: steps that changed nothing, since loss or gradient was not finite.
-        position: where in a stream the next step begins.
-    """
-
-    step: int = 0
-    best_metric: float | None = None
-    best_step: int | None = None
-    validated_step: int | None = None
-    skipped: int = 0
-    position: dict[str, Any] | None = None
-
-    def measured(self, metric: float) -> Progress:
-        """Progress after a validation at this step."""
-        validated = replace(self, validated_step=self.step)
-        if self.best_metric is None or metric > self.best_metric:
-            return replace(validated, best_metric=metric, best_step=self.step)
-        return validated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +75,8 @@ class Checkpoints:
         self._output_dir = output_dir
         self._engine = engine
         self._limit = config.save_total_limit
+        self._stops = config.save_errors == "stop"
+        self._writer = BackgroundWriter()
         self._config = plain_values(config)
         self._run = {
             **identity,
@@ -115,25 +91,56 @@ class Checkpoints:
         }
 
     def save(self, progress: Progress) -> None:
-        """Write `checkpoint-<step>` and remove what the limit no longer keeps (all ranks call)."""
+        """Begin to write `checkpoint-<step>` and to remove what the limit no longer keeps (all ranks call).
+
+        The copies are made here; a thread of rank 0 writes them. What becomes of that, `lines`, `failure`
+        and `finish` tell.
+        """
+        began = time.perf_counter()
+        if self._engine.is_main:
+            self._writer.wait()
         weights = self._engine.trained.weights()
         files = {
             WEIGHTS: weights,
             MOMENTS: self._engine.trained.moments(),
             RANDOM: self._engine.random_states(),
         }
-        if self._engine.is_main:
-            manifest = {
-                "format": FORMAT,
-                "run": self._run,
-                "config": self._config,
-                "progress": asdict(progress),
-                "world_size": self._engine.world_size,
-                "zero_stage": self._engine.zero_stage,
-            }
-            write_folder(self._output_dir / f"checkpoint-{progress.step}", files, manifest)
+        if not self._engine.is_main:
+            return
+        manifest = {
+            "format": FORMAT,
+            "run": self._run,
+            "config": self._config,
+            "progress": asdict(progress),
+            "world_size": self._engine.world_size,
+            "zero_stage": self._engine.zero_stage,
+        }
+
+        def write() -> Path:
+            folder = self._output_dir / f"checkpoint-{progress.step}"
+            write_folder(folder, files, manifest)
             self._remove_old(progress)
-        self._engine.barrier()
+            return folder
+
+        waited = time.perf_counter() - began
+        snapshot = Snapshot(step=progress.step, write=write, waited=waited)
+        self._writer.write(snapshot, needed=progress.best_step)
+
+    def lines(self) -> list[str]:
+        """What is to be told about saving since the last call; on rank 0."""
+        return self._writer.lines()
+
+    def failure(self) -> StorageError | None:
+        """Why the run must end: the last save failed, and `save_errors` says stop; on rank 0."""
+        return self._writer.error if self._stops else None
+
+    def finish(self) -> None:
+        """Wait until all is written, and try again what was not (all ranks call).
+
+        Raises:
+            StorageError: the newest or the best checkpoint could not be written.
+        """
+        self._engine.on_main(self._writer.finish)
 
     def _remove_old(self, progress: Progress) -> None:
         keep = {progress.step, progress.best_step}
@@ -269,31 +276,6 @@ def _put_aside(folder: Path) -> Path:
     return aside
 
 
-def progress_of(manifest: dict[str, Any]) -> Progress:
-    """The progress that a checkpoint's manifest tells.
-
-    Raises:
-        StorageError: a field is missing, unknown or of another kind.
-    """
-    found = manifest.get("progress")
-    names = [each.name for each in fields(Progress)]
-    if not isinstance(found, dict) or found.keys() != set(names):
-        raise StorageError(f"manifest.json: progress: found {found}, expected {names}")
-    position = found["position"]
-    if position is not None and not _is_position(position):
-        raise StorageError(f"manifest.json: progress.position: found {position!r}, which is none")
-    for name, value in found.items():
-        if name == "position":
-            continue
-        optional = name not in ("step", "skipped")
-        kinds = (int, float) if name == "best_metric" else (int,)
-        if not (optional and value is None) and (type(value) not in kinds or value < 0):
-            raise StorageError(
-                f"manifest.json: progress.{name}: found {value!r}, expected a number"
-            )
-    return Progress(**found)
-
-
 def trained_count(folder: Path) -> int | None:
     """How many parameters a checkpoint's run trains; None where it is gone or damaged."""
     try:
@@ -301,17 +283,6 @@ def trained_count(folder: Path) -> int | None:
     except (StorageError, KeyError):
         return None
     return sum(prod(tensor["shape"]) for tensor in tensors.values())
-
-
-def _is_position(value: Any) -> bool:
-    """Whether this is what `StreamBatches.position` gives."""
-    counts = ("epoch", "buffer", "done")
-    return (
-        isinstance(value, dict)
-        and value.keys() == {*counts, "state"}
-        and all(type(value[name]) is int and value[name] >= 0 for name in counts)
-        and isinstance(value["state"], dict | None)
-    )
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:

@@ -53,6 +53,7 @@ NOT_THE_RUN = (
     "max_skipped_steps",
     "save_steps",
     "save_total_limit",
+    "save_errors",
     "resume_from_checkpoint",
     "overwrite_output_dir",
     "ddp_timeout",
@@ -148,6 +149,8 @@ class RunConfig:
         save_steps: save every so many steps too; a checkpoint is written after each validation anyway,
             or after each epoch where there is none.
         save_total_limit: newest checkpoints kept; the best one stays besides.
+        save_errors: what a checkpoint that cannot be written does: `stop` ends the run, with `warn` it goes on, tries
+            the next one, and fails at its end if the last or the best one is still not written.
         num_beams: beams of the generation that validation and test score.
         seed: seed of initialisation and dropout.
         data_seed: seed of splits, few-shot draws and data order; default: seed.
@@ -156,6 +159,7 @@ class RunConfig:
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         torch_compile: compile every T5 block with torch.compile, for training; the first steps take minutes. With
             gradient_checkpointing or ZeRO-3 it gains little.
+        ddp_timeout: seconds after which a rank without a sign of life ends the job, which names it.
         resume_from_checkpoint: a checkpoint folder; true: the newest one in output_dir, if there is any;
             false: never. Default: the newest one, if output_dir holds a run of the same configuration.
         overwrite_output_dir: delete the run that output_dir holds.
@@ -192,7 +196,8 @@ class RunConfig:
     eval_steps: int | None = None
     logging_steps: int = 10
     save_steps: int | None = None
-    save_total_limit: int = 1
+    save_total_limit: int = 2
+    save_errors: Literal["stop", "warn"] = "stop"
     num_beams: int = 1
     seed: int = 42
     data_seed: int | None = None
@@ -200,6 +205,7 @@ class RunConfig:
     fp16: bool = False
     gradient_checkpointing: bool = False
     torch_compile: bool = False
+    ddp_timeout: int = 1800
     resume_from_checkpoint: bool | str | None = None
     overwrite_output_dir: bool = False
 
@@ -224,6 +230,7 @@ class RunConfig:
             "save_steps",
             "save_total_limit",
             "num_beams",
+            "ddp_timeout",
         )
         self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
         if self.bf16 and self.fp16:

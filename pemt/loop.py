@@ -111,11 +111,8 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
         PemtError: the run cannot start, resume, or write its files.
         Interrupted: a rank was told to stop; what was trained is saved.
     """
-    engine, model, output_dir = setup.engine, built.model, Path(config.output_dir)
-    checkpoints = Checkpoints(output_dir, engine, config, _identity(setup, built))
-    resumed = checkpoints.resume(goes_on(config))
-    engine.on_main(lambda: start_run_folder(config))
-
+    engine, model = setup.engine, built.model
+    checkpoints, resumed = _begin(config, setup, built, session)
     batches = train_batches(config, setup, resumed.progress.position if resumed else None)
     total_steps = _total_steps(config, batches)
     schedule = prepare(config, engine, model, resumed, total_steps=total_steps)
@@ -123,7 +120,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     session.reached(progress.step)
     model.train()
     with Monitor(
-        output_dir,
+        Path(config.output_dir),
         total_steps=total_steps,
         initial_step=progress.step,
         is_main=engine.is_main,
@@ -155,6 +152,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
                 _report(run, meter, step, {**rates, "train/skipped_steps": skipped})
             with meter.paused():
                 progress = _finish_step(run, progress)
+        _finish_saving(run)
     best = checkpoints.best_weights(progress)
     return Fitted(weights=best, progress=progress, epoch=batches.epochs_at(progress.step))
 
@@ -164,6 +162,18 @@ def _total_steps(config: RunConfig, batches: Batches) -> int:
         return config.max_steps
     assert batches.steps_per_epoch is not None, "a stream needs max_steps"
     return batches.steps_per_epoch * config.num_train_epochs
+
+
+def _begin(
+    config: RunConfig, setup: Setup, built: Built, session: Session
+) -> tuple[Checkpoints, Checkpoint | None]:
+    """The run's folder, ready to be written, and what to go on from."""
+    engine = setup.engine
+    checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
+    session.ends_for(checkpoints.failure)
+    resumed = checkpoints.resume(goes_on(config))
+    engine.on_main(lambda: start_run_folder(config))
+    return checkpoints, resumed
 
 
 def _identity(setup: Setup, built: Built) -> dict[str, Any]:
@@ -213,16 +223,30 @@ def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None
 
 def _finish_step(run: _Run, progress: Progress) -> Progress:
     """Validate and save where it is due; save and leave where a rank was told to stop."""
+    _tell_of_saving(run)
     try:
         run.session.check()
         if run.validates_at(progress.step):
             progress = _validate(run, progress)
     except Interrupted:
         run.checkpoints.save(progress)
+        _finish_saving(run)
         raise
     if run.saves_at(progress.step):
         run.checkpoints.save(progress)
     return progress
+
+
+def _finish_saving(run: _Run) -> None:
+    try:
+        run.checkpoints.finish()
+    finally:
+        _tell_of_saving(run)
+
+
+def _tell_of_saving(run: _Run) -> None:
+    for line in run.checkpoints.lines():
+        run.monitor.message(line)
 
 
 def _introduce(run: _Run, resumed: Checkpoint | None) -> None:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine
-from pemt.lock import RunLock
+from pemt.lock import LockError, RunLock
 from pemt.signals import Interrupted, StopSignals
 from pemt.status import State, write_status
 from pemt.storage import StorageError
+from pemt.watchdog import Watchdog
 
 # status.json is not rewritten more often than this while a run trains.
 STATUS_SECONDS = 1.0
+_FAILED = 1 << 30  # above any rank
 
 
 class Session:
     """Use it in a `with` block around all that a run writes; every rank calls every method.
 
     Args:
-        folder: the run's output folder, which is made.
+        config: names the run's output folder, which is made, and how long a rank may be silent.
         engine: combines over ranks what one of them has been told.
 
     Raises:
@@ -29,15 +33,23 @@ class Session:
         StorageError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, engine: Engine) -> None:
-        self._folder, self._engine = folder, engine
-        self._lock = RunLock(folder)
+    def __init__(self, config: RunConfig, engine: Engine) -> None:
+        self._folder, self._engine = Path(config.output_dir), engine
+        self._lock = RunLock(self._folder)
+        self._watchdog = Watchdog(
+            rank=engine.rank,
+            world_size=engine.world_size,
+            timeout=config.ddp_timeout,
+            ended=lambda: self._tell("failed"),
+        )
         self._signals = StopSignals()
+        self._failures: list[Callable[[], PemtError | None]] = [self._lock_lost]
         self._step, self._told = 0, time.monotonic()
 
     def __enter__(self) -> Session:
         self._engine.on_main(self._begin)
         self._signals.watch()
+        self._watchdog.start(self._engine.barrier)
         return self
 
     def _begin(self) -> None:
@@ -54,21 +66,43 @@ class Session:
         self._step = step
         if self._engine.is_main and time.monotonic() > self._told + STATUS_SECONDS:
             self._told = time.monotonic()
-            with contextlib.suppress(
-                OSError
-            ):  # what matters is saved elsewhere, and complains there
-                write_status(self._folder, "running", step=step)
+            self._tell("running")
+
+    def _tell(self, state: State) -> None:
+        with contextlib.suppress(OSError):  # what matters is saved elsewhere, and complains there
+            write_status(self._folder, state, step=self._step)
+
+    def ends_for(self, failure: Callable[[], PemtError | None]) -> None:
+        """Let `check` ask this too whether the run must end; rank 0's answer counts."""
+        self._failures.append(failure)
 
     def check(self) -> None:
-        """Leave the run if any rank has been told to (all ranks call, and leave together).
+        """Leave the run if any rank has been told to, or if it must end (all ranks call, and leave together).
 
         Raises:
             Interrupted: a rank has received a signal, or lost its launcher.
+            PemtError: what one of the failures says.
         """
-        reason = self._signals.reason()
-        told = self._engine.highest(-1 if reason is None else self._engine.rank)
+        engine, reason = self._engine, self._signals.reason()
+        self._watchdog.came_by(self._step)
+        failed = engine.is_main and any(failure() for failure in self._failures)
+        told = engine.highest(_FAILED if failed else -1 if reason is None else engine.rank)
+        if told == _FAILED:
+            engine.on_main(self._fail)
         if told >= 0:
             raise Interrupted(reason or f"rank {told} was told to")
+
+    def _fail(self) -> None:
+        for failure in self._failures:
+            if error := failure():
+                raise error
+
+    def _lock_lost(self) -> PemtError | None:
+        return (
+            LockError(f"output_dir: another run has taken {self._folder}")
+            if self._lock.lost
+            else None
+        )
 
     def __exit__(
         self,
@@ -76,6 +110,8 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # An error may be this rank's alone; then its death is to be seen.
+        self._watchdog.stop(together=kind is None or isinstance(error, Interrupted))
         self._signals.unwatch()
         if not self._engine.is_main:
             return
@@ -89,6 +125,5 @@ class Session:
                 f"there (exit status {error.code})",
                 flush=True,
             )
-        with contextlib.suppress(OSError):  # an error is under way that says more
-            write_status(self._folder, state, step=self._step)
+        self._tell(state)
         self._lock.release()

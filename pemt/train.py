@@ -57,7 +57,7 @@ def run_source(config: SourceConfig) -> Path:
     shape = base_shape(base.config)
     description = config.description or task.description
     built = build_model(config, base=base, tokenizer=setup.tokenizer, description=description)
-    with Session(Path(config.output_dir), engine) as session:
+    with Session(config, engine) as session:
         fitted, tested, _ = _fit_and_test(config, setup, built, session)
         model = built.model
         assert isinstance(model, PemtT5)
@@ -97,7 +97,7 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
         tokenizer=setup.tokenizer,
         description=config.description or setup.task.description,
     )
-    with Session(Path(config.output_dir), setup.engine) as session:
+    with Session(config, setup.engine) as session:
         _, _, results = _fit_and_test(config, setup, built, session)
     setup.engine.release()
     return results

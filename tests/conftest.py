@@ -24,8 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 Launch = Callable[..., "Launched"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Launches run one after another on one worker, and that worker begins with them."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Launches run one after another on one worker, and that worker begins with them; soaks only when asked for."""
+    if "soak" not in config.option.markexpr:
+        soaks = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in soaks]
+        config.hook.pytest_deselected(items=soaks)
     for item in items:
         if item.get_closest_marker("launch"):
             item.add_marker(pytest.mark.xdist_group("launch"))

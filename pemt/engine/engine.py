@@ -31,6 +31,7 @@ from pemt.engine.job import (
     deepspeed_plugin,
     hosts_group,
     process_group_kwargs,
+    renew_rendezvous,
 )
 from pemt.engine.memory import memory_in_use
 from pemt.engine.start import only_trained_are_sent, place, shard
@@ -60,6 +61,7 @@ class Engine:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         plugin, path = deepspeed_plugin(config)
+        renew_rendezvous()
         self._plugin = plugin
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
@@ -73,7 +75,7 @@ class Engine:
             if config.fp16
             else "no",
             deepspeed_plugin=plugin,
-            kwargs_handlers=process_group_kwargs(),
+            kwargs_handlers=process_group_kwargs(config),
         )
         # transformers would hand out empty shards at stage 3; PEMT's modules are built on weights that are
         # whole by their shape, and unread: `prepare` shards them.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -36,15 +38,38 @@ def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | 
     return DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=False), path
 
 
-def process_group_kwargs() -> list[InitProcessGroupKwargs]:
+def renew_rendezvous() -> None:
+    """After `--max_restarts` has started the ranks anew, let them meet where nobody has met before.
+
+    The launcher's store lives on, and torch's static rendezvous, which is accelerate's, would give out
+    the addresses of the ranks that are gone.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    launchers = torch.distributed.TCPStore(*address, is_master=False)
+    key = f"pemt/port/{attempt}"
+    if os.environ["RANK"] == "0":
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            launchers.set(key, str(probe.getsockname()[1]))
+    os.environ["MASTER_PORT"] = launchers.get(key).decode()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 keeps the new store
+
+
+def process_group_kwargs(config: RunConfig) -> list[InitProcessGroupKwargs]:
     """What accelerate must be told to open the process group."""
-    # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
-    launched = "LOCAL_RANK" in os.environ
-    return (
-        [InitProcessGroupKwargs(backend="gloo")]
-        if launched and not torch.cuda.is_available()
-        else []
-    )
+    if "LOCAL_RANK" not in os.environ:
+        return []
+    return [
+        InitProcessGroupKwargs(
+            # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
+            backend=None if torch.cuda.is_available() else "gloo",
+            # Before the training, when one rank prepares the data; then DeepSpeed's groups do not mind it.
+            timeout=timedelta(seconds=config.ddp_timeout),
+        )
+    ]
 
 
 @functools.cache

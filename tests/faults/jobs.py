@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ class World:
     @staticmethod
     def make(folder: Path) -> World:
         make_base(folder / "base")
+        shutil.copytree(folder / "base", folder / "without-dropout")
         # With dropout every rank's generators must be in place again.
         config = folder / "base" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "dropout_rate": 0.1}))

@@ -1,25 +1,21 @@
 """Runs one configuration again and again, told to stop in every step, until it is finished.
 
-    accelerate launch ... -m tests.faults.stopped pemt's arguments...
-
 In each step one rank gets SIGTERM after its first micro-batch; and in each validation once, in the
-middle. Prints how often the run was stopped.
+middle.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 from pemt import evaluate
-from pemt.arguments import parse_config
 from pemt.config import AdaptConfig
-from pemt.engine import Engine, shut_down
+from pemt.engine import Engine
 from pemt.signals import Interrupted
 from pemt.train import run_adapt
 
@@ -64,15 +60,3 @@ def stopped_once(stops: list[str]) -> Iterator[None]:
         mock.patch.object(evaluate, "_measure", measure_and_stop),
     ):
         yield
-
-
-def main() -> None:
-    config = parse_config(AdaptConfig, sys.argv[2:], prog="pemt adapt")
-    stops = stopped_at_every_step(config)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"stopped {len(stops)} times", flush=True)
-    shut_down()
-
-
-if __name__ == "__main__":
-    main()
