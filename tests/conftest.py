@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 Launch = Callable[..., "Launched"]
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Launches run one after another on one worker, and that worker begins with them; soaks only when asked for."""
     if "soak" not in config.option.markexpr:
