@@ -122,8 +122,10 @@ def test_recomputing_blocks_changes_no_gradient(name: str) -> None:
     recomputed.train()(**tiny_batch()).loss.backward()
     expected = gradients(kept)
     for key, gradient in gradients(recomputed).items():
-        # the embedding's two uses may be summed in another order
-        assert torch.allclose(gradient, expected[key], rtol=1e-5, atol=1e-7), key
+        # Sums may be taken in another order, and what cancels in them is rounded as the largest value
+        # is. A key's bias cancels altogether (softmax): hence a limit beside it.
+        largest = expected[key].abs().max()
+        assert (gradient - expected[key]).abs().max() <= 1e-5 * largest + 1e-7, key
 
 
 def test_the_loss_is_the_cross_entropy_of_t5_itself() -> None:

@@ -95,14 +95,22 @@ def check_report(output: str, run: Path) -> None:
     assert output.count("***** test metrics *****") == 1, "a rank besides the first one reports"
 
 
+def reported(run: Path) -> list[str]:
+    """Names of the test set's numbers in the final report."""
+    results = json.loads((run / "all_results.json").read_text())
+    return [key.removeprefix("test_") for key in results if key.startswith("test_")]
+
+
 def check_tensorboard(run: Path) -> None:
     """Flat tags, the same in TensorBoard and in log.jsonl, in one run folder."""
-    [events] = list((run / "tensorboard").iterdir())
-    accumulator = EventAccumulator(str(events.parent))
+    folder = run / "tensorboard"
+    assert all(path.name.startswith("events.out.tfevents.") for path in folder.iterdir())
+    accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     tags = set(accumulator.Tags()["scalars"])
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert tags == {key for line in lines for key in line} - {"step", "time"}
+    outcome = {f"test/{name}" for name in reported(run)}
+    assert tags == {key for line in lines for key in line} - {"step", "time", "elapsed"} | outcome
     rates = ("learning_rate", "grad_norm", "samples_per_second", "tokens_per_second")
     wanted = {f"train/{name}" for name in ("loss", "ce_loss", "sparsity_loss", *rates)}
     wanted |= {"eval/superglue-cb/accuracy", "eval/superglue-cb/average_metrics"}
