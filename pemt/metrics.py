@@ -3,7 +3,7 @@
 Every metric compares texts. `predictions` are generated texts, `references` lists of accepted
 texts per example (the first is the gold label where there is only one right answer), `groups` the
 question an example belongs to. Empty input, constant input and text that is no number give the
-defined values told below, never NaN and never a warning.
+defined values told below, never NaN and never a warning. A metric says which tasks it can score.
 """
 
 from __future__ import annotations
@@ -25,9 +25,25 @@ Labels = Sequence[str]
 
 
 class TextMetric(evaluate.Metric):
-    """Base: predictions, references, groups as text; `labels` are the task's target texts."""
+    """Base: predictions, references, groups as text; `labels` are the task's target texts.
+
+    What a metric asks of a task: its kind, its number of labels, and that it has a group; None and
+    False ask nothing.
+    """
 
     about = ""
+    kind: str | None = None
+    label_count: int | None = None
+    by_group = False
+
+    @classmethod
+    def fits(cls, kind: str, *, label_count: int, by_group: bool) -> bool:
+        """Whether it can score such a task."""
+        return (
+            cls.kind in (None, kind)
+            and cls.label_count in (None, label_count)
+            and (by_group or not cls.by_group)
+        )
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -70,6 +86,8 @@ class BinaryF1(TextMetric):
     """F1 of the second label. A prediction that is neither label counts as the wrong one."""
 
     about = "F1 of the positive class; an invalid prediction counts as the wrong class"
+    kind = "classification"
+    label_count = 2
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -83,6 +101,7 @@ class MacroF1(TextMetric):
     """Mean of the F1 of every label, 0 for a label that is neither gold nor predicted."""
 
     about = "unweighted mean of the F1 of all labels"
+    kind = "classification"
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -99,6 +118,7 @@ class Matthews(TextMetric):
     """
 
     about = "Matthews correlation coefficient times 100"
+    kind = "classification"
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -117,6 +137,7 @@ class PearsonSpearman(TextMetric):
     """
 
     about = "Pearson and Spearman correlation times 100"
+    kind = "regression"
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -133,6 +154,7 @@ class Squad(TextMetric):
     """Exact match and token F1 after SQuAD's normalisation, the best over all references."""
 
     about = "exact match and token F1, maximum over the references"
+    kind = "answer"
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -151,6 +173,9 @@ class MultiRC(TextMetric):
     """
 
     about = "F1a over answers and exact match over questions"
+    kind = "classification"
+    label_count = 2
+    by_group = True
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -194,12 +219,26 @@ def correlation(x_NC: np.ndarray, y_NC: np.ndarray) -> float:
 
     With C = 1 this is Pearson's, with one-hot rows Matthews'. 0 where a side is constant or empty.
     """
-    if not len(x_NC) or not np.ptp(x_NC, axis=0).any() or not np.ptp(y_NC, axis=0).any():
+    x_NC, y_NC = centred(x_NC), centred(y_NC)
+    if not x_NC.any() or not y_NC.any():
         return 0.0
-    x_NC, y_NC = x_NC - x_NC.mean(axis=0), y_NC - y_NC.mean(axis=0)
-    covariance = float(np.sum(x_NC * y_NC))
-    value = covariance / float(np.sqrt(np.sum(x_NC**2)) * np.sqrt(np.sum(y_NC**2)))
+    value = float(np.sum(x_NC * y_NC) / np.sqrt(np.sum(x_NC**2) * np.sum(y_NC**2)))
     return min(1.0, max(-1.0, value))
+
+
+def centred(x_NC: np.ndarray) -> np.ndarray:
+    """Columns less their means, of the largest size 1; zeros where every column is constant."""
+    x_NC = scaled(x_NC)
+    if not len(x_NC):
+        return x_NC
+    # The mean of equal numbers may differ from them in the last digit.
+    return scaled(np.where(np.ptp(x_NC, axis=0), x_NC - x_NC.mean(axis=0), 0.0))
+
+
+def scaled(x_NC: np.ndarray) -> np.ndarray:
+    """The same with 1 as its largest size: the squares of 1e200 and 1e-200 are no float64s."""
+    largest = np.abs(x_NC).max(initial=0.0)
+    return x_NC / largest if largest else x_NC
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -215,7 +254,8 @@ def number(text: str) -> float:
         value = float(text)
     except ValueError:
         return NO_NUMBER
-    return value if np.isfinite(value) else NO_NUMBER
+    # Python's own spelling of 10, "1_0", is nobody else's.
+    return value if np.isfinite(value) and "_" not in text else NO_NUMBER
 
 
 def normalize_answer(text: str) -> str:

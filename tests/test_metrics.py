@@ -64,7 +64,17 @@ def test_correlations_equal_scipy_with_ties(seed):
     assert found["spearman"] == pytest.approx(100 * stats.spearmanr(x, y)[0])
 
 
-@pytest.mark.parametrize("text", ["none", "", "nan", "inf", "-inf", "3.0.0"])
+@pytest.mark.parametrize(
+    "texts", [["1e-200", "0", "0"], ["1e200", "0", "3"], ["1e-250", "3e-250", "2e-250"]]
+)
+def test_numbers_whose_squares_are_none_correlate_all_the_same(texts):
+    golds = ["1.0", "2.0", "4.0"]
+    expected = 100 * stats.pearsonr([float(text) for text in texts], [1.0, 2.0, 4.0])[0]
+    assert scores("pearson_spearman", texts, golds)["pearson"] == pytest.approx(expected)
+    assert scores("pearson_spearman", golds, texts)["pearson"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["none", "", "nan", "inf", "-inf", "3.0.0", "1_0"])
 def test_text_that_is_no_number_counts_as_minus_one(text):
     golds = ["0.0", "2.0", "4.0", "5.0"]
     found = scores("pearson_spearman", ["0.2", text, "3.8", "5.0"], golds)
@@ -96,6 +106,39 @@ def test_squad_takes_the_best_reference_and_counts_repeated_words_once_each():
     assert found["f1"] == pytest.approx(100 * (0.8 + 1) / 2)
 
 
+# (prediction, references, exact match, F1): what the official evaluate-v1.1.py and evaluate-v2.0.py of SQuAD
+# gave. They differ in one row, an answer that is empty after normalisation: F1 0 by v1.1, 1 by v2.0 and by ours.
+OFFICIAL_SQUAD = [
+    ("Denver Broncos", ["Denver Broncos", "The Denver Broncos"], 1, 1),
+    ("in Santa Clara, California", ["Santa Clara, California", "Levi's Stadium"], 0, 6 / 7),
+    ('"golden anniversary"', ["gold", "golden anniversary themed"], 0, 4 / 5),
+    ("24\N{EN DASH}10", ["24-10", "2410"], 0, 0),
+    ("U.S.", ["the US", "United States of America"], 1, 1),
+    ("the the a an", ["The"], 1, 1),
+    ("", ["no answer"], 0, 0),
+    ("York New York city", ["New York, New York", "New York City"], 0, 6 / 7),
+    ("New York, New York", ["York New York city"], 0, 3 / 4),
+    ("10th-century", ["10th century", "in the 10th and 11th centuries"], 0, 0),
+    ("l'École  des\N{NO-BREAK SPACE}Chartes", ["L'école des chartes"], 1, 1),
+    ("a theory of everything", ["Theory of Everything, a"], 1, 1),
+]
+
+
+@pytest.mark.parametrize("row", OFFICIAL_SQUAD, ids=lambda row: row[0])
+def test_squad_gives_the_official_scripts_values(row):
+    prediction, references, exact, f1 = row
+    found = scores("squad", [prediction], [references])
+    assert found == pytest.approx({"exact_match": 100 * exact, "f1": 100 * f1})
+
+
+def test_multirc_gives_the_official_scripts_values():
+    answers = ["1011", "010", "11000", "1", "001", "10"]  # a word a question, a digit an answer
+    golds = ["1011", "000", "11010", "0", "001", "01"]
+    groups = [str(number) for number, word in enumerate(golds) for _ in word]
+    found = scores("multirc", "".join(answers), "".join(golds), LABELS[:2], groups)
+    assert found == pytest.approx({"exact_match": 100 / 3, "f1a": 70.58823529411765})
+
+
 def test_multirc_scores_answers_and_whole_questions():
     golds = ["1", "0", "1", "1", "0", "0"]
     predictions = ["1", "0", "1", "0", "0", "1"]
@@ -125,6 +168,9 @@ def test_multirc_counts_invalid_answers_as_wrong():
         (["1", "1", "1"], ["1", "1", "1"]),
         (["0", "0", "0"], ["1", "1", "1"]),
         (["", "\x00", "1e999"], ["0", "1", "0"]),
+        (["1e-200", "0", "0"], ["1", "0", "1"]),
+        (["1e308", "-1.7e308", "5e-324"], ["1", "0", "1"]),
+        (["1e308", "1e308", "1e308"], ["1", "0", "1"]),
         (["0", "1"], ["1", "1"]),
     ],
 )

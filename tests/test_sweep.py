@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from pemt.__main__ import complain
+from pemt.commands import COMMANDS
 from pemt.config import PemtError
 from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
 from pemt.sweep.report import Cell, cells_of, write_report
@@ -71,6 +73,13 @@ def content_of(world: Path, **changes: Any) -> dict[str, Any]:
 def write_sweep(path: Path, content: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def test_the_help_names_the_page_that_shows_such_a_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        COMMANDS["sweep"](["--help"])
+    (page,) = re.findall(r"\S+\.md", capsys.readouterr().out)
+    assert "\nseeds: [" in (ROOT / page).read_text()
 
 
 def test_every_fault_is_told_before_the_first_run(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pemt.tasks import RowError, Task, TaskError, example_of, get_task
+from pemt.metrics import METRICS
+from pemt.tasks import RowError, Task, TaskError, example_of, get_task, score
 from pemt.tasks.shapes import (
     prepare_wsc,
     unpack_mrqa,
@@ -116,6 +117,55 @@ def test_an_answer_object_of_the_hub_needs_its_texts():
 def test_a_wrong_task_is_refused_when_it_is_made(changes, message):
     with pytest.raises(TaskError, match=message):
         own(**changes)
+
+
+OPEN = {"labels": ()}
+THREE = {"labels": ("a", "b", "c")}
+
+
+@pytest.mark.parametrize(
+    ("metric", "changes", "needed", "found"),
+    [
+        ("f1", OPEN, "a classification with 2 labels", "open answers"),
+        ("f1", THREE, "a classification with 2 labels", "a classification with 3 labels"),
+        ("macro_f1", OPEN, "a classification", "open answers"),
+        ("matthews", {**OPEN, "score_step": 1.0}, "a classification", "a regression"),
+        ("pearson_spearman", OPEN, "a regression", "open answers"),
+        ("pearson_spearman", {}, "a regression", "a classification with 2 labels"),
+        ("squad", {}, "open answers", "a classification with 2 labels"),
+        ("multirc", {}, "with 2 labels and a group", "a classification with 2 labels;"),
+        (
+            "multirc",
+            {**THREE, "group": ("q",)},
+            "with 2 labels and",
+            "a classification with 3 labels and a group",
+        ),
+    ],
+)
+def test_a_metric_that_cannot_score_the_task_is_refused_when_it_is_made(
+    metric, changes, needed, found
+):
+    with pytest.raises(TaskError, match=f"{metric} scores .*{needed}.*, found {found}") as told:
+        own(**changes, metrics=("accuracy", metric))
+    offered = str(told.value).split("allowed here: ")[1].split(", ")
+    assert "accuracy" in offered
+    assert metric not in offered
+    own(**changes, metrics=offered)
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_a_metric_scores_the_tasks_it_is_allowed_on(metric):
+    shapes = [OPEN, {}, THREE, {**OPEN, "score_step": 0.5}, {"group": ("q",)}]
+    allowed = 0
+    for changes in shapes:
+        try:
+            task = own(**changes, metrics=(metric,))
+        except TaskError:
+            continue
+        row = example_of(task, {"text": "t", "q": 1, "label": 1 if task.kind != "answer" else "a"})
+        assert score(task, [row["target"]] * 2, [row, row])
+        allowed += 1
+    assert allowed
 
 
 def test_wsc_marks_spans_of_several_words_whatever_their_order():

@@ -20,7 +20,7 @@ def sweep_parser() -> Parser:
     parser = command_parser(
         "sweep",
         "Methods × tasks × seeds from one YAML, one run after another on the launcher at hand.\n"
-        "The same command takes it up where it stopped. README.md shows such a YAML.",
+        "The same command takes it up where it stopped. docs/methods.md shows such a YAML.",
         "pemt sweep --config sweep.yaml",
     )
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the sweep")

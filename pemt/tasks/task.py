@@ -95,6 +95,7 @@ class Task:
             found = ", ".join(unknown) or "none"
             allowed = ", ".join(sorted(METRICS))
             raise TaskError(f"task {self.name}: metrics: found {found}; allowed: {allowed}")
+        self._check_metrics()
         if self.label_names and len(self.label_names) != len(self.labels):
             raise TaskError(
                 f"task {self.name}: label_names has {len(self.label_names)} entries, labels has "
@@ -108,6 +109,24 @@ class Task:
             raise TaskError(f"task {self.name}: give labels or score_step, not both")
         if not self.fields:
             raise TaskError(f"task {self.name}: template: no {{field}} in {self.template!r}")
+
+    def _check_metrics(self) -> None:
+        """Refuse a metric that would fail, or mislead, after the training."""
+        labels, grouped = len(self.labels), bool(self.group)
+        fitting = [
+            name
+            for name, metric in METRICS.items()
+            if metric.fits(self.kind, label_count=labels, by_group=grouped)
+        ]
+        for name in self.metrics:
+            if name not in fitting:
+                metric = METRICS[name]
+                needed = told(metric.kind, metric.label_count, by_group=metric.by_group)
+                found = told(self.kind, labels, by_group=grouped)
+                raise TaskError(
+                    f"task {self.name}: metrics: {name} scores {needed}, found {found}; "
+                    f"allowed here: {', '.join(fitting)}"
+                )
 
     @property
     def kind(self) -> Kind:
@@ -124,6 +143,14 @@ class Task:
         except ValueError as error:
             raise TaskError(f"task {self.name}: template: {error} in {self.template!r}") from None
         return tuple(dict.fromkeys(name for _, name, _, _ in parts if name))
+
+
+def told(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
+    """A kind of task in words."""
+    if kind != "classification":
+        return "a regression (score_step)" if kind == "regression" else "open answers"
+    labels = f" with {label_count} labels" if label_count else ""
+    return f"a classification{labels}{' and a group' if by_group else ''}"
 
 
 def example_of(task: Task, row: Row) -> Example | None:
