@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import select
+import signal
 import sys
 import time
 
-from pemt.arguments import nearest
+from pemt.command_line import nearest
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
 from pemt.config import PemtError
@@ -17,11 +20,14 @@ def main() -> None:
     """Run one command.
 
     A user's error is one line on stderr, from one rank, and exit status 2; a run that was told to stop
-    and has saved leaves with 75.
+    and has saved leaves with 75; one whose reader has gone, as in `pemt predict ... | head`, as if by SIGPIPE.
     """
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("--help", "-h"):
         print(overview(), end="")
+        return
+    if name == "--version":
+        print(f"pemt {version()}")
         return
     status = 0
     try:
@@ -29,6 +35,11 @@ def main() -> None:
             hint = nearest(name, list(COMMANDS), what=f"there are {', '.join(COMMANDS)}")
             raise PemtError(f"pemt {name}: no such command{hint}")
         COMMANDS[name](arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_has_gone():
+            raise
+        os._exit(128 + signal.SIGPIPE)
     except PemtError as error:
         complain(error)
         # Not sys.exit: a rank that waits for the others at exit would hold the job up.
@@ -39,6 +50,21 @@ def main() -> None:
         sys.modules["pemt.engine"].shut_down()
     if status:
         sys.exit(status)
+
+
+def version() -> str:
+    """pemt's own, or what it is where nothing is installed."""
+    try:
+        return importlib.metadata.version("pemt")
+    except importlib.metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
+def reader_has_gone() -> bool:
+    """Whether nobody reads what stands on stdout any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def complain(error: PemtError) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
 from functools import cache
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
+from pemt.command_line import nearest
 from pemt.config import ConfigError, RunConfig
 from pemt.yaml_file import load_yaml
 
@@ -193,16 +193,6 @@ def _check_flags(arguments: list[str], keys: list[str]) -> None:
             name = re.split(r"[=+]", argument[2:], maxsplit=1)[0]
             if name not in allowed:
                 raise ConfigError(f"command line: unknown key `--{name}`{nearest(name, keys)}")
-
-
-def nearest(name: str, known: list[str], *, what: str = "`pemt … --help` lists all keys") -> str:
-    """The tail of a message about an unknown name: the nearest known ones, or where to look."""
-    close = difflib.get_close_matches(name, known, n=3)
-    return (
-        "; did you mean " + " or ".join(f"`{each}`" for each in close) + "?"
-        if close
-        else f"; {what}"
-    )
 
 
 def _one_line(message: str, files: list[Path]) -> str:

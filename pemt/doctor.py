@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -14,17 +15,15 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from packaging.requirements import Requirement
-from packaging.version import Version
-
-from pemt.ops import OpsError, library
+# What pemt stands on is imported where it is looked at: any of it may be what is missing.
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 PACKAGES = (
     *("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers"),
-    *("safetensors", "evaluate", "jsonargparse", "tensorboard", "huggingface_hub"),
+    *("safetensors", "evaluate", "jsonargparse", "tensorboard", "huggingface_hub", "packaging"),
 )
 PROBE_SECONDS = 180
 _PROBE_JSON = {
@@ -61,11 +60,13 @@ class Finding:
 def examine(*, probe: bool = True) -> Iterator[Finding]:
     """Every finding, as soon as it is known; `probe` also launches DeepSpeed."""
     yield from packages()
+    has_torch = importlib.util.find_spec("torch") is not None
     yield machine()
-    yield from devices()
-    yield from ops()
+    if has_torch:
+        yield from devices()
+        yield from ops()
     yield launcher()
-    if probe:
+    if probe and has_torch:
         yield deepspeed_runs()
 
 
@@ -82,7 +83,7 @@ def packages() -> Iterator[Finding]:
             )
             continue
         wanted = needed.get(name)
-        if wanted is not None and not wanted.specifier.contains(Version(found), prereleases=True):
+        if wanted is not None and not wanted.specifier.contains(found, prereleases=True):
             yield Finding(
                 what=name,
                 state="missing",
@@ -94,10 +95,12 @@ def packages() -> Iterator[Finding]:
 
 
 def _needed() -> dict[str, Requirement]:
-    """What pemt's metadata asks for, by name; empty in a checkout that is not installed."""
+    """What pemt's metadata asks for, by name; empty where pemt or `packaging` is not installed."""
     try:
+        from packaging.requirements import Requirement
+
         lines = importlib.metadata.requires("pemt") or []
-    except importlib.metadata.PackageNotFoundError:
+    except ImportError:  # PackageNotFoundError is one
         return {}
     needed = [Requirement(line) for line in lines]
     return {each.name: each for each in needed if each.marker is None or each.marker.evaluate()}
@@ -108,7 +111,7 @@ def machine() -> Finding:
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     found = f"{cores} cores, {memory:.0f} GiB of memory, {platform.system()} {platform.machine()}"
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+    if not _has_gpu() and "OMP_NUM_THREADS" not in os.environ:
         return Finding(
             what="machine",
             state="note",
@@ -118,8 +121,18 @@ def machine() -> Finding:
     return Finding(what="machine", state="ok", found=found)
 
 
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def devices() -> Iterator[Finding]:
     """The accelerators that PyTorch sees."""
+    import torch
+
     if not torch.cuda.is_available():
         no_cuda = torch.version.cuda is None
         yield Finding(
@@ -148,6 +161,10 @@ def devices() -> Iterator[Finding]:
 
 def ops() -> Iterator[Finding]:
     """Each library of the fused op: built, to be built, or why it cannot be."""
+    import torch
+
+    from pemt.ops import OpsError, library
+
     for name, make in library.LIBRARIES.items():
         if name == "cuda" and torch.version.cuda is None:
             yield Finding(what="ops, cuda", state="ok", found="not needed, PyTorch has no CUDA")
@@ -188,6 +205,8 @@ def launcher() -> Finding:
 
 def deepspeed_runs() -> Finding:
     """Whether DeepSpeed trains here: a real engine, two steps, in processes of its own."""
+    import torch
+
     ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ds.json"

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pemt.bench import generate, step
+from pemt.commands import COMMANDS
 
 
 def test_all_variants_answer_and_are_timed(
@@ -16,7 +17,9 @@ def test_all_variants_answer_and_are_timed(
     bench = generate.GenerateBench(batch=2, source=8, target=3, num_beams=2, rounds=2)
     answers = {name: call() for name, call in generate.variants_of(bench).items()}
     assert {tuple(answer.shape) for answer in answers.values()} == {(2, 4)}
-    generate.main(["--batch", "2", "--source", "8", "--target", "3", "--rounds", "2", "--json"])
+    COMMANDS["bench"](
+        ["generate", "--batch", "2", "--source", "8", "--target", "3", "--rounds", "2", "--json"]
+    )
     result = json.loads(capsys.readouterr().out)
     assert all(result["milliseconds"][name] > 0 for name in generate.VARIANTS)
     assert result["pemt_over"]["plain"]["computed"] > 0

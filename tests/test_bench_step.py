@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pemt.bench import step
+from pemt.commands import COMMANDS
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +19,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def result(capsys: pytest.CaptureFixture[str]) -> dict:
     arguments = ["--batch", "2", "--source", "16", "--target", "4", "--rounds", "2", "--json"]
-    step.main(arguments)
+    COMMANDS["bench"](["step", *arguments])
     return json.loads(capsys.readouterr().out)
 
 

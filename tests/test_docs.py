@@ -28,7 +28,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from pemt.arguments import parse_config
-from pemt.commands import COMMANDS, PARSERS
+from pemt.commands import COMMANDS
 from pemt.config import AdaptConfig, SourceConfig
 from pemt.sweep.plan import KEYS
 from pemt.tasks import load_task_file
@@ -102,13 +102,13 @@ def try_pemt(words: list[str], environment: dict[str, str], folder: Path) -> Non
         parse_config(STAGES[name], arguments, prog=f"pemt {name}")
     elif tuple(words[1:]) in RUN_AS_THEY_STAND:
         assert_runs([sys.executable, "-m", "pemt", *words[1:]], environment)
-    elif "--help" in arguments or name not in PARSERS:
+    elif "--help" in arguments:
         assert name in COMMANDS
         with pytest.raises(SystemExit) as left:
             COMMANDS[name]([*(each for each in arguments if each != "--help"), "--help"])
         assert left.value.code == 0
     else:
-        options, rest = PARSERS[name]().parse_known_args(arguments)
+        options, rest = COMMANDS[name].make_parser().parse_known_args(arguments)
         assert options is not None
         if name in ("evaluate", "predict"):  # what is left are fields of the run
             fields = with_stand_ins(["--config", "adapt", *rest], folder)
@@ -218,8 +218,7 @@ def test_commands_in_a_sentence_exist(page: Path) -> None:
     for name, verb in re.findall(r"`pemt ([a-z]\w*)(?: ([a-z-]+))?", page.read_text()):
         assert name in COMMANDS, name
         if name in ("bank", "ops") and verb:
-            choices = PARSERS[name]()._actions[-1].choices
-            assert verb in choices, f"{name} {verb}"
+            assert verb in COMMANDS[name].make_parser()._actions[-1].choices, f"{name} {verb}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from pemt.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES_A_FILE = 400
@@ -57,6 +60,28 @@ def test_native_sources_are_finished(path: Path) -> None:
     assert [word for word in ("TODO", "FIXME", "XXX") if word in text] == []
 
 
+def drawn() -> set[str]:
+    """Files and folders in CONTRIBUTING's picture of the house, below the root."""
+    text = (ROOT / "docs" / "CONTRIBUTING.md").read_text()
+    (picture,) = re.findall(r"^```text\n(.*?)^```", text, re.M | re.S)
+    folders: list[str] = []
+    paths = set()
+    for line in picture.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
+            if name.endswith("/"):
+                folders[depth:] = [name]
+            paths.add("".join(folders[:depth]) + name)
+    return paths
+
+
+def test_the_picture_of_the_house_shows_every_file() -> None:
+    files = {name_of(path) for path in (ROOT / "pemt").rglob("*.py") if path.name != "__init__.py"}
+    shown = {path for path in drawn() if path.startswith("pemt/") and path.endswith(".py")}
+    assert files == shown
+    assert [path for path in drawn() if not (ROOT / path).exists()] == []
+
+
 def declared(section: str, key: str) -> set[str]:
     """Canonical names of the requirements under one key of setup.cfg."""
     parser = configparser.ConfigParser()
@@ -91,8 +116,10 @@ def test_setup_cfg_declares_exactly_what_is_imported() -> None:
 
 
 def test_pemt_imports_without_its_extras() -> None:
+    commands = ", ".join(f"pemt.commands.{name}" for name in COMMANDS)
+    every = f"import {commands}"
     blocked = "".join(f"sys.modules['{name}'] = None; " for name in OPTIONAL)
-    program = f"import sys; {blocked}import pemt.commands, pemt.train, pemt.model"
+    program = f"import sys; {blocked}import pemt.train, pemt.model; {every}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

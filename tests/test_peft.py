@@ -19,7 +19,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from pemt.bank import read_bank, read_entry, write_entry
 from pemt.bank_tools import add_peft, export_peft, merge, remove, verify
-from pemt.commands.bank import bank as bank_command
+from pemt.commands import COMMANDS
 from pemt.config import ExpertConfig, PemtError
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from pemt.peft_format import PROMPT_FILE, read_peft
@@ -286,24 +286,24 @@ def fill(folder: Path, *names: str, kind: str = "lora") -> None:
 
 
 def test_list_and_show(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bank_command(["list", str(bank)])
+    COMMANDS["bank"](["list", str(bank)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "mnli   lora, rank 4, alpha 8, on google/tiny-t5, test score 71.5"
-    bank_command(["show", str(bank), "rte"])
+    COMMANDS["bank"](["show", str(bank), "rte"])
     shown = capsys.readouterr().out
     for part in ("Which?", "3 tokens", "d_model 16", "accuracy 71.50", "float32", "torch 2."):
         assert part in shown
 
 
 def test_verify_tells_every_fault(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bank_command(["verify", str(bank)])
+    COMMANDS["bank"](["verify", str(bank)])
     assert capsys.readouterr().out.splitlines() == ["boolq: whole", "mnli: whole", "rte: whole"]
     path = bank / "mnli" / "expert.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
     with pytest.raises(PemtError, match="1 of 3 entries cannot be used: mnli"):
-        bank_command(["verify", str(bank)])
+        COMMANDS["bank"](["verify", str(bank)])
     assert "mnli: " + str(path) in capsys.readouterr().out
     assert verify(bank, ["rte"]) == {"rte": None}
 

@@ -169,11 +169,13 @@ def test_what_is_wrong_on_the_command_line(world: Path, monkeypatch: pytest.Monk
     run = str(world / "pemt")
     with pytest.raises(PemtError, match=r"input_file: no file nowhere.jsonl; give a jsonl file"):
         predict(run, "--input_file", "nowhere.jsonl", monkeypatch=monkeypatch)
-    with pytest.raises(PemtError, match="unknown key `--batchsize`"):
+    with pytest.raises(
+        PemtError, match="unknown argument `--batchsize`; did you mean `--batch_size`"
+    ):
         predict(run, "--batchsize", "3", monkeypatch=monkeypatch)
     with pytest.raises(PemtError, match="holds no run"):
         predict(str(world), monkeypatch=monkeypatch)
-    with pytest.raises(PemtError, match="per_device_eval_batch_size: found 0"):
+    with pytest.raises(PemtError, match="--batch_size: found `0`"):
         predict(run, "--batch_size", "0", monkeypatch=monkeypatch)
 
 

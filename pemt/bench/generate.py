@@ -11,18 +11,18 @@ clock and of the time that the process's threads computed.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from json import dumps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pemt.bench.step import PROMPT_TOKENS, SIZES, StepBench, build_model, plain_base
+from pemt.command_line import Parser, command_parser
 
 VARIANTS = ("plain", "longer", "pemt")
 
@@ -107,12 +107,10 @@ def _median_ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> Parser:
     """The command line of `pemt bench generate`."""
-    parser = argparse.ArgumentParser(
-        prog="pemt bench generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "bench generate", __doc__, "pemt bench generate --size t5-small --batch 8 --num_beams 4"
     )
     parser.add_argument("--size", choices=list(SIZES), default=GenerateBench.size)
     for name in ("batch", "source", "target", "num_beams", "rounds"):
@@ -121,11 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=GenerateBench.dtype)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = vars(parser.parse_args(arguments))
-    torch.set_num_threads(options.pop("threads"))
-    as_json = options.pop("json")
+    return parser
+
+
+def run(*, threads: int, json: bool, **options: Any) -> None:
+    """Measure and print; the options are those of `make_parser`."""
+    torch.set_num_threads(threads)
     result = measure(GenerateBench(**options))
-    print(json.dumps(result) if as_json else table(result))
+    print(dumps(result) if json else table(result))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -141,7 +142,3 @@ def table(result: dict[str, Any]) -> str:
             f"  pemt / {other:<8} {ratio['clock']:.3f} on the clock, {ratio['computed']:.3f} computed"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

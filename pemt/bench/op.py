@@ -14,21 +14,22 @@ All variants run in every round, in turn, and a ratio is the median of the round
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from json import dumps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, gelu, linear
 
 from pemt import ops
+from pemt.command_line import Parser, command_parser
 from pemt.ops import reference
 
 SHAPES = {  # d_model, d_ff
@@ -264,10 +265,11 @@ def measure(bench: OpBench) -> dict[str, object]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> Parser:
     """The command line of `pemt bench op`."""
-    parser = argparse.ArgumentParser(prog="pemt bench op", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = command_parser(
+        "bench op", __doc__, "pemt bench op --shape t5-base t5-large --rounds 20"
+    )
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["t5-large"])
     parser.add_argument("--batch", type=int, default=OpBench.batch)
     parser.add_argument("--tokens", type=int, default=OpBench.tokens, help="per sample")
@@ -281,12 +283,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--forward_only", action="store_true", help="no gradients, no sparsity loss"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per shape")
-    options = vars(parser.parse_args(arguments))
-    torch.set_num_threads(options.pop("threads"))
-    as_json = options.pop("json")
-    for shape in options.pop("shape"):
-        result = measure(OpBench(shape=shape, **options))
-        print(json.dumps(result) if as_json else table(result))
+    return parser
+
+
+def run(*, shape: Sequence[str], threads: int, json: bool, **options: Any) -> None:
+    """Measure and print; the options are those of `make_parser`."""
+    torch.set_num_threads(threads)
+    for each in shape:
+        result = measure(OpBench(shape=each, **options))
+        print(dumps(result) if json else table(result))
 
 
 def table(result: dict[str, object]) -> str:
@@ -301,7 +306,3 @@ def table(result: dict[str, object]) -> str:
     rows = [f"  {name:<8} {value:10.3f} ms" for name, value in milliseconds.items()]
     rows += [f"  {name:<15} {value:8.3f}" for name, value in ratios.items()]
     return "\n".join([head, *rows, f"  floor at {result['floor_tflops']:.3f} TFLOP/s"])
-
-
-if __name__ == "__main__":
-    main()

@@ -14,14 +14,13 @@ to `adapter`. Memory is the peak of one step above the model at rest.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from pemt.bench.op import ADAPTER_REDUCTION, EXPERTS, RANK, forced, time_once
+from pemt.command_line import Parser, command_parser
 from pemt.config import AdapterConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5, base_shape
 from pemt.model.experts import expert_shapes
@@ -225,13 +225,9 @@ def measure(bench: StepBench) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> Parser:
     """The command line of `pemt bench step`."""
-    parser = argparse.ArgumentParser(
-        prog="pemt bench step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("bench step", __doc__, "pemt bench step --size t5-base --rounds 10")
     parser.add_argument("--size", choices=list(SIZES), default=StepBench.size)
     for name in ("batch", "source", "target", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=getattr(StepBench, name))
@@ -239,11 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=StepBench.dtype)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = vars(parser.parse_args(arguments))
-    torch.set_num_threads(options.pop("threads"))
-    as_json = options.pop("json")
+    return parser
+
+
+def run(*, threads: int, json: bool, **options: Any) -> None:
+    """Measure and print; the options are those of `make_parser`."""
+    torch.set_num_threads(threads)
     result = measure(StepBench(**options))
-    print(json.dumps(result) if as_json else table(result))
+    print(dumps(result) if json else table(result))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -262,7 +261,3 @@ def table(result: dict[str, Any]) -> str:
             f"{peak / 1e6:10.1f}{(peak - adapter) / 1e6:15.1f}"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,79 +1,65 @@
-"""The commands. Each takes its command line, and imports what is heavy when it is called.
+"""The commands, one record each; `pemt/commands/NAME.py` is imported when `pemt NAME` is called.
 
-A new command needs a line here and one in `overview.py`; with a parser of its own, one in PARSERS.
+A new command needs a line in COMMANDS and a file of its own with two functions:
+
+    make_parser()   its command line, for `--help` and for shells to complete
+    run(arguments)  does it
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from dataclasses import dataclass
+from typing import Any
 
-from pemt.commands.bank import bank, bank_parser
-from pemt.commands.completion import completion_parser, completion_script, fields_parser
-from pemt.commands.doctor import doctor, doctor_parser
-from pemt.commands.finished import evaluate, evaluate_parser, predict, predict_parser
-from pemt.commands.ops import bench, ops, ops_parser
-from pemt.commands.overview import AROUND
-from pemt.commands.parsers import Parser, command_parser
-from pemt.commands.plan import plan, plan_parser
-from pemt.commands.publish import (
-    export,
-    export_parser,
-    pull,
-    pull_parser,
-    push,
-    push_parser,
-)
-from pemt.commands.report import report, report_parser
-from pemt.commands.stages import adapt, demo, source
-from pemt.commands.sweep import sweep, sweep_parser
-from pemt.commands.tasks import tasks, tasks_parser
-from pemt.config import AdaptConfig, SourceConfig
+from pemt.command_line import Parser
 
 
-def completion(arguments: list[str]) -> None:
-    """`pemt completion`."""
-    shell = completion_parser().parse_args(arguments).shell
-    commands = {
-        name: PARSERS[name]() if name in PARSERS else command_parser(name, AROUND.get(name, name))
-        for name in COMMANDS
-    }
-    print(completion_script(shell, commands))
+@dataclass(frozen=True)
+class Command:
+    """One command of `pemt`.
+
+    Args:
+        name: as it is typed, and its file's name.
+        about: what it does, for the overview, in at most 26 characters: two of them stand side by side.
+    """
+
+    name: str
+    about: str
+
+    def __call__(self, arguments: list[str]) -> None:
+        """Run it on the command line behind its name."""
+        self._file().run(arguments)
+
+    def make_parser(self) -> Parser:
+        """Its command line."""
+        parser: Parser = self._file().make_parser()
+        return parser
+
+    def _file(self) -> Any:
+        return importlib.import_module(f"pemt.commands.{self.name}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "source": source,
-    "adapt": adapt,
-    "evaluate": evaluate,
-    "predict": predict,
-    "report": report,
-    "sweep": sweep,
-    "bank": bank,
-    "export": export,
-    "push": push,
-    "pull": pull,
-    "tasks": tasks,
-    "demo": demo,
-    "plan": plan,
-    "doctor": doctor,
-    "ops": ops,
-    "bench": bench,
-    "completion": completion,
-}
-# what a shell can complete behind a command
-PARSERS: dict[str, Callable[[], Parser]] = {
-    "source": lambda: fields_parser("source", SourceConfig, "Train a source task's expert."),
-    "adapt": lambda: fields_parser("adapt", AdaptConfig, "Adapt to a target task."),
-    "evaluate": evaluate_parser,
-    "predict": predict_parser,
-    "report": report_parser,
-    "sweep": sweep_parser,
-    "bank": bank_parser,
-    "export": export_parser,
-    "push": push_parser,
-    "pull": pull_parser,
-    "tasks": tasks_parser,
-    "plan": plan_parser,
-    "doctor": doctor_parser,
-    "ops": ops_parser,
-    "completion": completion_parser,
+# In the overview's order, where the two stages have a place of their own.
+COMMANDS = {
+    each.name: each
+    for each in (
+        Command("source", "an expert, into a bank"),
+        Command("adapt", "a target task over a bank"),
+        Command("evaluate", "score a finished run"),
+        Command("predict", "answer a jsonl or stdin"),
+        Command("report", "a page about runs"),
+        Command("sweep", "methods, tasks, seeds"),
+        Command("bank", "list, add, export experts"),
+        Command("demo", "both stages on a laptop"),
+        Command("export", "a run, for others"),
+        Command("push", "an export to the hub"),
+        Command("pull", "an export from the hub"),
+        Command("tasks", "the tasks there are"),
+        Command("plan", "memory, traffic, time"),
+        Command("doctor", "is this machine ready"),
+        Command("ops", "build the fused op"),
+        Command("bench", "time op, step, answers"),
+        Command("completion", "for bash and zsh"),
+    )
 }

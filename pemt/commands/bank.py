@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pemt.commands.parsers import Parser, command_parser, verb_parser
+from pemt.command_line import Parser, command_parser, verb_parser
 from pemt.config import PemtError
 
 
-def bank(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     """`pemt bank VERB`."""
-    options = vars(bank_parser().parse_args(arguments))
+    options = vars(make_parser().parse_args(arguments))
     _VERBS[options.pop("verb")](**options)
 
 
-def bank_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line of `pemt bank`."""
     parser = command_parser(
-        "bank", "The expert bank: what is in it, and experts from and to elsewhere."
+        "bank",
+        "The expert bank: what is in it, and experts from and to elsewhere.",
+        "pemt bank list bank",
+        "pemt bank add --help",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 

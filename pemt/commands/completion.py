@@ -2,78 +2,47 @@
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Mapping
-from typing import Any, Literal
-
-import shtab
-
-from pemt.arguments import field_keys, recipe_names
-from pemt.commands.parsers import Parser, command_parser
-from pemt.config import RunConfig
+from pemt.command_line import Parser, command_parser
+from pemt.commands import COMMANDS
 
 SHELLS = ("bash", "zsh")
-FILES = {"config", "task_file"}
-FOLDERS = {"data_dir", "output_dir", "bank_dir", "model_name_or_path", "tokenizer_name"}
+# What completes `--config`: recipes and files (`RECIPE_OR_FILE` in fields.py names them).
+FUNCTIONS = {
+    "bash": '_pemt_recipes() {{ compgen -W "{recipes}" -- $1; compgen -f -- $1; }}',
+    "zsh": "_pemt_recipes() {{ _alternative 'recipes:recipe:({recipes})' 'files:file:_files' }}",
+}
 
 
-def completion_parser() -> Parser:
+def run(arguments: list[str]) -> None:
+    """`pemt completion`."""
+    print(completion_script(make_parser().parse_args(arguments).shell))
+
+
+def make_parser() -> Parser:
     """The command line of `pemt completion`."""
     parser = command_parser(
         "completion",
-        "Print a completion script; have the shell read it when it starts.",
-        'eval "$(pemt completion bash)"                # in ~/.bashrc',
+        "Print a completion script, for a file that the shell reads.",
+        "pemt completion bash > ~/.local/share/bash-completion/completions/pemt",
         "pemt completion zsh > ~/.zfunc/_pemt          # with fpath+=~/.zfunc before compinit",
     )
     parser.add_argument("shell", choices=SHELLS)
     return parser
 
 
-def completion_script(shell: str, commands: Mapping[str, Parser]) -> str:
-    """The script for a shell.
+def completion_script(shell: str) -> str:
+    """The script for a shell, one of SHELLS."""
+    import shtab
 
-    Args:
-        shell: one of `SHELLS`.
-        commands: each command's parser; a verb's parsers are found below it.
-    """
+    from pemt.arguments import recipe_names
+
     root = Parser(prog="pemt", allow_abbrev=False)
-    verbs = root.add_subparsers(metavar="COMMAND")
-    for name, parser in commands.items():
+    root.add_argument("--version", action="store_true", help="pemt's version")
+    commands = root.add_subparsers(metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        parser = command.make_parser()
         about = (parser.description or name).split("\n")[0]
-        verbs.add_parser(name, parents=[parser], add_help=False, help=about, description=about)
-    return shtab.complete(root, shell)
-
-
-def fields_parser(name: str, kind: type[RunConfig], about: str) -> Parser:
-    """A configuration's fields as plain options: what can be completed of `pemt NAME`."""
-    from pemt.tasks import task_names
-
-    parser = command_parser(name, about)
-    config = parser.add_argument("--config", choices=recipe_names())
-    config.complete = shtab.FILE  # type: ignore[attr-defined]
-    for key in field_keys(kind):
-        options: dict[str, Any] = {}
-        chosen = _choices(kind, key)
-        if key == "task_name":
-            chosen = list(task_names())
-        if chosen:
-            options["choices"] = chosen
-        action = parser.add_argument(f"--{key}", help=key, **options)
-        if key in FILES:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif key in FOLDERS:
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    return parser
-
-
-def _choices(kind: Any, key: str) -> list[str]:
-    """What a field may hold, where that is a short list: a Literal's values, or true and false."""
-    *sections, last = key.split(".")
-    for section in sections:
-        kind = typing.get_type_hints(kind)[section]
-    hint = typing.get_type_hints(kind)[last]
-    if typing.get_origin(hint) is Literal:
-        return [str(value) for value in typing.get_args(hint)]
-    if hint is bool:
-        return ["true", "false"]
-    return []
+        commands.add_parser(name, parents=[parser], add_help=False, help=about, description=about)
+    function = FUNCTIONS[shell].format(recipes=" ".join(recipe_names()))
+    script: str = shtab.complete(root, shell, preamble=function)
+    return script

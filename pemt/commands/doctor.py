@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pemt.commands.parsers import Parser, command_parser
+from pemt.command_line import Parser, command_parser
 from pemt.config import PemtError
 
 
-def doctor(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     """`pemt doctor`."""
-    options = doctor_parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     from pemt.doctor import examine
 
     missing = []
@@ -23,7 +23,7 @@ def doctor(arguments: list[str]) -> None:
     print("ready")
 
 
-def doctor_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line of `pemt doctor`."""
     parser = command_parser(
         "doctor",

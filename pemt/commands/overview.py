@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pemt.commands import COMMANDS
+
 MAIN_ROAD = """\
 usage: pemt COMMAND [--config FILE] [--field value ...]
 
@@ -17,25 +19,6 @@ the two stages:
 around them:
 """
 
-# command -> what it does, in at most 26 characters: two of them stand side by side
-AROUND = {
-    "evaluate": "score a finished run",
-    "predict": "answer a jsonl or stdin",
-    "report": "a page about runs",
-    "sweep": "methods, tasks, seeds",
-    "bank": "list, add, export experts",
-    "demo": "both stages on a laptop",
-    "export": "a run, for others",
-    "push": "an export to the hub",
-    "pull": "an export from the hub",
-    "tasks": "the tasks there are",
-    "plan": "memory, traffic, time",
-    "doctor": "is this machine ready",
-    "ops": "build the fused op",
-    "bench": "time the op",
-    "completion": "for bash and zsh",
-}
-
 END = """\
 
 `pemt COMMAND --help` has its fields and an example. On several ranks:
@@ -46,7 +29,8 @@ END = """\
 
 def overview() -> str:
     """The help of `pemt` itself."""
-    cells = [f"{name:<11}{about:<28}" for name, about in AROUND.items()]
+    around = [each for each in COMMANDS.values() if each.name not in ("source", "adapt")]
+    cells = [f"{each.name:<11}{each.about:<28}" for each in around]
     half = (len(cells) + 1) // 2
     pairs = zip(cells[:half], [*cells[half:], ""][:half], strict=True)
     return MAIN_ROAD + "".join(f"  {left}{right}".rstrip() + "\n" for left, right in pairs) + END

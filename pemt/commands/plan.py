@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.commands.parsers import Parser, command_parser
+from pemt.command_line import Parser, command_parser
 from pemt.config import AdapterConfig, ConfigError, ExpertConfig, RunConfig
 from pemt.plan.job import CHIPS, Cluster, Job, PlanError, read_zero
 from pemt.plan.report import describe, figures
@@ -19,9 +19,9 @@ TOKENS_A_WORD = 1.3  # of English descriptions in T5's vocabulary, about
 EXPERTS = 6
 
 
-def plan(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     """`pemt plan`."""
-    options = plan_parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     job, cluster = _job(options), _cluster(options)
     zero = read_zero(options.ds_config)
     found = figures(job, zero, cluster, options.ds_config.parent)
@@ -36,7 +36,7 @@ def plan(arguments: list[str]) -> None:
     print(describe(found, job, zero, cluster))
 
 
-def plan_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line of `pemt plan`."""
     parser = command_parser(
         "plan",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pemt.commands.parsers import Parser, command_parser
+from pemt.command_line import Parser, command_parser
 from pemt.config import PemtError
 
 
-def report(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     """`pemt report`."""
-    options = report_parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     from pemt.report.page import write_report
 
     folder: Path = options.output_dir or (options.runs[0] if len(options.runs) == 1 else Path())
@@ -21,7 +21,7 @@ def report(arguments: list[str]) -> None:
     print("\n".join(map(str, pages)))
 
 
-def report_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line of `pemt report`."""
     parser = command_parser(
         "report",

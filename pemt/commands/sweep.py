@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pemt.commands.parsers import Parser, command_parser
+from pemt.command_line import Parser, command_parser
 
 
-def sweep(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     """`pemt sweep`."""
-    path = sweep_parser().parse_args(arguments).config
+    path = make_parser().parse_args(arguments).config
     from pemt.sweep.run import run_sweep
 
     run_sweep(path)
 
 
-def sweep_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line of `pemt sweep`."""
     parser = command_parser(
         "sweep",

@@ -5,7 +5,6 @@ One launch runs everything: all ranks go through the same runs, one after anothe
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,17 @@ from pemt.engine import Engine
 from pemt.train import run_adapt, run_source
 
 METHODS = ("pemt", "adapter")
-WORLD_SEED = 0
 
 
-def main(arguments: list[str]) -> None:
-    """The command line of `pemt demo`."""
-    parser = argparse.ArgumentParser(
-        prog="pemt demo",
-        description="Both stages on a small world that fits a laptop.",
-        epilog="example:  pemt demo --quick --output_dir runs/demo",
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "pemt")
-    parser.add_argument("--quick", action="store_true", help="one target and one seed")
-    parser.add_argument("--world_seed", type=int, default=WORLD_SEED)
-    options = parser.parse_args(arguments)
-    targets, seeds = (TARGETS[:1], [0]) if options.quick else (TARGETS, [0, 1, 2])
-    demo = Demo(options.output_dir, options.cache_dir, options.world_seed)
+def run_demo(output_dir: Path, cache_dir: Path, *, quick: bool, world_seed: int) -> None:
+    """Train everything and write the report (all ranks call).
+
+    Args:
+        output_dir, cache_dir, world_seed: as for `Demo`.
+        quick: one target and one seed.
+    """
+    targets, seeds = (TARGETS[:1], [0]) if quick else (TARGETS, [0, 1, 2])
+    demo = Demo(output_dir, cache_dir, world_seed)
     demo.prepare()
     for task in SOURCES:
         run_source(demo.source(task))
@@ -47,7 +40,7 @@ def main(arguments: list[str]) -> None:
                 results = run_adapt(demo.adapt(target, method, seed))
                 rows.append(Row.of(method, target, seed, results))
     if demo.is_main:
-        write_report(rows, options.output_dir)
+        write_report(rows, output_dir)
 
 
 class Demo:

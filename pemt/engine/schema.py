@@ -22,7 +22,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from pemt.arguments import nearest
+from pemt.command_line import nearest
 from pemt.deepspeed_json import DeepSpeedConfigError
 
 MODELS: dict[str, type[DeepSpeedConfigModel]] = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pemt.bench import op
+from pemt.commands import COMMANDS
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_variants_do_the_same_work(small, forward):
 @pytest.mark.parametrize("forward_only", [False, True])
 def test_every_variant_is_measured(small, forward_only, capsys):
     arguments = ["--shape", "t5-small", "--batch", "2", "--tokens", "8", "--rounds", "2", "--json"]
-    op.main([*arguments, *(["--forward_only"] if forward_only else [])])
+    COMMANDS["bench"](["op", *arguments, *(["--forward_only"] if forward_only else [])])
     result = json.loads(capsys.readouterr().out)
     assert set(result["milliseconds"]) == set(op.VARIANTS)
     assert all(value > 0 for value in result["milliseconds"].values())

@@ -1,0 +1,23 @@
+"""`pemt adapt`: stage 2."""
+
+from __future__ import annotations
+
+from pemt.command_line import Parser
+from pemt.config import AdaptConfig
+
+
+def run(arguments: list[str]) -> None:
+    """`pemt adapt`."""
+    from pemt.arguments import parse_config
+
+    config = parse_config(AdaptConfig, arguments, prog="pemt adapt")
+    from pemt.train import run_adapt
+
+    run_adapt(config)
+
+
+def make_parser() -> Parser:
+    """What a shell can complete behind it; `run` reads its fields by jsonargparse."""
+    from pemt.commands.fields import fields_parser
+
+    return fields_parser("adapt", AdaptConfig, "Adapt to a target task.")

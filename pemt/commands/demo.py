@@ -1,0 +1,36 @@
+"""`pemt demo`: both stages on a small world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pemt.command_line import Parser, command_parser
+
+
+def run(arguments: list[str]) -> None:
+    """`pemt demo`."""
+    options = vars(make_parser().parse_args(arguments))
+    from pemt.demo.run import run_demo
+
+    run_demo(**options)
+
+
+def make_parser() -> Parser:
+    """The command line of `pemt demo`."""
+    parser = command_parser(
+        "demo",
+        "Both stages on a small world that fits a laptop.",
+        "pemt demo --quick --output_dir runs/demo",
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="(runs/demo)")
+    parser.add_argument(
+        "--cache_dir",
+        type=Path,
+        default=Path.home() / ".cache" / "pemt",
+        help="keeps the base model it has pre-trained (~/.cache/pemt)",
+    )
+    parser.add_argument("--quick", action="store_true", help="one target and one seed")
+    parser.add_argument(
+        "--world_seed", type=int, default=0, help="another one makes another world of the kind (0)"
+    )
+    return parser

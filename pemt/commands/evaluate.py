@@ -1,0 +1,42 @@
+"""`pemt evaluate`: what a finished run scores."""
+
+from __future__ import annotations
+
+from pemt.command_line import Parser, command_parser
+
+FIELDS = (
+    "\nAny field of the run's configuration may be given too, as on the command line of `pemt adapt`:\n"
+    "--model_name_or_path and --bank_dir where these lie elsewhere now, --bf16 false on an old GPU, ..."
+)
+
+
+def run(arguments: list[str]) -> None:
+    """`pemt evaluate`."""
+    from pemt.commands.fields import split_fields
+
+    options, overrides = split_fields(_own_parser(), arguments)
+    from pemt.evaluate_run import evaluate_run
+
+    evaluate_run(**options, overrides=overrides)
+
+
+def make_parser() -> Parser:
+    """Its own options and the run's fields: what a shell can complete behind it."""
+    from pemt.commands.fields import add_fields
+
+    return add_fields(_own_parser())
+
+
+def _own_parser() -> Parser:
+    parser = command_parser(
+        "evaluate",
+        "Score a finished run's best weights on a split of its task, or of another." + FIELDS,
+        "pemt evaluate runs/cb --split validation --num_beams 4",
+        "pemt evaluate runs/cb --task_name rte --data_dir data/RTE",
+    )
+    parser.add_argument("run_dir", help="output_dir of the run")
+    parser.add_argument(
+        "--split", default="test", choices=("train", "validation", "test"), help="default: test"
+    )
+    parser.add_argument("--output_file", help="JSON; default: <split>_results.json in run_dir")
+    return parser

@@ -1,0 +1,48 @@
+"""`pemt export`: a finished run as a folder for others."""
+
+from __future__ import annotations
+
+from pemt.command_line import Parser, command_parser
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def run(arguments: list[str]) -> None:
+    """`pemt export`."""
+    options = vars(make_parser().parse_args(arguments))
+    from pemt.publish.export import export_run
+
+    folder = export_run(**options)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(
+        f"{folder}: {size / 2**20:.1f} MiB; read its README.md, then `pemt push {folder} OWNER/NAME`"
+    )
+
+
+def make_parser() -> Parser:
+    """The command line of `pemt export`."""
+    parser = command_parser(
+        "export",
+        "Write a finished run as a folder for others: adapter, model card, picture of the gates.",
+        "pemt export runs/cb cb-export --base_model google/flan-t5-base",
+    )
+    parser.add_argument("run_dir", metavar="RUN", help="output_dir of `pemt adapt`")
+    parser.add_argument("folder", metavar="DIR", help="receives the files; new or empty")
+    parser.add_argument(
+        "--base_model",
+        metavar="HUB_ID",
+        help="what the adapter names as its base model; default: as the run was given it",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the tensors; float32 (default) answers exactly as the run, the others are half the size",
+    )
+    parser.add_argument(
+        "--license",
+        dest="licence",
+        metavar="ID",
+        help="the base model's, as the hub spells it; default: what its own model card says",
+    )
+    return parser

@@ -1,0 +1,26 @@
+"""`pemt pull`: a pushed run into a folder."""
+
+from __future__ import annotations
+
+from pemt.command_line import Parser, command_parser
+
+
+def run(arguments: list[str]) -> None:
+    """`pemt pull`."""
+    options = make_parser().parse_args(arguments)
+    from pemt.publish.transfer import pull_folder
+
+    print(pull_folder(options.repo, options.folder, revision=options.revision))
+
+
+def make_parser() -> Parser:
+    """The command line of `pemt pull`."""
+    parser = command_parser(
+        "pull",
+        "Fetch what was pushed into a folder.",
+        "pemt pull me/flan-t5-base-cb cb-adapter",
+    )
+    parser.add_argument("repo", metavar="OWNER/NAME")
+    parser.add_argument("folder", metavar="DIR", help="new or empty")
+    parser.add_argument("--revision", help="branch, tag or commit")
+    return parser
