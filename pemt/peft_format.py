@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pemt.config import PemtError
 from pemt.model import ExpertSource
+from pemt.storage import save_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Not PEFT's: our task prompt, beside its files, so that nothing is lost on the way out and back.
@@ -165,8 +166,8 @@ def write_peft(folder: Path, source: ExpertSource, *, base_name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise PeftFormatError(f"{folder}: is not empty; give a new folder")
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        save_file({PROMPT: source.prompt_PD.float().contiguous()}, folder / PROMPT_FILE)
+        save_tensors(tensors, folder / TENSORS)
+        save_tensors({PROMPT: source.prompt_PD.float().contiguous()}, folder / PROMPT_FILE)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise PeftFormatError(f"{folder}: cannot be written: {error.strerror}") from None

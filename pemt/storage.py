@@ -38,6 +38,7 @@ __all__ = [
     "read_manifest",
     "read_tensors",
     "remove_folder",
+    "save_tensors",
     "write_folder",
 ]
 TEMPORARY = ".writing-"
@@ -64,7 +65,7 @@ def write_folder(
         listed = {}
         for name, tensors in files.items():
             whole = {key: value.contiguous() for key, value in tensors.items()}
-            perform(save_file, whole, temporary / name)
+            perform(save_tensors, whole, temporary / name)
             perform(_sync, temporary / name)
             listed[name] = listed_file(temporary / name, tensors)
         perform(_write, sealed({**manifest, "files": listed}), temporary / MANIFEST)
@@ -81,6 +82,19 @@ def write_folder(
 def perform(operation: Callable[..., Any], *arguments: Any) -> None:
     """Do one file operation of a write; every one goes through here, so that a test can die at each of them."""
     operation(*arguments)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file for whom the umask says; safetensors alone writes it for its owner only.
+
+    Args:
+        tensors: on the CPU, contiguous.
+        path: no such file is there yet.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def remove_folder(folder: Path) -> None:

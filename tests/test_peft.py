@@ -119,6 +119,8 @@ def test_peft_loads_what_is_exported(base: Path, tmp_path: Path, rank: int) -> N
         tmp_path / "bank", source, base={"name": str(base), **shape}, description=None, metrics={}
     )
     (folder,) = export_peft(tmp_path / "bank", tmp_path / "out")
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert modes == {(folder / "adapter_config.json").stat().st_mode}, "not all may be read alike"
     theirs = peft.PeftModel.from_pretrained(load(base), folder).eval()
     inputs = embeds(base)
     ours = logits_of(as_expert(base, source), inputs)

@@ -49,6 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with a card, a bank of two experts, and a run and an export of every method."""
     folder = tmp_path_factory.mktemp("publish")
     base, bank = make_base(folder / "base"), folder / "bank"
+    (folder / "a-plain-file").touch()
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     for seed, task in enumerate((*SOURCES, TARGET)):
         tiny_task(task)
@@ -204,6 +205,12 @@ def test_full_is_exported_as_a_whole_model(world: Path) -> None:
         assert torch.equal(theirs(**batch).logits, run.model(**batch).logits)
     with pytest.raises(PemtError, match="is a whole model, no adapter; load it with transformers"):
         PemtModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_others_may_read_what_is_exported(world: Path, method: str) -> None:
+    files = list((world / f"{method}-export").iterdir())
+    assert {path.stat().st_mode for path in files} == {(world / "a-plain-file").stat().st_mode}
 
 
 def test_peft_refuses_ours_instead_of_misreading_it(world: Path) -> None:

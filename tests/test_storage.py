@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,25 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["entry"]
 
 
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_whom_the_umask_lets_read_may_read(tmp_path: Path, mask: int, mode: int) -> None:
+    with umask(mask):
+        folder = written(tmp_path / "entry")
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        "a.safetensors": mode,
+        "manifest.json": mode,
+    }
+
+
 def test_every_flipped_byte_and_every_cut_is_found(tmp_path: Path) -> None:
     folder = written(tmp_path / "entry")
     path, manifest = folder / "a.safetensors", read_manifest(folder)
@@ -39,7 +61,7 @@ def test_every_flipped_byte_and_every_cut_is_found(tmp_path: Path) -> None:
         read_tensors(folder, "a.safetensors", manifest)
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync", "_put_in_place"])
+@pytest.mark.parametrize("step", ["save_tensors", "_sync", "_put_in_place"])
 def test_a_crash_while_replacing_keeps_the_old(
     tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +99,7 @@ def test_a_full_disk_is_an_error_for_people(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "save_file", full)
+    monkeypatch.setattr(storage, "save_tensors", full)
     with pytest.raises(StorageError, match="cannot be written: No space left on device"):
         written(tmp_path / "entry")
     assert list(tmp_path.iterdir()) == []

@@ -89,6 +89,8 @@ def export_run(
             sources = finished.source_names
             draw_gates(card.gates_LK, sources, encoder_layers, temporary / GATES)
         (temporary / README).write_text(model_card(card), encoding="utf-8")
+        for path in temporary.glob("*.safetensors"):  # written for their owner only
+            shutil.copymode(temporary / README, path)
     return target
 
 

@@ -105,7 +105,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, number: int, *, times: int) -> None:
     perform, refused = storage.perform, []
 
     def perform_or_refuse(operation: Callable[..., Any], *arguments: Any) -> None:
-        if operation.__name__ == "save_file" and len(refused) < times:
+        if operation.__name__ == "save_tensors" and len(refused) < times:
             refused.append(operation)
             raise OSError(number, os.strerror(number))
         perform(operation, *arguments)
