@@ -220,6 +220,7 @@ def import_official(
     description: str | None = None,
     kind: str | None = None,
     alpha: float = 64.0,
+    overwrite: bool = False,
 ) -> Path:
     """Put what the published code saved for one source task into a bank.
 
@@ -230,17 +231,41 @@ def import_official(
         description: see `Manifest`.
         kind: `lora` or `bottleneck`, where the folder holds both files.
         alpha: the LoRA expert's alpha, which the files do not tell; 64 as published.
+        overwrite: replace an entry of that name.
 
     Returns:
         The entry's folder.
 
     Raises:
         OfficialError: a file is missing, would run code, or is not what the published code saves.
-        BankError, ModelError, StorageError: as `write_entry`.
+        BankError: the bank has such an entry, or as `write_entry`.
+        ModelError, StorageError: as `write_entry`.
     """
-    entry_folder(bank_dir, task)
+    check_free(bank_dir, task, overwrite=overwrite)
     source = read_official(Path(folder), name=task, kind=kind, alpha=alpha)
     return write_entry(bank_dir, source, base=base, description=description, metrics={})
+
+
+def check_free(bank_dir: str | Path, task: str, *, overwrite: bool) -> None:
+    """Keep what comes from elsewhere from taking a trained entry's place unasked.
+
+    Raises:
+        BankError: there is such an entry and `overwrite` is false, or the name is no folder's.
+    """
+    folder = entry_folder(bank_dir, task)
+    if not overwrite and (folder / MANIFEST).exists():
+        raise BankError(
+            f"{folder}: there is an entry of that name; give another with --task, or replace it with --overwrite"
+        )
+
+
+def same_base(one: Manifest, other: Manifest) -> bool:
+    """Whether two entries belong to one base model: by its weights where both know them, else by its name."""
+    shapes = [{**each.base, "name": None} for each in (one, other)]
+    if one.base_sha256 is not None and other.base_sha256 is not None:
+        return shapes[0] == shapes[1] and one.base_sha256 == other.base_sha256
+    names = [_last_part(str(each.base.get("name"))) for each in (one, other)]
+    return shapes[0] == shapes[1] and names[0] == names[1]
 
 
 def entry_folder(bank_dir: str | Path, task: str) -> Path:

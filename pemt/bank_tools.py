@@ -13,9 +13,11 @@ from pemt.bank import (
     TENSORS,
     BankError,
     Manifest,
+    check_free,
     entry_folder,
     entry_names,
     read_entry,
+    same_base,
     write_entry,
 )
 from pemt.base import load_pretrained
@@ -61,23 +63,26 @@ def add_peft(
     tokenizer_name: str | None = None,
     description: str | None = None,
     revision: str | None = None,
+    overwrite: bool = False,
 ) -> Added:
     """Put a LoRA adapter in PEFT's format, on T5's `wo`, into a bank.
 
     Args:
         path_or_id: the adapter's folder, or a hub id.
-        bank_dir, task: where it goes; an entry of that name is replaced.
+        bank_dir, task: where it goes.
         model_name_or_path: its base model; default: the one its configuration names.
         tokenizer_name: where the tokenizer lies elsewhere.
         description: one sentence; its tokens' embeddings become the prompt, where the adapter has none.
             Default: the description of the task of that name.
         revision: of the hub repository.
+        overwrite: replace an entry of that name.
 
     Raises:
+        BankError: the bank has such an entry.
         PeftFormatError: it is no plain LoRA on `wo`, or fits another base model.
         PemtError: the base model or the hub cannot be read, or the bank cannot be written.
     """
-    entry_folder(bank_dir, task)
+    check_free(bank_dir, task, overwrite=overwrite)
     folder = local_folder(path_or_id, files=FILES, revision=revision)
     name = model_name_or_path or read_base_name(folder)
     if not name:
@@ -146,49 +151,52 @@ def verify(bank_dir: str | Path, tasks: Sequence[str] | None = None) -> dict[str
     return {folder.name: _fault(folder) for folder in _entries(bank_dir, tasks)}
 
 
-def remove(bank_dir: str | Path, tasks: Sequence[str]) -> None:
+def remove(bank_dir: str | Path, tasks: Sequence[str]) -> list[str]:
     """Take entries out of a bank; nothing is removed unless all of them are there.
+
+    Returns:
+        Their names, each once.
 
     Raises:
         BankError: no such entry.
     """
-    for folder in _entries(bank_dir, tasks):
+    folders = _entries(bank_dir, tasks)
+    for folder in folders:
         # first out of sight in one step: a removal that is cut short leaves no half entry
         hidden = folder.with_name(f"{TEMPORARY}removed-{folder.name}")
         shutil.rmtree(hidden, ignore_errors=True)
         folder.rename(hidden)
         shutil.rmtree(hidden)
+    return [folder.name for folder in folders]
 
 
 def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
     """Copy every entry of other banks into one, which is made if it does not exist.
 
-    Nothing is written unless every entry is whole, no name occurs twice, and all are for base models
-    of one shape.
+    Nothing is written unless every entry is whole, no name occurs twice, and all are for one base model.
 
     Returns:
         The names of the entries that were added.
 
     Raises:
-        BankError: a name occurs twice, or base models differ in shape.
+        BankError: a name occurs twice, or base models differ.
     """
     there = read_all(bank_dir) if Path(bank_dir).is_dir() and any(Path(bank_dir).iterdir()) else []
     coming = [(other, entry) for other in others for entry in read_all(other)]
-    names = [manifest.task for manifest, _ in there]
-    shapes = [(bank_dir, _shape_of(manifest)) for manifest, _ in there]
+    merged = [manifest for manifest, _ in there]
     for other, (manifest, _) in coming:
-        if manifest.task in names:
+        if manifest.task in [each.task for each in merged]:
             raise BankError(
                 f"{other}: has an entry `{manifest.task}`, and so has {bank_dir} or another of these banks; "
                 "remove one of the two with `pemt bank remove`"
             )
-        names.append(manifest.task)
-        shapes.append((other, _shape_of(manifest)))
-        if shapes[-1][1] != shapes[0][1]:
-            raise BankError(
-                f"{other}: `{manifest.task}` is for a base model of another shape than the entries of "
-                f"{shapes[0][0]}; a bank is for one base model"
-            )
+        for each in merged:
+            if not same_base(each, manifest):
+                raise BankError(
+                    f"{other}: `{manifest.task}` is for {_base_of(manifest)}, `{each.task}` is for "
+                    f"{_base_of(each)}; a bank is for one base model"
+                )
+        merged.append(manifest)
     for _, (manifest, source) in coming:
         write_entry(
             bank_dir,
@@ -211,7 +219,7 @@ def _entries(bank_dir: str | Path, tasks: Sequence[str] | None) -> list[Path]:
     for task in tasks or ():
         if task not in names:
             raise BankError(f"{bank_dir}: has no entry `{task}`; it has: {', '.join(names)}")
-    return [entry_folder(bank_dir, name) for name in (tasks or names)]
+    return [entry_folder(bank_dir, name) for name in dict.fromkeys(tasks or names)]
 
 
 def _fault(folder: Path) -> str | None:
@@ -228,5 +236,7 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-def _shape_of(manifest: Manifest) -> dict[str, object]:
-    return {key: value for key, value in manifest.base.items() if key != "name"}
+def _base_of(manifest: Manifest) -> str:
+    digest = manifest.base_sha256
+    weights = "weights not known" if digest is None else f"weights {digest[:8]}"
+    return f"{manifest.base.get('name')} (d_model {manifest.base.get('d_model')}, {weights})"

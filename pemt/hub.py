@@ -38,7 +38,9 @@ def local_folder(path_or_id: str, *, files: Sequence[str], revision: str | None 
 
 
 def download(repo_id: str, folder: Path, *, revision: str | None = None) -> Path:
-    """Fetch a whole repository into a folder of its own.
+    """Fetch a whole repository into a folder of its own, which is whole or not there.
+
+    What a cut connection leaves lies beside it under a hidden name, and the same call goes on with it.
 
     Raises:
         HubError: there is no such repository, the hub is out of reach, or the folder is not empty.
@@ -46,10 +48,14 @@ def download(repo_id: str, folder: Path, *, revision: str | None = None) -> Path
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise HubError(f"{folder}: is not empty; give a new folder")
     try:
-        snapshot_download(repo_id, local_dir=folder, revision=revision)
+        commit = HfApi().model_info(repo_id, revision=revision).sha
+        # by the commit, so that files of two repositories or two revisions never mix
+        unfinished = folder.absolute().with_name(f".fetching-{folder.name}-{commit}")
+        snapshot_download(repo_id, local_dir=unfinished, revision=commit)
+        unfinished.replace(folder)
     except (OSError, ValueError, HTTPError) as error:
         raise HubError(
-            f"{repo_id}: cannot be fetched from the hub ({_reason(error)}); check the name, the "
+            f"{repo_id}: cannot be fetched from the hub ({_reason(error)}); check name and revision, the "
             "connection, and for a private one `hf auth login`"
         ) from None
     return folder
@@ -77,5 +83,6 @@ def upload(folder: Path, repo_id: str, *, private: bool, message: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    """The first two lines: of the hub's own errors, the status and what it says."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    return ": ".join(lines[:2]) or type(error).__name__

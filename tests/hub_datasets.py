@@ -23,7 +23,7 @@ class DatasetHub(Hub):
         if match := re.fullmatch(rf"/api/datasets/{NAME}(/revision/[^/]+)?", path):
             folder = self.root / match[1]
             if not folder.is_dir():
-                return self.answer(404, {"error": "Repository not found"}, RepoNotFound=True)
+                return self.answer(404, {"error": "Repository not found"}, code="RepoNotFound")
             names = [each["path"] for each in listed(folder, folder, recursive=True)]
             siblings = [{"rfilename": name} for name in names]
             return self.answer(200, {"id": match[1], "sha": COMMIT, "siblings": siblings})

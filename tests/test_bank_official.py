@@ -155,6 +155,13 @@ def test_a_broken_file(folder: Path, data: bytes) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_an_entry_is_replaced_only_when_that_is_said(folder: Path) -> None:
+    run_import(folder)
+    with pytest.raises(BankError, match="there is an entry of that name"):
+        run_import(folder)
+    run_import(folder, overwrite=True)
+
+
 def test_which_file(folder: Path, tmp_path: Path) -> None:
     torch.save(published("bottleneck"), folder / "adapter.pt")
     with pytest.raises(OfficialError, match=r"holds both lora.pt and adapter.pt; choose"):

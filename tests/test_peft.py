@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,21 @@ def test_what_is_refused_of_a_folder(base: Path, tmp_path: Path) -> None:
         read_peft(good, shape)
 
 
+def test_a_trained_entry_is_not_replaced_unasked(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank, folder = tmp_path / "bank", make_adapter(base, tmp_path / "adapter", r=2)
+    fill(bank, "mnli")
+    before = (bank / "mnli" / "manifest.json").read_bytes()
+    command = ["add", "--peft", str(folder), "--bank_dir", str(bank), "--task", "mnli"]
+    with pytest.raises(PemtError, match=r"bank/mnli: there is an entry of that name.*--overwrite"):
+        bank_command(command)
+    assert (bank / "mnli" / "manifest.json").read_bytes() == before
+    bank_command([*command, "--overwrite"])
+    manifest, _ = read_entry(bank / "mnli")
+    assert (manifest.rank, manifest.metrics) == (2, {})
+
+
 def test_a_known_task_brings_its_description(base: Path, tmp_path: Path) -> None:
     folder = make_adapter(base, tmp_path / "adapter", r=2)
     added = add_peft(str(folder), bank_dir=tmp_path / "bank", task="mnli")
@@ -247,8 +263,8 @@ def test_from_the_hub(base: Path, tmp_path: Path) -> None:
     make_adapter(base, tmp_path / "hub" / "someone" / "red-lora", r=2)
     (tmp_path / "hub" / "someone" / "red-lora" / "huge.bin").write_bytes(b"not wanted")
 
-    def add(name: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["bank", "add", "--peft", name, "--task", "red", "--description", SENTENCE]
+    def add(name: str, task: str) -> subprocess.CompletedProcess[str]:
+        arguments = ["bank", "add", "--peft", name, "--task", task, "--description", SENTENCE]
         return subprocess.run(
             [sys.executable, "-m", "pemt", *arguments, "--bank_dir", str(tmp_path / "bank")],
             env={**os.environ, **environment},
@@ -258,10 +274,10 @@ def test_from_the_hub(base: Path, tmp_path: Path) -> None:
         )
 
     with hub(tmp_path / "hub") as environment:
-        done = add("someone/red-lora")
+        done = add("someone/red-lora", "red")
         assert done.returncode == 0, done.stderr
         assert "lora, rank 2" in done.stdout
-        missing = add("someone/blue-lora")
+        missing = add("someone/blue-lora", "blue")
     assert missing.returncode == 2
     assert missing.stderr.startswith("pemt: error: someone/blue-lora: is no folder here, and from")
     assert missing.stderr.count("\n") == 1
@@ -276,15 +292,20 @@ def bank(tmp_path: Path) -> Path:
     return tmp_path / "bank"
 
 
-def fill(folder: Path, *names: str, kind: str = "lora") -> None:
+def fill(
+    folder: Path,
+    *names: str,
+    kind: str = "lora",
+    base_name: str = "google/tiny-t5",
+    digest: str | None = None,
+) -> None:
     from tests.tiny_t5 import tiny_base
 
-    base = {"name": "google/tiny-t5", **base_shape(tiny_base().config)}
+    base = {"name": base_name, **base_shape(tiny_base().config)}
     for name in names:
         metrics = {"accuracy": 71.5, "average_metrics": 71.5}
-        write_entry(
-            folder, tiny_source(name, kind), base=base, description="Which?", metrics=metrics
-        )
+        source = replace(tiny_source(name, kind), base_sha256=digest)
+        write_entry(folder, source, base=base, description="Which?", metrics=metrics)
 
 
 def test_list_and_show(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,7 +334,7 @@ def test_verify_tells_every_fault(bank: Path, capsys: pytest.CaptureFixture[str]
 def test_remove_all_or_nothing(bank: Path) -> None:
     with pytest.raises(PemtError, match="has no entry `cb`; it has: boolq, mnli, rte"):
         remove(bank, ["rte", "cb"])
-    remove(bank, ["rte", "boolq"])
+    assert remove(bank, ["rte", "boolq", "boolq"]) == ["rte", "boolq"]
     assert [path.name for path in bank.iterdir()] == ["mnli"]
 
 
@@ -328,6 +349,29 @@ def test_merge_all_or_nothing(bank: Path, tmp_path: Path) -> None:
     _, after = read_entry(bank / "cb")
     assert torch.equal(before.weights["encoder.0.up"], after.weights["encoder.0.up"])
     assert merge(tmp_path / "new", [bank]) == ["boolq", "cb", "mnli", "rte", "wic"]
+
+
+@pytest.mark.parametrize(
+    ("there", "coming", "fits"),
+    [
+        (("google/tiny-t5", None), ("copies/tiny-t5", None), True),
+        (("google/tiny-t5", None), ("google/flan-tiny-t5", None), False),
+        (("google/tiny-t5", None), ("google/flan-tiny-t5", "b" * 64), False),
+        (("google/tiny-t5", "a" * 64), ("runs/base", "a" * 64), True),
+        (("google/tiny-t5", "a" * 64), ("google/tiny-t5", "b" * 64), False),
+    ],
+)
+def test_a_bank_is_for_one_base_model(
+    tmp_path: Path, there: tuple[str, str | None], coming: tuple[str, str | None], fits: bool
+) -> None:
+    fill(tmp_path / "bank", "rte", base_name=there[0], digest=there[1])
+    fill(tmp_path / "more", "cb", base_name=coming[0], digest=coming[1])
+    if fits:
+        assert merge(tmp_path / "bank", [tmp_path / "more"]) == ["cb"]
+        return
+    with pytest.raises(PemtError, match=f"`cb` is for {coming[0]} .*`rte` is for {there[0]}"):
+        merge(tmp_path / "bank", [tmp_path / "more"])
+    assert [path.name for path in (tmp_path / "bank").iterdir()] == ["rte"]
 
 
 def test_a_bottleneck_is_no_peft_adapter(bank: Path, tmp_path: Path) -> None:

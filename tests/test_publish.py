@@ -156,6 +156,16 @@ def test_the_card_tells_all_and_its_python_runs(
     assert capsys.readouterr().out.startswith("[")
 
 
+def test_a_licence_that_is_not_known_is_said_to_be(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pemt.publish.export.base_licence", lambda _: None)
+    text = (export_run(world / "bitfit", tmp_path / "out") / "README.md").read_text()
+    binds = "The base model's licence also binds what was trained on it."
+    assert f"{binds} It is not known here: look it up before you pass this on." in text
+    assert f"{binds} It is `apache-2.0`." in (world / "bitfit-export" / "README.md").read_text()
+
+
 def test_a_base_from_the_hub_is_named_in_the_card(world: Path, tmp_path: Path) -> None:
     folder = export_run(world / "adapter", tmp_path / "out", base_model="google-t5/t5-base")
     assert ModelCard.load(folder / "README.md").data.base_model == "google-t5/t5-base"  # type: ignore[attr-defined]

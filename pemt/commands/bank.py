@@ -8,6 +8,8 @@ from typing import Any
 from pemt.command_line import Parser, command_parser, verb_parser
 from pemt.config import PemtError
 
+OVERWRITE = "replace the bank's entry of that name, with its scores; default: refuse to"
+
 
 def run(arguments: list[str]) -> None:
     """`pemt bank VERB`."""
@@ -77,6 +79,7 @@ def _add_adding(verbs: Any) -> None:
     adding.add_argument("--model_name_or_path", help="its base model; default: as the adapter says")
     adding.add_argument("--tokenizer_name", help="default: the base model's own")
     adding.add_argument("--revision", help="branch, tag or commit on the hub")
+    adding.add_argument("--overwrite", action="store_true", help=OVERWRITE)
 
 
 def _add_importing(verbs: Any) -> None:
@@ -98,6 +101,7 @@ def _add_importing(verbs: Any) -> None:
         "--kind", choices=["lora", "bottleneck"], help="where both files lie there"
     )
     importing.add_argument("--alpha", type=float, default=64.0, help="LoRA's alpha; published: 64")
+    importing.add_argument("--overwrite", action="store_true", help=OVERWRITE)
 
 
 def _list(*, bank_dir: str) -> None:
@@ -156,8 +160,7 @@ def _verify(*, bank_dir: str, tasks: list[str]) -> None:
 def _remove(*, bank_dir: str, tasks: list[str]) -> None:
     from pemt.bank_tools import remove
 
-    remove(bank_dir, tasks)
-    print(f"removed {', '.join(tasks)}")
+    print(f"removed {', '.join(remove(bank_dir, tasks))}")
 
 
 def _merge(*, bank_dir: str, others: list[str]) -> None:

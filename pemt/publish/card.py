@@ -208,11 +208,11 @@ def _training(card: Card) -> str:
 
 def _licence(card: Card) -> str:
     told = (
-        f"`{card.licence}`"
+        f"It is `{card.licence}`."
         if card.licence
-        else "not known here: look it up before you pass this on"
+        else "It is not known here: look it up before you pass this on."
     )
-    return f"## Licence\n\nThat of the base model, {told}, also binds what was trained on it."
+    return f"## Licence\n\nThe base model's licence also binds what was trained on it. {told}"
 
 
 def _is_hub_id(name: str) -> bool:
