@@ -89,8 +89,6 @@ def export_run(
             sources = finished.source_names
             draw_gates(card.gates_LK, sources, encoder_layers, temporary / GATES)
         (temporary / README).write_text(model_card(card), encoding="utf-8")
-        for path in temporary.glob("*.safetensors"):  # written for their owner only
-            shutil.copymode(temporary / README, path)
     return target
 
 
@@ -157,6 +155,8 @@ def _whole(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        for path in temporary.glob("*.safetensors"):  # written for their owner only
+            shutil.copymode(temporary / README, path)
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
