@@ -245,9 +245,9 @@ def test_a_trained_entry_is_not_replaced_unasked(
     before = (bank / "mnli" / "manifest.json").read_bytes()
     command = ["add", "--peft", str(folder), "--bank_dir", str(bank), "--task", "mnli"]
     with pytest.raises(PemtError, match=r"bank/mnli: there is an entry of that name.*--overwrite"):
-        bank_command(command)
+        COMMANDS["bank"](command)
     assert (bank / "mnli" / "manifest.json").read_bytes() == before
-    bank_command([*command, "--overwrite"])
+    COMMANDS["bank"]([*command, "--overwrite"])
     manifest, _ = read_entry(bank / "mnli")
     assert (manifest.rank, manifest.metrics) == (2, {})
 
