@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -66,7 +70,8 @@ def load_pretrained(
         base = unread_base(name, model_config) if lazy else None
         if base is None:
             weight_files(name)  # refuses an index that leads out of the folder
-            base = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
+            with _bars_on_terminals_alone():
+                base = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
     except WeightFileError as error:
         raise BaseModelError(str(error)) from None
     except pickle.UnpicklingError as error:
@@ -114,6 +119,20 @@ def load_config(name: str) -> PreTrainedConfig:
             f"PEMT needs one of {', '.join(MODEL_TYPES)}"
         )
     return config
+
+
+@contextmanager
+def _bars_on_terminals_alone() -> Iterator[None]:
+    """transformers' bar over the weights, which goes to stderr, is noise in a file."""
+    bars = transformers.logging
+    shown = bars.is_progress_bar_enabled()
+    if shown and not sys.stderr.isatty():
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _not_loaded(name: str, error: Exception) -> BaseModelError:

@@ -20,6 +20,7 @@ from pemt.config import RunConfig
 from pemt.data import EvalBatches, collate, lengths_of
 from pemt.engine import Engine
 from pemt.model import PemtOutput, TrainedT5
+from pemt.monitor import EvaluationBar
 from pemt.tasks import Task, score
 
 IGNORED_LABEL = -100
@@ -65,6 +66,7 @@ def evaluate(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
+    doing: str = "evaluating",
     between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score the prepared model on a data set (all ranks call).
@@ -73,6 +75,7 @@ def evaluate(
         engine: holds the model, after `prepare`.
         dataset: tokenised examples, as `load_task_data` gives them.
         task: tells metrics and the longest answer.
+        doing: what the bar on rank 0 calls it.
         between: called by all ranks after each batch; what it raises ends the evaluation.
     """
     started = time.perf_counter()
@@ -87,13 +90,21 @@ def evaluate(
         batch = {key: value.to(engine.device) for key, value in batch.items()}
         return _measure(engine, batch, longest=longest, num_beams=config.num_beams)
 
-    tokens_NT, loss_N, targets_N, *gates = over_ranks(
-        engine,
-        lengths_of(dataset),
-        batch_size=config.per_device_eval_batch_size,
-        measure=measure,
-        between=between,
-    )
+    batch_size = config.per_device_eval_batch_size
+    description = f"{doing} {task.name}"
+    with EvaluationBar(total=len(dataset), description=description, shown=engine.is_main) as bar:
+
+        def after_batch() -> None:
+            bar.advance(batch_size * engine.world_size)
+            between()
+
+        tokens_NT, loss_N, targets_N, *gates = over_ranks(
+            engine,
+            lengths_of(dataset),
+            batch_size=batch_size,
+            measure=measure,
+            between=after_batch,
+        )
     predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
     metrics = engine.from_main(score(task, predictions, dataset) if engine.is_main else None)
     return Evaluation(

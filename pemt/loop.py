@@ -360,6 +360,7 @@ def _validate(run: _Run, progress: Progress) -> Progress:
         task=setup.task,
         tokenizer=setup.tokenizer,
         config=run.config,
+        doing="validating",
         between=run.session.check,
     )
     scores = {**validated.metrics, "loss": validated.loss}

@@ -139,6 +139,7 @@ def _fit_and_test(
         task=setup.task,
         tokenizer=setup.tokenizer,
         config=config,
+        doing="testing",
         between=session.check,
     )
     results = results_of(

@@ -198,10 +198,15 @@ def evaluated(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def test_evaluate_gives_what_the_run_gave(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_gives_what_the_run_gave(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = world / "pemt"
+    monkeypatch.setattr("pemt.monitor.bars.SECONDS_A_LINE", 0.0)
     COMMANDS["evaluate"]([str(run)])
-    assert "***** test metrics *****" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"evaluating {TARGET}: 4/11 examples, " in out
+    assert "***** test metrics *****" in out
     results, again = evaluated(run / "all_results.json"), evaluated(run / "test_results.json")
     for key in ("test_accuracy", "test_loss", "test_moe_weight_1", "gates", "sources"):
         assert again[key] == results[key]

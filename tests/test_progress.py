@@ -1,4 +1,4 @@
-"""The bar of a job of two ranks, on a real terminal."""
+"""Bars on a real terminal, of a job of two ranks too; plain lines and no bars in files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pemt.monitor import EvaluationBar
+from pemt.monitor import bars as bars_module
 from tests.conftest import ROOT, kill_session
 from tests.tiny import make_base, write_task_files
 
@@ -54,6 +56,59 @@ def read(terminal: int) -> bytes:
         return os.read(terminal, 65536)
     except OSError:  # Linux says so when the last writer has gone
         return b""
+
+
+EVALUATION = """
+import time
+from pemt.monitor import EvaluationBar
+from pemt.monitor.bars import ProgressBar
+training = ProgressBar(total_steps=2, initial_step=0, description="adapt seen")
+training.advance(1, loss=1.0, samples_per_second=2.0)
+with EvaluationBar(total=10, description="validating seen", shown=True) as bar:
+    for _ in range(4):
+        time.sleep(0.3)
+        bar.advance(3)
+training.message("step 1: validated")
+training.close()
+"""
+
+
+def test_a_bar_while_it_evaluates() -> None:
+    shown = on_a_terminal([sys.executable, "-c", EVALUATION], columns=100)
+    bars = re.findall(r"validating seen: +\d+%\|[^\r\n]*", shown)
+    rate = r"\[\d+:\d+<\d+:\d+, +[\d.]+(example/s|s/example)\]"
+    assert [bar for bar in bars if re.search(rf" [69]/10 {rate}", bar)], shown
+    assert max(map(len, bars)) <= 100 + len("\x1b[A")
+    message = re.search(r"([^\r\n]*)step 1: validated", shown)
+    assert message is not None
+    assert "%|" not in message[1], "a message tore the bar"
+    last = shown.rindex(bars[-1]) + len(bars[-1])
+    assert re.search(r"\r {90,}\r", shown[last:]), "the bar was not taken away"
+
+
+def test_lines_while_it_evaluates_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines(seconds: float, *, shown: bool = True) -> list[str]:
+        monkeypatch.setattr(bars_module, "SECONDS_A_LINE", seconds)
+        with EvaluationBar(total=10, description="testing seen", shown=shown) as bar:
+            for _ in range(4):  # the last batch is short
+                bar.advance(3)
+        return capsys.readouterr().out.splitlines()
+
+    told = lines(0.0)
+    assert re.fullmatch(r"testing seen: 3/10 examples, [\d.]+ examples/s, \d+:\d+ left", told[0])
+    assert [line.split()[2] for line in told] == ["3/10", "6/10", "9/10", "10/10"]
+    assert lines(0.0, shown=False) == lines(60.0) == []
+
+
+def test_no_bar_over_the_weights_in_a_file(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    program = f"from pemt.base import load_pretrained as load; load({str(base)!r}, {str(base)!r})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "%|" not in done.stderr, done.stderr
+    assert "Loading weights" in on_a_terminal([sys.executable, "-c", program], columns=100)
 
 
 @pytest.mark.launch

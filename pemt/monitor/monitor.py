@@ -12,10 +12,10 @@ from types import TracebackType
 from torch import Tensor
 
 from pemt.config import RunConfig
+from pemt.monitor.bars import ProgressBar
 from pemt.monitor.board import TENSORBOARD_FOLDER, Board
 from pemt.monitor.gates import GateNames
 from pemt.monitor.log_file import LOG_FILE, LogFile
-from pemt.monitor.progress import ProgressBar
 from pemt.monitor.provenance import config_text, environment_text
 
 NO_GATES = GateNames(sources=(), encoder_layers=0)

@@ -1,4 +1,4 @@
-"""One progress bar on a terminal, plain lines elsewhere."""
+"""Progress bars of training and evaluation on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 import datasets
 import transformers
 from tqdm import tqdm
+
+SECONDS_A_LINE = 30.0  # of an evaluation, where stdout is no terminal
 
 
 def quiet_libraries(is_main: bool) -> None:
@@ -65,4 +67,50 @@ class ProgressBar:
         sys.stdout.flush()
 
     def close(self) -> None:
+        self._bar.close()
+
+
+class EvaluationBar:
+    """A bar over examples on stdout, gone when it is done; where stdout is no terminal, a line now and then.
+
+    Args:
+        total: examples in all.
+        description: a few words before the bar and before each line.
+        shown: false on other ranks than 0.
+    """
+
+    def __init__(self, *, total: int, description: str, shown: bool) -> None:
+        self._description, self._shown = description, shown
+        self._told = time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            desc=description,
+            unit="example",
+            file=sys.stdout,
+            disable=not (shown and sys.stdout.isatty()),
+            dynamic_ncols=True,
+            leave=False,
+            delay=0.5,  # a short one would only flicker
+        )
+        self._started, self._done, self._total = self._told, 0, total
+
+    def advance(self, count: int) -> None:
+        """`count` more examples are done; the last batch may hold some twice."""
+        count = min(count, self._total - self._done)
+        self._done += count
+        self._bar.update(count)
+        now = time.monotonic()
+        if self._bar.disable and self._shown and now - self._told >= SECONDS_A_LINE:
+            self._told = now
+            rate = self._done / (now - self._started)
+            left = tqdm.format_interval((self._total - self._done) / rate)
+            print(
+                f"{self._description}: {self._done}/{self._total} examples, {rate:.1f} examples/s, {left} left",
+                flush=True,
+            )
+
+    def __enter__(self) -> EvaluationBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
