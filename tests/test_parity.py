@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pemt.ops import select
+from tests.ops.emulated import cuda_on_host
 from tests.parity.__main__ import main
 from tests.parity.golden import Golden, build
 from tests.parity.plain import write_plain
@@ -25,10 +27,12 @@ GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_d
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("implementation", ["reference", "packed", "cpu"])
+@pytest.mark.parametrize("implementation", ["reference", "packed", "cpu", "cuda on the host"])
 def test_the_published_numbers(
     shared: Path, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if implementation == "cuda on the host":
+        monkeypatch.setitem(select.ANY_DEVICE, implementation, cuda_on_host())
     monkeypatch.setenv("PEMT_OPS", implementation)
     assert main([str(shared / "golden" / "pemt_tiny.safetensors")]) == 0
 

@@ -154,9 +154,11 @@ class LoraMixture(MixtureProjection):
 
     def prepare_answer(self, gates_BK: Tensor) -> Tensor:
         """g_k s_k of every sample, once per rank [B,1,N]."""
-        scaled_BK = gates_BK * gates_BK.new_tensor(self.scales)
-        ranks = torch.tensor(self.ranks, device=gates_BK.device)
-        return scaled_BK.repeat_interleave(ranks, dim=1)[:, None].to(self.down.dtype)
+        experts = zip(gates_BK.split(1, dim=1), self.scales, self.ranks, strict=True)
+        factors_BN = torch.cat(
+            [(gate_B1 * scale).expand(-1, rank) for gate_B1, scale, rank in experts], dim=1
+        )
+        return factors_BN[:, None].to(self.down.dtype)
 
     def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
         # Not the op: for a token at a time its checks and its dispatch cost a fifth of it, and no

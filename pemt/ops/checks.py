@@ -31,6 +31,7 @@ def check_mixture(
     _check_shape("up", up, (d_model, total))
     _check_shape("gates", gates, (batch, len(ranks)))
     _check_same("x", x, weight=weight, down=down, up=up)
+    _check_device("x", x, gates=gates)
     _check_frozen(weight=weight, down=down, up=up)
 
 
@@ -50,6 +51,7 @@ def check_sparsity(
     if mask is not None:
         _check_shape("mask", mask, (batch, tokens))
     _check_same("z", z, latent=latent, up=up)
+    _check_device("z", z, gram=gram, gates=gates, **({} if mask is None else {"mask": mask}))
     _check_frozen(up=up, gram=gram)
 
 
@@ -90,6 +92,11 @@ def _check_same(first_name: str, first: Tensor, **others: Tensor) -> None:
             raise OpsError(
                 f"{name}: found dtype {tensor.dtype}; needs {first.dtype} as {first_name}"
             )
+    _check_device(first_name, first, **others)
+
+
+def _check_device(first_name: str, first: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
         if tensor.device != first.device:
             raise OpsError(f"{name}: is on {tensor.device}; needs {first.device} as {first_name}")
 

@@ -133,10 +133,12 @@ def build(library: Library) -> None:
             with _ninja_on_path():
                 _compile(library)
             seconds = round(time.monotonic() - started, 1)
-            library.built.write_text(json.dumps({"seconds": seconds}))
+            written = library.built.with_suffix(".new")
+            written.write_text(json.dumps({"seconds": seconds}))
+            written.replace(library.built)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if "error" in line.lower()), lines[0])
+        reason = next((line for line in lines if "error: " in line), lines[0])
         raise BuildError(f"the {library.name} kernel does not build: {reason.strip()}") from error
 
 

@@ -159,6 +159,16 @@ def test_a_trainable_expert_is_refused(name):
         ops.expert_mixture(*case.mixture)
 
 
+@pytest.mark.parametrize("name", ["up", "gram"])
+def test_a_trainable_expert_is_refused_by_the_sparsity(name):
+    case = make_case()
+    y, latent = ops.expert_mixture(*case.mixture)
+    frozen = {"up": case.up, "gram": ops.gram_matrix(case.up, case.ranks)}
+    frozen[name].requires_grad_()
+    with pytest.raises(OpsError, match=rf"{name}: requires grad.*requires_grad_\(False\)"):
+        ops.task_sparsity(y, latent, *frozen.values(), case.gates, case.scales, case.ranks)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -170,6 +180,7 @@ def test_a_trainable_expert_is_refused(name):
         ),
         ({"gates": torch.zeros(2, 3)}, r"gates: found shape \(2, 3\); needs \(2, 2\)"),
         ({"gates": torch.zeros(2, 2).int()}, "gates: found dtype torch.int32"),
+        ({"gates": torch.zeros(2, 2, device="meta")}, "gates: is on meta; needs cpu as x"),
         ({"scales": [1.0]}, "scales: found 1 for 2 ranks"),
         ({"ranks": [8, 0]}, r"ranks: found \[8, 0\]"),
         ({"ranks": []}, "ranks: is empty"),
@@ -191,6 +202,10 @@ def test_wrong_arguments_of_the_sparsity_are_named():
         ops.task_sparsity(y, latent, case.up, gram[:, :3], *rest)
     with pytest.raises(OpsError, match=r"mask: found shape \(2, 4\); needs \(2, 5\)"):
         ops.task_sparsity(y, latent, case.up, gram, *rest, mask=torch.ones(2, 4))
+    with pytest.raises(OpsError, match="gram: is on meta; needs cpu as z"):
+        ops.task_sparsity(y, latent, case.up, gram.to("meta"), *rest)
+    with pytest.raises(OpsError, match="mask: is on meta; needs cpu as z"):
+        ops.task_sparsity(y, latent, case.up, gram, *rest, mask=torch.ones(2, 5, device="meta"))
 
 
 def test_an_unknown_implementation_is_named(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+from pemt.ops import gram_matrix
 from pemt.ops.library import CSRC, CUDA_ARCHITECTURES
 from pemt.ops.select import kernels_for
 from tests.ops.op_cases import make_case, relative_error, results
@@ -42,8 +43,8 @@ KERNELS = {  # by source: their names and how many of them there are, with all d
 def test_kernels_compile_without_register_spills(source, architecture, tmp_path):
     assert NVCC is not None
     done = subprocess.run(
-        [NVCC, "-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas", "-v",
-         "-c", str(CSRC / source), "-o", str(tmp_path / "kernels.o")],
+        [NVCC, *cpp_extension.COMMON_NVCC_FLAGS, "-std=c++20", "-O3", f"-arch={architecture}",
+         "-Xptxas", "-v", "-c", str(CSRC / source), "-o", str(tmp_path / "kernels.o")],
         capture_output=True, text=True,
     )  # fmt: skip
     report = done.stdout + done.stderr
@@ -131,13 +132,25 @@ def test_the_gpu_gives_the_references_numbers(dtype, tokens, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_cuda_graph_captures_the_ops(monkeypatch):
+    """Both ops forward and backward: one host synchronisation in any of them ends the capture."""
     monkeypatch.setenv("PEMT_OPS", "cuda")
     case = make_case(batch=4, tokens=40, dtype=torch.float32).on("cuda")
-    kernels = kernels_for(case.x)
-    kernels.expert_mixture(*case.mixture)
+    kernels, experts = kernels_for(case.x), (case.gates, case.scales, case.ranks)
+    gram, grad = gram_matrix(case.up, case.ranks), torch.ones((), device="cuda")
+
+    def step() -> list[torch.Tensor]:
+        y, latent = kernels.expert_mixture(*case.mixture)
+        inputs = (y, latent, case.up, gram, *experts, None)
+        loss, *saved = kernels.task_sparsity(*inputs)
+        dy, dlatent, dgates = kernels.task_sparsity_backward(grad, *inputs, *saved)
+        frozen = (case.weight, case.down, case.up)
+        dx, more = kernels.expert_mixture_backward(dy, dlatent, latent, *frozen, *experts, True)
+        return [y, loss, dx, dgates, more]
+
+    step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, _ = kernels.expert_mixture(*case.mixture)
+        captured = step()
     case.x.mul_(2)
     graph.replay()
-    assert torch.equal(captured, kernels.expert_mixture(*case.mixture)[0])
+    assert all(map(torch.equal, captured, step()))

@@ -1,5 +1,8 @@
 // The fused kernels on the CPU: OpenMP over blocks of tokens, vectors of the compiler inside.
 // Blocks have a fixed size, so the sums do not depend on the number of threads.
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,23 +16,6 @@ namespace {
 constexpr int kBlock = 64;  // tokens per partial sum
 constexpr int kRows = 8;    // tokens that share one pass over a Gram matrix
 constexpr double kCosineEps = 1e-8;
-
-struct bf16 {
-  uint16_t bits;
-  operator float() const {
-    const uint32_t wide = uint32_t{bits} << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
-  bf16() = default;
-  explicit bf16(float value) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t wide;
-    std::memcpy(&wide, &value, sizeof wide);
-    const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-    bits = uint16_t(value == value ? rounded : 0x7fc0);
-  }
-};
 
 template <class T>
 struct RealOf {
@@ -240,13 +226,14 @@ void sparsity_forward_of(const Shape& shape, const Experts& experts, const Spars
     }
   }
   const auto mean = mean_gates(shape, experts, static_cast<const R*>(args.gates));
-  R loss = 0;
+  double loss = 0;
   for (int k = 0; k < count; ++k) {
-    distance[k] = 0;
-    for (int64_t block = 0; block < blocks; ++block) distance[k] += partials[block * count + k];
-    loss += mean[k] * distance[k];
+    double sum = 0;  // many blocks: float would round at each
+    for (int64_t block = 0; block < blocks; ++block) sum += partials[block * count + k];
+    distance[k] = R(sum);
+    loss += mean[k] * sum;
   }
-  *static_cast<R*>(args.loss) = loss;
+  *static_cast<R*>(args.loss) = R(loss);
 }
 
 template <class T>
@@ -323,9 +310,9 @@ void with_type(Dtype dtype, const Run& run) {
     case Dtype::f64:
       return run(static_cast<double*>(nullptr));
     case Dtype::bf16:
-      return run(static_cast<bf16*>(nullptr));
+      return run(static_cast<c10::BFloat16*>(nullptr));
     case Dtype::f16:
-      return run(static_cast<_Float16*>(nullptr));
+      return run(static_cast<c10::Half*>(nullptr));
   }
 }
 

@@ -91,24 +91,24 @@ __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_forward_ke
 template <class R>
 __global__ void __launch_bounds__(kThreads)
     sum_distances_kernel(Shape shape, int count, int64_t blocks, SparsityForward args) {
-  __shared__ R parts[kMaxExperts];
+  __shared__ double parts[kMaxExperts];
   const int lane = threadIdx.x % kWarp;
   for (int k = threadIdx.x / kWarp; k < count; k += kThreads / kWarp) {
-    R sum = 0;
+    double sum = 0;  // many blocks: float would round at each
     for (int64_t block = lane; block < blocks; block += kWarp)
       sum += static_cast<const R*>(args.partials)[block * count + k];
     sum = lane_sum<kWarp>(sum);
     const R mean = mean_gate(shape, count, k, static_cast<const R*>(args.gates));
     if (lane == 0) {
-      static_cast<R*>(args.distance)[k] = sum;
+      static_cast<R*>(args.distance)[k] = R(sum);
       parts[k] = mean * sum;
     }
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    R loss = 0;
+    double loss = 0;
     for (int k = 0; k < count; ++k) loss += parts[k];
-    *static_cast<R*>(args.loss) = loss;
+    *static_cast<R*>(args.loss) = R(loss);
   }
 }
 
