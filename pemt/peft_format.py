@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pemt.config import PemtError
+from pemt.json_values import Count, Positive, checked
 from pemt.model import ExpertSource
 from pemt.storage import save_tensors
 
@@ -46,8 +47,23 @@ _HARMLESS = {
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
+Number = TypeVar("Number", int, float)
+
+
 class PeftFormatError(PemtError):
     """A folder that is no LoRA adapter on T5's `wo` in PEFT's format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What is read of an adapter's configuration, as PEFT spells it; patterns may be null."""
+
+    r: Count
+    lora_alpha: Positive
+    base_model_name_or_path: str | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, Count] | None = None
+    alpha_pattern: dict[str, Positive] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +92,7 @@ def read_base_name(folder: Path) -> str | None:
     Raises:
         PeftFormatError: the configuration cannot be read.
     """
-    return _read_config(folder).get("base_model_name_or_path")
+    return _read_settings(folder).base_model_name_or_path
 
 
 def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
@@ -89,8 +105,7 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
         PeftFormatError: a file is missing or malformed, the adapter is no plain LoRA, or it is on
             other modules than `wo`.
     """
-    config = _read_config(folder)
-    _check_plain(folder / CONFIG, config)
+    settings = _read_settings(folder)
     factors = _factors(folder / TENSORS, folder)
     sites = [
         f"{stack}.{layer}"
@@ -107,7 +122,7 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
             f"{shape['num_layers']} encoder and {shape['num_decoder_layers']} decoder layers"
         )
     rank = max(len(pair["down"]) for pair in factors.values())
-    scales = {site: _scale(folder, config, site, len(factors[site]["down"])) for site in factors}
+    scales = {site: _scale(folder, settings, site, len(factors[site]["down"])) for site in factors}
     common = next(iter(scales.values()))
     weights = {}
     for site in sites:
@@ -121,7 +136,7 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
             up_DR[:, :used] = pair["up"] * (scales[site] / common)
         weights[f"{site}.down"], weights[f"{site}.up"] = down_RF, up_DR
     return PeftLora(
-        base_name=config.get("base_model_name_or_path"),
+        base_name=settings.base_model_name_or_path,
         rank=rank,
         alpha=common * rank,
         weights=weights,
@@ -174,18 +189,22 @@ def write_peft(folder: Path, source: ExpertSource, *, base_name: str) -> Path:
     return folder
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> _Settings:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PeftFormatError(f"{path}: does not exist; needed is an adapter's folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PeftFormatError(f"{path}: cannot be read: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise PeftFormatError(f"{path}: peft_type: found {found}, allowed is LORA")
-    return config
+    _check_plain(path, config)
+    try:
+        return checked(_Settings, config)
+    except ValueError as error:
+        raise PeftFormatError(f"{path}: {error}; save the adapter anew with PEFT") from None
 
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:
@@ -202,11 +221,6 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
             f"{path}: init_lora_weights: found `{start}`, which changes the base model's own weights; "
             "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
-            raise PeftFormatError(
-                f"{path}: {key}: found {config.get(key)!r}, needed is a number above 0"
-            )
 
 
 def _factors(path: Path, folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -249,20 +263,25 @@ def _module(key: str) -> str:
     return ".".join(part for part in plain.split(".")[-2:] if not part.isdigit())
 
 
-def _scale(folder: Path, config: dict[str, Any], site: str, rank: int) -> float:
+def _scale(folder: Path, settings: _Settings, site: str, rank: int) -> float:
     """alpha / rank of one FFN, or alpha / √rank for a rank-stabilised LoRA."""
     stack, layer = site.split(".")
     name = f"{stack}.block.{layer}.layer.{_FFN_LAYER[stack]}.DenseReluDense.wo"
-    expected = _of_pattern(config.get("rank_pattern") or {}, name, config["r"])
+    try:
+        expected = _of_pattern(settings.rank_pattern or {}, name, settings.r)
+        alpha = _of_pattern(settings.alpha_pattern or {}, name, settings.lora_alpha)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PeftFormatError(
+            f"{folder / CONFIG}: rank_pattern, alpha_pattern: a key is no regular expression: {error}"
+        ) from None
     if rank != expected:
         raise PeftFormatError(
             f"{folder / TENSORS}: the LoRA on {site} has rank {rank}, {CONFIG} says {expected}"
         )
-    alpha = float(_of_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    return alpha / rank**0.5 if settings.use_rslora else alpha / rank
 
 
-def _of_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+def _of_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Number:
     """The value of the first key that the end of the module's name matches, as PEFT looks it up."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", name):

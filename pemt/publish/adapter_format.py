@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,11 +25,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, MixtureConfig, PemtError
+from pemt.json_values import Count, Positive, checked
 from pemt.model import BitFitT5, ExpertSource, PemtT5, TrainedT5, base_digest, checked_base
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE, FORMAT = "PEMT", 1
 METHODS = ("pemt", "adapter", "bitfit")
+Dtype = Literal["float32", "bfloat16", "float16"]
 TRAINED, EXPERT, PROMPT = "trained.", "expert.", "prompt"
 PROMPT_PARAMETER = "prompt.prompt"  # of PemtT5
 
@@ -42,9 +45,9 @@ class SourceSettings:
     """One expert, without its tensors: see `ExpertSource`."""
 
     name: str
-    kind: str
-    rank: int
-    alpha: float
+    kind: Literal["lora", "bottleneck"]
+    rank: Count
+    alpha: Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +76,13 @@ class Settings:
     task_name: str
     template: str
     labels: list[str]
-    max_source_length: int
-    max_new_tokens: int
-    num_beams: int
-    reduction_factor: int
+    max_source_length: Count
+    max_new_tokens: Count
+    num_beams: Count
+    reduction_factor: Count
     train_layer_norms: bool
     sources: list[SourceSettings]
-    dtype: str
+    dtype: Dtype
 
 
 def write_adapter(
@@ -110,14 +113,15 @@ def read_settings(folder: Path) -> Settings:
     """The settings of a published folder.
 
     Raises:
-        PublishError: there is no such file, it is no PEMT's, of another version, or lacks a key.
+        PublishError: there is no such file, it is no PEMT's, of another version, lacks a key, or has a
+            value of another kind or out of range.
     """
     path = folder / CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PublishError(_no_adapter(folder)) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PublishError(f"{path}: cannot be read: {error}") from None
     kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
     if kind != PEFT_TYPE:
@@ -125,20 +129,18 @@ def read_settings(folder: Path) -> Settings:
             f"{path}: peft_type: found {kind}, allowed is {PEFT_TYPE}; "
             "peft.PeftModel.from_pretrained loads adapters of its own types"
         )
-    names = [each.name for each in fields(Settings)]
-    for name in names:
-        if name not in found:
-            raise PublishError(f"{path}: lacks `{name}`; export the run again")
+    for each in fields(Settings):
+        if each.name not in found:
+            raise PublishError(f"{path}: lacks `{each.name}`; export the run again")
     if found["format"] != FORMAT or found["method"] not in METHODS:
         raise PublishError(
             f"{path}: found format {found['format']} and method {found['method']}, this version of pemt "
             f"reads format {FORMAT} of {', '.join(METHODS)}; a newer one may read it"
         )
     try:
-        sources = [SourceSettings(**each) for each in found["sources"]]
-        return Settings(**{**{name: found[name] for name in names}, "sources": sources})
-    except TypeError as error:
-        raise PublishError(f"{path}: sources: {error}; export the run again") from None
+        return checked(Settings, found)
+    except ValueError as error:
+        raise PublishError(f"{path}: {error}; export the run again") from None
 
 
 def read_model(folder: Path, settings: Settings, base: PreTrainedModel) -> TrainedT5:
@@ -210,7 +212,7 @@ def _source(
         raise PublishError(f"{path}: has no tensor `{prefix}{PROMPT}`; export the run again")
     return ExpertSource(
         name=settings.name,
-        kind="lora" if settings.kind == "lora" else "bottleneck",
+        kind=settings.kind,
         rank=settings.rank,
         alpha=settings.alpha,
         prompt_PD=weights.pop(PROMPT),

@@ -20,6 +20,7 @@ from pemt.publish.adapter_format import (
     CONFIG,
     FORMAT,
     METHODS,
+    Dtype,
     PublishError,
     Settings,
     SourceSettings,
@@ -36,7 +37,7 @@ def export_run(
     folder: str | Path,
     *,
     base_model: str | None = None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     licence: str | None = None,
 ) -> Path:
     """Write a finished run's best weights, and all that they need beside the base model.
@@ -93,7 +94,7 @@ def export_run(
 
 
 def _write_own(
-    folder: Path, finished: Finished, config: AdaptConfig, base_model: str, dtype: str
+    folder: Path, finished: Finished, config: AdaptConfig, base_model: str, dtype: Dtype
 ) -> None:
     base, task = finished.model.base, finished.task
     experts = []
