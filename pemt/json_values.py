@@ -19,14 +19,16 @@ def checked(kind: type[Kind], found: dict[str, Any]) -> Kind:
 
     Raises:
         ValueError: the first value that is missing, of another type (nothing is converted), or out of
-            range: `key: found this, it should be that`.
+            range: `key: missing` or `key: found this, it should be that`.
     """
     try:
         return TypeAdapter(kind).validate_json(json.dumps(found), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the object"
-        shown = "nothing" if first["type"] == "missing" else json.dumps(first["input"])[:80]
+        if first["type"] == "missing":
+            raise ValueError(f"{key}: missing") from None
+        shown = json.dumps(first["input"])[:80]
         raise ValueError(
             f"{key}: found {shown}, it {first['msg'].removeprefix('Input ')}"
         ) from None

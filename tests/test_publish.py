@@ -254,7 +254,7 @@ def test_nothing_half_written_is_left(
     [
         ({"format": 2}, "this version of pemt reads format 1"),
         ({"base_sha256": "0" * 64}, "other weights than the base model at hand"),
-        ({"sources": [{"name": "x"}]}, "sources: "),
+        ({"sources": [{"name": "x"}]}, r"sources\.0\.kind: missing"),
         ({"method": None}, "method"),
         ({"reduction_factor": 8}, "does not fit what adapter_config.json says"),
     ],

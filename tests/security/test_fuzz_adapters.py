@@ -136,7 +136,7 @@ def test_tensors_of_a_peft_adapter(adapter: Path) -> None:
         ("tokenizer_name", 7, "tokenizer_name: found 7, it should be a valid string"),
         ("train_layer_norms", "no", 'train_layer_norms: found "no", it should be a valid boolean'),
         ("labels", "yes", 'labels: found "yes", it should be a valid array'),
-        ("sources", [{"name": "a"}], r"sources.0.kind: found nothing"),
+        ("sources", [{"name": "a"}], r"sources\.0\.kind: missing"),
         ("dtype", "int8", 'dtype: found "int8", it should be .float32'),
         ("max_new_tokens", 2**80, "max_new_tokens: found 12089"),
     ],
