@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pemt.config import PemtError
-from pemt.data import load_task_data
+from pemt.data import load_split
 from pemt.engine import Engine
 from pemt.evaluate import evaluate
 from pemt.finished import finished_config, load_finished, prepare_finished
@@ -51,11 +51,11 @@ def evaluate_run(
     finished = load_finished(run_dir, config)
     # Trained on an answer a time, scored once an example.
     task = replace(finished.task, train_on_every_answer=False)
-    data = load_task_data(task, config, finished.tokenizer, build_first=engine.build_first)
-    prepare_finished(finished, engine)
-    scored = evaluate(
-        engine, getattr(data, split), task=task, tokenizer=finished.tokenizer, config=config
+    examples, notes = load_split(
+        task, config, finished.tokenizer, split, build_first=engine.build_first
     )
+    prepare_finished(finished, engine)
+    scored = evaluate(engine, examples, task=task, tokenizer=finished.tokenizer, config=config)
     results = {
         "run": str(finished.folder),
         "checkpoint": finished.checkpoint.name,
@@ -67,7 +67,7 @@ def evaluate_run(
     if engine.is_main:
         own = finished_config(run_dir).task_name == config.task_name
         name = f"{split}_results.json" if own else f"{config.task_name}_{split}_results.json"
-        for note in data.notes:
+        for note in notes:
             print(note)
         print(results_block(results, split), flush=True)
         write_results(Path(output_file or finished.folder / name), results)

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pemt.config import AdaptConfig
 from pemt.data import DataError, load_task_data, load_tokenizer
-from pemt.data.examples import load_examples
-from pemt.tasks import HubSource, get_task, load_task_file
+from pemt.data.examples import origin_of
+from pemt.tasks import HubSource, Task, get_task, load_task_file
 from tests.hub import hub
 from tests.hub_datasets import DatasetHub
 from tests.tiny import adapt_config, make_base
@@ -76,11 +76,17 @@ def at(repository: Path, name: str, **changes: Any) -> Any:
     return replace(task, hub=replace(task.hub, path=str(repository), **changes))
 
 
+def loaded(task: Task) -> dict[str, datasets.Dataset]:
+    """All that the data set has of a task."""
+    origin = origin_of(task, None)
+    return {split: origin.examples(split) for split in origin.splits}
+
+
 @pytest.mark.parametrize(("name", "first"), [("rte", "0"), ("wnli", "1")])
 def test_configuration_and_splits_are_those_of_the_table(
     repository: Path, name: str, first: str
 ) -> None:
-    parts = load_examples(at(repository, name), None)
+    parts = loaded(at(repository, name))
     # The hub's test set has no labels: it is not asked for.
     assert {split: len(rows) for split, rows in parts.items()} == {"train": 30, "validation": 8}
     row = parts["train"][0]
@@ -113,8 +119,7 @@ def test_streamed_rows_are_the_same(
     both = replace(task, hub=replace(task.hub, test="validation"))
     fields: dict[str, Any] = {"streaming": True, "max_steps": 1, "eval_strategy": "no"}
     data = load_task_data(both, config_of(tmp_path, **fields), tokenizer)
-    loaded = load_examples(task, None)["train"]
-    assert [row["source"] for row in data.train.usable()] == loaded["source"][:]
+    assert [row["source"] for row in data.train.usable()] == loaded(task)["train"]["source"][:]
 
 
 def test_a_malformed_row_is_told_by_its_place(
@@ -127,9 +132,9 @@ def test_a_malformed_row_is_told_by_its_place(
 
 def test_what_is_not_there_is_told(repository: Path) -> None:
     with pytest.raises(DataError, match=r"glue \(mrpc, train\) could not be loaded: .*mrpc"):
-        load_examples(at(repository, "rte", config="mrpc"), None)
+        loaded(at(repository, "rte", config="mrpc"))
     with pytest.raises(DataError, match=r"\(rte, dev\) could not be loaded: .*dev"):
-        load_examples(at(repository, "rte", validation="dev"), None)
+        loaded(at(repository, "rte", validation="dev"))
 
 
 def test_a_task_file_may_name_it(repository: Path, tmp_path: Path) -> None:
@@ -141,24 +146,47 @@ def test_a_task_file_may_name_it(repository: Path, tmp_path: Path) -> None:
     )
     task = load_task_file(path)
     assert task.hub == HubSource(path=str(repository), config="wnli", revision="v1.0")
-    assert load_examples(task, None)["train"][0]["target"] == "no"
+    assert loaded(task)["train"][0]["target"] == "no"
+
+
+def test_a_data_set_without_validation(
+    repository: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for path in (repository / "wnli").glob("validation-*"):
+        path.unlink()
+    readme = repository / "README.md"
+    lines = readme.read_text().splitlines()
+    at = len(lines) - 1 - lines[::-1].index("  - split: validation")
+    readme.write_text("\n".join([*lines[:at], *lines[at + 2 :]]))
+    for path in (repository / "wnli").glob("test-*"):
+        write_shard(path.parent, "train", 0, 1, 6, 0)  # with labels
+        (path.parent / "train-00000-of-00001.parquet").rename(path)
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "name: rte\ndescription: Decide.\ntemplate: '{sentence1} {sentence2}'\nlabels: ['0', '1']\n"
+        "metrics: [accuracy]\n"
+        f"hub: {{path: {repository}, config: wnli, validation: null, test: test}}\n"
+    )
+    data = load_task_data(load_task_file(own), config_of(tmp_path), tokenizer)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [27, 3, 6]
 
 
 LOADS = """
 import json, sys
 from dataclasses import replace
 from pemt.config import PemtError
-from pemt.data.examples import load_examples
+from pemt.data.examples import origin_of
 from pemt.data.streaming import open_stream
 from pemt.tasks import HubSource, get_task
 
 task = replace(get_task("rte"), hub=HubSource(path="owner/glue", config="rte", revision="v1.5"))
-parts = load_examples(task, None)
-streamed = [row["source"] for row in open_stream(task, None)]
+origin = origin_of(task, None)
+parts = {split: origin.examples(split) for split in origin.splits}
+streamed = [row["source"] for row in open_stream(origin)]
 assert streamed == parts["train"]["source"][:]
 print(json.dumps({split: rows["target"][:] for split, rows in parts.items()}))
 try:
-    load_examples(replace(task, hub=HubSource(path="owner/none")), None)
+    origin_of(replace(task, hub=HubSource(path="owner/none")), None).examples("train")
 except PemtError as error:
     print(error)
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pemt.config import SourceConfig
-from pemt.data import DataError, lengths_of, load_task_data, load_tokenizer
+from pemt.data import DataError, lengths_of, load_split, load_task_data, load_tokenizer
 from pemt.data import examples as examples_module
 from pemt.data import loading as loading_module
 from pemt.tasks import HubSource, Task
@@ -119,13 +120,44 @@ def test_training_on_every_answer_gives_a_row_per_reference(tmp_path, tokenizer)
 
 def test_malformed_rows_stop_with_file_and_line_or_are_left_out(folder, tokenizer):
     with (folder / "train.jsonl").open("a") as file:
-        file.write('\n{"text": "w1", "label": 5}\n{"text": 3, "label": 0}\n{broken\n')
+        file.write('\n{"text": "w1", "label": 5}\n{"text": [3], "label": 0}\n{broken\n')
     with pytest.raises(DataError, match=r"train.jsonl:41: .*unknown label 5.*\(and 2 more\)"):
         load_task_data(TASK, config(folder), tokenizer)
     for _ in range(2):  # the second time from the cache, which must tell the same
         data = load_task_data(TASK, config(folder, skip_bad_rows=True), tokenizer)
         assert len(data.train) == 40
         assert "left out 3 malformed rows, first " in data.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"text": "a \\ud800", "label": 1}', r"no UTF-8: '\\ud800' is half of a character"),
+        (b'{"\\ud800": "a", "label": 1}', r"field 'text' is missing; found: \\ud800, label"),
+        (b'{"text": "a", "label": ' + b"1" * 5000 + b"}", "JSON that is not read: Exceeds"),
+        (b'{"text": "a", "label": "' + b"1" * 5000 + b'"}', "unknown label"),
+        (b"[" * 100_000, "JSON that is not read: nested too deep"),
+        (b'{"text": "a", "label": 1e999}', "unknown label inf"),
+    ],
+    ids=["half", "key", "integer", "digits", "deep", "inf"],
+)
+def test_odd_rows_stop_with_file_and_line_or_are_left_out(folder, tokenizer, row, message):
+    with (folder / "train.jsonl").open("ab") as file:
+        file.write(b"\n" + row + b"\n")
+    with pytest.raises(DataError, match=r"train.jsonl:41: .*" + message) as caught:
+        load_task_data(TASK, config(folder), tokenizer)
+    assert "\n" not in str(caught.value)
+    data = load_task_data(TASK, config(folder, skip_bad_rows=True), tokenizer)
+    assert len(data.train) == 40
+    assert "left out 1 malformed rows, first " in data.notes[0]
+
+
+def test_a_file_that_breaks_off_is_told_in_one_line(folder, tokenizer):
+    (folder / "train.jsonl").unlink()
+    whole = gzip.compress(b'{"text": "w1", "label": 1}\n' * 1000)
+    (folder / "train.jsonl.gz").write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"train.jsonl.gz: cannot be read: Compressed file ended"):
+        load_task_data(TASK, config(folder), tokenizer)
 
 
 def count_calls(monkeypatch, module, name):
@@ -214,6 +246,60 @@ def test_the_published_test_file_without_labels_is_left_alone(folder, tokenizer)
     task = Task(**{**vars(TASK), "hub": HubSource(path="a/b")})
     data = load_task_data(task, config(folder), tokenizer)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [40, 6, 6]
+    note = f"loading, test: left out {folder}/test.jsonl, which has no label"
+    assert data.notes == (note,)
+    with pytest.raises(DataError, match=r"field 'label' is missing"):
+        load_task_data(TASK, config(folder), tokenizer)  # its test set ought to have labels
+    write(folder / "test.jsonl", [{"text": "w1"}, {"text": "w2", "label": -1}])
+    assert load_task_data(task, config(folder), tokenizer).notes == (note,)
+
+
+def test_a_test_file_with_labels_is_used_whatever_the_hub_has(folder, tokenizer):
+    task = Task(**{**vars(TASK), "hub": HubSource(path="a/b")})
+    data = load_task_data(task, config(folder), tokenizer)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [40, 12, 8]
+    assert data.notes == ()
+    write(folder / "test.jsonl", [{"text": "w1"}, {"text": "w2", "label": 1}])
+    with pytest.raises(DataError, match=r"test.jsonl:1: field 'label' is missing"):
+        load_task_data(task, config(folder), tokenizer)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_split_alone_is_as_it_is_among_the_others(folder, tokenizer, split):
+    data = load_task_data(TASK, config(folder, max_eval_samples=5), tokenizer)
+    alone, notes = load_split(TASK, config(folder, max_eval_samples=5), tokenizer, split)
+    assert alone[:] == getattr(data, split)[:]
+    assert notes == ()
+    # By the split rule, one half of validation.
+    (folder / "test.jsonl").unlink()
+    data = load_task_data(TASK, config(folder), tokenizer)
+    alone, _ = load_split(TASK, config(folder), tokenizer, split)
+    assert alone[:] == getattr(data, split)[:]
+    assert len(alone) == {"train": 40, "validation": 6, "test": 6}[split]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_split_alone_needs_no_other(folder, tokenizer, monkeypatch, split):
+    encoded = count_calls(monkeypatch, loading_module, "encode_batch")
+    load_split(TASK, config(folder), tokenizer, split)
+    assert len(encoded) == 1
+    for path in folder.iterdir():
+        if path.name != f"{split}.jsonl":
+            path.unlink()
+    alone, _ = load_split(TASK, config(folder), tokenizer, split)
+    assert len(alone) == {"train": 40, "validation": 12, "test": 8}[split]
+    other = "test" if split == "train" else "train"
+    with pytest.raises(DataError, match=f"found {split}; train and at least one of validation"):
+        load_split(TASK, config(folder), tokenizer, other)
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_tokenising_shows_a_bar(folder, tokenizer, capfd, processes):
+    load_task_data(TASK, config(folder, preprocessing_num_workers=processes), tokenizer)
+    shown = capfd.readouterr().err
+    assert "tokenising" in shown
+    assert "40/40" in shown
+    assert "100%" in shown
 
 
 def test_the_hub_is_asked_for_the_splits_of_the_table(folder, tokenizer, monkeypatch):
@@ -253,13 +339,13 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
 READ_MANY = """
 import resource, sys
 from pathlib import Path
-from pemt.data.examples import load_examples
+from pemt.data.examples import origin_of
 from pemt.tasks import Task
 task = Task(
     name="big", description="D.", template="{text}", labels=("no", "yes"), metrics=("accuracy",)
 )
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-examples = load_examples(task, sys.argv[1])["train"]
+examples = origin_of(task, sys.argv[1]).examples("train")
 print(len(examples), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from pemt.data import DataError
+from pemt.data.formats import read_records
 from pemt.data.local_files import find_files, read_rows
-from pemt.data.records import read_records
 from pemt.tasks import RowError, get_task
 
 ROWS = [{"text": 'a, "b"', "label": "0"}, {"text": "c\td é", "label": "1"}]
@@ -71,6 +71,13 @@ def test_a_csv_field_may_span_lines_and_the_place_is_its_first(tmp_path):
         ("a.jsonl", b'{"x": 1}\n{"x": "\xff"}\n', 2, "bad UTF-8: invalid start byte at byte 7"),
         ("a.json", b'[{"x": 1},\n{"x": }]', 2, "broken JSON: Expecting value"),
         ("a.json", b'[{"x": 1},\n{"x": "\xff"}]', 2, "bad UTF-8: invalid start byte"),
+        (
+            "a.jsonl",
+            b'{"x": 1}\n{"x": ' + b"1" * 5000 + b"}\n",
+            2,
+            "JSON that is not read: Exceeds",
+        ),
+        ("a.jsonl", b'{"x": 1}\n' + b"[" * 100_000 + b"\n", 2, "not read: nested too deep"),
         ("a.tsv", b"x\ty\n1\t2\n1\n", 3, "found 1 fields, the header has 2"),
         ("a.tsv", b"x\ty\n1\t\xff\n", 2, "bad UTF-8"),
         ("a.csv", b"x,y\n1,2\n1,2,3\n", 3, "found 3 fields, the header has 2"),
@@ -84,6 +91,27 @@ def test_what_cannot_be_read_has_its_file_and_line(tmp_path, name, content, line
     found = errors_of(path)
     assert list(found) == [f"{path}:{line}"]
     assert message in found[f"{path}:{line}"]
+
+
+@pytest.mark.parametrize("form", ['[{"x": 1},\n%s, {"x": 2}]', '{"n": 0, "data": [{"x": 1},\n%s]}'])
+@pytest.mark.parametrize("value", ['{"x": ' + "1" * 5000 + "}", "[" * 100_000 + "]" * 100_000, "3"])
+def test_an_entry_of_json_has_its_line_and_its_number(tmp_path, form, value):
+    path = tmp_path / "a.json"
+    path.write_text(form % value)
+    records = dict(read_records(path))
+    assert records[f"{path}:1: entry 1"] == {"x": 1}
+    assert isinstance(records[f"{path}:2: entry 2"], RowError)
+
+
+def test_the_lines_of_json_are_those_of_its_entries(tmp_path):
+    path = tmp_path / "a.json"
+    for text in (json.dumps(ROWS, indent=1), json.dumps({"a": ROWS[0], "b": ROWS[1]}, indent=1)):
+        path.write_text(text)
+        lines = [place.split(":")[-2] for place, _ in read_records(path)]
+        assert [text.splitlines()[int(line) - 1].strip()[-1] for line in lines] == ["{", "{"]
+        assert rows_of(path) == ROWS
+    path.write_text("7")
+    assert errors_of(path) == {f"{path}:1: entry 1": "no JSON object: 7"}
 
 
 def test_good_rows_behind_a_bad_one_are_still_read(tmp_path):
@@ -105,6 +133,10 @@ def test_files_that_are_no_data_files(tmp_path):
     (tmp_path / "a.jsonl.gz").write_text("x")
     with pytest.raises(DataError, match="cannot be read: Not a gzipped file"):
         rows_of(tmp_path / "a.jsonl.gz")
+    whole = gzip.compress(b'{"x": 1}\n' * 1000)
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[:20] + b"\xff" * 9 + whole[29:])
+    with pytest.raises(DataError, match="cannot be read: Error -3 while decompressing"):
+        rows_of(tmp_path / "b.jsonl.gz")
     with pytest.raises(DataError, match=r"cannot be read: .*No such file"):
         rows_of(tmp_path / "none.jsonl")
 
@@ -148,7 +180,7 @@ def test_shards_of_a_split_belong_together(tmp_path):
 
 def test_a_folder_without_the_files_says_what_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"to train rte on; looked for train, .*found: notes.txt"):
+    with pytest.raises(DataError, match=r"no file of rte; looked for train, .*found: notes.txt"):
         find_files(get_task("rte"), tmp_path)
     with pytest.raises(DataError, match="is no folder"):
         find_files(get_task("rte"), tmp_path / "none")
@@ -171,3 +203,19 @@ def test_a_malformed_nested_record_is_reported_at_its_line(tmp_path):
     ((place, error),) = read_rows(get_task("superglue-multirc"), [path])
     assert place == f"{path}:2"
     assert "field 'passage' must be a dict" in str(error)
+
+
+def test_a_malformed_question_is_reported_by_line_and_id_and_leaves_the_others(tmp_path):
+    questions = [{"id": f"q{i}", "question": "Q?", "answers": [{"text": "A"}]} for i in range(10)]
+    del questions[2]["question"]
+    article = {"title": "T", "paragraphs": [{"context": "C", "qas": questions}]}
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"version": "1.1", "data": [article, article]}, indent=1))
+    rows = list(read_rows(get_task("squad"), [path]))
+    assert len(rows) == 20
+    bad = [(place, str(row)) for place, row in rows if isinstance(row, RowError)]
+    lines = [number for number, line in enumerate(path.open(), 1) if line == "  {\n"]
+    assert [place for place, _ in bad] == [
+        f"{path}:{line}: entry {number}" for number, line in enumerate(lines, 1)
+    ]
+    assert "paragraphs, number 1: qas, id 'q2': field 'question' is missing" in bad[0][1]

@@ -13,6 +13,7 @@ import pytest
 
 from pemt.commands import COMMANDS
 from pemt.config import ExpertConfig, PemtError
+from pemt.evaluate_run import evaluate_run
 from pemt.predict import Prediction, Predictor
 from pemt.train import run_adapt, run_source
 from tests.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
@@ -93,6 +94,22 @@ def test_a_baseline_has_no_gates(world: Path) -> None:
     (answer,) = Predictor.load(world / "adapter")(["text : the box is red"])
     assert answer.gates == {}
     assert answer.prediction in ("no", "yes")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_folder_with_the_split_alone_is_enough(world: Path, tmp_path: Path, split: str) -> None:
+    (tmp_path / f"{split}.jsonl").write_bytes((world / TARGET / "test.jsonl").read_bytes())
+    scored = evaluate_run(
+        world / "adapter",
+        split=split,
+        output_file=str(tmp_path / "scores.json"),
+        overrides=["--data_dir", str(tmp_path)],
+    )
+    results = json.loads((world / "adapter" / "all_results.json").read_text())
+    assert scored["examples"] == 11
+    assert scored[f"{split}_accuracy"] == results["test_accuracy"]
+    with pytest.raises(PemtError, match=f"found {split}; train and at least one of"):
+        evaluate_run(world / "adapter", split="train", overrides=["--data_dir", str(tmp_path)])
 
 
 def predict(*arguments: str, stdin: bytes | None = None, monkeypatch: pytest.MonkeyPatch) -> None:

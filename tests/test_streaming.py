@@ -187,6 +187,24 @@ def test_without_both_sets_the_first_examples_are_validation(
         load_task_data(tiny_task(TASK), config, tokenizer)
 
 
+def test_no_question_is_both_trained_on_and_validated(
+    tmp_path: Path, base: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Questions of four rows each; the first has one more at the end of the file.
+    groups = [*(i // 4 for i in range(52)), 0]
+    rows = [{**row, "q": group} for row, group in zip(task_rows(53), groups, strict=True)]
+    for name, part in (("train", rows), ("validation", rows[:8])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
+    monkeypatch.setattr(splits, "HELD_OUT", 10)
+    task = replace(tiny_task(TASK), group=("q",))
+    data = load_task_data(task, replace(configured(base), data_dir=str(tmp_path)), tokenizer)
+    assert data.validation["group"][:] == [str(i // 4) for i in range(12)], "whole questions"
+    assert isinstance(data.train, TrainStream)
+    steps = batches(data.train).steps(0, 30)
+    seen = {row["group"] for step in steps for micro in step for row in micro}
+    assert seen == {str(i) for i in range(3, 13)}
+
+
 def test_bad_rows_stop_the_stream_or_are_counted(
     tmp_path: Path, base: Path, tokenizer: Any
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from pemt.tasks import HubSource, TaskError, get_task, load_task_file
@@ -48,6 +51,32 @@ def test_a_task_file_may_name_a_hub_data_set_and_a_score(written):
     assert (task.kind, task.score_step, task.aliases) == ("regression", 0.5, (("body", "text"),))
 
 
+def test_a_split_may_have_several_files(written, tmp_path):
+    task = load_task_file(written(GOOD.replace("train: train.csv", "train: [a.csv, b.csv]")))
+    names = [(split, Path(path).name) for split, path in task.files]
+    assert names == [("train", "a.csv"), ("train", "b.csv"), ("validation", "dev.csv")]
+
+
+def test_a_hub_data_set_may_lack_a_split(written):
+    text = GOOD.replace(
+        "files: {train: train.csv, validation: dev.csv}",
+        "hub: {path: a/b, validation: null, test: test, config: null}",
+    )
+    assert load_task_file(written(text)).hub == HubSource(path="a/b", validation=None, test="test")
+
+
+def test_a_task_may_be_like_a_known_one(written, tmp_path):
+    text = "name: mine\nlike: squad\nmax_target_length: 9\nfiles: {train: a.json, test: b.json}\n"
+    task, squad = load_task_file(written(text)), get_task("squad")
+    assert task.files == (("train", f"{tmp_path}/a.json"), ("test", f"{tmp_path}/b.json"))
+    changed = {"name": "mine", "max_target_length": 9, "files": task.files}
+    assert task == replace(squad, **changed)
+    with pytest.raises(TaskError, match="found 'squat', which is no known task; nearest: squad"):
+        load_task_file(written(text.replace("squad", "squat")))
+    with pytest.raises(TaskError, match="missing key name"):
+        load_task_file(written("like: squad"))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -70,6 +99,13 @@ def test_a_task_file_may_name_a_hub_data_set_and_a_score(written):
         ),
         ("label: team", "score_step: no", "score_step: found False, it must be a positive number"),
         ("label: team", "hub: {test: t}", "hub: .*that has path"),
+        ("label: team", "hub: {path: null}", "hub: .*mapping of texts"),
+        ("label: team", "hub: {path: a, train: null}", "hub: .*mapping of texts"),
+        ("label: team", "hub: {path: a, dev: null}", "hub: .*with the keys path, config"),
+        ("label: team", "hub: [a]", "hub: .*that has path"),
+        ("{train: train.csv, validation: dev.csv}", "{train: []}", "files: .*texts or lists"),
+        ("{train: train.csv, validation: dev.csv}", "{train: [1]}", "files: .*texts or lists"),
+        ("label: team", "score_step: .inf", "score_step: found inf, it must be a positive number"),
         ("label: team", "label: [team", r"task.yaml:\d+: malformed YAML"),
     ],
 )

@@ -2,8 +2,8 @@
 
 from pemt.data.batching import EvalBatches, TrainBatches, collate
 from pemt.data.errors import DataError
-from pemt.data.inputs import read_inputs, sources_of
-from pemt.data.loading import TaskData, encode_sources, lengths_of, load_task_data
+from pemt.data.loading import TaskData, encode_sources, lengths_of, load_split, load_task_data
+from pemt.data.predict_inputs import read_inputs, sources_of
 from pemt.data.streaming import StreamBatches, TrainStream
 from pemt.data.tokenizer import load_tokenizer
 
@@ -17,6 +17,7 @@ __all__ = [
     "collate",
     "encode_sources",
     "lengths_of",
+    "load_split",
     "load_task_data",
     "load_tokenizer",
     "read_inputs",

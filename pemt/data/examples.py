@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from pemt.data.errors import DataError
+from pemt.data.formats import Record
 from pemt.data.local_files import SPLITS, find_files, read_rows
-from pemt.data.records import Record
-from pemt.tasks import HubSource, RowError, Task, example_of
+from pemt.tasks import HubSource, RowError, Task, example_of, has_label
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
 # that what was left out can be told again when the cache is used.
@@ -31,37 +33,76 @@ EXAMPLE = Features(
 Located = Iterable[tuple[str, Record | RowError]]
 
 
-def load_examples(
-    task: Task, data_dir: str | None, wanted: Sequence[str] = SPLITS
-) -> dict[str, Dataset]:
-    """The examples of every labelled split that exists and is wanted, malformed rows included.
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a task's splits come from.
 
-    Read from `data_dir`, else from the task's own files, else from the hub.
+    Args:
+        task: what is read.
+        files: the local files of each split; None where the task is read from the hub.
+        notes: in one line each, what was left out.
     """
-    files = files_of(task, data_dir)
-    if files is not None:
-        return {split: local_examples(task, files[split]) for split in wanted if split in files}
-    hub = hub_of(task)
-    names = {split: hub.split_name(split) for split in wanted}
-    return {split: hub_examples(task, hub, name) for split, name in names.items() if name}
+
+    task: Task
+    files: dict[str, tuple[Path, ...]] | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The labelled splits that there are."""
+        if self.files is not None:
+            return tuple(self.files)
+        return tuple(split for split in SPLITS if hub_of(self.task).split_name(split))
+
+    def examples(self, split: str) -> Dataset:
+        """The examples of one of `splits`, malformed rows included.
+
+        Raises DataError where files or hub cannot be read.
+        """
+        if self.files is not None:
+            return local_examples(self.task, self.files[split])
+        hub = hub_of(self.task)
+        return hub_examples(self.task, hub, hub.split_name(split) or split)
 
 
-def files_of(task: Task, data_dir: str | None) -> dict[str, tuple[Path, ...]] | None:
-    """The local files of each split; None where the task is read from the hub."""
+def origin_of(task: Task, data_dir: str | None) -> Origin:
+    """Looks for a task's splits in `data_dir`, else among its own files, else on the hub.
+
+    Raises DataError where there is no such folder, file or data set.
+    """
     if data_dir is None and not task.files:
-        return None
-    files = (
-        find_files(task, data_dir)
-        if data_dir is not None
-        else {split: [Path(path)] for split, path in task.files}
-    )
-    if task.hub is not None and task.hub.test is None:
-        # The published test file has no labels.
-        files.pop("test", None)
-    for path in (path for paths in files.values() for path in paths):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file, which task {task.name} reads")
-    return {split: tuple(paths) for split, paths in files.items()}
+        hub_of(task)
+        return Origin(task=task, files=None)
+    found = own_files(task) if data_dir is None else find_files(task, data_dir)
+    files = {split: tuple(paths) for split, paths in found.items()}
+    for file in (path for paths in files.values() for path in paths):
+        if not file.is_file():
+            raise DataError(f"{file}: no such file, which task {task.name} reads")
+    # The published test file has no labels, one's own may.
+    is_published = task.hub is not None and task.hub.test is None and "test" in files
+    if is_published and not any(
+        is_labelled(task, row) for _, row in read_rows(task, files["test"])
+    ):
+        file = files.pop("test")[0]
+        return Origin(
+            task=task,
+            files=files,
+            notes=(f"{task.name}, test: left out {file}, which has no label",),
+        )
+    return Origin(task=task, files=files)
+
+
+def own_files(task: Task) -> dict[str, list[Path]]:
+    """The files of each split that a task names."""
+    files: dict[str, list[Path]] = {}
+    for split, path in task.files:
+        files.setdefault(split, []).append(Path(path))
+    return files
+
+
+def is_labelled(task: Task, row: Record | RowError) -> bool:
+    """Whether a row can be read and has a label."""
+    return not isinstance(row, RowError) and has_label(task, row)
 
 
 def hub_of(task: Task) -> HubSource:
@@ -127,12 +168,17 @@ class LocalRows:
 def build(task: Task, rows: Located, origin: str) -> Dataset:
     """The examples of some rows, from the cache where task, code and origin are the same."""
     fingerprint = Hasher.hash([origin, Hasher.hash(task), source_hash()])
-    return Dataset.from_generator(
-        examples_of,
-        features=EXAMPLE,
-        gen_kwargs={"task": task, "rows": rows},
-        fingerprint=fingerprint,
-    )
+    try:
+        return Dataset.from_generator(
+            examples_of,
+            features=EXAMPLE,
+            gen_kwargs={"task": task, "rows": rows},
+            fingerprint=fingerprint,
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):  # a file that cannot be read to its end
+            raise error.__cause__ from None
+        raise
 
 
 def examples_of(task: Task, rows: Located) -> Iterator[dict[str, Any]]:

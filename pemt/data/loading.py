@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pemt.config import RunConfig
 from pemt.data import splits
 from pemt.data.errors import DataError
-from pemt.data.examples import load_examples
-from pemt.data.local_files import SPLITS
+from pemt.data.examples import Origin, origin_of
 from pemt.data.streaming import TrainStream
 from pemt.tasks import Task
 
@@ -67,37 +65,57 @@ def load_task_data(
         return build(task, config, tokenizer)
 
 
+def load_split(
+    task: Task,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    *,
+    build_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Dataset, tuple[str, ...]]:
+    """One of the sets that `load_task_data` gives, and its notes; no other split has to be there.
+
+    Where there is nothing to train on, a split is what its files or the hub give: the split rule
+    needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
+    """
+    with build_first():
+        origin = origin_of(task, config.data_dir)
+        if not stands_alone(split, origin.splits):
+            data = build(task, config, tokenizer)
+            return getattr(data, split), data.notes
+        examples, left_out = usable(origin, split, config)
+        encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
+        return encoded, (*origin.notes, *left_out, *cut)
+
+
+def stands_alone(split: str, there: Collection[str]) -> bool:
+    """Whether a split is one that is there, unchanged by the split rule."""
+    has_rule = "train" in there and not {"validation", "test"} <= set(there) and len(there) > 1
+    return split in there and (split == "test" or not has_rule)
+
+
 def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """What load_task_data does, in this process."""
     seed = config.effective_data_seed
-    notes: list[str] = []
+    origin = origin_of(task, config.data_dir)
+    splits.check_splits(task, origin.splits)
+    notes = list(origin.notes)
     parts = {}
-    wanted = SPLITS[1:] if config.streaming else SPLITS
-    for name, examples in load_examples(task, config.data_dir, wanted).items():
-        parts[name], left_out = splits.usable(
-            task, name, examples, skip_bad_rows=config.skip_bad_rows
-        )
-        notes += left_out
+    for name in origin.splits:
+        if name != "train" or not config.streaming:
+            parts[name], left_out = usable(origin, name, config)
+            notes += left_out
     encoder = Encoder(task, config, tokenizer)
     sets: dict[str, Any] = {}
     if config.streaming:
-        sets["train"], parts = streamed(task, config, encoder, parts)
+        sets["train"], parts = streamed(origin, config, encoder, parts)
     else:
         parts = splits.split(task, parts, seed)
         if config.few_shot is not None:
             parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
     for name, examples in parts.items():
-        maximum = config.max_train_samples if name == "train" else config.max_eval_samples
-        chosen = splits.at_most(task, examples, maximum, seed)
-        every_answer = name == "train" and task.train_on_every_answer
-        encoded = encoder.encode(chosen, every_answer=every_answer)
-        cut = sum(encoded["is_cut"][:])
-        if cut:
-            notes.append(
-                f"{task.name}, {name}: {cut} of {len(encoded)} sources are longer than "
-                f"{config.max_source_length} tokens and were cut"
-            )
-        sets[name] = encoded.remove_columns("is_cut")
+        sets[name], cut = encode(examples, name, encoder, config)
+        notes += cut
     return TaskData(
         **sets,
         max_target_length=encoder.max_target_length,
@@ -106,33 +124,60 @@ def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
+def usable(origin: Origin, split: str, config: RunConfig) -> tuple[Dataset, list[str]]:
+    """A split's well-formed examples, and notes on what was left out."""
+    examples = origin.examples(split)
+    return splits.usable(origin.task, split, examples, skip_bad_rows=config.skip_bad_rows)
+
+
+def encode(
+    examples: Dataset, split: str, encoder: Encoder, config: RunConfig
+) -> tuple[Dataset, list[str]]:
+    """A split with token ids, no larger than the configuration wants it, and a note on what was cut."""
+    task, is_train = encoder.task, split == "train"
+    maximum = config.max_train_samples if is_train else config.max_eval_samples
+    chosen = splits.at_most(task, examples, maximum, config.effective_data_seed)
+    encoded = encoder.encode(chosen, every_answer=is_train and task.train_on_every_answer)
+    cut = sum(encoded["is_cut"][:])
+    note = (
+        f"{task.name}, {split}: {cut} of {len(encoded)} sources are longer than "
+        f"{config.max_source_length} tokens and were cut"
+    )
+    return encoded.remove_columns("is_cut"), [note] if cut else []
+
+
 def streamed(
-    task: Task, config: RunConfig, encoder: Encoder, parts: Mapping[str, Dataset]
+    origin: Origin, config: RunConfig, encoder: Encoder, parts: Mapping[str, Dataset]
 ) -> tuple[TrainStream, dict[str, Dataset]]:
     """A training stream, and validation and test by the rule for large tasks.
 
     With both given they stay; otherwise the one that is there is the test set, and the stream's first
-    examples are validation.
+    examples are validation, to the end of the last one's group.
     """
-    splits.check_splits(task, ("train", *parts))
+    task = origin.task
     stream = TrainStream(
-        task,
-        config.data_dir,
+        origin,
         encode=partial(encode_batch, **encoder.settings(every_answer=task.train_on_every_answer)),
         skip_bad_rows=config.skip_bad_rows,
     )
     if len(parts) == 2:
         return stream, dict(parts)
-    first = list(islice(stream.usable(), splits.HELD_OUT + 1))
-    if len(first) <= splits.HELD_OUT:
+    first: list[dict[str, Any]] = []
+    for row in stream.usable():
+        if len(first) >= splits.HELD_OUT and not (
+            task.group and row["group"] == first[-1]["group"]
+        ):
+            break
+        first.append(row)
+    else:
         raise DataError(
             f"task {task.name}: found {len(first)} training examples and one set to score on; a stream gives its "
             f"first {splits.HELD_OUT} to validation: give both sets, or train without --streaming"
         )
-    stream.held_out = splits.HELD_OUT
+    stream.hold_out(first)
     (test,) = parts.values()
     return stream, {
-        "validation": Dataset.from_list(first[:-1], features=test.features),
+        "validation": Dataset.from_list(first, features=test.features),
         "test": test,
     }
 
@@ -141,7 +186,7 @@ class Encoder:
     """Tokenises examples; the same task, tokenizer and lengths find the cached result."""
 
     def __init__(self, task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+        self.task, self.tokenizer = task, tokenizer
         self.workers = config.preprocessing_num_workers
         self.max_source_length = config.max_source_length
         self.max_target_length = config.max_target_length or task.max_target_length

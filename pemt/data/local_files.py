@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pemt.data.errors import DataError
-from pemt.data.records import EXTENSIONS, Record, read_records
+from pemt.data.formats import EXTENSIONS, Record, read_records
 from pemt.tasks import RowError, Task
 
 SPLITS = ("train", "validation", "test")
@@ -34,18 +34,19 @@ def find_files(task: Task, data_dir: str | Path) -> dict[str, list[Path]]:
     """The files of each split in a folder, by the names told in STEMS and VARIANTS.
 
     A split without a file is left out. Raises DataError, which tells the names looked for, where
-    the folder is missing or has no file to train on.
+    the folder is missing or has no such file.
     """
     folder = Path(data_dir)
     if not folder.is_dir():
         raise DataError(f"data_dir: {folder} is no folder; give one that holds the task's files")
     found = {split: files for split in SPLITS if (files := files_of_split(folder, split))}
-    if "train" not in found:
+    if not found:
         here = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise DataError(
-            f"data_dir: {folder} has no file to train {task.name} on; looked for train, "
-            f"<name>_train, train-v<x.y>, train.slice, train.<k>shot, train.kshot, each as "
-            f".{', .'.join(EXTENSIONS)}, also with .gz; found: {here}"
+            f"data_dir: {folder} has no file of {task.name}; looked for train, <name>_train, "
+            f"train-v<x.y>, train.slice, train.<k>shot, train.kshot, dev and test alike, each as "
+            f".{', .'.join(EXTENSIONS)}, also with .gz; found: {here:.300}; files of other names "
+            f"go into a --task_file with `like: {task.name}` and `files`"
         )
     return found
 
@@ -73,9 +74,8 @@ def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, Record |
                 yield place, record
                 continue
             try:
-                unpacked = task.unpack(record) if task.unpack else (record,)
-                for row in unpacked:
-                    yield place, renamed(task, dict(row))
+                for row in task.unpack(record) if task.unpack else (record,):
+                    yield place, row if isinstance(row, RowError) else renamed(task, dict(row))
             except RowError as error:
                 yield place, error
 

@@ -90,7 +90,7 @@ def check_splits(task: Task, found: Collection[str]) -> None:
     if "train" not in found or not {"validation", "test"} & set(found):
         raise DataError(
             f"task {task.name}: found {', '.join(found) or 'no split'}; train and at least one of "
-            "validation (validation, val, dev) and test are needed"
+            "validation (validation, val, dev) and test are needed; `files` of a --task_file may name them"
         )
 
 

@@ -6,7 +6,7 @@ whatever the number of ranks, and no rank has to know of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from pemt.data.examples import (
     EXAMPLE,
     UNLABELLED,
     LocalRows,
+    Origin,
     example_row,
     examples_of,
-    files_of,
     hub_name,
     hub_of,
     load_hub,
@@ -37,28 +37,25 @@ class TrainStream:
     """A training set that is read anew in every epoch, in the order of its files.
 
     Args:
-        task: what is read, and how a row becomes an example.
-        data_dir: local files, as for a set that is loaded whole.
+        origin: where the rows are, as for a set that is loaded whole.
         encode: adds token ids and `length` to columns of examples.
         skip_bad_rows: leave malformed rows out instead of stopping at the first.
-
-    `held_out` usable examples at the start of every epoch are passed over: validation has them.
     """
 
     def __init__(
         self,
-        task: Task,
-        data_dir: str | None,
+        origin: Origin,
         *,
         encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
         skip_bad_rows: bool,
     ) -> None:
-        self.task = task
-        self.dataset = open_stream(task, data_dir)
-        self.held_out = 0
+        self.task = origin.task
+        self.dataset = open_stream(origin)
         self.bad_rows: list[str] = []  # those left out, each with its place
         self._encode = encode
         self._skip_bad_rows = skip_bad_rows
+        self._held_out = 0
+        self._held_groups: frozenset[str] = frozenset()
 
     def usable(self) -> Iterator[Row]:
         """Labelled, well-formed examples from where the data set stands.
@@ -79,6 +76,20 @@ class TrainStream:
                     f"{problem}; mend the file, or leave such rows out with --skip_bad_rows"
                 )
 
+    def hold_out(self, rows: Sequence[Row]) -> None:
+        """Leave the stream's first rows, and whatever belongs to their groups, to validation."""
+        self._held_out = len(rows)
+        self._held_groups = frozenset(row["group"] for row in rows if row["group"])
+
+    def to_train_on(self, *, at_start: bool) -> Iterator[Row]:
+        """The examples behind those held out, from where the data set stands.
+
+        Raises:
+            DataError: as `usable`.
+        """
+        rows = islice(self.usable(), self._held_out if at_start else 0, None)
+        return (row for row in rows if row["group"] not in self._held_groups)
+
     def encoded(self, rows: list[Row]) -> list[Row]:
         """Rows with token ids; one for each accepted answer where a task trains on all."""
         columns = self._encode({name: [row[name] for row in rows] for name in rows[0]})
@@ -86,12 +97,12 @@ class TrainStream:
         return [dict(zip(columns, values, strict=True)) for values in every]
 
 
-def open_stream(task: Task, data_dir: str | None) -> IterableDataset:
+def open_stream(origin: Origin) -> IterableDataset:
     """The training set's examples, malformed ones included, read when they are asked for."""
-    files = files_of(task, data_dir)
-    if files is not None:
+    task = origin.task
+    if origin.files is not None:
         # A list among the arguments is one shard each: what lies before a resumed one is not read again.
-        given = {"task": task, "paths": list(files["train"])}
+        given = {"task": task, "paths": list(origin.files["train"])}
         return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
     hub = hub_of(task)
     rows = load_hub(task, hub, hub.train, streaming=True)
@@ -172,9 +183,7 @@ class StreamBatches:
         stream.dataset.set_epoch(at["epoch"])
         if at["state"] is not None:
             stream.dataset.load_state_dict(at["state"])
-        examples = stream.usable()
-        if at["state"] is None:
-            examples = islice(examples, stream.held_out, None)
+        examples = stream.to_train_on(at_start=at["state"] is None)
         while rows := list(islice(examples, self._buffer_size)):
             yield from self._buffer(rows)
             at.update(buffer=at["buffer"] + 1, done=0, state=stream.dataset.state_dict())

@@ -1,9 +1,19 @@
 """The tasks: what each reads, what the model is asked, what counts as right."""
 
-from pemt.tasks.registry import get_task, register_task, task_names
+from pemt.tasks.registry import register_task, task_names
 from pemt.tasks.scoring import example_scores, score
-from pemt.tasks.task import Example, HubSource, RowError, Task, TaskError, example_of, source_of
-from pemt.tasks.task_file import load_task_file
+from pemt.tasks.task import (
+    Example,
+    HubSource,
+    RowError,
+    Task,
+    TaskError,
+    encodable,
+    example_of,
+    has_label,
+    source_of,
+)
+from pemt.tasks.task_file import get_task, load_task_file
 
 __all__ = [
     "Example",
@@ -11,9 +21,11 @@ __all__ = [
     "RowError",
     "Task",
     "TaskError",
+    "encodable",
     "example_of",
     "example_scores",
     "get_task",
+    "has_label",
     "load_task_file",
     "register_task",
     "score",

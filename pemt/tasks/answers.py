@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pemt.tasks.shapes import (
+from pemt.tasks.published import (
     answers_drop,
     answers_squad,
     answers_trivia_qa,
-    unpack_mrqa,
-    unpack_squad,
+    unpack_questions,
 )
 from pemt.tasks.task import HubSource, Task
 
@@ -22,7 +21,7 @@ def mrqa_task(name: str, description: str, path: str) -> Task:
         max_target_length=32,
         metrics=("squad",),
         hub=HubSource(path=path),
-        unpack=unpack_mrqa,
+        unpack=unpack_questions,
     )
 
 
@@ -35,7 +34,7 @@ ANSWER_TASKS = (
         max_target_length=32,
         metrics=("squad",),
         hub=HubSource(path="rajpurkar/squad"),
-        unpack=unpack_squad,
+        unpack=unpack_questions,
         prepare_label=answers_squad,
     ),
     mrqa_task(
@@ -66,6 +65,7 @@ ANSWER_TASKS = (
         max_target_length=32,
         metrics=("squad",),
         hub=HubSource(path="mandarjoshi/trivia_qa", config="rc.nocontext"),
+        unpack=unpack_questions,
         prepare_label=answers_trivia_qa,
     ),
     Task(
@@ -76,6 +76,8 @@ ANSWER_TASKS = (
         max_target_length=32,
         metrics=("squad",),
         hub=HubSource(path="ucinlp/drop"),
+        aliases=(("passage", "context"),),
+        unpack=unpack_questions,
         prepare_label=answers_drop,
     ),
 )

@@ -1,18 +1,18 @@
-"""Every known task by name."""
+"""Every known task by name: the table, and what Python users register."""
 
 from __future__ import annotations
 
 import difflib
 
 from pemt.tasks.answers import ANSWER_TASKS
-from pemt.tasks.choices import CHOICE_TASKS
+from pemt.tasks.classification import CLASSIFICATION_TASKS
 from pemt.tasks.glue import GLUE_TASKS
 from pemt.tasks.superglue import SUPERGLUE_TASKS
 from pemt.tasks.task import Task, TaskError
-from pemt.tasks.task_file import load_task_file
 
 _TASKS: dict[str, Task] = {
-    task.name: task for task in (*ANSWER_TASKS, *GLUE_TASKS, *SUPERGLUE_TASKS, *CHOICE_TASKS)
+    task.name: task
+    for task in (*ANSWER_TASKS, *GLUE_TASKS, *SUPERGLUE_TASKS, *CLASSIFICATION_TASKS)
 }
 
 
@@ -21,19 +21,11 @@ def task_names() -> tuple[str, ...]:
     return tuple(_TASKS)
 
 
-def get_task(name: str, task_file: str | None = None) -> Task:
-    """The task of that name, from the table or from a YAML file.
+def known_task(name: str) -> Task:
+    """The registered task of that name.
 
-    Raises TaskError, with the nearest names where the table has none like it.
+    Raises TaskError, with the nearest names where there is none like it.
     """
-    if task_file is not None:
-        task = load_task_file(task_file)
-        if task.name != name:
-            raise TaskError(
-                f"task_name: found {name!r}, but {task_file} describes {task.name!r}; "
-                "give the same name in both"
-            )
-        return task
     if name in _TASKS:
         return _TASKS[name]
     near = difflib.get_close_matches(name, _TASKS, n=3, cutoff=0.4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pemt.tasks.shapes import (
+from pemt.tasks.published import (
     prepare_multirc,
     prepare_record,
     prepare_wsc,

@@ -16,6 +16,7 @@ from pemt.config import PemtError
 from pemt.metrics import METRICS
 
 Row = Mapping[str, Any]
+LONGEST_ERROR = 500
 Kind = Literal["classification", "regression", "answer"]
 
 
@@ -24,7 +25,14 @@ class TaskError(PemtError):
 
 
 class RowError(ValueError):
-    """A row that cannot become an example; the reader adds the file and the line."""
+    """A row that cannot become an example; the reader adds the file and the line.
+
+    What it tells is one line of UTF-8, whatever stands in the row.
+    """
+
+    def __init__(self, told: str) -> None:
+        line = " ".join(told.encode("utf-8", errors="backslashreplace").decode("utf-8").split())
+        super().__init__(line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}…")
 
 
 class Example(TypedDict):
@@ -84,7 +92,8 @@ class Task:
     tsv_columns: tuple[str, ...] = ()
     # (split, path) pairs; a data_dir is not needed then.
     files: tuple[tuple[str, str], ...] = ()
-    unpack: Callable[[Row], Iterable[Row]] | None = None
+    # A RowError in place of a row that is malformed.
+    unpack: Callable[[Row], Iterable[Row | RowError]] | None = None
     # What the template needs, and what label and group need; rows to predict have the former alone.
     prepare: Callable[[Row], Row] | None = None
     prepare_label: Callable[[Row], Row] | None = None
@@ -142,6 +151,13 @@ class Task:
             parts = list(string.Formatter().parse(self.template))
         except ValueError as error:
             raise TaskError(f"task {self.name}: template: {error} in {self.template!r}") from None
+        for _, name, spec, conversion in parts:
+            plain = name and not (name.isdecimal() or set(name) & set(".[]") or spec or conversion)
+            if name is not None and not plain:
+                raise TaskError(
+                    f"task {self.name}: template: found a field that is no plain {{name}} in "
+                    f"{self.template!r}; allowed: {{name}} without number, format, dot or bracket"
+                )
         return tuple(dict.fromkeys(name for _, name, _, _ in parts if name))
 
 
@@ -156,29 +172,37 @@ def told(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
 def example_of(task: Task, row: Row) -> Example | None:
     """The example of a row, or None where the row has no gold label.
 
-    Raises RowError for a missing field, a wrong type or an unknown label.
+    Raises RowError for a missing field, a wrong type, an unknown label or text that is no UTF-8.
     """
     labelled = task.prepare_label(row) if task.prepare_label else row
     answer = field_of(labelled, task.label)
     if is_unlabelled(task, answer):
         return None
     source = source_of(task, row)
-    references = references_of(task, answer)
+    references = [encodable(text) for text in references_of(task, answer)]
+    group = "/".join(str(field_of(labelled, name)) for name in task.group)
     return Example(
-        source=source,
-        target=references[0],
-        references=references,
-        group="/".join(str(field_of(labelled, name)) for name in task.group),
+        source=source, target=references[0], references=references, group=encodable(group)
     )
+
+
+def has_label(task: Task, row: Row) -> bool:
+    """Whether a row says what is right: -1 stands for no label in the hub's test sets."""
+    try:
+        labelled = task.prepare_label(row) if task.prepare_label else row
+        answer = field_of(labelled, task.label)
+    except RowError:
+        return False
+    return not is_unlabelled(task, answer) and "-1" not in spellings(answer)
 
 
 def source_of(task: Task, row: Row) -> str:
     """The source text of a row, which needs no label.
 
-    Raises RowError for a missing field or a wrong type.
+    Raises RowError for a missing field, a wrong type or text that is no UTF-8.
     """
     row = task.prepare(row) if task.prepare else row
-    return task.template.format_map({name: text_of(row, name) for name in task.fields})
+    return encodable(task.template.format_map({name: shown(row, name) for name in task.fields}))
 
 
 def field_of(row: Row, name: str) -> Any:
@@ -197,9 +221,34 @@ def text_of(row: Row, name: str) -> str:
     return value
 
 
+def shown(row: Row, name: str) -> str:
+    """A field as the template shows it: a text, or a number as csv writes it."""
+    text = written(field_of(row, name))
+    return text_of(row, name) if text is None else text
+
+
+def written(value: Any) -> str | None:
+    """A text, or a finite number as text; None for anything else."""
+    if isinstance(value, str):
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number and abs(value) < float("inf") else None
+
+
+def encodable(text: str) -> str:
+    """The text, or RowError where JSON's \\ud800 … \\udfff left a half of a character in it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"no UTF-8: {text[error.start]!r} is half of a character") from None
+    return text
+
+
 def is_unlabelled(task: Task, answer: Any) -> bool:
     """Whether a row has no gold label: a value of `no_label`, or an empty list of answers."""
-    return answer == [] if task.kind == "answer" else str(answer) in task.no_label
+    if task.kind == "answer":
+        return bool(answer == [])
+    return any(text in task.no_label for text in spellings(answer))
 
 
 def references_of(task: Task, answer: Any) -> list[str]:
@@ -208,38 +257,44 @@ def references_of(task: Task, answer: Any) -> list[str]:
         return [task.labels[class_id(task, answer)]]
     if task.score_step is not None:
         return [score_text(answer, task.score_step)]
-    answers = [answer] if isinstance(answer, str) else answer
-    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
+    texts = [written(each) for each in (answer if isinstance(answer, list) else [answer])]
+    found = [text for text in texts if text is not None]
+    if len(found) < len(texts):
         raise RowError(
             f"field {task.label!r} must be text or a list of texts, found {answer!r:.60}"
         )
-    return list(dict.fromkeys(answers))
+    return list(dict.fromkeys(found))
 
 
 def class_id(task: Task, value: Any) -> int:
     """The class that a file means: its name, its target text, its class id, true or false."""
-    text = str(int(value)) if isinstance(value, bool) else str(value).strip()
-    for names in (task.label_names, task.labels):
-        if text in names:
-            return names.index(text)
     # With numerals for labels ("1", "2", as in Winogrande) an id would be ambiguous.
-    if text.isdecimal() and int(text) < len(task.labels) and not task.labels[0].isdecimal():
-        return int(text)
-    if len(task.labels) == 2 and text.lower() in ("false", "true"):
-        return int(text.lower() == "true")
+    ids = () if task.labels[0].isdecimal() else tuple(map(str, range(len(task.labels))))
+    for text in spellings(value):
+        for names in (task.label_names, task.labels, ids):
+            if text in names:
+                return names.index(text)
+    if len(task.labels) == 2 and str(value).strip().lower() in ("false", "true"):
+        return int(str(value).strip().lower() == "true")
     allowed = ", ".join(dict.fromkeys((*task.labels, *task.label_names)))
-    raise RowError(f"field {task.label!r}: unknown label {value!r}; allowed: {allowed}")
+    raise RowError(f"field {task.label!r}: unknown label {value!r:.60}; allowed: {allowed}")
+
+
+def spellings(value: Any) -> tuple[str, str]:
+    """A label as text, true as 1; and without the .0 that a column of floats puts behind it."""
+    text = str(int(value)) if isinstance(value, bool) else str(value).strip()
+    return text, text.removesuffix(".0")
 
 
 def score_text(value: Any, step: float) -> str:
     """A score rounded to the next step, as T5 does for STS-B (1910.10683, section 2.4)."""
     try:
-        score = float(value)
+        steps = round(float(value) / step)  # of NaN a ValueError, of infinity an OverflowError
     except (TypeError, ValueError):
         raise RowError(f"the score must be a number, found {value!r:.60}") from None
-    if not abs(score) < float("inf"):
-        raise RowError(f"the score must be finite, found {value!r:.60}")
-    return f"{round(score / step) * step:.{decimals(step)}f}"
+    except OverflowError:
+        raise RowError(f"the score must be finite, found {value!r:.60}") from None
+    return f"{steps * step:.{decimals(step)}f}"
 
 
 def decimals(step: float) -> int:

@@ -8,20 +8,27 @@
     metrics: [accuracy, macro_f1]
     files: {train: tickets_train.csv, validation: tickets_dev.csv}
 
-Instead of `files` (relative to the YAML file) it may name a data set on the hub
-(`hub: {path: owner/name, test: test}`), or neither, and `--data_dir` points at its files.
+Instead of `files` (relative to the YAML file; a list where a split has several) it may name a data
+set on the hub (`hub: {path: owner/name, validation: null, test: test}`), or neither, and
+`--data_dir` points at its files. `like: squad` takes over whatever it does not say from a known task:
+
+    name: squad-mine
+    like: squad
+    files: {train: articles.json, validation: more_articles.json}
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pemt.tasks.registry import known_task
 from pemt.tasks.task import HubSource, Task, TaskError
 from pemt.yaml_file import load_yaml
 
@@ -30,6 +37,22 @@ SPLITS = ("train", "validation", "test")
 
 class WrongType(ValueError):
     """What a value should have been."""
+
+
+def get_task(name: str, task_file: str | None = None) -> Task:
+    """The task of that name, from the table or from a YAML file.
+
+    Raises TaskError, with the nearest names where the table has none like it.
+    """
+    if task_file is None:
+        return known_task(name)
+    task = load_task_file(task_file)
+    if task.name != name:
+        raise TaskError(
+            f"task_name: found {name!r}, but {task_file} describes {task.name!r}; "
+            "give the same name in both"
+        )
+    return task
 
 
 def load_task_file(path: str | Path) -> Task:
@@ -50,13 +73,14 @@ def load_task_file(path: str | Path) -> Task:
             read[key] = READERS[key](value)
         except WrongType as error:
             raise TaskError(f"{path}: {key}: found {value!r:.60}, it must be {error}") from None
-    missing = [key for key in REQUIRED if key not in read]
+    like = read.pop("like", None)
+    missing = [key for key in REQUIRED if key not in read and (like is None or key == "name")]
     if missing:
         raise TaskError(f"{path}: missing key {', '.join(missing)}")
     if "files" in read:
         read["files"] = tuple((split, str(path.parent / name)) for split, name in read["files"])
     try:
-        return Task(**read)
+        return Task(**read) if like is None else dataclasses.replace(known_task(like), **read)
     except TaskError as error:
         raise TaskError(f"{path}: {error}") from None
 
@@ -103,7 +127,8 @@ def positive_integer(value: Any) -> int:
 
 def positive_number(value: Any) -> float:
     """A number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 < value < math.inf):
         raise WrongType("a positive number")
     return float(value)
 
@@ -114,19 +139,33 @@ def aliases(value: Any) -> tuple[tuple[str, str], ...]:
 
 
 def files(value: Any) -> tuple[tuple[str, str], ...]:
-    """{split: file}."""
-    pairs = text_pairs(value, SPLITS)
-    if "train" not in dict(pairs):
-        raise WrongType("a mapping that has train")
-    return pairs
+    """{split: file, or a list of files}, as pairs."""
+    wanted = WrongType(f"a mapping that has train; keys {', '.join(SPLITS)}, values texts or lists")
+    if not isinstance(value, dict) or "train" not in value or not set(value) <= set(SPLITS):
+        raise wanted
+    pairs = [
+        (split, name)
+        for split, names in value.items()
+        for name in (names if isinstance(names, list) and names else [names])
+    ]
+    if not all(isinstance(name, str) for _, name in pairs):
+        raise wanted
+    return tuple(pairs)
 
 
 def hub(value: Any) -> HubSource:
-    """{path, config, revision, train, validation, test}."""
-    pairs = text_pairs(value, tuple(field.name for field in dataclasses.fields(HubSource)))
-    if "path" not in dict(pairs):
+    """{path, config, revision, train, validation, test}; null where there is no such split."""
+    keys = tuple(field.name for field in dataclasses.fields(HubSource))
+    if not isinstance(value, dict):
+        raise WrongType(f"a mapping that has path; allowed keys: {', '.join(keys)}")
+    nothing: dict[str, Any] = {
+        k: None for k in ("config", "revision", "validation", "test") if value.get(k, k) is None
+    }
+    given = {key: name for key, name in value.items() if key not in nothing}
+    pairs = text_pairs(given, keys)
+    if "path" not in given:
         raise WrongType("a mapping that has path")
-    return HubSource(**dict(pairs))
+    return HubSource(**dict(pairs), **nothing)
 
 
 def text_pairs(value: Any, keys: tuple[str, ...] | None) -> tuple[tuple[str, str], ...]:
@@ -142,6 +181,7 @@ def text_pairs(value: Any, keys: tuple[str, ...] | None) -> tuple[tuple[str, str
 
 READERS: dict[str, Callable[[Any], Any]] = {
     "name": text,
+    "like": text,
     "description": text,
     "template": text,
     "metrics": texts,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pemt.data.errors import DataError
+from pemt.data.formats import Record, lines_of, parsed_lines, read_records
 from pemt.data.local_files import renamed
-from pemt.data.records import Record, lines_of, parsed_lines, read_records
-from pemt.tasks import RowError, Task, source_of
+from pemt.tasks import RowError, Task, encodable, source_of
 
 STDIN = "-"
 TEXT = "input"  # the field of a row that brings its whole source text
@@ -59,7 +59,9 @@ def sources_of(task: Task, record: Mapping[str, Any]) -> Iterator[str]:
             raise RowError(
                 f"field {TEXT!r} must be text, found {type(text).__name__}: {text!r:.60}"
             )
-        yield text
+        yield encodable(text)
         return
     for row in task.unpack(record) if task.unpack else (record,):
+        if isinstance(row, RowError):
+            raise row
         yield source_of(task, renamed(task, dict(row)))

@@ -1,4 +1,4 @@
-"""Records of local files, each with the place it stands at: jsonl, json, csv, tsv, parquet.
+"""File formats: records of local files, each with the place it stands at: jsonl, json, csv, tsv, parquet.
 
 A record that cannot be read comes out as a RowError in its place, so that the caller decides
 whether to stop or to go on.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +23,9 @@ from pemt.tasks import RowError
 EXTENSIONS = ("jsonl", "json", "csv", "tsv", "parquet")
 # Passages longer than csv's default limit of 128 KiB exist.
 MAX_FIELD = 16 * 1024 * 1024
+
+GAP = re.compile(r"[\s,:]*")
+DECODER = json.JSONDecoder()
 
 Record = dict[str, Any]
 Located = tuple[str, Record | RowError]
@@ -48,7 +53,7 @@ def read_records(path: Path, *, tsv_columns: Sequence[str] = ()) -> Iterator[Loc
         raise DataError(f"{path}: the extension is {extension!r}; allowed: {', '.join(readers)}")
     try:
         yield from readers[extension](path)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
@@ -89,6 +94,14 @@ def parsed(line: str) -> Record | RowError:
         return checked(json.loads(line))
     except json.JSONDecodeError as error:
         return RowError(f"broken JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return unreadable(error)
+
+
+def unreadable(error: ValueError | RecursionError) -> RowError:
+    """JSON that Python does not take: an integer of thousands of digits, or thousands of brackets."""
+    is_deep = isinstance(error, RecursionError)
+    return RowError(f"JSON that is not read: {'nested too deep' if is_deep else error}")
 
 
 def checked(value: Any) -> Record | RowError:
@@ -101,7 +114,8 @@ def read_json(path: Path) -> Iterator[Located]:
     with open_bytes(path) as file:
         raw = file.read()
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
+        json.loads(text)
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         yield f"{path}:{line}", RowError(f"bad UTF-8: {error.reason}")
@@ -113,11 +127,53 @@ def read_json(path: Path) -> Iterator[Located]:
         else:
             yield f"{path}:{error.lineno}", RowError(f"broken JSON: {error.msg}")
         return
-    if isinstance(value, dict):
-        value = value["data"] if isinstance(value.get("data"), list) else list(value.values())
-    entries = value if isinstance(value, list) else [value]
-    for number, entry in enumerate(entries, start=1):
-        yield f"{path}: entry {number}", checked(entry)
+    except (ValueError, RecursionError):
+        pass  # the entry at fault comes out below
+    line, last = 1, 0
+    for number, (at, entry) in enumerate(entries_of(text), start=1):
+        line, last = line + text.count("\n", last, at), at
+        yield f"{path}:{line}: entry {number}", entry
+
+
+def entries_of(text: str) -> list[tuple[int, Record | RowError]]:
+    """The objects of well-formed JSON, each with the offset that it begins at.
+
+    One that Python does not take is the last: where it ends is not known.
+    """
+    start = behind_gap(text, 0)
+    # A list around it, so that a bare value is read like the others.
+    found = list(members(text, start) if text[start] in "[{" else members(f"[{text}]", 0))
+    data = next((at for key, at, _ in found if key == "data" and text[at] == "["), None)
+    if data is not None:
+        found = list(members(text, data))
+    return [
+        (at, value if isinstance(value, RowError) else checked(value)) for _, at, value in found
+    ]
+
+
+def members(text: str, at: int) -> Iterator[tuple[str, int, Any]]:
+    """Key (empty in a list), offset and value of all that the list or object at an offset holds."""
+    is_object = text[at] == "{"
+    at = behind_gap(text, at + 1)
+    while text[at : at + 1] not in ("", "]", "}"):
+        key = ""
+        try:
+            if is_object:
+                key, at = DECODER.raw_decode(text, at)
+                at = behind_gap(text, at)
+            value, end = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            yield key, at, unreadable(error)
+            return
+        yield key, at, value
+        at = behind_gap(text, end)
+
+
+def behind_gap(text: str, at: int) -> int:
+    """The offset of what comes next behind blanks, commas and colons."""
+    match = GAP.match(text, at)
+    assert match is not None  # it may be empty
+    return match.end()
 
 
 def read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[Located]:

@@ -1,8 +1,8 @@
-"""The task table: choices, inference, sentiment and paraphrase beyond GLUE and SuperGLUE."""
+"""The task table: inference, sentiment, paraphrase and choices beyond GLUE and SuperGLUE."""
 
 from __future__ import annotations
 
-from pemt.tasks.shapes import (
+from pemt.tasks.published import (
     prepare_commonsense_qa,
     unpack_commonsense_qa,
     unpack_paws,
@@ -13,7 +13,7 @@ from pemt.tasks.task import HubSource, Task
 BINARY = ("0", "1")
 NLI = ("entailment", "neutral", "contradiction")
 
-CHOICE_TASKS = (
+CLASSIFICATION_TASKS = (
     Task(
         name="multi_nli",
         description="Decide how a hypothesis relates to a premise from one of many genres.",
