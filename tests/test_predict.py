@@ -158,7 +158,9 @@ def test_a_file_and_options(world: Path, tmp_path: Path, monkeypatch: pytest.Mon
     ("content", "message"),
     [
         (b'{"text": "a"}\n{"txt": "b"}\n', r":2: field 'text' is missing; found: txt"),
-        (b'{"text": 3}\n', r":1: field 'text' must be text, found int"),
+        (b'{"text": [3]}\n', r":1: field 'text' must be text, found list"),
+        (b'{"text": "\\ud800"}\n', r":1: no UTF-8"),
+        (b'{"input": "\\ud800"}\n', r":1: no UTF-8"),
         (b'{"input": 3}\n', r":1: field 'input' must be text, found int"),
         (b'\n{"text": "a"\n', r":2: broken JSON"),
         (b'{"text": "a"}\n["a"]\n', r":2: no JSON object"),

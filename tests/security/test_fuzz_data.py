@@ -1,0 +1,123 @@
+"""A thousand mutated data files: every row is an example, or told in one clear line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pemt.config import PemtError
+from pemt.data.examples import example_row
+from pemt.data.local_files import read_rows
+from pemt.tasks import get_task
+from tests.security.fuzzing import Outcomes, fuzz, mutated_text, mutated_values
+
+QUESTION = {
+    "id": "q1",
+    "qid": 7,
+    "question": "Where?",
+    "answers": [{"text": "Rome", "answer_start": 0}],
+}
+ANSWERS = [{"text": "Rain", "idx": 0, "label": 1}, {"text": "Sun", "idx": 1, "label": 0}]
+SPANS = {"span1_index": 0, "span1_text": "Ann", "span2_index": 2, "span2_text": "she"}
+RECORDS: dict[str, Any] = {
+    "squad": {"paragraphs": [{"context": "C", "qas": [QUESTION, QUESTION]}]},
+    "newsqa": {"context": "C", "qas": [{**QUESTION, "answers": ["Rome"]}]},
+    "triviaqa": {"question": "Who?", "answer": {"value": "Ann", "aliases": ["Anna"]}},
+    "drop": {"passage": "P", "question": "Who?", "answers_spans": {"spans": ["Ann"]}},
+    "superglue-multirc": {
+        "idx": 2,
+        "passage": {"text": "T", "questions": [{"question": "Q", "idx": 4, "answers": ANSWERS}]},
+    },
+    "superglue-record": {
+        "idx": 0,
+        "passage": {"text": "Ann ran.", "entities": [{"start": 0, "end": 2}]},
+        "qas": [{"query": "@placeholder", "idx": 1, "answers": [{"text": "Ann"}]}],
+    },
+    "superglue-wsc-fixed": {"idx": 0, "label": True, "target": SPANS, "text": "Ann said she ran."},
+    "commonsense_qa": {
+        "question": {"stem": "S", "choices": [{"label": c, "text": c} for c in "ABCDE"]},
+        "answerKey": "A",
+    },
+    "yelp_polarity": {"ori": "Good.", "label": 3},
+    "paws": {"sentence1": "b'a'", "sentence2": "b", "label": 1},
+    "stsb": {"sentence1": "a", "sentence2": "b", "label": 3.7},
+    "superglue-cb": {"premise": "a", "hypothesis": "b", "label": "neutral"},
+}
+
+
+def read_all(name: str, path: Path) -> None:
+    """Every row as a run would take it; the first malformed one is told at the end, as a run tells it."""
+    task, problems = get_task(name), []
+    for place, row in read_rows(task, [path]):
+        example = example_row(task, place, row)
+        "".join([example["source"], example["target"], *example["references"]]).encode("utf-8")
+        problems += [example["problem"]] if example["problem"] else []
+    if problems:
+        raise PemtError(problems[0])
+
+
+def test_nested_records(tmp_path: Path) -> None:
+    outcomes, path = Outcomes(), tmp_path / "train.jsonl"
+
+    @fuzz
+    @given(st.sampled_from(sorted(RECORDS)), st.data())
+    def run(name: str, data: st.DataObject) -> None:
+        changed = data.draw(mutated_values(RECORDS[name]))
+        path.write_text(f"{json.dumps(changed)}\n{json.dumps(RECORDS[name])}\n")
+        outcomes.of(lambda: read_all(name, path))
+
+    run()
+    outcomes.check()
+
+
+def test_bytes_of_data_files(tmp_path: Path) -> None:
+    outcomes = Outcomes()
+    row = RECORDS["superglue-cb"]
+    lines = [json.dumps(each) for each in (row, RECORDS["squad"]["paragraphs"][0])]
+    originals = {
+        "a.jsonl": f"{lines[0]}\n{lines[0]}\n",
+        "b.json": json.dumps([row, row], indent=1),
+        "c.json": json.dumps({"version": "1", "data": [row, row]}),
+        "d.tsv": "premise\thypothesis\tlabel\na\tb\t0\nc\td\t1\n",
+        "e.csv": 'premise,hypothesis,label\n"a ""x""",b,0\n"c\nc",d,1\n',
+    }
+
+    @fuzz
+    @given(st.sampled_from(sorted(originals)), st.data())
+    def run(name: str, data: st.DataObject) -> None:
+        (tmp_path / name).write_bytes(data.draw(mutated_text([originals[name]])))
+        outcomes.of(lambda: read_all("superglue-cb", tmp_path / name))
+
+    run()
+    outcomes.check()
+
+
+def test_bytes_of_packed_files(tmp_path: Path) -> None:
+    """gzip and parquet check less than they seem to: what they give is looked at like any other row."""
+    outcomes = Outcomes()
+    row = {"premise": "a" * 50, "hypothesis": "b", "label": "0"}
+    parquet.write_table(pa.Table.from_pylist([row] * 20), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(f"{json.dumps(row)}\n".encode() * 20))
+    originals = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    @fuzz
+    @given(st.sampled_from(sorted(originals)), st.data())
+    def run(name: str, data: st.DataObject) -> None:
+        content = bytearray(originals[name])
+        for _ in range(data.draw(st.integers(1, 3))):
+            at = data.draw(st.integers(0, len(content) - 1))
+            content[at] = data.draw(st.integers(0, 255))
+        if data.draw(st.integers(0, 9)) == 0:
+            del content[data.draw(st.integers(0, len(content))) :]
+        (tmp_path / name).write_bytes(content)
+        outcomes.of(lambda: read_all("superglue-cb", tmp_path / name))
+
+    run()
+    outcomes.check()
