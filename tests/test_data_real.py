@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields
+from itertools import chain
 
 import datasets
 import numpy as np
 import pytest
+import yaml
 
 from pemt.config import SourceConfig
-from pemt.data import TrainBatches, collate, lengths_of, load_task_data, load_tokenizer
+from pemt.data import DataError, TrainBatches, collate, lengths_of, load_task_data, load_tokenizer
 from pemt.data.local_files import read_rows
-from pemt.tasks import RowError, example_of, get_task
+from pemt.tasks import RowError, example_of, get_task, load_task_file
 
 pytestmark = pytest.mark.real
 
@@ -66,6 +68,37 @@ ANSWERABLE = {
 }
 
 
+# Folders that --data_dir takes as they are, with the files that it must find there.
+FOLDERS = {
+    ("superglue-cb", "superglue/CB"): ("train.jsonl", "val.jsonl"),
+    ("superglue-rte", "superglue/RTE"): ("train.jsonl", "val.jsonl"),
+    ("superglue-copa", "superglue/COPA"): ("train.32shot.jsonl", "val.jsonl"),
+    ("superglue-wic", "superglue/WiC"): ("train.32shot.jsonl", "val.jsonl"),
+    ("superglue-multirc", "superglue/MultiRC"): ("train.32shot.jsonl", "val.jsonl"),
+    ("superglue-boolq", "superglue/BoolQ"): ("train.32shot.jsonl", "val.slice.jsonl"),
+    ("superglue-record", "superglue/ReCoRD"): ("train.32shot.jsonl", "dev32.jsonl"),
+    ("cola", "glue/CoLA"): ("train.tsv", "dev.tsv"),
+    ("mrpc", "glue/MRPC"): ("train.tsv", "dev.tsv"),
+    ("wnli", "glue/WNLI"): ("train.tsv", "dev.tsv"),
+    ("sst2", "glue/SST-2"): ("train.slice.tsv", "dev.tsv"),
+    ("stsb", "glue/STS-B"): ("train.tsv", "dev.tsv"),
+    ("qqp", "glue/QQP"): ("train.slice.json", "dev.kshot.tsv"),
+}
+# Folders in which no file says that it is there to train, or to score on: a task's YAML does.
+SLICES = {"train": ["train.slice.json"], "validation": ["train.kshot.tsv"]}
+NAMED = {
+    ("qnli", "glue/QNLI"): SLICES,
+    ("mnli", "glue/MNLI"): SLICES,
+    ("paws", "paws"): {split: ["paws_qqp_dev_and_test.tsv"] for split in ("train", "test")},
+    ("yelp_polarity", "yelp"): {"train": ["dev.json"], "test": ["test.json"]},
+    ("squad", "squad"): {
+        "train": ["squad_v1_fixture.json", "squad_v2_dev_slice.json"],
+        "validation": ["squad_v2_flat_sample.json"],
+    },
+    ("newsqa", "mrqa"): {split: ["newsqa_sample.jsonl"] for split in ("train", "test")},
+}
+
+
 def examples_of(shared, name, file):
     """Every row's example, None without gold label; a malformed row fails the test."""
     task = get_task(name)
@@ -99,6 +132,12 @@ def test_similarity_scores_are_as_stated(shared, file, size, mean):
     assert np.mean(scores) == pytest.approx(mean, abs=5e-4)
     targets = {e["target"] for e in examples_of(shared, "stsb", f"glue/STS-B/{file}")}
     assert targets == {f"{n / 5:.1f}" for n in range(26)}
+
+
+def test_every_folder_is_covered(shared):
+    data = shared / "data"
+    folders = {str(path.parent.relative_to(data)) for path in data.rglob("*.*") if path.is_file()}
+    assert folders - {".", "t5_tokenizer"} == {folder for _, folder in (*FOLDERS, *NAMED)}
 
 
 def test_every_file_is_covered(shared):
@@ -151,6 +190,51 @@ def test_the_tokenizer_agrees_with_sentencepiece(shared, tokenizer):
     processor = sentencepiece.SentencePieceProcessor(str(path))
     for example in examples_of(shared, "mrpc", "glue/MRPC/dev.tsv"):
         assert tokenizer(example["source"]).input_ids == [*processor.encode(example["source"]), 1]
+
+
+def in_all(shared, name, folder, files):
+    """Labelled examples of some files, by target."""
+    every = (e for file in files for e in examples_of(shared, name, f"{folder}/{file}") if e)
+    return Counter(e["target"] for e in every)
+
+
+def loaded(data):
+    """Examples of a task's three sets, by target; one that is trained on every answer counts once."""
+    every = (row for part in (data.train, data.validation, data.test) for row in part)
+    return Counter(row["target"] for row in every if row["target"] == row["references"][0])
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def of(name, data_dir=None):
+        values = {"model_name_or_path": "m", "output_dir": "o", "bank_dir": "b"}
+        folder = str(data_dir) if data_dir else None
+        return SourceConfig(**values, task_name=name, data_dir=folder)
+
+    return of
+
+
+@pytest.mark.parametrize(("name", "folder"), FOLDERS)
+def test_a_folder_is_read_as_it_is(shared, tokenizer, config, name, folder):
+    data = load_task_data(get_task(name), config(name, shared / "data" / folder), tokenizer)
+    assert loaded(data) == in_all(shared, name, folder, FOLDERS[name, folder])
+    assert min(len(data.validation), len(data.test)) >= 16
+
+
+@pytest.mark.parametrize(("name", "folder"), NAMED)
+def test_files_of_any_name_are_read_by_a_task_that_names_them(
+    shared, tokenizer, config, tmp_path, name, folder
+):
+    at, files = shared / "data" / folder, NAMED[name, folder]
+    with pytest.raises(DataError, match=r"(no file of|found .*; train and at).*--task_file"):
+        load_task_data(get_task(name), config(name, at), tokenizer)
+    absolute = {split: [str(at / file) for file in given] for split, given in files.items()}
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.safe_dump({"name": "mine", "like": name, "files": absolute}))
+    data = load_task_data(load_task_file(path), config("mine"), tokenizer)
+    assert loaded(data) == in_all(shared, name, folder, chain.from_iterable(files.values()))
 
 
 @pytest.fixture(scope="module")

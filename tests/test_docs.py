@@ -11,10 +11,21 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pemt.config import AdaptConfig
 from pemt.sweep.plan import KEYS
-from pemt.tasks import load_task_file
+from pemt.tasks import get_task, load_task_file
 from tests.conftest import ROOT
 from tests.docs_pages import PAGES, blocks, name_of
+
+
+def test_a_task_registered_as_told_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[AdaptConfig] = []
+    monkeypatch.setattr("pemt.train.run_adapt", ran.append)
+    monkeypatch.setattr("pemt.tasks.registry._TASKS", {})  # it shall be forgotten again
+    (text,) = (text for _, text in blocks("python") if "register_task" in text)
+    exec(text, {})
+    (config,) = ran
+    assert get_task(config.task_name).labels == ("no", "yes")
 
 
 @pytest.mark.parametrize("found", [*blocks("yaml")], ids=lambda found: found[1][:30].strip())
@@ -22,7 +33,7 @@ def test_yaml_is_read(found: tuple[Path, str], tmp_path: Path) -> None:
     content = yaml.safe_load(found[1])
     path = tmp_path / "file.yaml"
     path.write_text(found[1])
-    if "template" in content:
+    if {"template", "like"} & set(content):
         assert load_task_file(str(path)).name == content["name"]
     else:
         assert set(content) <= set(KEYS)
