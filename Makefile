@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test soak lint typecheck imports docs clean
+.PHONY: help demo demo-quick test soak big lint typecheck imports docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -38,6 +38,9 @@ test: lint typecheck imports  ## all checks: ruff, mypy, import directions, pyte
 
 soak: $(STAMP)  ## faults tried many times on two ranks: kill -9 at 20 random steps, and at every file operation of a save
 	$(BIN)/pytest -m soak -rA tests/faults
+
+big: $(STAMP)  ## t5-3b and flan-t5-xl at full size on two ranks, ZeRO-3 (6 GB of disk, 20 GB of memory)
+	$(BIN)/pytest -m big -rA tests/test_full_size.py
 
 lint: $(STAMP)  ## ruff, shellcheck, clang-format: rules and format
 	$(BIN)/ruff check .

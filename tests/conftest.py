@@ -26,11 +26,11 @@ Launch = Callable[..., "Launched"]
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Launches run one after another on one worker, and that worker begins with them; soaks only when asked for."""
-    if "soak" not in config.option.markexpr:
-        soaks = [item for item in items if item.get_closest_marker("soak")]
-        items[:] = [item for item in items if item not in soaks]
-        config.hook.pytest_deselected(items=soaks)
+    """Launches run one after another on one worker, which begins with them; soaks and big ones only when asked for."""
+    unasked = [name for name in ("soak", "big") if name not in config.option.markexpr]
+    left_out = [item for item in items if any(map(item.get_closest_marker, unasked))]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
     for item in items:
         if item.get_closest_marker("launch"):
             item.add_marker(pytest.mark.xdist_group("launch"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration
 
 from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig, PemtError
@@ -30,6 +30,7 @@ from pemt.plan.speed import flops, step_time
 from pemt.plan.traffic import per_step
 from tests.conftest import ROOT
 from tests.launched_plan import make_base, random_sources
+from tests.tiny import t5_config
 from tests.tiny_t5 import FAMILIES
 
 CLUSTER = Cluster(nodes=4, gpus_per_node=8, chip=CHIPS["h100-80"])
@@ -41,19 +42,7 @@ RANKS = {"source": (4,)}
 
 
 def base_of(shape: Shape) -> T5ForConditionalGeneration:
-    config = T5Config(
-        vocab_size=shape.vocab_size,
-        d_model=shape.d_model,
-        d_kv=shape.d_kv,
-        d_ff=shape.d_ff,
-        num_layers=shape.num_layers,
-        num_decoder_layers=shape.num_decoder_layers,
-        num_heads=shape.num_heads,
-        dropout_rate=shape.dropout,
-        feed_forward_proj="gated-gelu" if shape.gated else "relu",
-        decoder_start_token_id=0,
-    )
-    base = T5ForConditionalGeneration(config)
+    base = T5ForConditionalGeneration(t5_config(shape))
     if not shape.tied:  # transformers unties what it loads, not what it makes
         base.lm_head.weight = torch.nn.Parameter(torch.empty_like(base.lm_head.weight))
     return base

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from pemt.config import AdaptConfig, SourceConfig
+from pemt.plan.shapes import Shape
 from pemt.tasks import Task, register_task
 
 COLOURS = ("red", "blue", "green", "white")
@@ -34,8 +35,8 @@ WORDS = (
 )
 
 
-def make_base(folder: Path, *, d_model: int = 16, **sizes: Any) -> Path:
-    """A random T5 with a word tokenizer, saved as Hugging Face saves one."""
+def make_tokenizer(folder: Path) -> None:
+    """A word tokenizer, saved as Hugging Face saves one."""
     vocabulary = {token: i for i, token in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -45,6 +46,11 @@ def make_base(folder: Path, *, d_model: int = 16, **sizes: Any) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
+
+
+def make_base(folder: Path, *, d_model: int = 16, **sizes: Any) -> Path:
+    """A random T5 with a word tokenizer, saved as Hugging Face saves one."""
+    make_tokenizer(folder)
     torch.manual_seed(0)
     shape = {"d_ff": 33, "d_kv": 4, "num_heads": 2, "num_layers": 2, **sizes}
     config = T5Config(
@@ -52,6 +58,22 @@ def make_base(folder: Path, *, d_model: int = 16, **sizes: Any) -> Path:
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder
+
+
+def t5_config(shape: Shape) -> T5Config:
+    """The configuration of a T5 that the planner knows by its sizes."""
+    return T5Config(
+        vocab_size=shape.vocab_size,
+        d_model=shape.d_model,
+        d_kv=shape.d_kv,
+        d_ff=shape.d_ff,
+        num_layers=shape.num_layers,
+        num_decoder_layers=shape.num_decoder_layers,
+        num_heads=shape.num_heads,
+        dropout_rate=shape.dropout,
+        feed_forward_proj="gated-gelu" if shape.gated else "relu",
+        decoder_start_token_id=0,
+    )
 
 
 def tiny_task(name: str) -> Task:
