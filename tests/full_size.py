@@ -1,9 +1,14 @@
-"""A base model, a bank and a task at a published T5's full size, random, and never whole in memory."""
+"""A base model, a bank and a task at a published T5's full size: random, and the base never whole in memory.
+
+    python -m tests.full_size t5-3b FOLDER
+
+A program of its own, since what it has freed the C library keeps.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from transformers import T5ForConditionalGeneration
 from pemt.bank import write_entry
 from pemt.model import base_shape
 from pemt.plan import Job
+from pemt.plan.shapes import KNOWN
 from tests.launched_plan import random_sources
 from tests.tiny import WORDS, make_tokenizer, t5_config
 
@@ -23,7 +29,12 @@ INDEX = "model.safetensors.index.json"
 SOURCES = tuple(f"source-{letter}" for letter in "abcdef")
 
 
-def make_world(folder: Path, job: Job) -> Path:
+def job_of(name: str) -> Job:
+    """One example of 64 tokens behind a prompt of 20, and an answer of 8, on each rank."""
+    return Job(shape=KNOWN[name], batch=1, source=64, target=8)
+
+
+def make_world(folder: Path, job: Job) -> None:
     """`base/`, `bank/`, `data/` and `task.yaml` of a job."""
     write_base(folder / "base", job)
     shape = base_shape(t5_config(job.shape))
@@ -31,7 +42,6 @@ def make_world(folder: Path, job: Job) -> Path:
     for source in random_sources(job, shape, names=SOURCES):  # fp32, as `pemt source` leaves them
         write_entry(folder / "bank", source, base=entry, description=None, metrics={})
     write_task(folder, job)
-    return folder
 
 
 def write_base(folder: Path, job: Job) -> None:
@@ -99,14 +109,5 @@ def _words(count: int, start: int) -> str:
     return " ".join(WORDS[(start + i) % len(WORDS)] for i in range(count))
 
 
-def cool(folder: Path) -> int:
-    """Have the page cache forget a folder's files; their bytes."""
-    size = 0
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)  # pages that are not written yet stay
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-            size += path.stat().st_size
-    return size
+if __name__ == "__main__":
+    make_world(Path(sys.argv[2]), job_of(sys.argv[1]))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,8 @@ from pemt.plan import Cluster, Job, read_zero
 from pemt.plan.count import sizes, weights
 from pemt.plan.job import CHIPS
 from pemt.plan.memory import memory
-from pemt.plan.shapes import KNOWN
 from tests.conftest import ROOT, launch_ranks
-from tests.full_size import cool, make_world
+from tests.full_size import job_of
 from tests.tiny import losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.big]
@@ -80,22 +80,19 @@ class Run:
     files: int
 
 
-def job_of(name: str) -> Job:
-    return Job(shape=KNOWN[name], batch=1, source=64, target=8)
-
-
 @pytest.fixture(scope="module", params=["flan-t5-xl", "t5-3b"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp(request.param)
     try:
-        yield train(job_of(request.param), folder)
+        yield train(request.param, folder)
     finally:
         shutil.rmtree(folder)
 
 
-def train(job: Job, folder: Path) -> Run:
-    told("building")
-    make_world(folder, job)
+def train(name: str, folder: Path) -> Run:
+    told(f"building {name}")
+    program = [sys.executable, "-m", "tests.full_size", name, str(folder)]
+    subprocess.run(program, cwd=ROOT, check=True)
     files = cool(folder)
     told(f"{files / 1e9:.2f} GB of files; a run")
     with Ranks() as ranks:
@@ -104,7 +101,7 @@ def train(job: Job, folder: Path) -> Run:
     adapt(folder, "resumed", "--resume_from_checkpoint", str(folder / "whole" / "checkpoint-2"))
     told("done")
     return Run(
-        job=job,
+        job=job_of(name),
         whole=folder / "whole",
         resumed=folder / "resumed",
         peak=[ranks.peak[rank] for rank in (0, 1)],
@@ -127,6 +124,19 @@ def adapt(folder: Path, name: str, *arguments: str) -> None:
         environment=MALLOC,
     )
     told(finished.output)
+
+
+def cool(folder: Path) -> int:
+    """Have the page cache forget a folder's files; their bytes."""
+    size = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)  # pages that are not written yet would stay
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+            size += path.stat().st_size
+    return size
 
 
 def told(what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import T5ForConditionalGeneration
 
 from pemt.base import BaseModelError, load_pretrained
-from pemt.config import ExpertConfig
+from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
 from pemt.engine.start import place
 from pemt.lazy_weights import is_unread, put_value, read_all, value_of
-from pemt.model import PemtT5, base_digest
+from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
+from pemt.model.experts import expert_shapes
+from pemt.model.mixture import MixtureProjection
 from tests.tiny import make_base
 
 BATCH = {
@@ -123,6 +126,55 @@ def test_modules_are_built_around_what_is_not_read_yet(tmp_path: Path) -> None:
         read_all(model)
         losses.append(model(**BATCH).loss)
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_experts_are_laid_side_by_side_where_the_base_is_read(kind: str, tmp_path: Path) -> None:
+    """Around an unread base they take no memory; the model is the same one in the end."""
+    bases = both(make_base(tmp_path))
+    shape = base_shape(bases[0].config)
+    sources = [source_of(kind, rank, shape) for rank in (2, 3)]
+    models = []
+    for base in bases:
+        torch.manual_seed(0)
+        model = PemtT5.target(
+            base,
+            sources=sources,
+            mixture=MixtureConfig(),
+            adapter=AdapterConfig(reduction_factor=4),
+            prompt_PD=torch.randn(3, 16),
+        )
+        models.append(model.eval())
+    whole, lazy = models
+    packed = [
+        each
+        for module in lazy.modules()
+        if isinstance(module, MixtureProjection)
+        for name, each in module.named_parameters(recurse=False)
+        if name != "weight"
+    ]
+    assert len(packed) == 4 * (2 if kind == "lora" else 4)
+    assert all(is_unread(each) and each.untyped_storage().nbytes() == 4 for each in packed)
+    read_all(lazy)
+    for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
+        ours = dict((*lazy.named_parameters(), *lazy.named_buffers()))[name]
+        assert torch.equal(ours, tensor), name
+    assert lazy(**BATCH).loss == whole(**BATCH).loss
+
+
+def source_of(kind: str, rank: int, shape: dict[str, Any]) -> ExpertSource:
+    """In bf16, as a bank may hold it."""
+    return ExpertSource(
+        name=f"rank-{rank}",
+        kind="lora" if kind == "lora" else "bottleneck",
+        rank=rank,
+        alpha=4.0,
+        weights={
+            key: torch.randn(size, dtype=torch.bfloat16)
+            for key, size in expert_shapes(kind, rank, shape).items()
+        },
+        prompt_PD=torch.randn(4, shape["d_model"]),
+    )
 
 
 def test_a_value_given_first_is_not_read_again(tmp_path: Path) -> None:

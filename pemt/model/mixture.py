@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pemt.config import AdapterConfig
+from pemt.lazy_weights import is_unread, unread_parameter, value_of
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
 from pemt.model.gate import Gate
@@ -145,7 +147,8 @@ class LoraMixture(MixtureProjection):
         self.scales = [source.alpha / source.rank for source in sources]
         self.down = packed(sources, f"{site.name}.down", self.weight, dim=0)
         self.up = packed(sources, f"{site.name}.up", self.weight, dim=1)
-        self.register_buffer("gram", gram_matrix(self.up, self.ranks), persistent=False)
+        up_DN = value_of(self.up).to(self.up.dtype)
+        self.register_buffer("gram", gram_matrix(up_DN, self.ranks), persistent=False)
 
     def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
         return expert_mixture(
@@ -226,9 +229,16 @@ class BottleneckMixture(MixtureProjection):
 
 
 def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int) -> nn.Parameter:
-    """One tensor of all experts side by side, frozen; a parameter, so that ZeRO-3 partitions it."""
-    tensors = [source.weights[key].to(like) for source in sources]
-    return nn.Parameter(torch.cat(tensors, dim=dim), requires_grad=False)
+    """One tensor of all experts side by side, frozen; a parameter, so that ZeRO-3 partitions it.
+
+    Unread where the base is: they are laid side by side as they are placed, and no rank holds them all.
+    """
+    tensors = [source.weights[key] for source in sources]
+    if not is_unread(like):
+        return nn.Parameter(torch.cat(tensors, dim=dim).to(like), requires_grad=False)
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return unread_parameter(tuple(shape), like.dtype, partial(torch.cat, tensors, dim=dim))
 
 
 MIXTURES: dict[str, type[LoraMixture] | type[BottleneckMixture]] = {
