@@ -30,8 +30,8 @@ SOURCES = tuple(f"source-{letter}" for letter in "abcdef")
 
 
 def job_of(name: str) -> Job:
-    """One example of 64 tokens behind a prompt of 20, and an answer of 8, on each rank."""
-    return Job(shape=KNOWN[name], batch=1, source=64, target=8)
+    """One example of 64 tokens behind a prompt of 20, and an answer of 4, on each rank."""
+    return Job(shape=KNOWN[name], batch=1, source=64, target=4)
 
 
 def make_world(folder: Path, job: Job) -> None:
