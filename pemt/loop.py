@@ -336,7 +336,7 @@ def prepare(
 
 
 def _restore(setup: Setup, schedule: LRScheduler, resumed: Checkpoint) -> Progress:
-    """Optimizer, schedule and generators as they were when the checkpoint was saved."""
+    """Optimizer, schedule and generators as they were when the checkpoint was saved; its tensors are let go."""
     progress = resumed.progress
     # One token: a batch of the data may be the very one that gives no finite loss.
     token = torch.tensor([[setup.tokenizer.eos_token_id]], device=setup.engine.device)
@@ -349,6 +349,8 @@ def _restore(setup: Setup, schedule: LRScheduler, resumed: Checkpoint) -> Progre
     for _ in range(progress.step):
         schedule.step()
     setup.engine.load_random_states(resumed.random)
+    for tensors in (resumed.weights, resumed.moments, resumed.random):
+        tensors.clear()  # 12 bytes a trained parameter, on every rank and to the run's end otherwise
     return progress
 
 

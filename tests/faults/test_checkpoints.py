@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pemt.checkpoint import CheckpointError, checkpoint_folders, step_of
+import pemt.loop
+from pemt.checkpoint import Checkpoint, CheckpointError, Checkpoints, checkpoint_folders, step_of
 from pemt.config import ExpertConfig, SourceConfig
 from pemt.manifest import MANIFEST, read_manifest, sealed
 from pemt.train import run_source
@@ -106,6 +109,32 @@ DAMAGES = {
     foreign: "checkpoint-6: was saved with data_seed 7, this run has 42",
     of_another_step: "checkpoint-6: its manifest is that of step 2",
 }
+
+
+def test_what_was_read_is_let_go_before_the_first_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    read: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    resume, take_step = Checkpoints.resume, pemt.loop._take_step
+
+    def watched_resume(checkpoints: Checkpoints, choice: str | bool) -> Checkpoint | None:
+        found = resume(checkpoints, choice)
+        assert found is not None
+        read.extend(map(weakref.ref, (*found.weights.values(), *found.moments.values())))
+        return found
+
+    def watched_step(*arguments: Any) -> Any:
+        alive.append(sum(each() is not None for each in read))
+        return take_step(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "resume", watched_resume)
+    monkeypatch.setattr(pemt.loop, "_take_step", watched_step)
+    run_source(resumed(world, tmp_path / "run"))
+    assert len(read) > 0
+    assert alive == [0, 0]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
