@@ -62,7 +62,7 @@ def place(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_there_is_something_to_try() -> None:
     tried = {" ".join(words_of(line)[:2]) for line in commands()}
-    assert {f"pemt {name}" for name in COMMANDS} - tried == {"pemt completion"}
+    assert {f"pemt {name}" for name in COMMANDS} <= tried
     verbs = {words_of(line)[2] for line in commands() if line.startswith("pemt bank ")}
     assert verbs > {"add", "export", "import-official"}
 
