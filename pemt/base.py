@@ -70,7 +70,7 @@ def load_pretrained(
         base = unread_base(name, model_config) if lazy else None
         if base is None:
             weight_files(name)  # refuses an index that leads out of the folder
-            with _bars_on_terminals_alone():
+            with bars_on_terminals_alone():
                 base = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
     except WeightFileError as error:
         raise BaseModelError(str(error)) from None
@@ -122,8 +122,8 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 @contextmanager
-def _bars_on_terminals_alone() -> Iterator[None]:
-    """transformers' bar over the weights, which goes to stderr, is noise in a file."""
+def bars_on_terminals_alone() -> Iterator[None]:
+    """transformers' bars over weights read and written, which go to stderr, are noise in a file."""
     bars = transformers.logging
     shown = bars.is_progress_bar_enabled()
     if shown and not sys.stderr.isatty():

@@ -28,6 +28,7 @@ from pemt.finished import load_finished
 from pemt.publish.export import export_run
 from pemt.publish.pemt_model import PemtModel
 from pemt.train import run_adapt, run_source
+from tests.conftest import ROOT
 from tests.hub import hub
 from tests.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
@@ -317,6 +318,19 @@ def test_the_commands(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert yaml.safe_load(front)["license"] == "mit"
     with pytest.raises(PemtError, match=r"holds no adapter_config\.json"):
         COMMANDS["push"]([str(world / "base" / ".."), "me/x"])
+
+
+def test_no_bars_in_a_file(world: Path, tmp_path: Path) -> None:
+    program = f"""
+from pemt.commands import COMMANDS
+from tests.tiny import tiny_task
+tiny_task({TARGET!r})
+COMMANDS["export"]([{str(world / "full")!r}, {str(tmp_path / "out")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "%|" not in done.stderr, done.stderr
 
 
 def test_importing_pemt_loads_nothing_heavy() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pemt.bank import read_bank
+from pemt.base import bars_on_terminals_alone
 from pemt.config import AdaptConfig
 from pemt.finished import Finished, load_finished
 from pemt.model import FullT5, PeftT5, base_digest, base_shape
@@ -72,7 +73,8 @@ def export_run(
         if isinstance(finished.model, PeftT5):
             _write_peft(temporary, finished.model, name)
         elif isinstance(finished.model, FullT5):
-            finished.model.base.save_pretrained(temporary)
+            with bars_on_terminals_alone():
+                finished.model.base.save_pretrained(temporary)
             finished.tokenizer.save_pretrained(temporary)
         else:
             _write_own(temporary, finished, config, name, dtype)
