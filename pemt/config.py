@@ -130,7 +130,7 @@ class RunConfig:
         preprocessing_num_workers: processes that tokenise; default: one, or up to 8 from 50 000 examples on.
         max_train_samples: keep only this many training examples.
         max_eval_samples: keep only this many examples of validation and of test.
-        per_device_train_batch_size: examples per rank and micro-batch.
+        per_device_train_batch_size: examples per rank and micro-batch, at most: an epoch's longest get what is left.
         per_device_eval_batch_size: examples per rank and evaluation batch.
         gradient_accumulation_steps: micro-batches per optimizer step.
         learning_rate: peak learning rate of AdamW.

@@ -1,10 +1,10 @@
 """Batches of indices: bucketed by length, the same for every way of dividing the work, resumable.
 
-A step's global batch is `world_size * accumulation` micro-batches of `batch_size` examples. What
+A step's global batch is `world_size * accumulation` micro-batches of up to `batch_size` examples. What
 they contain depends on (seed, epoch, batch_size, world_size * accumulation) alone, so 2 ranks and
 one process that accumulates 2 micro-batches compute the very same step.
 
-Shape legend: N examples, S steps of an epoch, M micro-batches of a step, B examples of one.
+Shape legend: N examples, M micro-batches of an epoch, B examples of one.
 """
 
 from __future__ import annotations
@@ -16,24 +16,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# How far an example may move from its place in the order of lengths, in micro-batches; the first
-# that keeps padding under MAX_WASTE is taken. Without any, batches hardly differ between epochs.
-BLURS = (0.5, 0.2, 0.1, 0.0)
-MAX_WASTE = 0.06
+# Noise that is added to lengths before they are put in order, as a share of their mean; so much padding
+# it costs, about. Without any, the batches of texts of many lengths hardly differ between epochs.
+NOISES = (0.0, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
+# As much of it is taken as gives an example mostly new companions in its next epoch,
+MAX_KEPT = 0.2
+# while no more is wasted than this; or, of sets that cannot come below it, than so many times their least.
+MAX_WASTE, MAX_OVER_LEAST = 0.068, 1.15
 IGNORED = -100  # label of a padded position; PyTorch's cross-entropy leaves it out
 
 
 class TrainBatches:
     """Training batches of one rank.
 
-    Examples are put in order of length, blurred as far as padding allows so that batches differ
-    from epoch to epoch, and cut into global batches whose order is random: micro-batches of one
-    step take about equally long on every rank. All examples of an epoch are seen; the last global
-    batch is filled up with some of the longest a second time, where a fuller batch saves most.
+    Examples are put in order of length, with as much noise as padding allows so that batches differ from
+    epoch to epoch, and cut into global batches whose order is random: micro-batches of one step take
+    about equally long on every rank. An epoch shows every example once; where examples do not fill all
+    micro-batches, those of the longest have fewer (`sizes_of`). Only where there are fewer examples than
+    ranks and micro-batches are some shown twice.
 
     Args:
         lengths: source tokens of each example, [N].
-        batch_size: examples of a micro-batch.
+        batch_size: examples of a micro-batch, at most.
         accumulation: micro-batches of a rank per optimizer step.
         world_size, rank: how many ranks there are, and which this is.
         seed: the order's seed.
@@ -52,21 +56,36 @@ class TrainBatches:
         self.lengths = np.asarray(lengths)
         assert len(self.lengths) > 0, "no examples"
         assert 0 <= rank < world_size, (rank, world_size)
-        micro_batches = world_size * accumulation
+        self.of_a_step = world_size * accumulation
         self.mine = slice(rank * accumulation, (rank + 1) * accumulation)
         self.seed = seed
-        self.steps_per_epoch = -(-len(self.lengths) // (batch_size * micro_batches))
-        self.shape_SMB = (self.steps_per_epoch, micro_batches, batch_size)
-        self.blur = next(
-            (blur for blur in BLURS if self.waste(self.in_order(0, blur)) <= MAX_WASTE), BLURS[-1]
+        self.steps_per_epoch = -(-len(self.lengths) // (batch_size * self.of_a_step))
+        self.sizes_M = sizes_of(
+            len(self.lengths), batch_size, self.steps_per_epoch * self.of_a_step
         )
+        self.noise = self._noise()
+
+    def _noise(self) -> float:
+        """The least noise that mixes enough, or the most that padding allows; in tokens."""
+        least = self.waste(self.in_order(0, 0.0))
+        limit = MAX_WASTE if least <= MAX_WASTE else MAX_OVER_LEAST * least
+        chosen = 0.0
+        for noise in np.array(NOISES) * self.lengths.mean():
+            first, second = (self.in_order(epoch, noise) for epoch in (0, 1))
+            if noise and self.waste(first) > limit:
+                break
+            chosen = float(noise)
+            if companions_kept(first, second) <= MAX_KEPT:
+                break
+        return chosen
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[list[int]]]:
         """This rank's micro-batches of indices, a list per step from `start_step` on."""
-        order_SMB = self.in_order(epoch, self.blur)
+        order = self.in_order(epoch, self.noise)
         steps = np.random.default_rng([self.seed, epoch, 1]).permutation(self.steps_per_epoch)
         for step in steps[start_step:]:
-            yield order_SMB[step, self.mine].tolist()
+            every_rank = order[step * self.of_a_step : (step + 1) * self.of_a_step]
+            yield [indices_B.tolist() for indices_B in every_rank[self.mine]]
 
     def steps(self, start: int, end: int) -> Iterator[list[list[int]]]:
         """This rank's micro-batches of every optimizer step from `start` to `end`."""
@@ -90,25 +109,56 @@ class TrainBatches:
         """Nothing: what was left out was told before the first step."""
         return []
 
-    def in_order(self, epoch: int, blur: float) -> np.ndarray:
-        """The micro-batches of an epoch from short to long, [S, M, B]."""
+    def in_order(self, epoch: int, noise: float) -> list[np.ndarray]:
+        """The micro-batches of an epoch from short to long."""
         rng = np.random.default_rng([self.seed, epoch, 0])
-        total, batch_size = int(np.prod(self.shape_SMB)), self.shape_SMB[-1]
-        # The permutation decides between equal lengths.
-        order = rng.permutation(len(self.lengths))
-        order = order[np.argsort(self.lengths[order], kind="stable")]
-        missing = total - len(order)
-        longest = rng.permutation(order[-max(batch_size, missing) :])
-        order = np.concatenate([order, np.resize(longest, missing)])
-        order = order[np.argsort(self.lengths[order], kind="stable")]
-        reach = blur * batch_size
-        places = np.arange(total) + rng.uniform(-reach, reach, size=total)
-        return order[np.argsort(places)].reshape(self.shape_SMB)
+        # The permutation decides between equal lengths, and who is shown twice.
+        order = np.resize(rng.permutation(len(self.lengths)), self.sizes_M.sum())
+        places = self.lengths[order] + rng.uniform(-noise, noise, size=len(order))
+        order = order[np.argsort(places, kind="stable")]
+        return np.split(order, np.cumsum(self.sizes_M)[:-1])
 
-    def waste(self, order_SMB: np.ndarray) -> float:
-        """Share of padding among the source tokens of these micro-batches."""
-        lengths_SMB = self.lengths[order_SMB]
-        return 1 - lengths_SMB.sum() / (lengths_SMB.max(axis=-1).sum() * order_SMB.shape[-1])
+    def waste(self, micro_batches: Sequence[Sequence[int] | np.ndarray]) -> float:
+        """Share of source tokens of an epoch that are padding, or of an example's second time."""
+        padded = sum(len(each) * self.lengths[each].max() for each in micro_batches)
+        return 1 - float(self.lengths.sum() / padded)
+
+
+def sizes_of(examples: int, batch_size: int, count: int) -> np.ndarray:
+    """How many examples each micro-batch of an epoch has, from short texts to long ones, [M].
+
+    What is missing to whole ones is taken from the longest, where a row costs most, but not more than
+    half of any: the mean of a small one's losses would weigh its examples too much.
+    """
+    half = batch_size // 2
+    missing = count * batch_size - examples
+    if missing > count * half:  # a single step, less than half full
+        return np.maximum(1, (examples + np.arange(count)[::-1]) // count)
+    taken_M = np.clip(missing - half * np.arange(count), 0, half)
+    return batch_size - taken_M[::-1]
+
+
+def companions_kept(
+    before: Sequence[Sequence[int] | np.ndarray], after: Sequence[Sequence[int] | np.ndarray]
+) -> float:
+    """Of the pairs that share a micro-batch of one epoch, the share that does so in another."""
+    indices = np.concatenate(before)
+    place = np.empty(indices.max() + 1, dtype=np.int64)
+    place[np.concatenate(after)] = places_of(after)
+    both = places_of(before) * len(after) + place[indices]
+    pairs, kept = (pairs_within(each) for each in (places_of(before), both))
+    return kept / pairs if pairs else 0.0
+
+
+def places_of(micro_batches: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    """For every index in these, in their order, the number of its micro-batch."""
+    return np.repeat(np.arange(len(micro_batches)), [len(each) for each in micro_batches])
+
+
+def pairs_within(groups: np.ndarray) -> int:
+    """How many ordered pairs have the same group."""
+    _, sizes = np.unique(groups, return_counts=True)
+    return int(np.sum(sizes * (sizes - 1)))
 
 
 class EvalBatches:
