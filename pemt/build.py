@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pemt.bank import entry_names, read_bank
-from pemt.config import PEFT_METHODS, AdaptConfig, RunConfig, SourceConfig
+from pemt.config import PEFT_METHODS, AdaptConfig, ConfigError, RunConfig, SourceConfig
 from pemt.model import (
+    PREFIXES,
     BitFitT5,
     FullT5,
     PeftT5,
@@ -77,10 +78,16 @@ def check_method(config: AdaptConfig) -> None:
 
     Raises:
         PeftError: peft is not installed, or `peft_config` is wrong.
+        ConfigError: the method does not go with gradient_checkpointing.
         BankError: there is no bank.
     """
     if config.method in PEFT_METHODS:
-        peft_settings(config.method, config.peft_config)
+        kind = peft_settings(config.method, config.peft_config).peft_type.value
+        if config.gradient_checkpointing and kind in PREFIXES:
+            # transformers would drop the prefix from every block that is recomputed
+            raise ConfigError(
+                f"gradient_checkpointing: does not go with {kind}; leave one of them out"
+            )
     elif config.method == "pemt":
         assert config.bank_dir is not None
         entry_names(config.bank_dir)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from pemt.arguments import read_yaml_mapping
+from pemt.build import check_method
 from pemt.config import PemtError
-from pemt.model import BitFitT5, FullT5, PeftT5, TrainedT5, peft_settings, starts_from_text
+from pemt.model import (
+    PREFIXES,
+    BitFitT5,
+    FullT5,
+    PeftT5,
+    TrainedT5,
+    peft_settings,
+    starts_from_text,
+)
+from pemt.model.peft_model import UNFIT
+from tests.tiny import adapt_config
 from tests.tiny_t5 import SIZES, gradients, tiny_base, tiny_batch, tiny_prompt
 
 LENGTHS = (7, 4, 2)
@@ -54,9 +68,14 @@ MODELS: dict[str, Callable[[], TrainedT5]] = {
 
 
 def made(name: str) -> TrainedT5:
+    """One of MODELS."""
+    return with_effect(MODELS[name])
+
+
+def with_effect(make: Callable[[], TrainedT5]) -> TrainedT5:
     """A model in evaluation mode with random trained matrices, so that each has an effect."""
     torch.manual_seed(7)
-    model = MODELS[name]()
+    model = make()
     with torch.no_grad():
         for _, parameter in model.trainable_parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -88,7 +107,10 @@ def test_padding_and_batch_change_nothing(name: str, beams: int) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_the_likeliest_of_the_forward_pass(name: str) -> None:
-    model = made(name)
+    check_greedy(made(name))
+
+
+def check_greedy(model: TrainedT5) -> None:
     fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "eos_token_id": None}
     ids = model.generate(**inputs(), **fixed)[:, 1:]
     with torch.no_grad():
@@ -98,7 +120,10 @@ def test_greedy_tokens_are_the_likeliest_of_the_forward_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_changes_what_is_trained_and_nothing_else(name: str) -> None:
-    model = made(name)
+    check_step(made(name))
+
+
+def check_step(model: TrainedT5) -> None:
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     trained = dict(model.trainable_parameters())
     assert {key for key, value in model.named_parameters() if value.requires_grad} == set(trained)
@@ -112,6 +137,79 @@ def test_a_step_changes_what_is_trained_and_nothing_else(name: str) -> None:
         key for key, value in model.named_parameters() if not torch.equal(value, before[key])
     }
     assert changed == set(trained)
+
+
+TYPES = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+PREFIX = {"num_virtual_tokens": 4}
+# What peft's defaults, or their absence, leave too large for the tiny base.
+SMALL: dict[str, dict[str, Any]] = {
+    "C3A": {"block_size": 8},
+    "CARTRIDGE": PREFIX,
+    "FOURIERFT": {"n_frequency": 20},
+    "MISS": {"r": 4},
+    "PREFIX_TUNING": PREFIX,
+    "PROMPT_TUNING": PREFIX,
+    "PSOFT": {"r": 4},
+    "P_TUNING": PREFIX,
+    "ROAD": {"group_size": 4},
+    "SHIRA": {"r": 2},
+    "TRAINABLE_TOKENS": {"token_indices": [3, 4, 5, 6, 7, 8]},
+    "VBLORA": {"vector_length": 8, "num_vectors": 10},
+    "WAVEFT": {"n_frequency": 20},
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_of_peft_trains_and_answers_or_is_refused_for_a_reason(kind: str) -> None:
+    make = by_peft(peft_type=kind, **SMALL.get(kind, {}))
+    if kind in UNFIT:
+        with pytest.raises(PemtError, match=f"found {kind}, which .*; allowed are"):
+            make()
+        return
+    model = with_effect(make)
+    check_greedy(model)
+    check_step(model)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_of_peft_says_in_one_line_what_does_not_fit(kind: str) -> None:
+    told = complaint(by_peft(peft_type=kind))
+    assert "\n" not in told
+    assert not told or kind in told
+
+
+def complaint(make: Callable[[], TrainedT5]) -> str:
+    try:
+        make()
+    except PemtError as error:
+        return str(error)
+    return ""
+
+
+def test_the_docs_name_every_type_of_peft() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    runs, refused = page.split("Types that run")[1].split("Types that are refused")
+    refused = refused.split("CARTRIDGE and")[0]
+    assert re.findall(r"[A-Z][A-Z_0-9]+", runs) == [kind for kind in TYPES if kind not in UNFIT]
+    assert set(re.findall(r"[A-Z][A-Z_0-9]+", refused)) == set(UNFIT)
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_prefix_is_as_deep_and_as_wide_as_the_decoder(kind: str) -> None:
+    """Not as the encoder is deep, nor as wide as the embeddings: heads need not divide d_model."""
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 5, "d_ff": 48, "num_heads": 2}
+    config = T5Config(**sizes, num_layers=1, num_decoder_layers=3, decoder_start_token_id=0)
+    base = T5ForConditionalGeneration(config)
+    settings = peft_settings("peft", {"peft_type": kind, **PREFIX})
+    check_greedy(with_effect(lambda: PeftT5(base, settings)))
+
+
+def test_a_prefix_and_recomputed_blocks_are_refused_together(tmp_path: Path) -> None:
+    given = {"peft_type": "PREFIX_TUNING", **PREFIX}
+    config = adapt_config(*(tmp_path,) * 4, "t", method="peft", peft_config=given)
+    check_method(config)
+    with pytest.raises(PemtError, match="gradient_checkpointing: does not go with PREFIX_TUNING"):
+        check_method(replace(config, gradient_checkpointing=True))
 
 
 @pytest.mark.parametrize("name", ["full", "bitfit", "lora", "prompt"])
@@ -229,9 +327,24 @@ def test_a_saved_adapter_config_is_a_peft_config(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "unknown type": ("peft", {"peft_type": "LORRA"}, "peft_type: found LORRA, allowed are .*LORA"),
+    "unknown type": ("peft", {"peft_type": "LORRA"}, "peft_type: found LORRA; allowed are .*LORA"),
     "unknown field": ("lora", {"rnk": 4}, "peft_config.rnk: LoraConfig has no such field"),
-    "needs calls between steps": ("peft", {"peft_type": "ADALORA"}, "found ADALORA, allowed"),
+    "needs calls between steps": ("peft", {"peft_type": "ADALORA"}, "ADALORA, which needs a call"),
+    "fails as it is put in": (
+        "peft",
+        {"peft_type": "TRAINABLE_TOKENS", "token_indices": [99]},
+        "TRAINABLE_TOKENS cannot be put into .*index",
+    ),
+    "fails when it is called": (
+        "peft",
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "num_layers": 1},
+        "PREFIX_TUNING cannot be put into .*index",
+    ),
+    "no length": (
+        "peft",
+        {"peft_type": "P_TUNING"},
+        "num_virtual_tokens: missing; P_TUNING needs it",
+    ),
     "another type": ("prompt", {"peft_type": "LORA"}, "found LORA with `method: prompt`"),
     "no such modules": ("lora", {"target_modules": ["query"]}, "cannot be put .*query"),
     "bad value": ("lora", {"r": 0}, "LORA cannot be put .*0"),

@@ -3,13 +3,14 @@
 from pemt.model.baselines import BitFitT5, FullT5
 from pemt.model.experts import ExpertSource, ModelError
 from pemt.model.inject import checked_base
-from pemt.model.peft_model import PeftT5, peft_settings, starts_from_text
+from pemt.model.peft_model import PREFIXES, PeftT5, peft_settings, starts_from_text
 from pemt.model.pemt_t5 import PemtT5
 from pemt.model.prompts import description_prompt
 from pemt.model.shape import base_digest, base_shape
 from pemt.model.trained_t5 import PemtOutput, TrainedT5
 
 __all__ = [
+    "PREFIXES",
     "BitFitT5",
     "ExpertSource",
     "FullT5",

@@ -24,8 +24,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "peft": {},
 }
 PROMPTS = ("PROMPT_TUNING", "P_TUNING")
-# They need calls between the steps, or several tasks, that this trainer does not make.
-UNFIT = ("ADALORA", "MULTITASK_PROMPT_TUNING", "POLY", "XLORA")
+# Keys and values before those of the decoder's self-attention.
+PREFIXES = ("CARTRIDGE", "PREFIX_TUNING")
+# Fields without a default that would do.
+NEEDED = {
+    **dict.fromkeys((*PROMPTS, *PREFIXES), "num_virtual_tokens"),
+    "TRAINABLE_TOKENS": "token_indices",
+}
+NO_ENCODER = "is made for models without an encoder"
+UNFIT = {
+    "ADALORA": "needs a call after every step",
+    "ADAPTION_PROMPT": NO_ENCODER,
+    "CPT": NO_ENCODER,
+    "MULTITASK_PROMPT_TUNING": "trains on several tasks at once",
+    "POLY": "trains on several tasks at once",
+    "SHADOW": NO_ENCODER,
+    "XLORA": "mixes adapters that were trained before",
+}
 
 
 class PeftError(PemtError):
@@ -54,13 +69,16 @@ def peft_settings(method: str, given: Mapping[str, Any] | None) -> Any:
     kind = str(fields.get("peft_type", "nothing")).upper()
     if kind not in known or kind in UNFIT:
         fit = ", ".join(name for name in known if name not in UNFIT)
-        raise PeftError(f"peft_config.peft_type: found {kind}, allowed are {fit}")
+        why = f", which {UNFIT[kind]}" if kind in UNFIT else ""
+        raise PeftError(f"peft_config.peft_type: found {kind}{why}; allowed are {fit}")
     if method in DEFAULTS and kind != DEFAULTS[method].get("peft_type", kind):
         raise PeftError(
             f"peft_config.peft_type: found {kind} with `method: {method}`; choose `method: peft`"
         )
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     _check_fields(fields, cls)
+    if kind in NEEDED and not fields.get(NEEDED[kind]):
+        raise PeftError(f"peft_config.{NEEDED[kind]}: missing; {kind} needs it")
     if kind in PROMPTS:
         # Otherwise peft keeps a second prompt for the decoder, and never uses it.
         fields.setdefault("num_transformer_submodules", 1)
@@ -90,7 +108,7 @@ class PeftT5(BaselineT5):
         prompt_PD: what a prompt of unspecified start begins with, repeated to its length [P,D].
 
     Raises:
-        PeftError: peft cannot put it into this base model.
+        PeftError: peft cannot put it into this base model, or the model that it gives cannot be called.
         ModelError: the base is no T5.
     """
 
@@ -102,18 +120,28 @@ class PeftT5(BaselineT5):
         super().__init__(base)
         del self.base  # it lives on inside `peft`; twice in the tree, ZeRO-3 would gather it twice
         read_all(base)  # some of peft's ways to start look at the weights
+        kind = settings.peft_type.value
+        if kind in PREFIXES:
+            _fit_prefix(settings, base)
         try:
             self.peft = get_peft_model(base, settings)
-        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            self._try()
+        except Exception as error:  # whatever peft raises
             raise PeftError(
-                f"peft_config: {settings.peft_type.value} cannot be put into this base model: {_first_line(error)}"
-            ) from None
+                f"peft_config: {kind} cannot be put into this base model: {_first_line(error)}"
+            ) from error
         self._marked = [each for each in self.peft.parameters() if each.requires_grad]
         if not self._marked:
-            raise PeftError(f"peft_config: {settings.peft_type.value} leaves nothing to train")
+            raise PeftError(f"peft_config: {kind} leaves nothing to train")
         if prompt_PD is not None:
             self._start_prompt(prompt_PD)
         self.settle()
+
+    def _try(self) -> None:
+        """One pass over two tokens: some of peft's types fail only here, and not after the data is read."""
+        token = torch.zeros(1, 2, dtype=torch.long)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            self(input_ids=token, attention_mask=torch.ones_like(token), labels=token)
 
     @property
     def base(self) -> Base:  # type: ignore[override]
@@ -135,6 +163,15 @@ class PeftT5(BaselineT5):
         repeats = -(-len(embedding) // len(prompt_PD))
         with torch.no_grad():
             embedding.copy_(prompt_PD.repeat(repeats, 1)[: len(embedding)])
+
+
+def _fit_prefix(settings: Any, base: PreTrainedModel) -> None:
+    """Fill in the decoder's sizes: peft takes the encoder's depth, and the width of the embeddings."""
+    config = base.config
+    if settings.num_layers is None:
+        settings.num_layers = config.num_decoder_layers
+    if settings.token_dim is None:
+        settings.token_dim = config.num_heads * config.d_kv
 
 
 def starts_from_text(settings: Any, given: Mapping[str, Any] | None) -> bool:
