@@ -1,8 +1,8 @@
-"""What every launched rank runs: each baseline from start to end, most again from the middle.
+"""What every launched rank runs: each baseline from start to end, most again from the middle; a sweep.
 
     accelerate launch ... -m tests.launched_methods WORLD FOLDER
 
-WORLD holds the base model and the task's files. Runs go to FOLDER.
+WORLD holds the base model and the task's files. Runs go to FOLDER; the sweep is the one that lies there, if any.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pemt.engine import shut_down
+from pemt.sweep.run import run_sweep
 from pemt.train import run_adapt
 from tests.tiny import adapt_config, tiny_task
 
 TASK = "tiny-methods"
+SWEEP = "sweep.yaml"
 RESUMED_STEP = 3
 RESUMED = ("full", "full-bf16", "lora", "prompt")
 # name of the run -> what makes it
@@ -30,6 +32,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+SHARED = {
+    "save_steps": RESUMED_STEP,
+    "save_total_limit": 9,
+    "eval_strategy": "no",
+    "max_eval_samples": 3,
+}
+
+
 def main(world: Path, folder: Path) -> None:
     tiny_task(TASK)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -37,10 +47,7 @@ def main(world: Path, folder: Path) -> None:
         shared = {
             # one process takes two micro-batches where two ranks take one each
             "gradient_accumulation_steps": 2 // ranks,
-            "save_steps": RESUMED_STEP,
-            "save_total_limit": 9,
-            "eval_strategy": "no",
-            "max_eval_samples": 3,
+            **SHARED,
             **fields,
         }
         paths = (world / "base", world / TASK)
@@ -54,6 +61,8 @@ def main(world: Path, folder: Path) -> None:
                 *paths, again, folder / "no bank", TASK, resume_from_checkpoint=checkpoint, **shared
             )
         )
+    if (folder / SWEEP).is_file():
+        run_sweep(folder / SWEEP)
     shut_down()
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from pemt.config import AdaptConfig
+from pemt.config import AdaptConfig, RunConfig
 from pemt.finished import load_finished
-from tests.launched_methods import METHODS, RESUMED, RESUMED_STEP, TASK
-from tests.tiny import losses, make_base, tiny_task, write_task_files
+from pemt.sweep.plan import read_sweep
+from tests.launched_methods import METHODS, RESUMED, RESUMED_STEP, SHARED, SWEEP, TASK
+from tests.tiny import losses, make_base, run_fields, tiny_task, write_task_files
 
 ROOT = Path(__file__).parent.parent
 LAUNCHES = ("plain", "zero2", "zero3")
+SWEPT, SWEPT_METHODS = "zero2", ["bitfit", "lora"]
 ROUNDING = 2e-6  # sums over micro-batches are taken in another order
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.xdist_group("launch")]
@@ -29,9 +32,26 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_base(folder / "base")
     tiny_task(TASK)
     write_task_files(folder / TASK, seed=0)
+    write_sweep(folder, folder / SWEPT)
     for name in LAUNCHES:
         launch(folder, name)
     return folder
+
+
+def write_sweep(world: Path, folder: Path) -> None:
+    """Two of METHODS once more, as a sweep's runs."""
+    fields = {**run_fields(world / "base", world / TASK, folder, TASK), **SHARED}
+    for settled in ("output_dir", "task_name"):
+        del fields[settled]
+    content = {
+        "output_dir": str(folder / "sweep"),
+        "fields": fields,
+        "methods": {name: METHODS[name] for name in SWEPT_METHODS},
+        "tasks": [TASK],
+        "seeds": [RunConfig.seed],
+    }
+    folder.mkdir()
+    (folder / SWEEP).write_text(yaml.safe_dump(content))
 
 
 def launch(world: Path, name: str) -> None:
@@ -95,6 +115,19 @@ def test_results_and_logs_are_those_of_every_run(world: Path, name: str) -> None
         logged = (world / name / method / "log.jsonl").read_text()
         assert "train/sparsity_loss" not in logged
         assert "gate/" not in logged
+
+
+def test_a_sweep_on_two_ranks_trains_its_runs_and_writes_its_table(world: Path) -> None:
+    folder = world / SWEPT / "sweep"
+    table = (folder / "sweep.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:4]] == [f"| {name}" for name in SWEPT_METHODS]
+    for name in SWEPT_METHODS:
+        run = folder / TASK / name / f"seed-{RunConfig.seed}"
+        assert losses(run) == losses(world / SWEPT / name), "not as the same run by itself"
+        score = json.loads((run / "all_results.json").read_text())["test_average_metrics"]
+        assert f"{score:.1f}" in table[2 + SWEPT_METHODS.index(name)]
+    sweep = read_sweep(world / SWEPT / SWEEP)
+    assert all(run.finished for run in sweep.runs)
 
 
 @pytest.mark.parametrize("method", ["full", "bitfit", "lora", "prompt"])

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pemt.__main__ import complain
 from pemt.commands import COMMANDS
-from pemt.config import PemtError
+from pemt.config import AdaptConfig, PemtError
 from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
 from pemt.sweep.report import Cell, cells_of, write_report
 from pemt.sweep.run import run_sweep
+from pemt.train import run_adapt
 from tests.tiny import adapt_config, make_base, write_task_files
 
 ROOT = Path(__file__).parent.parent
@@ -259,6 +261,51 @@ def test_a_failed_run_is_recorded_and_the_others_run(world: Path, tmp_path: Path
         if "bitfit" in line
     ]
     assert row.count("–") == 2, "the task that failed, and the mean over tasks"
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, task: str) -> list[str]:
+    """Runs on a task fail as where memory is short, and the others train; the list gets each run's task."""
+    tried: list[str] = []
+
+    def adapt(config: AdaptConfig) -> dict[str, Any]:
+        tried.append(config.task_name)
+        if config.task_name == task:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_adapt(config)
+
+    monkeypatch.setattr("pemt.sweep.run.run_adapt", adapt)
+    return tried
+
+
+def test_an_error_that_is_no_users_ends_no_sweep(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    content = content_of(world, output_dir=str(out), seeds=[3], methods=["bitfit"])
+    tried = failing(monkeypatch, "colours")
+    with pytest.raises(SweepError, match=r"1 of 2 runs failed"):
+        run_sweep(write_sweep(tmp_path / "sweep.yaml", content))
+    assert tried == ["colours", "lids"]
+    told = (out / "colours" / "bitfit" / "seed-3" / "error.txt").read_text()
+    assert told.startswith("OutOfMemoryError: CUDA out of memory\nTraceback")
+    assert (out / "lids" / "bitfit" / "seed-3" / "all_results.json").is_file()
+    (row,) = [line for line in (out / "sweep.md").read_text().splitlines() if "bitfit" in line]
+    assert row.count("–") == 2
+
+
+def test_on_several_ranks_an_error_ends_the_sweep_with_its_table(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    content = content_of(world, output_dir=str(out), seeds=[3], methods=["bitfit"])
+    path = write_sweep(tmp_path / "sweep.yaml", content)
+    tried = failing(monkeypatch, "colours")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(torch.OutOfMemoryError):
+        run_sweep(path)
+    assert tried == ["colours"]
+    assert (out / "colours" / "bitfit" / "seed-3" / "error.txt").is_file()
+    assert "| bitfit |" in (out / "sweep.md").read_text()
 
 
 def test_means_and_deviations_by_hand(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +20,14 @@ ERROR = "error.txt"
 def run_sweep(path: Path) -> None:
     """Train what is not finished yet, and write the report after each run (all ranks call).
 
-    A run that was cut short goes on from its newest checkpoint. One that fails is recorded in its
-    folder as `error.txt`, and tried again after the others. In a single process the sweep goes on
-    with the next run; on several ranks it stops, since the others may wait in a collective call.
+    A run that was cut short goes on from its newest checkpoint. One that fails, by whatever error, is
+    recorded in its folder as `error.txt`, and tried again after the others. In a single process the
+    sweep goes on with the next run; on several ranks it stops, since the others may wait in a
+    collective call.
 
     Raises:
         SweepError: the YAML is wrong, or runs failed.
-        PemtError: a run failed on several ranks.
+        Exception: what ended a run on several ranks.
     """
     sweep = read_sweep(path)
     is_main = os.environ.get("RANK", "0") == "0"
@@ -44,14 +47,16 @@ def run_sweep(path: Path) -> None:
         except Exception as error:
             if is_main:
                 _record(run, error)
-            if not alone or not isinstance(error, PemtError):
+                write_report(sweep)
+            if not alone:
                 raise
-            print(f"pemt: error: {run}: {error}", flush=True)
+            print(f"pemt: error: {run}: {_line(error)}", flush=True)
             failed.append(run)
-            continue
-        if is_main:
-            (run.folder / ERROR).unlink(missing_ok=True)
-            write_report(sweep)
+        else:
+            if is_main:
+                (run.folder / ERROR).unlink(missing_ok=True)
+                write_report(sweep)
+        gc.collect()  # a run that failed has not released its model, and the next one needs the memory
     if is_main:
         print(write_report(sweep), flush=True)
     if failed:
@@ -63,4 +68,9 @@ def run_sweep(path: Path) -> None:
 
 def _record(run: Run, error: Exception) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / ERROR, f"{type(error).__name__}: {error}\n")
+    told = "" if isinstance(error, PemtError) else "".join(traceback.format_exception(error))
+    write_text(run.folder / ERROR, f"{_line(error)}\n{told}")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
