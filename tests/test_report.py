@@ -309,6 +309,18 @@ def test_a_run_that_is_not_finished_is_told_as_far_as_it_goes(runs: Path, tmp_pa
     text = Page((tmp_path / "report.html").read_text()).text
     assert "Not finished yet (interrupted)" in text
     assert "training loss" in text
+    (unfinished,) = read_records([run])
+    (last,) = [line for line in unfinished.log if "gate_mean/tiny-report-a" in line][-1:]
+    assert f"Mean over the training steps logged at step {last['step']}: how much" in text
+    assert unfinished.sources == list(SOURCES)
+    for stack, matrix in zip(
+        ("encoder", "decoder"), findings.gate_matrices(unfinished), strict=True
+    ):
+        for layer, gates_K in enumerate(matrix.values):
+            assert gates_K == [last[f"gate/{stack}/{layer}/{source}"] for source in SOURCES]
+            assert all(f"{gate:.2f}" in text for gate in gates_K)
+    for use in findings.source_uses(unfinished):
+        assert use.mean_gate == pytest.approx(last[f"gate_mean/{use.name}"], abs=1e-6)
 
 
 def test_what_cannot_be_reported_on_is_one_line(runs: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class SourceUse:
     """What one source did for a run.
 
     Args:
-        mean_gate: over all FFNs and test examples.
+        mean_gate: over all FFNs and test examples; of a run without results, over its last logged steps.
         leads_ffns: in how many FFNs its mean gate is the largest.
         similarity: cosine of the target's mean prompt with its own, at the last validation.
         leads: in how many test examples its mean gate is the largest.
@@ -49,8 +49,8 @@ class SourceUse:
 
 
 def gate_matrices(record: Record) -> list[Matrix]:
-    """Mean gates of the test set, a matrix a stack: layers × sources."""
-    gates_LK = record.results.get("gates") or []
+    """Mean gates, a matrix a stack: layers × sources."""
+    gates_LK = record.gates_LK
     if not gates_LK:
         return []
     # A log tells where the encoder ends; T5's stacks are of the same depth unless it says otherwise.
@@ -71,7 +71,7 @@ def gate_matrices(record: Record) -> list[Matrix]:
 
 def source_uses(record: Record) -> list[SourceUse]:
     """Which source helped where, the most used first."""
-    gates_LK = record.results.get("gates") or []
+    gates_LK = record.gates_LK
     led = defaultdict(list)
     for line in record.predictions:
         if line.get("gates"):

@@ -90,6 +90,9 @@ def run_content(record: Record) -> dict[str, Any]:
         "state": record.state,
         "scores": scores_of(record),
         "gates": findings.gate_matrices(record),
+        "gates_are_of": "the test set"
+        if record.results
+        else f"the training steps logged at step {record.logged_gates.get('step')}",
         "gates_chart": _markup(line_chart("mean gate of each source", means, unit="gate")),
         "uses": findings.source_uses(record),
         "by_class": findings.gates_by_class(record),

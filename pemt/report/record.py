@@ -58,7 +58,32 @@ class Record:
 
     @property
     def sources(self) -> list[str]:
-        return [str(name) for name in self.results.get("sources", [])]
+        """Names of the experts, in the gates' order; of a run without results as its log names them."""
+        if self.results:
+            return [str(name) for name in self.results.get("sources", [])]
+        names = (tag.split("/", 3)[3] for tag in self.logged_gates if tag.startswith("gate/"))
+        return list(dict.fromkeys(names))
+
+    @property
+    def gates_LK(self) -> list[list[float]]:
+        """Mean gates of the test set or, without one, of the last training steps that were logged."""
+        if self.results:
+            return list(self.results.get("gates") or [])
+        rows_K: dict[tuple[bool, int], list[float]] = {}
+        for tag, value in self.logged_gates.items():
+            if tag.startswith("gate/"):
+                _, stack, layer, _ = tag.split("/", 3)
+                rows_K.setdefault((stack != "encoder", int(layer)), []).append(float(value))
+        return [gates_K for _, gates_K in sorted(rows_K.items())]
+
+    @property
+    def logged_gates(self) -> dict[str, Any]:
+        """The last line of the log with finite gates; empty without one."""
+        for line in reversed(self.log):
+            gates = [value for tag, value in line.items() if tag.startswith("gate/")]
+            if gates and None not in gates:
+                return line
+        return {}
 
     def series(self, tag: str) -> tuple[list[int], list[float]]:
         """Steps and values of a tag, where it is logged and finite."""
