@@ -7,6 +7,7 @@ import inspect
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,15 +63,37 @@ def test_make_help_lists_every_target() -> None:
     assert [line.split()[0] for line in shown.stdout.splitlines()] == phony.split()
 
 
+def test_a_checker_knows_what_there_is_to_import(tmp_path: Path) -> None:
+    client = tmp_path / "client.py"
+    client.write_text("from pemt import PemtModel, run_adapt\nfrom pemt import Nonsense\n")
+    # alone with the front door: what the names behind it are, `make typecheck` sees to
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=skip"]
+    command += ["--cache-dir", str(tmp_path / "cache"), "pemt/__init__.py", str(client)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert [line.split(": ", 1)[1] for line in done.stdout.splitlines()[:-1]] == [
+        'error: Module "pemt" has no attribute "Nonsense"  [attr-defined]'
+    ]
+    assert done.returncode == 1
+
+
+def command_of(line: str) -> tuple[str, ...]:
+    """`("ruff", "check")`: without options and files, which `make` names and pre-commit adds."""
+    return tuple(word for word in line.split() if word[0] not in "-.$")
+
+
 def test_pre_commit_runs_what_make_lint_runs() -> None:
+    subprocess.run(["pre-commit", "validate-config"], cwd=ROOT, check=True)
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert repository["repo"] == "local", (
         "nothing is fetched, nothing drifts from the pinned versions"
     )
-    lint = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    recipes = re.findall(r"^(?:lint|typecheck):.*\n((?:\t.*\n)+)", makefile, re.M)
+    made = re.findall(r"\$\(BIN\)/(.*)", "".join(recipes))
+    hooks = [hook["entry"].removeprefix(".venv/bin/") for hook in repository["hooks"]]
+    assert {command_of(line) for line in hooks} == {command_of(line) for line in made}
+    assert len(hooks) == len(made) == 5
     for hook in repository["hooks"]:
-        tool = hook["entry"].split()[0].removeprefix(".venv/bin/")
-        assert f"$(BIN)/{tool}" in lint, tool
         if "files" in hook:
             tracked = subprocess.run(
                 ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
