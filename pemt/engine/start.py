@@ -50,7 +50,7 @@ class ShardedInit(deepspeed.zero.Init):
     """DeepSpeed's `zero.Init(module=...)`, which reads what is unread and does not send what is frozen.
 
     Its own would copy each parameter whole to the device and broadcast it from rank 0. This is a private
-    corner of DeepSpeed 0.19; tests/test_sharded_init.py counts memory and bytes.
+    corner of DeepSpeed 0.19; tests/test_sharded_start.py counts memory and bytes.
     """
 
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
