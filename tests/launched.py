@@ -112,7 +112,7 @@ def inspect(config: RunConfig, setup: Setup, model: PemtT5) -> dict[str, Any]:
     """Names and sizes of what is trained, every rank's optimizer bytes and first batches."""
     engine = setup.engine
     trained = {name: parameter.numel() for name, parameter in model.trainable_parameters()}
-    with broadcast_bytes() as sent:
+    with broadcast_bytes() as sent, agreements() as checked:
         prepare(config, engine, model, None, total_steps=1)
     batches = train_batches(config, setup)
     shares = [indices for step in batches.epoch(0) for indices in step]
@@ -120,6 +120,7 @@ def inspect(config: RunConfig, setup: Setup, model: PemtT5) -> dict[str, Any]:
     found = {
         "trained": trained,
         "broadcast_bytes": sum(sent),
+        "agreements": len(checked),
         "moment_bytes": every_rank(engine, moment_bytes(engine)),
         "shares": every_rank(engine, shares),
         "examples": len(setup.data.train),
@@ -152,6 +153,23 @@ def every_rank(engine: Engine, value: Any) -> list[Any]:
     values: list[Any] = [None] * engine.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def agreements() -> Iterator[list[Engine]]:
+    """Engines that the block asks whether DeepSpeed agrees with the run."""
+    checked: list[Engine] = []
+    check = Engine._check_deepspeed_agrees
+
+    def counting(engine: Engine) -> None:
+        checked.append(engine)
+        check(engine)
+
+    Engine._check_deepspeed_agrees = counting  # type: ignore[method-assign]
+    try:
+        yield checked
+    finally:
+        Engine._check_deepspeed_agrees = check  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -142,6 +142,12 @@ def test_the_start_sends_what_is_trained_and_no_more(world: Path, name: str, sta
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
+def test_deepspeed_is_asked_whether_it_agrees(world: Path, name: str) -> None:
+    """What it is asked is tested in test_engine_agrees.py."""
+    assert report(world, name)["adapt"]["agreements"] == (name != "plain")
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
 def test_each_rank_sees_its_own_share(world: Path, name: str) -> None:
     found = report(world, name)["adapt"]
     seen = [index for shares in found["shares"] for indices in shares for index in indices]
