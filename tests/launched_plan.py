@@ -10,25 +10,25 @@ that dwarfs the interpreter.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration
 
 from pemt.bank import write_entry
+from pemt.bench.model import random_sources, random_t5
 from pemt.config import AdapterConfig, MixtureConfig, RunConfig
 from pemt.engine import Engine, shut_down
 from pemt.loop import prepare
+from pemt.memory import peak, watch_peak
 from pemt.model import ExpertSource, PemtT5, base_shape
-from pemt.model.experts import expert_shapes
 from pemt.plan import Job
 from pemt.plan.shapes import Shape
 from pemt.train import run_adapt
@@ -80,31 +80,19 @@ def make_world(folder: Path) -> Path:
     write_task_files(folder / TARGET, seed=2, rows=5 * 2 * BATCH)
     base = T5ForConditionalGeneration.from_pretrained(folder / "base")
     shape = base_shape(base.config)
-    for source in random_sources(SMALL, shape, names=SOURCES):
+    torch.manual_seed(0)
+    for source in sources_of(SMALL, shape, names=SOURCES):
         entry = {"name": str(folder / "base"), **shape}
         write_entry(folder / "bank", source, base=entry, description=None, metrics={})
     return folder
 
 
-def random_sources(
-    job: Job, shape: dict[str, Any], names: tuple[str, ...] | None = None
+def sources_of(
+    job: Job, shape: dict[str, Any], names: Sequence[str] | None = None
 ) -> list[ExpertSource]:
-    generator = torch.Generator().manual_seed(0)
-    width = job.source_prompt_tokens // len(job.ranks)
-    return [
-        ExpertSource(
-            name=names[k] if names else f"source-{k}",
-            kind="lora",
-            rank=rank,
-            alpha=rank,
-            weights={
-                key: torch.randn(size, generator=generator) * size[1] ** -0.5
-                for key, size in expert_shapes("lora", rank, shape).items()
-            },
-            prompt_PD=torch.randn(width, shape["d_model"], generator=generator),
-        )
-        for k, rank in enumerate(job.ranks)
-    ]
+    """Random experts such as a job plans with, for a base model of this `base_shape`."""
+    prompt = job.source_prompt_tokens // len(job.ranks)
+    return random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, names=names)
 
 
 def main(world: Path, folder: Path, *, large: bool) -> None:
@@ -216,51 +204,25 @@ def weigh_large() -> int:
         "labels": torch.randint(2, 100, (job.batch, job.target)),
     }
     batch = {key: value.to(engine.device) for key, value in batch.items()}
-    before = settled(engine.device)
+    before = watch_peak(engine.device)
     prepare(config, engine, large_model(), None, total_steps=9)
     for _ in range(3):
-        settled(engine.device)
+        watch_peak(engine.device)
         engine.backward(engine.model(**batch).loss, last=True)
         engine.step()
     return peak(engine.device) - before
 
 
 def large_model() -> PemtT5:
-    shape = LARGE.shape
-    sizes = {key: getattr(shape, key) for key in ("d_model", "d_kv", "d_ff", "vocab_size")}
-    sizes |= {key: getattr(shape, key) for key in ("num_layers", "num_decoder_layers", "num_heads")}
-    base = T5ForConditionalGeneration(
-        T5Config(**sizes, dropout_rate=shape.dropout, decoder_start_token_id=0)
-    )
+    torch.manual_seed(0)
+    base = random_t5(LARGE.shape)
     return PemtT5.target(
         base,
-        sources=random_sources(LARGE, base_shape(base.config)),
+        sources=sources_of(LARGE, base_shape(base.config)),
         mixture=MixtureConfig(),
         adapter=AdapterConfig(reduction_factor=LARGE.adapter_reduction),
-        prompt_PD=torch.randn(LARGE.prompt_tokens, shape.d_model),
+        prompt_PD=torch.randn(LARGE.prompt_tokens, LARGE.shape.d_model),
     ).train()
-
-
-def settled(device: torch.device) -> int:
-    """Bytes held now, after all that can be returned has been; the peak starts from here."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
-
-
-def resident(key: str) -> int:
-    (line,) = (
-        each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(key)
-    )
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

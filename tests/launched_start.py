@@ -7,24 +7,26 @@ WORLD holds the base model, the bank and the task's files. report.json goes to F
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import pemt.train
 from pemt.base import load_base
 from pemt.build import build_model
 from pemt.engine import Engine, full_size, shut_down
 from pemt.loop import Setup, _batch, prepare, train_batches
+from pemt.memory import peak, watch_peak
 from tests.launched import broadcast_bytes, every_rank
 from tests.tiny import adapt_config, tiny_task
 
 TASK = "tiny-start"
 STEPS = 2
+CPU = torch.device("cpu")
 
 
 def main(world: Path, folder: Path) -> None:
@@ -42,7 +44,7 @@ def main(world: Path, folder: Path) -> None:
 def started(world: Path, folder: Path) -> dict[str, Any]:
     """How much resident memory each rank takes at most, what is broadcast, and the losses."""
     config = adapt_config(world / "base", world / TASK, folder / "run", world / "bank", TASK)
-    before = resident_from_now()
+    before = watch_peak(CPU)
     with broadcast_bytes() as sent:
         setup = pemt.train.set_up(config)
         built = build_model(
@@ -50,11 +52,11 @@ def started(world: Path, folder: Path) -> dict[str, Any]:
         )
         prepare(config, setup.engine, built.model, None, total_steps=STEPS)
     trained = sum(full_size(each) for _, each in built.model.trainable_parameters())
-    at_start = resident("VmHWM") - before
+    at_start = peak(CPU) - before
     losses = take_steps(config, setup)
     found = {
         "start_bytes": every_rank(setup.engine, at_start),
-        "peak_bytes": every_rank(setup.engine, resident("VmHWM") - before),
+        "peak_bytes": every_rank(setup.engine, peak(CPU) - before),
         "broadcast_bytes": sum(sent),
         "trained_bytes": 4 * trained,
         "losses": losses,
@@ -71,19 +73,6 @@ def take_steps(config: Any, setup: Setup) -> list[float]:
         setup.engine.step()
         losses.append(float(setup.engine.mean(loss.detach())))
     return losses
-
-
-def resident_from_now() -> int:
-    """Bytes of resident memory; its peak starts again from here."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ import json
 
 import pytest
 
-from pemt.bench import generate, step
+from pemt.bench import generate
 from pemt.commands import COMMANDS
+from pemt.plan.shapes import KNOWN
+from tests.test_bench_step import SMALL
 
 
 def test_all_variants_answer_and_are_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(step.SIZES, "t5-small", (2, 64, 128, 2, 32, "relu"))
+    monkeypatch.setitem(KNOWN, "t5-small", SMALL)
     bench = generate.GenerateBench(batch=2, source=8, target=3, num_beams=2, rounds=2)
     answers = {name: call() for name, call in generate.variants_of(bench).items()}
     assert {tuple(answer.shape) for answer in answers.values()} == {(2, 4)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5ForConditionalGeneration
 
+from pemt.bench.model import random_t5
 from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig, PemtError
 from pemt.model import FullT5, PemtT5, TrainedT5, base_shape
@@ -29,8 +30,7 @@ from pemt.plan.shapes import KNOWN, Shape, read_shape
 from pemt.plan.speed import flops, step_time
 from pemt.plan.traffic import per_step
 from tests.conftest import ROOT
-from tests.launched_plan import make_base, random_sources
-from tests.tiny import t5_config
+from tests.launched_plan import make_base, sources_of
 from tests.tiny_t5 import FAMILIES
 
 CLUSTER = Cluster(nodes=4, gpus_per_node=8, chip=CHIPS["h100-80"])
@@ -41,16 +41,9 @@ TINY = Shape(
 RANKS = {"source": (4,)}
 
 
-def base_of(shape: Shape) -> T5ForConditionalGeneration:
-    base = T5ForConditionalGeneration(t5_config(shape))
-    if not shape.tied:  # transformers unties what it loads, not what it makes
-        base.lm_head.weight = torch.nn.Parameter(torch.empty_like(base.lm_head.weight))
-    return base
-
-
 def model_of(job: Job) -> TrainedT5:
     """The model that a job plans."""
-    base = base_of(job.shape)
+    base = random_t5(job.shape)
     if job.method == "full":
         return FullT5(base).train()
     prompt_PD = torch.randn(job.prompt_tokens, job.shape.d_model)
@@ -59,7 +52,7 @@ def model_of(job: Job) -> TrainedT5:
         return PemtT5.source(base, expert=expert, prompt_PD=prompt_PD).train()
     return PemtT5.target(
         base,
-        sources=random_sources(job, base_shape(base.config)) if job.experts else [],
+        sources=sources_of(job, base_shape(base.config)) if job.experts else [],
         mixture=MixtureConfig(train_layer_norms=job.train_layer_norms),
         adapter=AdapterConfig(reduction_factor=job.adapter_reduction),
         prompt_PD=prompt_PD,
@@ -116,7 +109,7 @@ PUBLISHED = {
 def test_known_shapes(name: str) -> None:
     shape = read_shape(f"google/{name}")
     with torch.device("meta"):
-        base = base_of(shape)
+        base = random_t5(shape)
     total = sum(parameter.numel() for parameter in base.parameters())
     assert sum(sizes(weights(Job(shape=shape, method="full"))).values()) == total
     assert PUBLISHED.get(name, total) == total
@@ -295,7 +288,7 @@ def test_a_bank_gives_ranks_and_prompts(tmp_path: Path, capsys: pytest.CaptureFi
     base = T5ForConditionalGeneration.from_pretrained(make_base(tmp_path / "base"))
     shape = base_shape(base.config)
     job = Job(shape=TINY, ranks=(4, 8), source_prompt_tokens=6)
-    for source in random_sources(job, shape):
+    for source in sources_of(job, shape):
         write_entry(
             tmp_path / "bank", source, base={"name": "x", **shape}, description=None, metrics={}
         )

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pemt.bench.step import PROMPT_TOKENS, SIZES, StepBench, build_model, plain_base
+from pemt.bench.step import PROMPT_TOKENS, StepBench, build_model, plain_base
 from pemt.command_line import Parser, command_parser
+from pemt.plan.shapes import KNOWN
 
 VARIANTS = ("plain", "longer", "pemt")
 
@@ -32,7 +33,7 @@ class GenerateBench:
     """What to measure.
 
     Args:
-        size: a name in `pemt.bench.step.SIZES`.
+        size: a name in `pemt.plan.shapes.KNOWN`.
         batch: inputs in one pass; source, target: tokens of each input and answer.
         num_beams: 1 is greedy.
         device: cpu or cuda; dtype: a name in torch.
@@ -112,7 +113,7 @@ def make_parser() -> Parser:
     parser = command_parser(
         "bench generate", __doc__, "pemt bench generate --size t5-small --batch 8 --num_beams 4"
     )
-    parser.add_argument("--size", choices=list(SIZES), default=GenerateBench.size)
+    parser.add_argument("--size", choices=list(KNOWN), default=GenerateBench.size)
     for name in ("batch", "source", "target", "num_beams", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=getattr(GenerateBench, name))
     parser.add_argument("--device", choices=["cpu", "cuda"], default=GenerateBench.device)

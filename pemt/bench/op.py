@@ -31,14 +31,8 @@ from torch.nn.functional import cosine_similarity, gelu, linear
 from pemt import ops
 from pemt.command_line import Parser, command_parser
 from pemt.ops import reference
+from pemt.plan.shapes import KNOWN
 
-SHAPES = {  # d_model, d_ff
-    "t5-small": (512, 2048),
-    "t5-base": (768, 3072),
-    "t5-large": (1024, 4096),
-    "t5-3b": (1024, 16384),
-    "flan-t5-xl": (2048, 5120),
-}
 RATIOS = (("fused", "floor"), ("loop", "fused"), ("stacked", "fused"), ("packed", "fused"),
           ("loop", "floor"), ("fused", "frozen"))  # fmt: skip
 VARIANTS = ("loop", "stacked", "packed", "fused", "floor", "frozen")
@@ -50,7 +44,7 @@ class OpBench:
     """What to measure.
 
     Args:
-        shape: a name in SHAPES.
+        shape: a name in `pemt.plan.shapes.KNOWN`.
         batch: samples; tokens: tokens per sample.
         device: cpu or cuda; dtype: a name in torch.
         rounds: how often every variant is timed.
@@ -71,7 +65,7 @@ class Layer:
 
     def __init__(self, bench: OpBench) -> None:
         self.bench = bench
-        d_model, d_ff = SHAPES[bench.shape]
+        d_model, d_ff = KNOWN[bench.shape].d_model, KNOWN[bench.shape].d_ff
         inner, total = d_model // ADAPTER_REDUCTION, EXPERTS * RANK
         torch.manual_seed(0)
 
@@ -270,7 +264,7 @@ def make_parser() -> Parser:
     parser = command_parser(
         "bench op", __doc__, "pemt bench op --shape t5-base t5-large --rounds 20"
     )
-    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["t5-large"])
+    parser.add_argument("--shape", nargs="+", choices=list(KNOWN), default=["t5-large"])
     parser.add_argument("--batch", type=int, default=OpBench.batch)
     parser.add_argument("--tokens", type=int, default=OpBench.tokens, help="per sample")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=OpBench.device)

@@ -7,43 +7,39 @@ B batch, S tokens, F d_ff, D d_model, K experts, R rank.
     packed   few matrix products in plain PyTorch
     fused    the compiled kernels
 
-A random T5 of the named size, K random experts, random tokens; forward, backward and AdamW. All
-variants run in every round, in turn; what the mixture costs is the median of the rounds' differences
-to `adapter`. Memory is the peak of one step above the model at rest.
+A random T5 of the named size, K random experts, random tokens; forward, backward and AdamW, in half
+precision on fp32 masters. On a CPU all variants run in every round, in turn; what the mixture costs
+is the median of the rounds' differences to `adapter`. On a GPU they run one after another, so that it
+holds one model at a time. FLOPs are those of `pemt plan`'s formula, matrix products that the step
+needs, the same for all that mix experts; `--chip` holds them against the chip's dense bf16 rate on its
+data sheet. Peak is what a step takes above what is held between steps; total is both.
 """
 
 from __future__ import annotations
 
-import ctypes
-import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from json import dumps
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration
 
+from pemt.bench.model import random_sources, random_t5
 from pemt.bench.op import ADAPTER_REDUCTION, EXPERTS, RANK, forced, time_once
 from pemt.command_line import Parser, command_parser
 from pemt.config import AdapterConfig, MixtureConfig
-from pemt.model import ExpertSource, PemtT5, base_shape
-from pemt.model.experts import expert_shapes
+from pemt.memory import peak, watch_peak
+from pemt.model import PemtT5, base_shape
 from pemt.model.mixture import MIXTURES, LoraMixture
 from pemt.ops import reference
+from pemt.plan.job import CHIPS, Job
+from pemt.plan.shapes import KNOWN
+from pemt.plan.speed import flops
 
-# num_layers, d_model, d_ff, num_heads, d_kv, feed_forward_proj: the published configurations
-SIZES = {
-    "t5-small": (6, 512, 2048, 8, 64, "relu"),
-    "t5-base": (12, 768, 3072, 12, 64, "relu"),
-    "t5-large": (24, 1024, 4096, 16, 64, "relu"),
-    "t5-3b": (24, 1024, 16384, 32, 128, "relu"),
-    "flan-t5-xl": (24, 2048, 5120, 32, 64, "gated-gelu"),
-}
 VARIANTS = ("adapter", "loop", "packed", "fused")
 PROMPT_TOKENS = 20
 
@@ -53,10 +49,11 @@ class StepBench:
     """What to measure.
 
     Args:
-        size: a name in SIZES.
+        size: a name in `pemt.plan.shapes.KNOWN`.
         batch: examples; source, target: tokens of each.
         device: cpu or cuda; dtype: a name in torch.
         rounds: how often every variant is timed.
+        chip: a name in `pemt.plan.job.CHIPS`, to tell the share of its rate; None to tell none.
     """
 
     size: str = "t5-small"
@@ -66,6 +63,22 @@ class StepBench:
     device: str = "cpu"
     dtype: str = "float32"
     rounds: int = 20
+    chip: str | None = None
+
+    def job(self, variant: str) -> Job:
+        """The step as the planner sees it."""
+        return Job(
+            shape=KNOWN[self.size],
+            method="adapter" if variant == "adapter" else "pemt",
+            ranks=(RANK,) * EXPERTS,
+            prompt_tokens=PROMPT_TOKENS,
+            source_prompt_tokens=EXPERTS * PROMPT_TOKENS,
+            adapter_reduction=ADAPTER_REDUCTION,
+            batch=self.batch,
+            source=self.source,
+            target=self.target,
+            bytes_per_value=getattr(torch, self.dtype).itemsize,
+        )
 
 
 class LoopMixture(LoraMixture):
@@ -91,8 +104,11 @@ class Step:
     def __init__(self, bench: StepBench, variant: str) -> None:
         self.implementation = {"packed": "packed", "fused": bench.device}.get(variant)
         self.model = build_model(bench, variant)
-        trained = [parameter for _, parameter in self.model.trainable_parameters()]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.trained = [parameter for _, parameter in self.model.trainable_parameters()]
+        # As DeepSpeed trains: what is below half precision's resolution adds up in masters.
+        half = bench.dtype != "float32"
+        self.masters = [each.detach().float() for each in self.trained] if half else self.trained
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4)
         torch.manual_seed(0)
         draw = partial(torch.randint, 2, 32_000, device=bench.device)
         self.batch = {
@@ -111,28 +127,46 @@ class Step:
     def _step(self) -> float:
         loss = self.model(**self.batch).loss
         loss.backward()
-        self.optimizer.step()
+        if self.masters is self.trained:
+            self.optimizer.step()
+        else:
+            self._step_masters()
         self.optimizer.zero_grad()
         return float(loss.detach())
+
+    @torch.no_grad()
+    def _step_masters(self) -> None:
+        for master, parameter in zip(self.masters, self.trained, strict=True):
+            assert parameter.grad is not None
+            master.grad, parameter.grad = parameter.grad.float(), None
+        self.optimizer.step()
+        for master, parameter in zip(self.masters, self.trained, strict=True):
+            parameter.copy_(master)
+
+    def held_bytes(self) -> int:
+        """What lies between two steps: weights, buffers, masters, moments."""
+        tensors = {id(each): each for each in self._held()}
+        return sum(each.numel() * each.element_size() for each in tensors.values())
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from (*self.model.parameters(), *self.model.buffers(), *self.masters)
+        for state in self.optimizer.state.values():
+            yield from (each for each in state.values() if isinstance(each, Tensor))
 
 
 def plain_base(bench: StepBench) -> T5ForConditionalGeneration:
     """A random T5 of this size; always the same weights."""
-    layers, d_model, d_ff, heads, d_kv, projection = SIZES[bench.size]
-    shape: dict[str, Any] = {
-        "num_layers": layers, "d_model": d_model, "d_ff": d_ff, "num_heads": heads, "d_kv": d_kv,
-        "feed_forward_proj": projection, "vocab_size": 32_128, "decoder_start_token_id": 0,
-    }  # fmt: skip
     torch.manual_seed(0)
     with torch.device(bench.device):
-        return T5ForConditionalGeneration(T5Config(**shape)).to(getattr(torch, bench.dtype))
+        return random_t5(KNOWN[bench.size], getattr(torch, bench.dtype))
 
 
 def build_model(bench: StepBench, variant: str) -> PemtT5:
     """A stage-2 model of this size; the same weights for every variant."""
     base = plain_base(bench)
+    ranks = () if variant == "adapter" else (RANK,) * EXPERTS
     with torch.device(bench.device):
-        sources = [] if variant == "adapter" else random_sources(base_shape(base.config))
+        sources = random_sources(base_shape(base.config), ranks=ranks, prompt_tokens=PROMPT_TOKENS)
         prompt_PD = torch.randn(PROMPT_TOKENS, base.config.d_model)
     shipped = MIXTURES["lora"]
     try:
@@ -149,90 +183,100 @@ def build_model(bench: StepBench, variant: str) -> PemtT5:
         MIXTURES["lora"] = shipped
 
 
-def random_sources(shape: dict[str, Any]) -> list[ExpertSource]:
-    """K LoRA experts whose outputs are about as large as those of trained ones."""
-    shapes = expert_shapes("lora", RANK, shape)
-    return [
-        ExpertSource(
-            name=f"source-{k}",
-            kind="lora",
-            rank=RANK,
-            alpha=RANK,
-            weights={key: torch.randn(size) * size[1] ** -0.5 for key, size in shapes.items()},
-            prompt_PD=torch.randn(PROMPT_TOKENS, shape["d_model"]),
-        )
-        for k in range(EXPERTS)
-    ]
-
-
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most memory that a call takes above what is held before it.
-
-    On a CPU the process's resident memory: the kernel's own high-water mark, set back before the
-    call (Linux), after the C library has returned what it keeps for later.
-    """
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    """The most memory that a call takes above what is held before it."""
+    before = watch_peak(torch.device(device))
     run()
-    return _resident("VmHWM") - before
+    return peak(torch.device(device)) - before
 
 
-def _resident(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+@dataclass(kw_only=True)
+class Taken:
+    """One variant's steps.
+
+    Args:
+        first_loss: before any step.
+        milliseconds: of the step in each round.
+        held_bytes: between steps; peak_bytes: of a step, above that.
+    """
+
+    first_loss: float
+    milliseconds: list[float]
+    held_bytes: int
+    peak_bytes: int
 
 
-def measure(bench: StepBench) -> dict[str, Any]:
-    """Times all variants in turn and measures each one's peak memory."""
-    steps = {variant: Step(bench, variant) for variant in VARIANTS}
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+def take(bench: StepBench, variants: Sequence[str]) -> dict[str, Taken]:
+    """Takes the steps of these variants, in turn; nothing of them is held afterwards."""
+    steps = {name: Step(bench, name) for name in variants}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     losses = {}
     for name, step in steps.items():  # warm-up; builds kernels and moments
         torch.manual_seed(1)  # the same dropout for all
         losses[name] = step()
     for number in range(bench.rounds):
-        turn = number % len(VARIANTS)  # no variant always follows the same other
-        for name in VARIANTS[turn:] + VARIANTS[:turn]:
+        turn = number % len(variants)  # no variant always follows the same other
+        for name in (*variants[turn:], *variants[:turn]):
             times[name].append(time_once(steps[name], bench.device))
-    memory = {name: peak_bytes(step, bench.device) for name, step in steps.items()}
-    tokens = bench.batch * (bench.source + PROMPT_TOKENS + bench.target)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    pairs = {name: list(zip(times[name], times["adapter"], strict=True)) for name in VARIANTS}
     return {
+        name: Taken(
+            first_loss=losses[name],
+            milliseconds=times[name],
+            held_bytes=step.held_bytes(),
+            peak_bytes=peak_bytes(step, bench.device),
+        )
+        for name, step in steps.items()
+    }
+
+
+def measure(bench: StepBench) -> dict[str, Any]:
+    """Times all variants and measures their memory; on a GPU one after another."""
+    groups = [VARIANTS] if bench.device == "cpu" else [(name,) for name in VARIANTS]
+    taken: dict[str, Taken] = {}
+    for group in groups:
+        taken |= take(bench, group)
+    tokens = bench.batch * (bench.source + PROMPT_TOKENS + bench.target)
+    medians = {name: statistics.median(each.milliseconds) for name, each in taken.items()}
+    without = taken["adapter"].milliseconds
+    pairs = {
+        name: list(zip(each.milliseconds, without, strict=True)) for name, each in taken.items()
+    }
+    needed = {name: flops(bench.job(name)) for name in VARIANTS}
+    rates = {name: needed[name] / medians[name] / 1e9 for name in VARIANTS}  # TFLOP/s
+    result: dict[str, Any] = {
         **asdict(bench),
         "threads": torch.get_num_threads(),
-        "first_loss": losses,
+        "first_loss": {name: each.first_loss for name, each in taken.items()},
         "milliseconds": medians,
         "tokens_per_second": {name: 1e3 * tokens / value for name, value in medians.items()},
         "over_adapter": {
-            name: statistics.median(ours / without for ours, without in pair)
+            name: statistics.median(ours / other for ours, other in pair)
             for name, pair in pairs.items()
         },
         "mixture_milliseconds": {
-            name: statistics.median(ours - without for ours, without in pair)
+            name: statistics.median(ours - other for ours, other in pair)
             for name, pair in pairs.items()
         },
-        "peak_bytes": memory,
+        "flops": needed,
+        "tflops_per_second": rates,
+        "held_bytes": {name: each.held_bytes for name, each in taken.items()},
+        "peak_bytes": {name: each.peak_bytes for name, each in taken.items()},
     }
+    if bench.chip is not None:
+        most = CHIPS[bench.chip].flops / 1e12
+        result["share_of_chip"] = {name: rate / most for name, rate in rates.items()}
+    return result
 
 
 def make_parser() -> Parser:
     """The command line of `pemt bench step`."""
     parser = command_parser("bench step", __doc__, "pemt bench step --size t5-base --rounds 10")
-    parser.add_argument("--size", choices=list(SIZES), default=StepBench.size)
+    parser.add_argument("--size", choices=list(KNOWN), default=StepBench.size)
     for name in ("batch", "source", "target", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=getattr(StepBench, name))
     parser.add_argument("--device", choices=["cpu", "cuda"], default=StepBench.device)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=StepBench.dtype)
+    parser.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
@@ -247,17 +291,19 @@ def run(*, threads: int, json: bool, **options: Any) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
-    adapter = result["peak_bytes"]["adapter"]
+    peaks, held = result["peak_bytes"], result["held_bytes"]
+    shares = result.get("share_of_chip", {})
     lines = [
         f"{result['size']}: {result['batch']} x ({PROMPT_TOKENS} + {result['source']} -> {result['target']}) tokens,"
         f" {result['dtype']} on {result['device']} ({result['threads']} threads), medians of {result['rounds']} rounds",
-        "            step ms   x adapter   mixture ms   tokens/s   peak MB   over adapter MB",
+        "            step ms   x adapter   mixture ms   tokens/s   TFLOP/s   peak MB   over adapter MB   total MB",
     ]
     for name in VARIANTS:
-        peak = result["peak_bytes"][name]
+        share = f"   {100 * shares[name]:.1f} % of {result['chip']}" if shares else ""
         lines.append(
             f"  {name:<8}{result['milliseconds'][name]:10.1f}{result['over_adapter'][name]:11.3f}"
             f"{result['mixture_milliseconds'][name]:13.1f}{result['tokens_per_second'][name]:11.0f}"
-            f"{peak / 1e6:10.1f}{(peak - adapter) / 1e6:15.1f}"
+            f"{result['tflops_per_second'][name]:10.3f}{peaks[name] / 1e6:10.1f}"
+            f"{(peaks[name] - peaks['adapter']) / 1e6:15.1f}{(held[name] + peaks[name]) / 1e6:14.1f}{share}"
         )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from pemt.engine.job import EngineError, shut_down
 
 
 def main() -> None:
-    """Train a linear layer for two steps (all ranks call).
+    """Train a linear layer behind a frozen one for two steps (all ranks call).
 
     Raises:
         EngineError: the steps were taken, but the loss did not fall.
@@ -31,7 +31,8 @@ def main() -> None:
     engine = Engine(config)
     engine.seed(0, per_rank=False)
     layer = nn.Linear(8, 8)
-    engine.prepare(layer, torch.optim.AdamW(layer.parameters(), lr=1e-2))
+    model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), layer)
+    engine.prepare(model, torch.optim.AdamW(layer.parameters(), lr=1e-2))
     inputs = torch.ones(1, 8, device=engine.device)
     losses = []
     for _ in range(2):

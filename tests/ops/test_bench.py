@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pemt.bench import op
 from pemt.commands import COMMANDS
+from pemt.plan.shapes import KNOWN
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(op.SHAPES, "t5-small", (64, 256))
+    small = replace(KNOWN["t5-small"], d_model=64, d_ff=256)
+    monkeypatch.setitem(KNOWN, "t5-small", small)
     return op.OpBench(shape="t5-small", batch=2, tokens=8, rounds=2)
 
 

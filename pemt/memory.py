@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -18,6 +22,31 @@ def memory_in_use(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         used["memory/peak_cuda_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return used
+
+
+def watch_peak(device: torch.device) -> int:
+    """Bytes held now, after all that can be returned has been; `peak` counts from here.
+
+    Of a GPU what PyTorch has allocated, of a CPU what is resident (Linux alone).
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident()
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes held since `watch_peak`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    (kilobytes,) = re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return 1024 * int(kilobytes)
 
 
 def _resident() -> int:
