@@ -37,8 +37,10 @@ if [[ ${1:-} == --dry_run ]]; then
 fi
 : "${1:?a pemt command, such as adapt, and its arguments}"
 
-# What `accelerate launch` would tell the ranks.
-settings=(ACCELERATE_USE_DEEPSPEED=true "ACCELERATE_DEEPSPEED_CONFIG_FILE=$DEEPSPEED_JSON")
+# What `accelerate launch` would tell the ranks. And a new store for every start: machines count restarts each
+# for itself, and would look for each other's ranks in the old one at different places.
+settings=(ACCELERATE_USE_DEEPSPEED=true "ACCELERATE_DEEPSPEED_CONFIG_FILE=$DEEPSPEED_JSON"
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
 command=(env "${settings[@]}" torchrun --nnodes "$NUM_NODES" --nproc_per_node "$RANKS_PER_NODE"
     --rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS" --rdzv_id "$RUN_ID" --max_restarts "$MAX_RESTARTS"
     -m pemt "$@" --resume_from_checkpoint true)

@@ -133,9 +133,8 @@ def test_torchrun_prints_what_would_start() -> None:
     variables = {"NUM_NODES": "4", "RENDEZVOUS": "node1:29500", "RANKS_PER_NODE": "8"}
     run = run_script("torchrun.sh", "--dry_run", "adapt", "--config", "adapt", **variables)
     assert run.returncode == 0, run.stderr
-    assert (
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE=ds_configs/zero2.json torchrun --nnodes 4" in run.stdout
-    )
+    assert "ACCELERATE_DEEPSPEED_CONFIG_FILE=ds_configs/zero2.json" in run.stdout
+    assert "torchrun --nnodes 4" in run.stdout
     assert "--nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node1:29500" in run.stdout
     assert "-m pemt adapt --config adapt" in run.stdout
 
