@@ -51,12 +51,17 @@ SECTIONS = (
     "zero_optimization",
 )
 
+# DeepSpeed copies a frozen weight into an int8 tensor as it is, -0.3 as 0, next to scales of memory that was
+# never written to, and casts what it has gathered to int8 again (0.19, partition_parameters.py).
+KEPT_IN_INT8 = "zero_quantized_nontrainable_weights"
+
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """A DeepSpeed configuration as a dict.
 
     Raises:
-        DeepSpeedConfigError: unreadable, malformed, a key given twice, an unknown section, no ZeRO stage.
+        DeepSpeedConfigError: unreadable, malformed, a key given twice, an unknown section, no ZeRO stage, or frozen
+            weights to be kept in int8.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,6 +103,13 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     if type(stage) is not int or stage not in range(4):
         raise DeepSpeedConfigError(
             f"{path}: zero_optimization.stage: found {json.dumps(stage)}, allowed are the numbers 0, 1, 2, 3"
+        )
+    kept_in_int8 = content["zero_optimization"].get(KEPT_IN_INT8, False)
+    if kept_in_int8 is not False:
+        raise DeepSpeedConfigError(
+            f"{path}: zero_optimization.{KEPT_IN_INT8}: found {json.dumps(kept_in_int8)}, allowed is false: "
+            "DeepSpeed 0.19 rounds frozen weights to whole numbers before it scales them; remove the key, "
+            "`zero_quantized_weights` alone sends them in int8"
         )
     return content
 

@@ -47,6 +47,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {ZERO: {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
         [ZERO, "Partial offloading only supported for ZeRO Stage 3"],
     ),
+    "frozen weights in int8": (
+        {ZERO: {"zero_quantized_nontrainable_weights": True}},
+        ["zero_quantized_nontrainable_weights: found true, allowed is false", "DeepSpeed 0.19"],
+    ),
     "precision": ({"fp16": {"loss_scal": 0}}, ["`fp16.loss_scal`", "`fp16.loss_scale`"]),
     "plain section": ({"aio": {"blok_size": 1}}, ["`aio.blok_size`", "`aio.block_size`"]),
 }
@@ -134,12 +138,33 @@ def test_one_process_of_an_allocation_may_train(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_quantised_zero3_takes_steps(tmp_path: Path, launch: Launch) -> None:
-    """Not run so far: the quantisers are CUDA operators."""
+    """Not run so far: the quantisers are CUDA operators. On one GPU there is no second copy (hpZ)."""
+    gpus = torch.cuda.device_count()
+    path = quantized_json(tmp_path, ranks=gpus)
+    told = launch("-m", "pemt.engine.probe", zero=path, num_processes=gpus).output
+    assert f"probe: {gpus} rank(s), ZeRO-3, cuda" in told
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+def test_quantised_zero3_gathers_what_it_was_given(tmp_path: Path, launch: Launch) -> None:
+    """All but the CUDA operators: these are written in torch here."""
+    launch("-m", "tests.launched_quantized", str(tmp_path), zero=quantized_json(tmp_path, ranks=2))
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["second_copies"] == 2, "of the frozen weight and bias"
+    assert found["quantised"] > 0
+    assert found["largest"] > 1
+    for error in found["errors"]:
+        assert 0 < error < 0.02
+    assert found["losses"] == sorted(found["losses"], reverse=True)
+
+
+def quantized_json(folder: Path, *, ranks: int) -> Path:
     content = json.loads((ROOT / "ds_configs" / "zero3_quantized.json").read_text())
-    content[ZERO]["zero_hpz_partition_size"] = 1
-    path = tmp_path / "ds.json"
+    content[ZERO] |= {"zero_hpz_partition_size": ranks, "stage3_param_persistence_threshold": 0}
+    path = folder / "ds.json"
     path.write_text(json.dumps(content))
-    assert "ZeRO-3" in launch("-m", "pemt.engine.probe", zero=path, num_processes=1).output
+    return path
 
 
 @pytest.mark.gpu

@@ -130,7 +130,7 @@ class Zero:
         persistence: stage 3 keeps weights of at most this many elements whole.
         reuse_distance, max_live, prefetch: stage 3's limits, in elements.
         secondary: GPUs that share a second copy of the weights (hpZ); 1 where there is none.
-        quantized_weights, quantized_frozen: weights travel in int8; frozen ones are kept in int8.
+        quantized_weights: weights travel in int8.
     """
 
     name: str
@@ -145,7 +145,6 @@ class Zero:
     prefetch: int = 50_000_000
     secondary: int = 1
     quantized_weights: bool = False
-    quantized_frozen: bool = False
 
 
 def read_zero(path: Path) -> Zero:
@@ -180,7 +179,6 @@ def read_zero(path: Path) -> Zero:
         prefetch=number("stage3_prefetch_bucket_size", Zero.prefetch),
         secondary=number("zero_hpz_partition_size", 1),
         quantized_weights=bool(section.get("zero_quantized_weights")),
-        quantized_frozen=bool(section.get("zero_quantized_nontrainable_weights")),
     )
 
 

@@ -126,8 +126,7 @@ def _held(weight: Weight, zero: Zero, world: int, job: Job) -> float:
         return value * weight.size
     mine: float = value * share(weight.size, world)
     if zero.secondary > 1:
-        copy = 1 if zero.quantized_frozen and weight.role != "trained" else value
-        mine += copy * share(weight.size, min(zero.secondary, world))
+        mine += value * share(weight.size, min(zero.secondary, world))
     if is_kept(weight.size, zero):
         mine += value * weight.size
     return mine

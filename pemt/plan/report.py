@@ -147,8 +147,10 @@ def _honesty(job: Job, zero: Zero, cluster: Cluster) -> str:
         f"{cluster.reserved / 1e9:.0f} GB of a GPU are left aside for libraries and fragments; prompts' lengths are",
         "guessed from the task's description where neither --prompt_tokens nor --bank_dir tells them.",
     ]
-    if zero.quantized_weights or zero.quantized_frozen:
-        lines.append("Quantised weights have not been run yet: their figures are formulas alone.")
+    if zero.quantized_weights:
+        lines.append(
+            "Quantised weights have not been run on a GPU yet: their figures are formulas alone."
+        )
     if job.bytes_per_value == 4:
         lines.append("fp32 reaches less of a chip's bf16 rate: give its own with --gpu_tflops.")
     if job.method == "full":

@@ -122,14 +122,13 @@ def _stage_three(job: Job, zero: Zero, cluster: Cluster, found: list[Weight]) ->
     trained = sum(size[name] for name in taken if role[name] == "trained")
     kept = sum(size[each.name] for each in found if is_kept(each.size, zero))
     gradients = sum(size[each.name] for each in found if each.role == "trained")
-    frozen_value = 1 if zero.quantized_frozen or zero.quantized_weights else value
-    trained_value = 1 if zero.quantized_weights else value
+    gathered_value = 1 if zero.quantized_weights else value
     times = job.accumulation
     return [
         Collective(
             what="frozen weights",
             kind="all-gather",
-            size=times * frozen * frozen_value,
+            size=times * frozen * gathered_value,
             calls=times * max(1, frozen // max(1, zero.prefetch)),
             ranks=min(zero.secondary, world) if local else world,
             overlaps=True,
@@ -137,7 +136,7 @@ def _stage_three(job: Job, zero: Zero, cluster: Cluster, found: list[Weight]) ->
         Collective(
             what="trained weights",
             kind="all-gather",
-            size=times * trained * trained_value,
+            size=times * trained * gathered_value,
             calls=times,
             ranks=world,
             overlaps=True,
