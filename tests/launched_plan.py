@@ -1,11 +1,11 @@
-"""What every launched rank runs for the planner's tests: a training of a few steps, weighed from the inside.
+"""What every launched rank runs for the planner's tests: trainings of a few steps, weighed from the inside.
 
     accelerate launch ... -m tests.launched_plan WORLD FOLDER [large]
 
-WORLD holds a base model, a bank and a task. The report goes to FOLDER, of every rank: the bytes that have
-left and reached the network interface PEMT_INTERFACE at the start, and so far after each step; the bytes
-of gradients before a step and of the optimizer's states after it; and with `large` the memory of a model
-that dwarfs the interpreter.
+WORLD holds a base model, a bank and a task. The report goes to FOLDER, of every rank and for each training (fp32,
+bf16, and with `large` one of a model that dwarfs the interpreter): the bytes that have left and reached the
+network interface PEMT_INTERFACE at the start, and so far after each step; the bytes of gradients before a
+step and of the optimizer's states after it; and of the large one the peak of memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ SMALL = Job(
     batch=BATCH,
     bytes_per_value=4,
 )
+JOBS = {"fp32": SMALL, "bf16": replace(SMALL, bytes_per_value=2)}
 # What a GPU computes in: nothing else is planned for one.
 LARGE_VALUE = 2 if torch.cuda.is_available() else 4
 LARGE = Job(
@@ -99,45 +101,48 @@ def main(world: Path, folder: Path, *, large: bool) -> None:
     weighed = Weighed()
     tiny_task(TARGET)
     weighed.watch()
-    config = adapt_config(
-        world / "base",
-        world / TARGET,
-        folder / "run",
-        world / "bank",
-        TARGET,
-        adapter=ADAPTER,
-        mixture=MixtureConfig(prompt_dropout=0.0),
-        eval_strategy="no",
-        per_device_train_batch_size=BATCH,
-    )
-    run_adapt(config)
-    if large:  # after the small one, which has loaded all libraries
-        weighed.report["large"] = weigh_large()
+    for name, job in JOBS.items():
+        config = adapt_config(
+            world / "base",
+            world / TARGET,
+            folder / name,
+            world / "bank",
+            TARGET,
+            adapter=ADAPTER,
+            mixture=MixtureConfig(prompt_dropout=0.0),
+            eval_strategy="no",
+            per_device_train_batch_size=BATCH,
+            bf16=job.bytes_per_value == 2,
+        )
+        weighed.begin(name)
+        run_adapt(config)
+    if large:  # after the small ones, which have loaded all libraries
+        weighed.begin("large")
+        weighed.report["large"]["peak"] = weigh_large()
     rank = int(os.environ["RANK"])
     (folder / f"rank{rank}.json").write_text(json.dumps(weighed.report))
     shut_down()
 
 
 class Weighed:
-    """Looks into every step of every engine from now on."""
+    """Looks into every step of every engine from now on; `report` has a part for each training."""
 
     def __init__(self) -> None:
-        self.report: dict[str, Any] = {
-            "start": [],
-            "wire": [],
-            "gradients": [],
-            "optimizer": [],
-        }
+        self.report: dict[str, dict[str, Any]] = {}
+
+    def begin(self, name: str) -> None:
+        self.now: dict[str, Any] = {"wire": [], "gradients": [], "optimizer": []}
+        self.report[name] = self.now
 
     def watch(self) -> None:
         step, prepare_model = Engine.step, Engine.prepare
 
         def watched(engine: Engine) -> float:
-            self.report["gradients"].append(gradient_bytes(engine))
+            self.now["gradients"].append(gradient_bytes(engine))
             norm = step(engine)
-            self.report["optimizer"].append(optimizer_bytes(engine))
+            self.now["optimizer"].append(optimizer_bytes(engine))
             dist.barrier()
-            self.report["wire"].append(interface_bytes())
+            self.now["wire"].append(interface_bytes())
             return norm
 
         def started(engine: Engine, *arguments: Any) -> None:
@@ -145,7 +150,7 @@ class Weighed:
             before = interface_bytes()
             prepare_model(engine, *arguments)
             dist.barrier()
-            self.report["start"].append([interface_bytes()[way] - before[way] for way in (0, 1)])
+            self.now["start"] = [interface_bytes()[way] - before[way] for way in (0, 1)]
 
         Engine.step = watched  # type: ignore[method-assign]
         Engine.prepare = started  # type: ignore[method-assign]
