@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 from pemt.bank import write_entry
+from pemt.bench.model import t5_config
 from pemt.model import base_shape
 from pemt.plan import Job
 from pemt.plan.shapes import KNOWN
 from tests.launched_plan import random_sources
-from tests.tiny import WORDS, make_tokenizer, t5_config
+from tests.tiny import WORDS, make_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SOURCES = tuple(f"source-{letter}" for letter in "abcdef")

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from pemt.config import AdaptConfig, SourceConfig
-from pemt.plan.shapes import Shape
 from pemt.tasks import Task, register_task
 
 COLOURS = ("red", "blue", "green", "white")
@@ -58,22 +57,6 @@ def make_base(folder: Path, *, d_model: int = 16, **sizes: Any) -> Path:
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder
-
-
-def t5_config(shape: Shape) -> T5Config:
-    """The configuration of a T5 that the planner knows by its sizes."""
-    return T5Config(
-        vocab_size=shape.vocab_size,
-        d_model=shape.d_model,
-        d_kv=shape.d_kv,
-        d_ff=shape.d_ff,
-        num_layers=shape.num_layers,
-        num_decoder_layers=shape.num_decoder_layers,
-        num_heads=shape.num_heads,
-        dropout_rate=shape.dropout,
-        feed_forward_proj="gated-gelu" if shape.gated else "relu",
-        decoder_start_token_id=0,
-    )
 
 
 def tiny_task(name: str) -> Task:

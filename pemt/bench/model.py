@@ -17,8 +17,8 @@ from pemt.model.experts import expert_shapes
 from pemt.plan.shapes import Shape
 
 
-def random_t5(shape: Shape, dtype: torch.dtype = torch.float32) -> T5ForConditionalGeneration:
-    """A T5 of these sizes on torch's default device, made in this dtype and in no other before."""
+def t5_config(shape: Shape) -> T5Config:
+    """The configuration of a T5 that the planner knows by its sizes."""
     sizes: dict[str, Any] = {  # transformers declares no decoder_start_token_id, and asks for it
         "vocab_size": shape.vocab_size,
         "d_model": shape.d_model,
@@ -32,7 +32,12 @@ def random_t5(shape: Shape, dtype: torch.dtype = torch.float32) -> T5ForConditio
         "feed_forward_proj": "gated-gelu" if shape.gated else "relu",
         "decoder_start_token_id": 0,
     }
-    base = AutoModelForSeq2SeqLM.from_config(T5Config(**sizes), dtype=dtype)
+    return T5Config(**sizes)
+
+
+def random_t5(shape: Shape, dtype: torch.dtype = torch.float32) -> T5ForConditionalGeneration:
+    """A T5 of these sizes on torch's default device, made in this dtype and in no other before."""
+    base = AutoModelForSeq2SeqLM.from_config(t5_config(shape), dtype=dtype)
     if not shape.tied:  # transformers unties what it loads, not what it makes
         head_VD = torch.randn(shape.vocab_size, shape.d_model, dtype=dtype)
         base.lm_head.weight = nn.Parameter(head_VD * shape.d_model**-0.5)
