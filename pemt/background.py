@@ -48,7 +48,7 @@ class BackgroundWriter:
         self.wait()
         self._unwritten = {step: old for step, old in self._unwritten.items() if step == needed}
         self._unwritten[snapshot.step] = snapshot
-        # Not a daemon: an error elsewhere lets it end its work.
+        # Not a daemon: Python waits for it at exit. Before `os._exit`, which does not, somebody must `wait`.
         self._thread = threading.Thread(target=self._write_all, name="checkpoint", daemon=False)
         self._thread.start()
 

@@ -24,6 +24,7 @@ from pemt.background import BackgroundWriter, Snapshot
 from pemt.config import NOT_THE_RUN, PemtError, RunConfig
 from pemt.engine import Engine
 from pemt.lazy_weights import put_value
+from pemt.not_finite import NotFiniteError
 from pemt.progress import Progress, progress_of
 from pemt.storage import (
     TEMPORARY,
@@ -95,16 +96,20 @@ class Checkpoints:
 
         The copies are made here; a thread of rank 0 writes them. What becomes of that, `lines`, `failure`
         and `finish` tell.
+
+        Raises:
+            CheckpointError: the ranks do not agree on how far the run is.
+            NotFiniteError: a weight or a moment is NaN or Inf; the checkpoint before stays.
         """
         began = time.perf_counter()
         if self._engine.is_main:
             self._writer.wait()
-        weights = self._engine.trained.weights()
         files = {
-            WEIGHTS: weights,
+            WEIGHTS: self._engine.trained.weights(),
             MOMENTS: self._engine.trained.moments(),
             RANDOM: self._engine.random_states(),
         }
+        self._vote(progress, {**files[WEIGHTS], **files[MOMENTS]})
         if not self._engine.is_main:
             return
         manifest = {
@@ -126,6 +131,23 @@ class Checkpoints:
         snapshot = Snapshot(step=progress.step, write=write, waited=waited)
         self._writer.write(snapshot, needed=progress.best_step)
 
+    def _vote(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+        """Every rank must be where rank 0 is, with numbers that can be gone on with (all ranks call)."""
+        bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
+        # As text, in which NaN equals NaN: a metric may be one.
+        votes = self._engine.everyones((json.dumps(asdict(progress), sort_keys=True), bad))
+        for rank, (theirs, bad) in enumerate(votes):
+            if theirs != votes[0][0]:
+                raise CheckpointError(
+                    f"checkpoint-{progress.step} was not saved: rank {rank} is at {theirs}, rank 0 at {votes[0][0]}; "
+                    "start the same command again, to go on from the checkpoint before"
+                )
+            if bad is not None:
+                raise NotFiniteError(
+                    f"checkpoint-{progress.step} was not saved: `{bad}` holds NaN or Inf on rank {rank}; go on from "
+                    "the checkpoint before with a lower learning_rate, or train in fp32"
+                )
+
     def lines(self) -> list[str]:
         """What is to be told about saving since the last call; on rank 0."""
         return self._writer.lines()
@@ -141,6 +163,13 @@ class Checkpoints:
             StorageError: the newest or the best checkpoint could not be written.
         """
         self._engine.on_main(self._writer.finish)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Whatever ends the run, the process may be gone a moment later, and a half-written save with it.
+        self._writer.wait()
 
     def _remove_old(self, progress: Progress) -> None:
         keep = {progress.step, progress.best_step}
@@ -168,8 +197,6 @@ class Checkpoints:
         Raises:
             CheckpointError: the chosen one is damaged or of another run, or none of several is whole.
         """
-        if not choice:
-            return None
         found = self._engine.on_main(lambda: self._choose(choice))
         return found and self._without_lost_best(found)
 

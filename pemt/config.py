@@ -6,7 +6,8 @@ Names follow Hugging Face's `TrainingArguments` wherever the same thing exists t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 MOST_CHARACTERS = 1500
@@ -210,6 +211,7 @@ class RunConfig:
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         self._at_least(
             1,
             "max_source_length",
@@ -272,6 +274,16 @@ class RunConfig:
     @property
     def effective_data_seed(self) -> int:
         return self.seed if self.data_seed is None else self.data_seed
+
+
+def _check_finite(config: Any, prefix: str = "") -> None:
+    """YAML knows `.inf` and `.nan`, which no comparison with a bound finds."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            _check_finite(value, f"{each.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{each.name}: found {value}, a finite number is needed")
 
 
 @dataclass(frozen=True, kw_only=True)

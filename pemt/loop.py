@@ -119,14 +119,17 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     progress = _restore(setup, schedule, resumed) if resumed else Progress()
     session.reached(progress.step)
     model.train()
-    with Monitor(
-        Path(config.output_dir),
-        total_steps=total_steps,
-        initial_step=progress.step,
-        is_main=engine.is_main,
-        description=f"{built.stage} {setup.task.name}",
-        gates=gate_names(model, built.source_names),
-    ) as monitor:
+    with (
+        Monitor(
+            Path(config.output_dir),
+            total_steps=total_steps,
+            initial_step=progress.step,
+            is_main=engine.is_main,
+            description=f"{built.stage} {setup.task.name}",
+            gates=gate_names(model, built.source_names),
+        ) as monitor,
+        checkpoints,
+    ):
         run = _Run(
             config=config,
             setup=setup,

@@ -29,4 +29,5 @@ def write_status(folder: Path, state: State, *, step: int) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    write_text(folder / STATUS, json.dumps(status) + "\n")
+    # Not synced: it is written every second while a run trains, and a disk may be busy with a checkpoint.
+    write_text(folder / STATUS, json.dumps(status) + "\n", synced=False)

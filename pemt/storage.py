@@ -158,11 +158,20 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
         perform(_remove_tree, replaced)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole: aside, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_text(path: Path, text: str, *, synced: bool = True) -> None:
+    """Write a text file whole: aside, then renamed; one process at a time.
+
+    Args:
+        synced: it is to survive a power failure, for which the disk is waited for.
+    """
+    # One name for all attempts, so that what a crash left is written over by the next.
+    temporary = path.with_name(f".{path.name}.writing")
     temporary.write_text(text, encoding="utf-8")
+    if synced:
+        _sync(temporary)
     temporary.replace(path)
+    if synced:
+        _sync(path.parent)
 
 
 def _write(text: str, path: Path) -> None:

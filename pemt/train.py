@@ -58,7 +58,7 @@ def run_source(config: SourceConfig) -> Path:
     description = config.description or task.description
     built = build_model(config, base=base, tokenizer=setup.tokenizer, description=description)
     with Session(config, engine) as session:
-        fitted, tested, _ = _fit_and_test(config, setup, built, session)
+        fitted, tested = _fit_and_test(config, setup, built, session)
         model = built.model
         assert isinstance(model, PemtT5)
         engine.on_main(
@@ -71,6 +71,8 @@ def run_source(config: SourceConfig) -> Path:
                 dtype="float32",
             )
         )
+        # Whoever finds the results takes the run for finished: the entry is there by then.
+        _report(config, setup, built, fitted, tested)
     engine.release()
     return entry
 
@@ -98,7 +100,8 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
         description=config.description or setup.task.description,
     )
     with Session(config, setup.engine) as session:
-        _, _, results = _fit_and_test(config, setup, built, session)
+        fitted, tested = _fit_and_test(config, setup, built, session)
+        results = _report(config, setup, built, fitted, tested)
     setup.engine.release()
     return results
 
@@ -128,8 +131,8 @@ def _say_finished(config: RunConfig) -> None:
 
 def _fit_and_test(
     config: RunConfig, setup: Setup, built: Built, session: Session
-) -> tuple[Fitted, Evaluation, dict[str, Any]]:
-    """Train, score the best weights on the test set, report (all ranks call)."""
+) -> tuple[Fitted, Evaluation]:
+    """Train, and score the best weights on the test set (all ranks call)."""
     engine = setup.engine
     fitted = fit(config, setup, built, session)
     engine.trained.overwrite_weights(fitted.weights)
@@ -142,6 +145,14 @@ def _fit_and_test(
         doing="testing",
         between=session.check,
     )
+    return fitted, tested
+
+
+def _report(
+    config: RunConfig, setup: Setup, built: Built, fitted: Fitted, tested: Evaluation
+) -> dict[str, Any]:
+    """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
+    engine = setup.engine
     results = results_of(
         tested, progress=fitted.progress, epoch=fitted.epoch, source_names=built.source_names
     )
@@ -158,7 +169,6 @@ def _fit_and_test(
             gates=gate_names(built.model, built.source_names),
             mixture=mixture_seen(engine, tested),
         )
-        # Last, since whoever finds it takes the run for finished.
         write_results(folder / RESULTS, results)
         print(results_block(results), flush=True)
-    return fitted, tested, results
+    return results

@@ -80,6 +80,8 @@ CASES = {
     "missing bank": (["--bank_dir", "nowhere"], ["nowhere", "pemt source"]),
     "unknown source": (["--source_tasks", "[tiny-eror]"], ["tiny-eror", TASK]),
     "no such model": (["--model_name_or_path", "nowhere"], ["model_name_or_path", "nowhere"]),
+    "no finite rate": (["--learning_rate", ".inf"], ["learning_rate", "inf", "finite"]),
+    "no number": (["--mixture.sparsity_loss_weight", ".nan"], ["mixture.sparsity_loss_weight"]),
     "no such recipe": (["--config", "adopt"], ["--config adopt", "adapt"]),
     "no data": (["--data_dir", "nowhere"], ["nowhere"]),
     "no such checkpoint": (

@@ -9,6 +9,7 @@ import pytest
 
 from pemt.checkpoint import CheckpointError, checkpoint_folders
 from pemt.config import ExpertConfig, PemtError
+from pemt.storage import StorageError
 from pemt.train import run_adapt, run_source
 from tests.tiny import (
     adapt_config,
@@ -99,6 +100,27 @@ def test_another_runs_checkpoint_is_refused(world: Path, tmp_path: Path) -> None
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     with pytest.raises(PemtError, match=r"already holds a run, and .* is a checkpoint of another"):
         run_adapt(replace(elsewhere, resume_from_checkpoint=checkpoint))
+
+
+def test_a_source_run_is_finished_when_its_expert_is_in_the_bank(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an older entry of that name there, results without the new one would be taken for the end."""
+    paths = (world / "base", world / "data", tmp_path / "run", tmp_path / "bank")
+    config = source_config(*paths, TASK, expert=ExpertConfig(rank=2), max_steps=1)
+    entry = run_source(replace(config, output_dir=str(tmp_path / "older"), seed=7))
+    older = (entry / "manifest.json").read_text()
+
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("the bank's disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pemt.train.write_entry", full)
+        with pytest.raises(StorageError, match="the bank's disk is full"):
+            run_source(config)
+    assert (entry / "manifest.json").read_text() == older
+    run_source(config)
+    assert (entry / "manifest.json").read_text() != older
 
 
 def test_overwriting_removes_the_run_alone(world: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pemt import storage
-from pemt.storage import StorageError, read_manifest, read_tensors, write_folder
+from pemt.storage import StorageError, read_manifest, read_tensors, write_folder, write_text
 
 
 def written(folder: Path, value: float = 1.0) -> Path:
@@ -103,6 +103,26 @@ def test_a_full_disk_is_an_error_for_people(
     with pytest.raises(StorageError, match="cannot be written: No space left on device"):
         written(tmp_path / "entry")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_is_written_whole_and_a_crash_leaves_nothing_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "config.yaml", []
+    write_text(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_text(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # another process, after the crash
+    sync = storage._sync
+    monkeypatch.setattr(storage, "_sync", lambda path: (synced.append(path), sync(path)))
+    write_text(path, "newer")
+    assert [each.name for each in tmp_path.iterdir()] == ["config.yaml"], "a leftover"
+    assert path.read_text() == "newer"
+    assert len(synced) == 2
+    assert synced[-1] == tmp_path, "the new name is on the disk too"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"files": 1}', "\x00"])

@@ -253,6 +253,13 @@ class Engine:
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._hosts)
         return int(values)
 
+    def everyones(self, value: Any) -> list[Any]:
+        """Every rank's value, rank 0's first; small ones, from host to host."""
+        values = [value] * self.world_size
+        if self._hosts is not None:
+            torch.distributed.all_gather_object(values, value, group=self._hosts)
+        return values
+
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from pemt import loop
 from pemt.config import ExpertConfig, MixtureConfig, PemtError, SourceConfig
 from pemt.engine import Engine, shut_down
 from pemt.model import PemtT5
+from pemt.not_finite import NotFinite
 from pemt.train import run_adapt, run_source
 from tests.tiny import adapt_config, source_config, tiny_task
 
@@ -90,7 +92,15 @@ def bad_numbers(world: Path, folder: Path) -> dict[str, Any]:
         run_source(replace(config, output_dir=str(again), resume_from_checkpoint=checkpoint))
     ended = config_of(world, folder / "ended", max_skipped_steps=3, max_steps=9)
     with injected("loss", {1, 3, 4, 5, 6}):
-        return {"ended": error_of(lambda: run_source(ended))}
+        told = {"ended": error_of(lambda: run_source(ended))}
+    return {**told, "apart": apart(config_of(world, folder / "apart"))}
+
+
+def apart(config: SourceConfig) -> list[str]:
+    """One rank believes that the second step was skipped."""
+    skipped = dist.get_rank() == GUILTY
+    with mock.patch.object(NotFinite, "check", lambda _, step, *__: skipped and step == BAD_STEP):
+        return error_of(lambda: run_source(config))
 
 
 def damaged_checkpoints(world: Path, folder: Path) -> dict[str, Any]:

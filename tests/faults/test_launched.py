@@ -135,6 +135,19 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(
     assert losses(run, "train/skipped_steps") == {1: 1, 2: 1, 3: 2, 4: 3}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_disagree_save_nothing(
+    world: Path, launched: dict[str, str], stage: str
+) -> None:
+    for told in report(world, stage)["apart"]:
+        assert told.startswith(f"CheckpointError: checkpoint-{BAD_STEP} was not saved: rank 1 is")
+        assert '"skipped": 1' in told
+        assert "go on from the checkpoint before" in told
+    assert [each.name for each in (world / stage / "apart").glob("checkpoint-*")] == [
+        "checkpoint-1"
+    ]
+
+
 @pytest.mark.parametrize("stage", FULL)
 def test_two_ranks_go_back_to_the_checkpoint_before(
     world: Path, launched: dict[str, str], stage: str

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,9 @@ import pytest
 from pemt import storage
 from pemt.arguments import parse_config
 from pemt.checkpoint import checkpoint_folders
-from pemt.config import AdaptConfig
+from pemt.config import AdaptConfig, PemtError
+from pemt.engine import Engine
+from pemt.not_finite import NotFinite, NotFiniteError
 from pemt.storage import StorageError
 from pemt.train import run_adapt
 from tests.faults.jobs import World, assert_same_end, last_step, status
@@ -175,6 +180,57 @@ def test_the_best_checkpoint_is_not_lost_for_a_save_that_failed(
     )
     assert results["best_checkpoint"] == "checkpoint-10"
     assert (tmp_path / "run" / "checkpoint-10").is_dir()
+
+
+def test_an_error_in_the_middle_of_a_save_lets_it_end(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process leaves by `os._exit` then, and what is being written would be gone with it."""
+    perform, slow = storage.perform, threading.Event()
+
+    def perform_slowly(operation: Callable[..., Any], *arguments: Any) -> None:
+        if operation.__name__ == "save_file":
+            slow.set()
+            time.sleep(0.2)
+        perform(operation, *arguments)
+
+    def broken(*_: Any) -> None:
+        if slow.is_set():
+            raise PemtError("broken while a checkpoint was being written")
+
+    monkeypatch.setattr(storage, "perform", perform_slowly)
+    monkeypatch.setattr(NotFinite, "check", lambda *_: broken() or False)
+    with pytest.raises(PemtError, match="broken while"):
+        run_adapt(config_of(world, tmp_path / "run", max_steps="150"))
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == ["checkpoint-2"]
+    assert list((tmp_path / "run").glob(f"{storage.TEMPORARY}*")) == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.step
+
+    def overflow(engine: Engine) -> float:
+        norm = step(engine)
+        if (
+            float(engine.base_optimizer.param_groups[0]["lr"]) < 0.007
+        ):  # from the third step of four on
+            engine.trained.parameters[-1][1].data.view(-1)[0] = math.inf
+        return norm
+
+    monkeypatch.setattr(Engine, "step", overflow)
+    with pytest.raises(NotFiniteError, match=r"checkpoint-4 was not saved: `.*` holds NaN or Inf"):
+        run_adapt(config_of(world, tmp_path / "run"))
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_overwriting_a_run_clears_its_leftovers_too(world: World, tmp_path: Path) -> None:
+    run_adapt(config_of(world, tmp_path / "run"))
+    left = tmp_path / "run" / f"{storage.TEMPORARY}checkpoint-3-77"
+    left.mkdir()
+    run_adapt(config_of(world, tmp_path / "run", overwrite_output_dir="true"))
+    assert not left.exists()
 
 
 def test_a_save_takes_twelve_bytes_a_parameter_and_says_so(
