@@ -8,8 +8,6 @@ and what it belongs to: 12 bytes per trained parameter.
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,13 +19,18 @@ import torch
 from torch import Tensor
 
 from pemt.background import BackgroundWriter, Snapshot
+from pemt.checkpoint_names import (
+    checkpoint_folders,
+    is_checkpoint_name,
+    put_aside,
+    step_of,
+)
 from pemt.config import NOT_THE_RUN, PemtError, RunConfig
 from pemt.engine import Engine
 from pemt.lazy_weights import put_value
 from pemt.not_finite import NotFiniteError
 from pemt.progress import Progress, progress_of
 from pemt.storage import (
-    TEMPORARY,
     StorageError,
     clear_leftovers,
     read_manifest,
@@ -38,7 +41,6 @@ from pemt.storage import (
 
 WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
 FORMAT = 2
-UNUSABLE = "unusable-"
 
 
 class CheckpointError(PemtError):
@@ -78,6 +80,9 @@ class Checkpoints:
         self._limit = config.save_total_limit
         self._stops = config.save_errors == "stop"
         self._writer = BackgroundWriter()
+        self.saved: int | None = (
+            None  # step of the newest one that is whole on the disk; rank 0 knows
+        )
         self._config = plain_values(config)
         self._run = {
             **identity,
@@ -124,6 +129,7 @@ class Checkpoints:
         def write() -> Path:
             folder = self._output_dir / f"checkpoint-{progress.step}"
             write_folder(folder, files, manifest)
+            self.saved = max(progress.step, self.saved or 0)
             self._remove_old(progress)
             return folder
 
@@ -181,47 +187,78 @@ class Checkpoints:
         """The trained weights of the best checkpoint, or of the newest where nothing was validated (all ranks call).
 
         Raises:
-            StorageError: it is damaged.
+            CheckpointError: it is damaged.
         """
         step = progress.step if progress.best_step is None else progress.best_step
         folder = self._output_dir / f"checkpoint-{step}"
-        return self._engine.on_main(lambda: read_tensors(folder, WEIGHTS, read_manifest(folder)))
 
-    def resume(self, choice: str | bool) -> Checkpoint | None:
+        def read() -> dict[str, Tensor]:
+            try:
+                return read_tensors(folder, WEIGHTS, read_manifest(folder))
+            except StorageError as error:
+                raise CheckpointError(
+                    f"{error}; start the same command again, which goes on without this checkpoint"
+                ) from None
+
+        return self._engine.on_main(read)
+
+    def resume(self, choice: str | bool, *, expected: int | None = None) -> Checkpoint | None:
         """The checkpoint to go on from, chosen and read by rank 0 for all (all ranks call).
 
         Args:
             choice: a checkpoint's folder, or True for the newest one that is whole; a folder that holds no
                 run yet gives None, so that one command both starts a run and takes it up again. False: none.
+            expected: step of a checkpoint that the run is known to have written, on rank 0.
 
         Raises:
-            CheckpointError: the chosen one is damaged or of another run, or none of several is whole.
+            CheckpointError: the chosen one is damaged or of another run, none of several is whole, or all
+                are gone.
         """
-        found = self._engine.on_main(lambda: self._choose(choice))
-        return found and self._without_lost_best(found)
+        return self._engine.on_main(lambda: self._choose(choice, expected))
 
-    def _choose(self, choice: str | bool) -> Checkpoint | None:
-        clear_leftovers(self._output_dir, *_unfinished(self._output_dir))
+    def _choose(self, choice: str | bool, expected: int | None) -> Checkpoint | None:
+        clear_leftovers(self._output_dir, is_checkpoint_name)
         if not choice:
             return None
         found = self._newest_usable() if choice is True else self._read(Path(str(choice)))
         if found:
             self._remove_later(found.progress)
-        return found
+            self.saved = found.progress.step
+            return self._with_whole_best(found)
+        if expected is not None:
+            raise CheckpointError(
+                f"{self._output_dir}: the run here had saved checkpoint-{expected}, and no checkpoint is left; put one "
+                "back, or start again with --overwrite_output_dir true"
+            )
+        return None
 
     def _remove_later(self, progress: Progress) -> None:
         """Checkpoints of steps that will be taken again."""
         for folder in checkpoint_folders(self._output_dir):
-            if _step_key(folder) > progress.step:
+            if (step_of(folder) or 0) > progress.step:
                 remove_folder(folder)
 
-    def _without_lost_best(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Forget a best checkpoint that lies in another folder than this run's."""
-        best = checkpoint.progress.best_step
-        if best is None or (self._output_dir / f"checkpoint-{best}").is_dir():
-            return checkpoint
-        alone = replace(checkpoint.progress, best_metric=None, best_step=None)
-        return replace(checkpoint, progress=alone)
+    def _with_whole_best(self, found: Checkpoint) -> Checkpoint:
+        """Forget a best checkpoint that is damaged or not in this run's folder, and tell of it.
+
+        The one found counts as not validated then, so that it is a candidate itself.
+        """
+        best = found.progress.best_step
+        folder = self._output_dir / f"checkpoint-{best}"
+        if best is None or folder.resolve() == found.folder.resolve():
+            return found
+        try:
+            manifest = read_manifest(folder)
+            self._check(folder, manifest)
+            read_tensors(folder, WEIGHTS, manifest)
+        except (StorageError, CheckpointError) as error:
+            lost = "it is not there"
+            if folder.exists():
+                lost = f"{error}; it was put aside as {put_aside(folder).name}"
+            note = f"checkpoint-{best} was the best so far, and is lost: {lost}; the best is chosen anew"
+            alone = replace(found.progress, best_metric=None, best_step=None, validated_step=None)
+            return replace(found, progress=alone, notes=(*found.notes, note))
+        return found
 
     def _newest_usable(self) -> Checkpoint | None:
         """The newest whole checkpoint of this run; those passed over are put aside, and told of."""
@@ -234,7 +271,7 @@ class Checkpoints:
                 problems[folder] = error
                 continue
             notes = [
-                f"{error}; it was put aside as {_put_aside(damaged).name}, going on from {folder.name}"
+                f"{error}; it was put aside as {put_aside(damaged).name}, going on from {folder.name}"
                 for damaged, error in problems.items()
             ]
             return replace(found, notes=(*notes, *found.notes))
@@ -296,13 +333,6 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def _put_aside(folder: Path) -> Path:
-    aside = folder.with_name(f"{UNUSABLE}{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    return aside
-
-
 def trained_count(folder: Path) -> int | None:
     """How many parameters a checkpoint's run trains; None where it is gone or damaged."""
     try:
@@ -310,33 +340,6 @@ def trained_count(folder: Path) -> int | None:
     except (StorageError, KeyError):
         return None
     return sum(prod(tensor["shape"]) for tensor in tensors.values())
-
-
-def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """`checkpoint-<step>` folders, oldest first."""
-    return sorted(
-        (path for path in output_dir.glob("checkpoint-*") if step_of(path) is not None),
-        key=_step_key,
-    )
-
-
-def _unfinished(output_dir: Path) -> set[str]:
-    """Names of the checkpoints at which a crash left something under a temporary name."""
-    pattern = rf"{re.escape(TEMPORARY)}(?:replaced-|removed-)?(checkpoint-\d+)(?:-\d+)?"
-    found = (re.fullmatch(pattern, path.name) for path in output_dir.glob(f"{TEMPORARY}*"))
-    return {match[1] for match in found if match}
-
-
-def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name; None if it is no such name."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(match[1]) if match else None
-
-
-def _step_key(folder: Path) -> int:
-    step = step_of(folder)
-    assert step is not None
-    return step
 
 
 def match_trained(checkpoint: Checkpoint, trained: dict[str, torch.nn.Parameter]) -> None:

@@ -29,7 +29,7 @@ from pemt.meter import Meter
 from pemt.model import TrainedT5, base_digest, checked_base
 from pemt.monitor import GateNames, Monitor
 from pemt.not_finite import NotFinite
-from pemt.run_folder import goes_on, start_run_folder
+from pemt.run_folder import goes_on, holds_run, start_run_folder
 from pemt.session import Session
 from pemt.signals import Interrupted
 from pemt.tasks import Task
@@ -173,8 +173,10 @@ def _begin(
     """The run's folder, ready to be written, and what to go on from."""
     engine = setup.engine
     checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
-    session.ends_for(checkpoints.failure)
-    resumed = checkpoints.resume(goes_on(config))
+    resumed = checkpoints.resume(goes_on(config), expected=session.saved_before)
+    session.follow(checkpoints)
+    if engine.is_main and goes_on(config) and not resumed and holds_run(Path(config.output_dir)):
+        print(f"{config.output_dir}: the run begun here had saved no checkpoint yet", flush=True)
     engine.on_main(lambda: start_run_folder(config))
     return checkpoints, resumed
 

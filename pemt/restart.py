@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pemt.checkpoint import checkpoint_folders
+from pemt.checkpoint_names import checkpoint_folders
 from pemt.config import PemtError, RunConfig
 from pemt.run_folder import goes_on, holds_run
 from pemt.storage import StorageError, read_manifest

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from datasets import Dataset
 
-from pemt.checkpoint import UNUSABLE, Progress, checkpoint_folders
+from pemt.checkpoint import Progress
+from pemt.checkpoint_names import UNUSABLE, checkpoint_folders
 from pemt.config import NOT_THE_RUN, PemtError, RunConfig
 from pemt.evaluate import Evaluation
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER

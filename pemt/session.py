@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from pemt.checkpoint import Checkpoints
 from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine
 from pemt.lock import LockError, RunLock
 from pemt.signals import Interrupted, StopSignals
-from pemt.status import State, write_status
+from pemt.status import State, saved_checkpoint, write_status
 from pemt.storage import StorageError
 from pemt.watchdog import Watchdog
 
@@ -43,7 +43,10 @@ class Session:
             ended=lambda: self._tell("failed"),
         )
         self._signals = StopSignals()
-        self._failures: list[Callable[[], PemtError | None]] = [self._lock_lost]
+        self._checkpoints: Checkpoints | None = None
+        self.saved_before: int | None = (
+            None  # the checkpoint that the run has left here; rank 0 knows
+        )
         self._step, self._told = 0, time.monotonic()
 
     def __enter__(self) -> Session:
@@ -55,7 +58,8 @@ class Session:
     def _begin(self) -> None:
         try:
             self._lock.acquire()
-            write_status(self._folder, "running", step=0)
+            self.saved_before = saved_checkpoint(self._folder)
+            write_status(self._folder, "running", step=0, checkpoint=self.saved_before)
         except OSError as error:
             raise StorageError(
                 f"output_dir: {self._folder} cannot be written: {error.strerror}"
@@ -70,22 +74,24 @@ class Session:
 
     def _tell(self, state: State) -> None:
         with contextlib.suppress(OSError):  # what matters is saved elsewhere, and complains there
-            write_status(self._folder, state, step=self._step)
+            saved = self._checkpoints.saved if self._checkpoints else self.saved_before
+            write_status(self._folder, state, step=self._step, checkpoint=saved)
 
-    def ends_for(self, failure: Callable[[], PemtError | None]) -> None:
-        """Let `check` ask this too whether the run must end; rank 0's answer counts."""
-        self._failures.append(failure)
+    def follow(self, checkpoints: Checkpoints) -> None:
+        """Tell in status.json what is saved from now on; let `check` end the run for a save that failed."""
+        self._checkpoints = checkpoints
 
     def check(self) -> None:
         """Leave the run if any rank has been told to, or if it must end (all ranks call, and leave together).
 
         Raises:
             Interrupted: a rank has received a signal, or lost its launcher.
-            PemtError: what one of the failures says.
+            LockError: another run has taken the folder.
+            StorageError: a checkpoint could not be written, and `save_errors` says stop.
         """
         engine, reason = self._engine, self._signals.reason()
         self._watchdog.came_by(self._step)
-        failed = engine.is_main and any(failure() for failure in self._failures)
+        failed = engine.is_main and self._failure() is not None
         told = engine.highest(_FAILED if failed else -1 if reason is None else engine.rank)
         if told == _FAILED:
             engine.on_main(self._fail)
@@ -93,16 +99,13 @@ class Session:
             raise Interrupted(reason or f"rank {told} was told to")
 
     def _fail(self) -> None:
-        for failure in self._failures:
-            if error := failure():
-                raise error
+        if error := self._failure():
+            raise error
 
-    def _lock_lost(self) -> PemtError | None:
-        return (
-            LockError(f"output_dir: another run has taken {self._folder}")
-            if self._lock.lost
-            else None
-        )
+    def _failure(self) -> PemtError | None:
+        if self._lock.lost:
+            return LockError(f"output_dir: another run has taken {self._folder}")
+        return self._checkpoints.failure() if self._checkpoints else None
 
     def __exit__(
         self,

@@ -15,19 +15,30 @@ STATUS = "status.json"
 State = Literal["running", "interrupted", "finished", "failed"]
 
 
-def write_status(folder: Path, state: State, *, step: int) -> None:
+def write_status(folder: Path, state: State, *, step: int, checkpoint: int | None = None) -> None:
     """Write `status.json` whole (rank 0 calls).
 
     Args:
         state: `interrupted` means saved and to be started again, `failed` that somebody must look.
         step: optimizer steps done.
+        checkpoint: step of the newest checkpoint that the run has written; None before the first.
     """
     status = {
         "state": state,
         "step": step,
+        "checkpoint": checkpoint,
         "time": time.time(),  # seconds since 1970
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
     # Not synced: it is written every second while a run trains, and a disk may be busy with a checkpoint.
     write_text(folder / STATUS, json.dumps(status) + "\n", synced=False)
+
+
+def saved_checkpoint(folder: Path) -> int | None:
+    """Step of the checkpoint that `status.json` tells of; None where it tells of none, or cannot be read."""
+    try:
+        step = json.loads((folder / STATUS).read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None

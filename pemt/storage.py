@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,7 +59,7 @@ def write_folder(
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(folder.parent, folder.name)
+        clear_leftovers(folder.parent, lambda name: name == folder.name)
         perform(os.mkdir, temporary)
         listed = {}
         for name, tensors in files.items():
@@ -124,28 +123,38 @@ def read_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[s
 
 def bring_back(parent: Path) -> None:
     """Undo what a crash in the middle of replacing a folder left: the old one gets its name again."""
-    for replaced in parent.glob(f"{TEMPORARY}replaced-*"):
-        folder = parent / replaced.name.removeprefix(f"{TEMPORARY}replaced-")
-        if not folder.exists():
+    for kind, name, path in _leftovers(parent):
+        if kind == "replaced" and not (parent / name).exists():
             with contextlib.suppress(OSError):  # a disk that is read-only stays as it is
-                perform(os.rename, replaced, folder)
+                perform(os.rename, path, parent / name)
 
 
-def clear_leftovers(parent: Path, *names: str) -> None:
-    """Remove what a crash while writing these left behind; a replaced folder that lost its successor comes back."""
-    for name in names:
-        _clear_leftovers(parent, name)
+def clear_leftovers(parent: Path, mine: Callable[[str], bool]) -> None:
+    """Remove what a crash while writing left behind; a replaced folder that lost its successor comes back.
+
+    Args:
+        mine: tells by a folder's name whether it is the caller's; another's may be being written right now.
+    """
+    for kind, name, path in _leftovers(parent):
+        if not mine(name):
+            continue
+        if kind == "replaced" and not (parent / name).exists():
+            perform(os.rename, path, parent / name)
+        else:
+            perform(_remove_tree, path)
 
 
-def _clear_leftovers(parent: Path, name: str) -> None:
-    replaced = parent / f"{TEMPORARY}replaced-{name}"
-    if replaced.exists() and not (parent / name).exists():
-        perform(os.rename, replaced, parent / name)
-    for leftover in parent.glob(f"{TEMPORARY}*"):
-        # Another entry's name may contain this one's, and may be being written right now.
-        pattern = rf"(replaced-|removed-)?{re.escape(name)}(-\d+)?"
-        if re.fullmatch(pattern, leftover.name[len(TEMPORARY) :]):
-            perform(_remove_tree, leftover)
+def _leftovers(parent: Path) -> list[tuple[str, str, Path]]:
+    """Folders under temporary names: what was being done to it, its name, and the path."""
+    found = []
+    for path in parent.glob(f"{TEMPORARY}*"):
+        rest = path.name.removeprefix(TEMPORARY)
+        kind, _, name = rest.partition("-")
+        if kind in ("replaced", "removed"):
+            found.append((kind, name, path))
+        else:  # ends with the process that wrote it
+            found.append(("written", rest.rpartition("-")[0], path))
+    return found
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pemt.checkpoint import CheckpointError, checkpoint_folders
+from pemt.checkpoint import CheckpointError
+from pemt.checkpoint_names import checkpoint_folders
 from pemt.config import ExpertConfig, PemtError
 from pemt.storage import StorageError
 from pemt.train import run_adapt, run_source

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from pemt.checkpoint import checkpoint_folders, trained_count
+from pemt.checkpoint import trained_count
+from pemt.checkpoint_names import checkpoint_folders
 from pemt.config import PemtError
 from pemt.monitor import LOG_FILE, read_log
 from pemt.run_folder import CONFIG, PREDICTIONS, RESULTS

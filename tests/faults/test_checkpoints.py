@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pemt.loop
-from pemt.checkpoint import Checkpoint, CheckpointError, Checkpoints, checkpoint_folders, step_of
+from pemt.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from pemt.checkpoint_names import checkpoint_folders, step_of
 from pemt.config import ExpertConfig, SourceConfig
 from pemt.manifest import MANIFEST, read_manifest, sealed
 from pemt.train import run_source
@@ -65,6 +67,17 @@ def flip(checkpoint: Path, _: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 8
     path.write_bytes(data)
+
+
+def flip_weights(checkpoint: Path, _: Path) -> None:
+    path = checkpoint / "trained.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 8
+    path.write_bytes(data)
+
+
+def miss_all(checkpoint: Path, _: Path) -> None:
+    shutil.rmtree(checkpoint)
 
 
 def cut(checkpoint: Path, _: Path) -> None:
@@ -169,6 +182,83 @@ def test_none_left_is_an_error_and_no_fresh_start(
         run_source(resumed(world, run))
     assert "\n" not in str(e.value)
     assert written(run) == before, "touched"
+
+
+def test_all_gone_is_an_error_and_no_fresh_start(world: Path, tmp_path: Path) -> None:
+    """Again and again: the first attempt must not wipe out what the second one knows it by."""
+    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    for folder in checkpoint_folders(run):
+        shutil.rmtree(folder)
+    before = written(run)
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"had saved checkpoint-6, and no checkpoint is left"
+        ):
+            run_source(resumed(world, run))
+    assert written(run) == before, "touched"
+    anew = replace(resumed(world, run), resume_from_checkpoint=None, overwrite_output_dir=True)
+    run_source(anew)
+    assert losses(run) == losses(world / "run")
+
+
+def test_a_run_that_had_saved_nothing_says_that_it_begins_anew(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    for folder in checkpoint_folders(run):
+        shutil.rmtree(folder)
+    (run / "status.json").write_text('{"state": "running", "step": 1, "checkpoint": null}')
+    run_source(resumed(world, run))
+    assert "the run begun here had saved no checkpoint yet" in capsys.readouterr().out
+    assert losses(run) == losses(world / "run")
+
+
+@pytest.mark.parametrize("damage", [flip_weights, miss_all, foreign], ids=lambda d: d.__name__)
+def test_a_lost_best_checkpoint_is_told_of_and_the_best_chosen_anew(
+    world: Path, tmp_path: Path, damage: Damage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    newest = run / "checkpoint-6"
+    manifest = read_manifest(newest)
+    manifest["progress"] |= {"best_step": 2, "best_metric": 100.0, "validated_step": 6}
+    (newest / MANIFEST).write_text(sealed(manifest))
+    damage(run / "checkpoint-2", world / "other")
+    longer = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": STEPS + 3}
+    run_source(replace(resumed(world, run), **longer))
+    (told,) = [
+        line for line in capsys.readouterr().out.splitlines() if "was the best so far" in line
+    ]
+    assert told.startswith("checkpoint-2 was the best so far, and is lost: ")
+    assert ("put aside as unusable-checkpoint-2" in told) == (
+        run / "unusable-checkpoint-2"
+    ).is_dir()
+    assert ("it is not there" in told) == (damage is miss_all)
+    results = json.loads((run / "all_results.json").read_text())
+    assert results["best_checkpoint"] in ("checkpoint-6", "checkpoint-9"), (
+        "6 was not validated anew"
+    )
+    assert set(losses(run, f"eval/{TASK}/loss")) == {6, 9}
+
+
+def test_a_best_checkpoint_damaged_at_the_end_leaves_a_way_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    config = replace(config_of(world, "run"), output_dir=str(run), bank_dir=str(tmp_path / "bank"))
+    finish = Checkpoints.finish
+
+    def finish_and_damage(checkpoints: Checkpoints) -> None:
+        finish(checkpoints)
+        flip_weights(run / "checkpoint-6", run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "finish", finish_and_damage)
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint-6/trained.*start the same command again"
+        ):
+            run_source(config)
+    run_source(config)
+    assert losses(run) == losses(world / "run")
 
 
 def test_all_of_another_run_is_an_error_that_names_the_difference(world: Path) -> None:

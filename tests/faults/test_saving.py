@@ -18,7 +18,7 @@ import pytest
 
 from pemt import storage
 from pemt.arguments import parse_config
-from pemt.checkpoint import checkpoint_folders
+from pemt.checkpoint_names import checkpoint_folders
 from pemt.config import AdaptConfig, PemtError
 from pemt.engine import Engine
 from pemt.not_finite import NotFinite, NotFiniteError
