@@ -120,9 +120,13 @@ def record_outcome(
         gates: the names behind the gates' axes.
         mixture: of the test set, gates [N,L,K] and prompt similarity [M,M]; None without gates.
     """
-    board = Board(output_dir / TENSORBOARD_FOLDER, gates=gates)
-    if mixture is not None:
-        title = f"{config.task_name}, test"
-        board.gates(step, *mixture, part="test", title=title)
-    board.outcome(step, config, results)
-    board.close()
+    folder = output_dir / TENSORBOARD_FOLDER
+    try:
+        board = Board(folder, gates=gates)
+        if mixture is not None:
+            title = f"{config.task_name}, test"
+            board.gates(step, *mixture, part="test", title=title)
+        board.outcome(step, config, results)
+        board.close()
+    except OSError as error:  # all_results.json, which is written next, tells the same
+        print(f"{folder}: the outcome is missing: {error.strerror or error}", flush=True)

@@ -25,21 +25,36 @@ class LogFile:
         kept = drop_later_lines(path, initial_step) if path.exists() else []
         self._elapsed_before = max((float(line.get("elapsed", 0)) for line in kept), default=0.0)
         self._started = time.monotonic()
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One object: `step`, `time` (seconds since 1970), `elapsed` and the scalars.
 
         `elapsed` counts the seconds that the run has been running, over all its resumes. What is
         not finite stands there as null, as JSON has no word for it.
+
+        Raises:
+            OSError: the disk refuses; the line is kept, and written before the next one.
         """
         elapsed = self._elapsed_before + time.monotonic() - self._started
         finite = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
         entry = {"step": step, "time": time.time(), "elapsed": round(elapsed, 3), **finite}
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._unwritten += json.dumps(entry, allow_nan=False).encode() + b"\n"
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Write what is left, and close the file.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        with self._file:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._unwritten:  # a disk that fills up takes a part of a line
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

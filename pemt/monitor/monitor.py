@@ -5,13 +5,14 @@ Shapes: N examples, L FFNs (the encoder's first), K sources, M = 1 + K prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 
-from pemt.config import RunConfig
+from pemt.config import PemtError, RunConfig
 from pemt.monitor.bars import ProgressBar
 from pemt.monitor.board import TENSORBOARD_FOLDER, Board
 from pemt.monitor.gates import GateNames
@@ -21,10 +22,15 @@ from pemt.monitor.provenance import config_text, environment_text
 NO_GATES = GateNames(sources=(), encoder_layers=0)
 
 
+class LogError(PemtError):
+    """A run's logs that cannot be opened."""
+
+
 class Monitor:
     """Scalars, pictures and progress of one run; use it in a `with` block.
 
-    Every rank may call every method; on ranks other than the main one nothing is written.
+    Every rank may call every method; on ranks other than the main one nothing is written. A disk that
+    is full while the run is under way does not end it: what is lost is told, once.
 
     Args:
         output_dir: the run's folder; `tensorboard/` and `log.jsonl` are made in it.
@@ -52,22 +58,31 @@ class Monitor:
         self._is_main = is_main
         self._description = description
         self._gates = gates
+        self._refused: set[str] = set()
 
     def __enter__(self) -> Monitor:
         if self._is_main:
-            self._output_dir.mkdir(parents=True, exist_ok=True)
-            self._log = LogFile(self._output_dir / LOG_FILE, initial_step=self._initial_step)
-            self._board = Board(
-                self._output_dir / TENSORBOARD_FOLDER,
-                gates=self._gates,
-                purge_step=self._initial_step + 1,
-            )
-            self._bar = ProgressBar(
-                total_steps=self._total_steps,
-                initial_step=self._initial_step,
-                description=self._description,
-            )
+            try:
+                self._open()
+            except OSError as error:
+                raise LogError(
+                    f"output_dir: logs in {self._output_dir} cannot be written: {error.strerror or error}"
+                ) from None
         return self
+
+    def _open(self) -> None:
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        self._log = LogFile(self._output_dir / LOG_FILE, initial_step=self._initial_step)
+        self._board = Board(
+            self._output_dir / TENSORBOARD_FOLDER,
+            gates=self._gates,
+            purge_step=self._initial_step + 1,
+        )
+        self._bar = ProgressBar(
+            total_steps=self._total_steps,
+            initial_step=self._initial_step,
+            description=self._description,
+        )
 
     def __exit__(
         self,
@@ -77,8 +92,22 @@ class Monitor:
     ) -> None:
         if self._is_main:
             self._bar.close()
-            self._board.close()
-            self._log.close()
+            with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
+                self._board.close()
+            with self._whatever_the_disk_says(LOG_FILE):
+                self._log.close()
+
+    @contextmanager
+    def _whatever_the_disk_says(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if name not in self._refused:
+                self._refused.add(name)
+                later = (
+                    "what is missing follows" if name == LOG_FILE else "this run's curves end here"
+                )
+                self.message(f"{name}: {error.strerror or error}; the training goes on, {later}")
 
     def introduce(self, config: RunConfig, facts: Mapping[str, str]) -> None:
         """Write what the run is: configuration, environment and git state, and lay out TensorBoard.
@@ -90,13 +119,16 @@ class Monitor:
         if self._is_main:
             environment = environment_text(facts, folder=Path.cwd())
             texts = {"config": config_text(config), "environment": environment}
-            self._board.introduce(config.task_name, texts)
+            with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
+                self._board.introduce(config.task_name, texts)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record values under flat tags such as `train/loss`, in TensorBoard and log.jsonl."""
         if self._is_main:
-            self._board.scalars(step, scalars)
-            self._log.write(step, scalars)
+            with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
+                self._board.scalars(step, scalars)
+            with self._whatever_the_disk_says(LOG_FILE):
+                self._log.write(step, scalars)
 
     def mixture(self, step: int, gates_NLK: Tensor, similarity_MM: Tensor) -> None:
         """Record what a validation saw of gates and prompts, as scalars, histograms and heat maps.
@@ -107,20 +139,18 @@ class Monitor:
         """
         if self._is_main:
             self.log(step, self._gates.decisions(gates_NLK, similarity_MM))
-            self._board.gates(
-                step,
-                gates_NLK,
-                similarity_MM,
-                part="validation",
-                title=f"{self._description}, step {step}",
-            )
+            title = f"{self._description}, step {step}"
+            with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
+                self._board.gates(step, gates_NLK, similarity_MM, part="validation", title=title)
 
     def advance(self, step: int, *, loss: float, samples_per_second: float) -> None:
         """Move the bar to `step`; where stdout is no terminal, print a plain line instead."""
         if self._is_main:
-            self._bar.advance(step, loss=loss, samples_per_second=samples_per_second)
+            with suppress(OSError):  # stdout may be a file on the same disk
+                self._bar.advance(step, loss=loss, samples_per_second=samples_per_second)
 
     def message(self, text: str) -> None:
         """Print a line without tearing the bar."""
         if self._is_main:
-            self._bar.message(text)
+            with suppress(OSError):
+                self._bar.message(text)

@@ -7,6 +7,7 @@ WORLD holds a base model and task files. Runs and report.json go to FOLDER; ever
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,10 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pemt import loop
+from pemt import loop, storage
 from pemt.config import ExpertConfig, MixtureConfig, PemtError, SourceConfig
 from pemt.engine import Engine, shut_down
 from pemt.model import PemtT5
+from pemt.monitor.board import Board
 from pemt.not_finite import NotFinite
 from pemt.train import run_adapt, run_source
 from tests.tiny import adapt_config, source_config, tiny_task
@@ -184,7 +186,35 @@ def error_of(act: Callable[[], Any]) -> list[str]:
     return everyones
 
 
-PARTS = {"numbers": bad_numbers, "checkpoints": damaged_checkpoints, "ends": uneven_ends}
+def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
+    """The disk refuses TensorBoard's curves, and the first checkpoint (`warn`) or all of them (`stop`)."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    perform, told = storage.perform, {}
+    for save_errors, most in (("warn", 1), ("stop", 99)):
+        refusals = iter([full] * most)
+
+        def refusing(
+            operation: Callable[..., Any], *arguments: Any, refusals: Any = refusals
+        ) -> None:
+            if operation.__name__.startswith("save_") and (error := next(refusals, None)):
+                raise error
+            perform(operation, *arguments)
+
+        config = config_of(world, folder / save_errors, save_errors=save_errors, max_steps=9)
+        with (
+            mock.patch.object(storage, "perform", refusing),
+            mock.patch.object(Board, "scalars", side_effect=full),
+        ):
+            told[save_errors] = error_of(lambda config=config: run_source(config))
+    return {"disk": told}
+
+
+PARTS = {
+    "disk": refusing_disk,
+    "numbers": bad_numbers,
+    "checkpoints": damaged_checkpoints,
+    "ends": uneven_ends,
+}
 
 
 def main(world: Path, folder: Path, parts: list[str]) -> None:

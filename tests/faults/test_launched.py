@@ -17,7 +17,7 @@ from tests.faults.launched import BAD_STEP, ENDS, SOURCE, STEPS
 from tests.tiny import losses, make_base, write_task_files
 
 STAGES = {
-    "zero2": ["numbers", "checkpoints", "ends"],
+    "zero2": ["numbers", "checkpoints", "ends", "disk"],
     "zero3": ["numbers", "checkpoints", "ends"],
     "zero0": ["numbers"],
     "zero1": ["numbers"],
@@ -159,6 +159,18 @@ def test_two_ranks_go_back_to_the_checkpoint_before(
     for error in report(world, stage)["none_left"]:
         assert error.startswith("CheckpointError: ")
         assert "none of 3 checkpoints is whole" in error
+
+
+def test_a_disk_that_refuses_on_two_ranks(world: Path, launched: dict[str, str]) -> None:
+    told = report(world, "zero2")["disk"]
+    assert told["warn"] == ["none", "none"]
+    full = "checkpoint-1: cannot be written: No space left on device"
+    assert all(error.startswith("StorageError: ") and full in error for error in told["stop"])
+    assert max(losses(world / "zero2" / "stop")) < 9, "it was trained on for nothing"
+    assert set(losses(world / "zero2" / "warn")) == set(range(1, 10))
+    steps = {int(each.name.split("-")[1]) for each in (world / "zero2" / "warn").glob("check*")}
+    assert steps == set(range(2, 10)), "a later save succeeds"
+    assert "tensorboard: No space left on device; the training goes on" in launched["zero2"]
 
 
 @pytest.mark.parametrize("name", [*ENDS, "ignored"])
