@@ -12,11 +12,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForSeq2SeqLM,
+    MT5Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    T5Config,
+    UMT5Config,
 )
 
 from pemt.base_files import WeightFileError, unread_base, weight_files
@@ -25,7 +27,11 @@ from pemt.data import load_tokenizer
 from pemt.model import base_shape
 from pemt.official import refusal
 
-MODEL_TYPES = ("t5", "mt5", "umt5")
+MODEL_TYPES: dict[str, type[PreTrainedConfig]] = {
+    "t5": T5Config,
+    "mt5": MT5Config,
+    "umt5": UMT5Config,
+}
 OVERFLOWS_FROM = 1024  # d_model of t5-large, t5-3b and their v1.1
 
 
@@ -71,7 +77,9 @@ def load_pretrained(
         if base is None:
             weight_files(name)  # refuses an index that leads out of the folder
             with bars_on_terminals_alone():
-                base = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
+                base = AutoModelForSeq2SeqLM.from_pretrained(
+                    name, config=model_config, dtype=torch.float32
+                )
     except WeightFileError as error:
         raise BaseModelError(str(error)) from None
     except pickle.UnpicklingError as error:
@@ -110,15 +118,18 @@ def load_config(name: str) -> PreTrainedConfig:
         BaseModelError: it cannot be read, or is no T5's.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        # Looked at before a class is chosen: of a type that it does not know, transformers' AutoConfig would
+        # offer to run the repository's own code.
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        if model_type not in tuple(MODEL_TYPES):  # it may be anything that JSON can hold
+            raise BaseModelError(
+                f"model_name_or_path: `{name}` is a {model_type} model; PEMT needs one of {', '.join(MODEL_TYPES)}"
+            )
+        return MODEL_TYPES[model_type].from_pretrained(name)
+    except BaseModelError:
+        raise
     except (OSError, ValueError) as error:
         raise _not_loaded(name, error) from None
-    if config.model_type not in MODEL_TYPES:
-        raise BaseModelError(
-            f"model_name_or_path: `{name}` is a {config.model_type} model; "
-            f"PEMT needs one of {', '.join(MODEL_TYPES)}"
-        )
-    return config
 
 
 @contextmanager

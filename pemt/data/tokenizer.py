@@ -22,7 +22,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     try:
         if bare:
             return T5Tokenizer.from_pretrained(name_or_path)
-        return AutoTokenizer.from_pretrained(name_or_path)
+        # Left unsaid, transformers asks on stdin whether to run code that a repository brings along.
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(
             f"tokenizer_name: nothing could be loaded from {name_or_path}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 from pemt.base import precision_warning
 from pemt.deepspeed_json import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
 from pemt.model import FullT5
+from pemt.train import set_up
 from tests.conftest import ROOT
-from tests.tiny import adapt_config
+from tests.tiny import adapt_config, make_base, tiny_task
 from tests.tiny_t5 import FFNS, target_model, tiny_base, tiny_batch
 
+TASK = "tiny-fp16"
 HALVES = (torch.bfloat16, torch.float16)
 # The overloads that decide whether a number survives, by what they serve.
 LOSS = ("_log_softmax", "nll_loss_forward", "nll_loss2d_forward")
@@ -97,6 +100,23 @@ def test_fp16_is_warned_of_before_the_start(
     if warning:
         assert f"t5 (d_model {d_model})" in warning
         assert "--bf16 true" in warning
+
+
+def test_the_warning_is_told_before_the_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    base = make_base(tmp_path / "base")
+    monkeypatch.setattr("pemt.base.OVERFLOWS_FROM", 16)
+    monkeypatch.setattr("pemt.train.Engine", mock.Mock())  # fp16 without DeepSpeed needs a GPU
+    monkeypatch.setattr("pemt.train.load_task_data", stop)
+    config = adapt_config(base, tmp_path, tmp_path / "run", tmp_path, TASK, bf16=False, fp16=True)
+    tiny_task(TASK)
+    with pytest.raises(KeyboardInterrupt):
+        set_up(config)
+    assert "pemt: warning: fp16: activations of a T5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

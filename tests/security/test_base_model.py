@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pemt.base import BaseModelError, load_pretrained
+from pemt.data import DataError
 from tests.tiny import make_base
 
 
@@ -63,11 +64,38 @@ def test_a_broken_index(base: Path, text: str) -> None:
         load_pretrained(str(base), str(base), lazy=True)
 
 
-def test_code_beside_the_weights_is_not_run(base: Path, tmp_path: Path) -> None:
-    """`auto_map` in config.json names Python files of the repository: they are the hub's way to run code."""
-    made = tmp_path / "made"
-    (base / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
-    config = json.loads((base / "config.json").read_text())
+@pytest.mark.parametrize("model_type", ["evil", "bert", None, 7, ["t5"]])
+def test_code_of_an_unknown_model_type_is_not_even_offered(
+    base: Path, tmp_path: Path, model_type: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on stdin whether to run it; whoever says yes has run it."""
+    config = json.loads((base / "config.json").read_text()) | {"model_type": model_type}
+    plant(base, tmp_path / "made", config)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(BaseModelError, match=r"is a .* model; PEMT needs one of t5, mt5, umt5"):
+        load_pretrained(str(base), str(base))
+    assert not (tmp_path / "made").exists()
+
+
+def test_code_of_an_unknown_tokenizer_is_not_even_offered(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(base, tmp_path / "made", json.loads((base / "config.json").read_text()))
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Tokenizer"}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    load_pretrained(str(base), str(base))  # what stands in tokenizer.json does
+    assert not (tmp_path / "made").exists()
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(DataError):
+        load_pretrained(str(base), str(base))
+    assert not (tmp_path / "made").exists()
+
+
+def plant(base: Path, made: Path, config: dict[str, Any]) -> None:
+    """Code beside a model, and `auto_map`, which names it."""
+    classes = "".join(f"class {name}: pass\n" for name in ("Config", "Model", "Tokenizer"))
+    (base / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(made)!r})\n{classes}")
     config["auto_map"] = {
         "AutoConfig": "modeling_evil.Config",
         "AutoModelForSeq2SeqLM": "modeling_evil.Model",
@@ -76,6 +104,12 @@ def test_code_beside_the_weights_is_not_run(base: Path, tmp_path: Path) -> None:
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
     tokenizer["auto_map"] = {"AutoTokenizer": ["modeling_evil.Tokenizer", None]}
     (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+
+def test_code_beside_the_weights_is_not_run(base: Path, tmp_path: Path) -> None:
+    """`auto_map` in config.json names Python files of the repository: they are the hub's way to run code."""
+    made = tmp_path / "made"
+    plant(base, made, json.loads((base / "config.json").read_text()))
     model, _ = load_pretrained(str(base), str(base))
     assert type(model).__name__ == "T5ForConditionalGeneration"
     assert not made.exists()
