@@ -125,7 +125,7 @@ def load_config(name: str) -> PreTrainedConfig:
             raise BaseModelError(
                 f"model_name_or_path: `{name}` is a {model_type} model; PEMT needs one of {', '.join(MODEL_TYPES)}"
             )
-        return MODEL_TYPES[model_type].from_pretrained(name)
+        return MODEL_TYPES[model_type].from_pretrained(name, name_or_path=name)
     except BaseModelError:
         raise
     except (OSError, ValueError) as error:

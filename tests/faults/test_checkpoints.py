@@ -133,8 +133,10 @@ def test_what_was_read_is_let_go_before_the_first_step(
     alive: list[int] = []
     resume, take_step = Checkpoints.resume, pemt.loop._take_step
 
-    def watched_resume(checkpoints: Checkpoints, choice: str | bool) -> Checkpoint | None:
-        found = resume(checkpoints, choice)
+    def watched_resume(
+        checkpoints: Checkpoints, choice: str | bool, **known: Any
+    ) -> Checkpoint | None:
+        found = resume(checkpoints, choice, **known)
         assert found is not None
         read.extend(map(weakref.ref, (*found.weights.values(), *found.moments.values())))
         return found

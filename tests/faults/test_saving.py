@@ -189,7 +189,7 @@ def test_an_error_in_the_middle_of_a_save_lets_it_end(
     perform, slow = storage.perform, threading.Event()
 
     def perform_slowly(operation: Callable[..., Any], *arguments: Any) -> None:
-        if operation.__name__ == "save_file":
+        if operation.__name__ == "save_tensors":
             slow.set()
             time.sleep(0.2)
         perform(operation, *arguments)
