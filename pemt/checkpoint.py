@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from pemt.checkpoint_names import (
     step_of,
 )
 from pemt.config import NOT_THE_RUN, PemtError, RunConfig
-from pemt.engine import Engine
 from pemt.lazy_weights import put_value
 from pemt.not_finite import NotFiniteError
 from pemt.progress import Progress, progress_of
@@ -38,6 +37,9 @@ from pemt.storage import (
     remove_folder,
     write_folder,
 )
+
+if TYPE_CHECKING:  # who only reads a run needs no engine
+    from pemt.engine import Engine
 
 WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
 FORMAT = 2

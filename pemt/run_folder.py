@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from datasets import Dataset
@@ -15,11 +15,13 @@ from datasets import Dataset
 from pemt.checkpoint import Progress
 from pemt.checkpoint_names import UNUSABLE, checkpoint_folders
 from pemt.config import NOT_THE_RUN, PemtError, RunConfig
-from pemt.evaluate import Evaluation
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
 from pemt.storage import write_text
 from pemt.tasks import Task, example_scores
 from pemt.yaml_file import load_yaml
+
+if TYPE_CHECKING:  # it would bring the engine along
+    from pemt.evaluate import Evaluation
 
 CONFIG, RESULTS, PREDICTIONS = "config.yaml", "all_results.json", "predictions.jsonl"
 

@@ -153,6 +153,12 @@ def test_zsh_reads_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     subprocess.run(["zsh", "-n", tmp_path / "_pemt"], check=True)
 
 
+def test_a_report_needs_no_deepspeed() -> None:
+    program = "import sys, pemt.report.page; sys.exit('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_doctor_tells_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {finding.what: finding for finding in doctor.packages()}
     assert found["torch"].state == "ok"
