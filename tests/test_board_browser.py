@@ -44,7 +44,11 @@ def runs(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in SOURCES:
         expert, run = ExpertConfig(rank=2), folder / "runs" / task
         run_source(source_config(base, folder / task, run, bank, task, expert=expert))
-    run_adapt(adapt_config(base, folder / TARGET, folder / "runs" / "adapt", bank, TARGET))
+    run = folder / "runs" / "adapt"
+    with pytest.MonkeyPatch.context() as patch:
+        # so short a run would have time for the first picture only
+        patch.setattr("pemt.monitor.board.DRAWING_SHARE", 1e9)
+        run_adapt(adapt_config(base, folder / TARGET, run, bank, TARGET, num_train_epochs=3))
     return folder / "runs"
 
 
@@ -141,6 +145,9 @@ def test_images_are_pictures_of_some_size(open_tab: Any) -> None:
     for picture in page.locator("tf-image-loader img").all():
         assert picture.evaluate("each => each.naturalWidth") > 200
         assert picture.bounding_box()["width"] > 200, "shown too small to read"
+    for tag in ("gates/encoder_validation", "gates/decoder_validation"):
+        over_time = page.locator("tf-image-loader", has_text=tag).locator("paper-slider")
+        assert over_time.get_attribute("max") == "2", "one picture for each of three validations"
 
 
 def test_histograms_of_the_entropy(open_tab: Any) -> None:
@@ -160,4 +167,12 @@ def test_hparams_compare_runs(open_tab: Any, runs: Path) -> None:
     page = open_tab("hparams", ready="text=learning_rate")
     for word in ("method", "task_name", TARGET, SOURCES[0], "pemt"):
         page.get_by_text(word, exact=True).first.wait_for(timeout=SECONDS)
-    page.get_by_text("test/average_metrics").first.wait_for(state="attached", timeout=SECONDS)
+    # TensorBoard shows five settings at least, of ten letters' width each: the score is the next column
+    page.set_viewport_size({"width": 1600, "height": 1000})
+    table = page.locator("tf-hparams-table-view")
+    for text in ("test/average_metrics", "learning_rate", "method"):
+        found = table.get_by_text(text).first
+        found.wait_for(timeout=SECONDS)
+        box = found.bounding_box()
+        assert box["x"] >= 0, text
+        assert box["x"] + box["width"] <= 1600, f"{text} is cut off at the edge"

@@ -53,11 +53,11 @@ def sizes(found: list[Weight]) -> dict[Role, int]:
     return total
 
 
-def buffer_size(job: Job) -> int:
-    """Elements of the experts' Gram matrices, kept beside the weights (see `pemt.ops`)."""
+def gram_bytes(job: Job) -> int:
+    """Of the experts' Gram matrices, kept beside the weights, in fp32 whatever these are (see `pemt.ops`)."""
     layers = job.shape.num_layers + job.shape.num_decoder_layers
     width = -(-max(job.ranks, default=0) // GRAM_MULTIPLE) * GRAM_MULTIPLE
-    return layers * job.all_ranks * width
+    return 4 * layers * job.all_ranks * width
 
 
 _Row = tuple[str, tuple[int, ...], Role]

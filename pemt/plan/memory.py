@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from pemt.plan.activations import Hardware, saved, transient
-from pemt.plan.count import Weight, buffer_size, weights
+from pemt.plan.count import Weight, gram_bytes, weights
 from pemt.plan.gather import gathered, is_kept
 from pemt.plan.job import Cluster, Job, Zero
 
@@ -44,7 +44,6 @@ def memory(job: Job, zero: Zero, cluster: Cluster) -> Memory:
     """A rank's memory at the peak of a step."""
     found, world = weights(job), cluster.world_size
     hardware: Hardware = "gpu" if cluster.backend == "nccl" else "cpu"
-    value = job.bytes_per_value
     held = {
         role: sum(_held(each, zero, world, job) for each in found if each.role == role)
         for role in ("frozen", "expert", "trained")
@@ -52,7 +51,7 @@ def memory(job: Job, zero: Zero, cluster: Cluster) -> Memory:
     buffers = _buffers(found, zero, job, world, hardware)
     result = Memory(
         weights=held["frozen"] + held["trained"],
-        experts=held["expert"] + value * buffer_size(job),
+        experts=held["expert"] + gram_bytes(job),
         gradients=gradient_bytes(found, zero, job, world),
         optimizer=optimizer_bytes(found, zero, job, world),
         buffers=buffers,
