@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pemt.bench import generate
+from pemt.bench.step import StepBench
 from pemt.commands import COMMANDS
 from pemt.plan.shapes import KNOWN
 from tests.test_bench_step import SMALL
@@ -26,3 +27,9 @@ def test_all_variants_answer_and_are_timed(
     assert all(result["milliseconds"][name] > 0 for name in generate.VARIANTS)
     assert result["pemt_over"]["plain"]["computed"] > 0
     assert "pemt / longer" in generate.table(result)
+
+
+def test_a_few_layers_of_a_large_size() -> None:
+    shape = StepBench(size="t5-large", layers=2).shape
+    assert (shape.num_layers, shape.num_decoder_layers) == (2, 2)
+    assert shape.d_ff == KNOWN["t5-large"].d_ff

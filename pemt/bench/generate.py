@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pemt.bench.step import PROMPT_TOKENS, StepBench, build_model, plain_base
-from pemt.command_line import Parser, command_parser
+from pemt.command_line import Parser, command_parser, count
 from pemt.plan.shapes import KNOWN
 
 VARIANTS = ("plain", "longer", "pemt")
@@ -38,6 +38,7 @@ class GenerateBench:
         num_beams: 1 is greedy.
         device: cpu or cuda; dtype: a name in torch.
         rounds: how often every variant is timed.
+        layers: of each stack, in place of the size's own; a few stand for all of a large model.
     """
 
     size: str = "t5-small"
@@ -48,11 +49,12 @@ class GenerateBench:
     device: str = "cpu"
     dtype: str = "float32"
     rounds: int = 10
+    layers: int | None = None
 
 
 def variants_of(bench: GenerateBench) -> dict[str, Callable[[], Tensor]]:
     """The calls to time; each answers the whole batch."""
-    step = StepBench(size=bench.size, device=bench.device, dtype=bench.dtype)
+    step = StepBench(size=bench.size, layers=bench.layers, device=bench.device, dtype=bench.dtype)
     plain: Any = plain_base(step).eval()
     pemt = build_model(step, "fused").eval()
     torch.manual_seed(0)
@@ -114,6 +116,7 @@ def make_parser() -> Parser:
         "bench generate", __doc__, "pemt bench generate --size t5-small --batch 8 --num_beams 4"
     )
     parser.add_argument("--size", choices=list(KNOWN), default=GenerateBench.size)
+    parser.add_argument("--layers", type=count, help="of each stack; by default the size's own")
     for name in ("batch", "source", "target", "num_beams", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=getattr(GenerateBench, name))
     parser.add_argument("--device", choices=["cpu", "cuda"], default=GenerateBench.device)

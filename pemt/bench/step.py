@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from json import dumps
 from typing import Any
@@ -30,14 +30,14 @@ from transformers import T5ForConditionalGeneration
 
 from pemt.bench.model import random_sources, random_t5
 from pemt.bench.op import ADAPTER_REDUCTION, EXPERTS, RANK, forced, time_once
-from pemt.command_line import Parser, command_parser
+from pemt.command_line import Parser, command_parser, count
 from pemt.config import AdapterConfig, MixtureConfig
 from pemt.memory import peak, watch_peak
 from pemt.model import PemtT5, base_shape
 from pemt.model.mixture import MIXTURES, LoraMixture
 from pemt.ops import reference
 from pemt.plan.job import CHIPS, Job
-from pemt.plan.shapes import KNOWN
+from pemt.plan.shapes import KNOWN, Shape
 from pemt.plan.speed import flops
 
 VARIANTS = ("adapter", "loop", "packed", "fused")
@@ -54,6 +54,7 @@ class StepBench:
         device: cpu or cuda; dtype: a name in torch.
         rounds: how often every variant is timed.
         chip: a name in `pemt.plan.job.CHIPS`, to tell the share of its rate; None to tell none.
+        layers: of each stack, in place of the size's own; a few stand for all of a large model.
     """
 
     size: str = "t5-small"
@@ -64,11 +65,20 @@ class StepBench:
     dtype: str = "float32"
     rounds: int = 20
     chip: str | None = None
+    layers: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """The size's own, with as many layers as asked for."""
+        known = KNOWN[self.size]
+        if self.layers is None:
+            return known
+        return replace(known, num_layers=self.layers, num_decoder_layers=self.layers)
 
     def job(self, variant: str) -> Job:
         """The step as the planner sees it."""
         return Job(
-            shape=KNOWN[self.size],
+            shape=self.shape,
             method="adapter" if variant == "adapter" else "pemt",
             ranks=(RANK,) * EXPERTS,
             prompt_tokens=PROMPT_TOKENS,
@@ -158,7 +168,7 @@ def plain_base(bench: StepBench) -> T5ForConditionalGeneration:
     """A random T5 of this size; always the same weights."""
     torch.manual_seed(0)
     with torch.device(bench.device):
-        return random_t5(KNOWN[bench.size], getattr(torch, bench.dtype))
+        return random_t5(bench.shape, getattr(torch, bench.dtype))
 
 
 def build_model(bench: StepBench, variant: str) -> PemtT5:
@@ -272,6 +282,7 @@ def make_parser() -> Parser:
     """The command line of `pemt bench step`."""
     parser = command_parser("bench step", __doc__, "pemt bench step --size t5-base --rounds 10")
     parser.add_argument("--size", choices=list(KNOWN), default=StepBench.size)
+    parser.add_argument("--layers", type=count, help="of each stack; by default the size's own")
     for name in ("batch", "source", "target", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=getattr(StepBench, name))
     parser.add_argument("--device", choices=["cpu", "cuda"], default=StepBench.device)
