@@ -14,6 +14,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ours: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise `PemtError` with one line where argparse would print its usage and exit."""
         raise PemtError(f"{self.prog}: {message}; `{self.prog} --help` tells what it takes")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

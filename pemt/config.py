@@ -273,6 +273,7 @@ class RunConfig:
 
     @property
     def effective_data_seed(self) -> int:
+        """`data_seed`, or `seed` where none is given."""
         return self.seed if self.data_seed is None else self.data_seed
 
 

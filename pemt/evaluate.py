@@ -52,6 +52,7 @@ class Evaluation:
 
     @property
     def samples_per_second(self) -> float:
+        """Examples answered per second, of all ranks together."""
         return len(self.predictions) / self.runtime
 
     def moe_weights(self) -> list[float]:

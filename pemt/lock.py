@@ -37,6 +37,7 @@ class Holder:
 
     @staticmethod
     def me() -> Holder:
+        """This process."""
         pid = os.getpid()
         return Holder(host=socket.gethostname(), pid=pid, started=start_ticks(pid) or 0)
 

@@ -31,11 +31,13 @@ class StopSignals:
         self._launcher = os.getppid() if "LOCAL_RANK" in os.environ else None
 
     def watch(self) -> None:
+        """Take over the signals; only the main thread can."""
         # Elsewhere Python refuses handlers; whoever trains in a thread minds signals by themselves.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def unwatch(self) -> None:
+        """Put back the handlers that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -51,9 +51,11 @@ class Beat:
     left: bool = False
 
     def is_here(self) -> bool:
+        """Whether its process is on this host."""
         return self.host == socket.gethostname()
 
     def is_alive_here(self) -> bool:
+        """Whether its process is on this host and still the one that started."""
         return self.is_here() and start_ticks(self.pid) == self.started
 
 

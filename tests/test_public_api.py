@@ -35,6 +35,33 @@ def test_every_public_name_says_what_it_is(path: Path) -> None:
     assert [node.name for node in public_definitions(path) if not ast.get_docstring(node)] == []
 
 
+def test_every_public_method_says_what_it_does() -> None:
+    """In its own docstring, or in that of the method of pemt's that it stands in for."""
+    classes = {
+        node.name: node
+        for path in MODULES
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def is_documented(owner: str, name: str) -> bool:
+        node = classes.get(owner)
+        if node is None:  # torch's, argparse's
+            return False
+        own = [each for each in node.body if isinstance(each, Documented) and each.name == name]
+        inherited = any(is_documented(ast.unparse(base), name) for base in node.bases)
+        return any(map(ast.get_docstring, own)) or inherited
+
+    silent = [
+        f"{owner}.{each.name}"
+        for owner, node in classes.items()
+        for each in node.body
+        if isinstance(each, Documented) and not owner.startswith("_")
+        if not each.name.startswith("_") and not is_documented(owner, each.name)
+    ]
+    assert silent == []
+
+
 @pytest.mark.parametrize("name", pemt.__all__)
 def test_the_public_interface_is_documented_and_typed(name: str) -> None:
     member = getattr(pemt, name)

@@ -88,11 +88,13 @@ class Layer:
                 tensor.requires_grad_()
 
     def adapt(self, y: Tensor) -> Tensor:
+        """The target adapter: y [B,S,D] + up(gelu_new(down(y)))."""
         down, down_bias, up, up_bias = self.adapter
         return y + linear(gelu(linear(y, down, down_bias), approximate="tanh"), up, up_bias)
 
     @property
     def trainable(self) -> list[Tensor]:
+        """What gets a gradient: input, gates, the adapter's four tensors."""
         return [self.x, self.gates, *self.adapter]
 
     def backward(self, z: Tensor, sparsity: Tensor | None) -> None:
@@ -191,6 +193,7 @@ class Floor:
 
     @property
     def flops(self) -> int:
+        """Of all products, each multiply-add counted as two."""
         return sum(2 * left.shape[0] * right.numel() for left, right in self.products)
 
 

@@ -77,9 +77,11 @@ class Demo:
         self.base = cached_base(world, texts, self.cache_dir, seed=self.world_seed, say=print_now)
 
     def source(self, task: str) -> SourceConfig:
+        """Stage 1 on one of the demo's source tasks."""
         return self._config(SourceConfig, "demo_source", task, f"source-{task}", seed=0)
 
     def adapt(self, task: str, method: str, seed: int) -> AdaptConfig:
+        """Stage 2, or a baseline, on one of the demo's target tasks."""
         name = f"{task}-{method}-{seed}"
         return self._config(AdaptConfig, "demo_adapt", task, name, seed=seed, method=method)
 

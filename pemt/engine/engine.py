@@ -261,6 +261,7 @@ class Engine:
         return values
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         self._accelerator.wait_for_everyone()
 
     @contextlib.contextmanager

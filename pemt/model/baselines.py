@@ -76,6 +76,7 @@ class BiasedNorm(Trainable):
         yield self.bias
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        """norm(x) + bias, [B,S,D]."""
         return self.norm(x_BSD) + self.bias
 
 

@@ -109,6 +109,7 @@ class LoraExpert(Trainable):
         yield from self.parameters()
 
     def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
+        """o [B,S,D]; `ffn_input_BSD` is not used."""
         return self.scale * F.linear(F.linear(x_BSF, self.down), self.up)
 
 
@@ -124,6 +125,7 @@ class BottleneckExpert(Trainable):
         yield from self.parameters()
 
     def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
+        """o [B,S,D]; `ffn_input_BSD` is the residual, the FFN's layer-normed input."""
         assert ffn_input_BSD is not None, "the hook on the FFN has not run"
         return self.up(F.gelu(self.down(x_BSF), approximate="tanh")) + ffn_input_BSD
 
@@ -168,5 +170,6 @@ class SourceProjection(nn.Module):
         self.ffn_input_BSD: Tensor | None = None
 
     def forward(self, x_BSF: Tensor) -> Tensor:
+        """wo(x) + o, [B,S,D]."""
         ffn_input_BSD, self.ffn_input_BSD = self.ffn_input_BSD, None
         return F.linear(x_BSF, self.weight) + self.expert(x_BSF, ffn_input_BSD)

@@ -50,10 +50,12 @@ class FfnSite:
 
     @property
     def name(self) -> str:
+        """`<stack>.<layer>`, as the experts' tensors are named."""
         return f"{self.stack}.{self.layer}"
 
     @property
     def in_decoder(self) -> bool:
+        """Whether it is one of the decoder's."""
         return self.stack == "decoder"
 
     @property

@@ -46,6 +46,7 @@ class TargetAdapter(Trainable):
         yield from self.parameters()
 
     def forward(self, y_BSD: Tensor) -> Tensor:
+        """z [B,S,D]."""
         return y_BSD + self.up(F.gelu(self.down(y_BSD), approximate="tanh"))
 
 
@@ -58,6 +59,7 @@ class AdapterProjection(nn.Module):
         self.adapter = TargetAdapter(adapter, self.weight)
 
     def forward(self, x_BSF: Tensor) -> Tensor:
+        """z = adapter(wo(x)), [B,S,D]."""
         return self.adapter(F.linear(x_BSF, self.weight))
 
 
@@ -84,6 +86,7 @@ class MixtureProjection(AdapterProjection, ABC):
         self._answered: tuple[Tensor, Any] | None = None
 
     def forward(self, x_BSF: Tensor) -> Tensor:
+        """z [B,S,D]; gates [B,K] and sparsity loss go to the pass's context, as it asks for them."""
         if self.in_decoder and self.context.is_answering:
             return self.adapter(self._answer(x_BSF))
         gates_BK = self.gate(self._gate_context(x_BSF))
@@ -151,6 +154,7 @@ class LoraMixture(MixtureProjection):
         self.register_buffer("gram", gram_matrix(up_DN, self.ranks), persistent=False)
 
     def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """y [B,S,D], and the latent [B,S,N] that `sparsity` reads."""
         return expert_mixture(
             x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
         )
@@ -164,6 +168,7 @@ class LoraMixture(MixtureProjection):
         return factors_BN[:, None].to(self.down.dtype)
 
     def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+        """y [B,S,D]; `prepared` is [B,1,N]."""
         # Not the op: for a token at a time its checks and its dispatch cost a fifth of it, and no
         # gradient wants the latent. Not folded into a weight of each sample: see docs/serving.md.
         latent_BSN = F.linear(x_BSF, self.down) * prepared
@@ -175,6 +180,7 @@ class LoraMixture(MixtureProjection):
     def sparsity(
         self, z_BSD: Tensor, kept: Tensor, gates_BK: Tensor, mask_BS: Tensor | None
     ) -> Tensor:
+        """As `MixtureProjection.sparsity`, from the latent and the frozen Gram matrices."""
         return task_sparsity(
             z_BSD, kept, self.up, self.gram, gates_BK, self.scales, self.ranks, mask_BS
         )
@@ -198,6 +204,7 @@ class BottleneckMixture(MixtureProjection):
         self.ffn_input_BSD: Tensor | None = None
 
     def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """y [B,S,D], and every expert's output [B,S,D]."""
         ffn_input_BSD, self.ffn_input_BSD = self.ffn_input_BSD, None
         assert ffn_input_BSD is not None, "the hook on the FFN has not run"
         latent_BSN = F.gelu(F.linear(x_BSF, self.down, self.down_bias), approximate="tanh")
@@ -219,6 +226,7 @@ class BottleneckMixture(MixtureProjection):
     def sparsity(
         self, z_BSD: Tensor, kept: list[Tensor], gates_BK: Tensor, mask_BS: Tensor | None
     ) -> Tensor:
+        """As `MixtureProjection.sparsity`, from the experts' outputs."""
         counted_BS = z_BSD.new_ones(z_BSD.shape[:2]) if mask_BS is None else mask_BS
         counted_BS = counted_BS.float()
         loss = gates_BK.new_zeros(())

@@ -145,10 +145,12 @@ class PeftT5(BaselineT5):
 
     @property
     def base(self) -> Base:  # type: ignore[override]
+        """The T5 inside peft's model."""
         return self.peft.get_base_model()
 
     @property
     def called(self) -> Any:
+        """What is called in the base model's place: peft's model."""
         return self.peft
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:

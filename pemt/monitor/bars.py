@@ -67,6 +67,7 @@ class ProgressBar:
         sys.stdout.flush()
 
     def close(self) -> None:
+        """Leave the bar as it stands."""
         self._bar.close()
 
 

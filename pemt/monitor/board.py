@@ -89,6 +89,7 @@ class Board:
             file.add_summary(summary)
 
     def close(self) -> None:
+        """Write what is still held back, and end the file."""
         self._writer.close()
 
 

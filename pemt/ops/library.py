@@ -57,6 +57,7 @@ class Library:
 
     @property
     def folder(self) -> Path:
+        """Where it is built; named by sources, headers, flags and torch, so that a change builds anew."""
         made_of = [torch.__version__, *self.flags, *self.cuda_flags]
         digest = hashlib.sha256("\n".join(made_of).encode())
         headers = [path for folder in self.include_paths for path in sorted(folder.glob("*.*h"))]
@@ -67,6 +68,7 @@ class Library:
 
     @property
     def built(self) -> Path:
+        """The file that tells of a finished build."""
         return self.folder / "built.json"
 
 

@@ -23,6 +23,7 @@ class Weight:
 
     @property
     def size(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
     @property

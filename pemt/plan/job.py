@@ -115,6 +115,7 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks, one a GPU."""
         return self.nodes * self.gpus_per_node
 
 

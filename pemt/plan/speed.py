@@ -30,6 +30,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Seconds of the whole step."""
         return self.compute + self.exposed + self.optimizer
 
 

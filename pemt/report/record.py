@@ -50,6 +50,7 @@ class Record:
 
     @property
     def task(self) -> str:
+        """The task's name."""
         return str(self.config.get("task_name"))
 
     @property

@@ -43,10 +43,12 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """Its output folder."""
         return Path(self.config.output_dir)
 
     @property
     def finished(self) -> bool:
+        """Whether it has left its results."""
         return (self.folder / RESULTS).is_file()
 
     def __str__(self) -> str:

@@ -39,6 +39,7 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
+        """Over the finished seeds; None where there is none."""
         return mean(self.scores.values()) if self.scores else None
 
     @property
