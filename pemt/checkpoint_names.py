@@ -11,6 +11,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is one of them."""
     return _NAME.fullmatch(name) is not None
 
 
