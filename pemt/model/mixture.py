@@ -6,7 +6,7 @@ Shapes: B batch, S tokens, D d_model, F d_ff, K experts, R rank of one expert, N
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -152,6 +152,13 @@ class LoraMixture(MixtureProjection):
         self.up = packed(sources, f"{site.name}.up", self.weight, dim=1)
         up_DN = value_of(self.up).to(self.up.dtype)
         self.register_buffer("gram", gram_matrix(up_DN, self.ranks), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraMixture:
+        """As any module's, but that `.bfloat16()`, which DeepSpeed calls, leaves the Gram matrices in fp32."""
+        gram = self.gram
+        super()._apply(fn, recurse)
+        self.gram = gram.to(self.gram.device)
+        return self
 
     def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
         """y [B,S,D], and the latent [B,S,N] that `sparsity` reads."""
