@@ -49,7 +49,7 @@ class ProgressBar:
             print(self._line(step, loss, samples_per_second), flush=True)
         else:
             self._bar.set_postfix_str(
-                f"loss {loss:.4f}, {samples_per_second:.1f} samples/s", refresh=False
+                f"loss {loss:.4f}, {_rate(samples_per_second)}", refresh=False
             )
             self._bar.update(step - self._bar.n)
 
@@ -58,7 +58,7 @@ class ProgressBar:
         left = elapsed / max(step - self._initial_step, 1) * (self._total_steps - step)
         return (
             f"{self._description}: step {step}/{self._total_steps}, loss {loss:.4f}, "
-            f"{samples_per_second:.1f} samples/s, {tqdm.format_interval(left)} left"
+            f"{_rate(samples_per_second)}, {tqdm.format_interval(left)} left"
         )
 
     def message(self, text: str) -> None:
@@ -69,6 +69,11 @@ class ProgressBar:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+def _rate(samples_per_second: float) -> str:
+    digits = ".1f" if samples_per_second >= 1 else ".2g"  # a large model may take a minute a step
+    return f"{samples_per_second:{digits}} samples/s"
 
 
 class EvaluationBar:
