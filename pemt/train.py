@@ -21,7 +21,7 @@ from pemt.lock import check_lock
 from pemt.loop import Fitted, Setup, fit, gate_names, mixture_seen
 from pemt.model import PemtT5, base_shape
 from pemt.monitor import quiet_libraries, record_outcome
-from pemt.restart import settled
+from pemt.restart import Config, settled
 from pemt.run_folder import (
     PREDICTIONS,
     RESULTS,
@@ -45,15 +45,14 @@ def run_source(config: SourceConfig) -> Path:
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
-    config = settled(config)
-    entry = entry_folder(
-        config.bank_dir, config.task_name
-    )  # refuses a name now, not after training
-    if finished_results(config) and entry.exists():
+    # refuses a name now, not after training
+    entry = entry_folder(config.bank_dir, config.task_name)
+    config, engine = begin(config)
+    if engine.on_main(lambda: finished_results(config) is not None and entry.exists()):
         _say_finished(config)
         return entry
-    setup = set_up(config)
-    engine, task, base = setup.engine, setup.task, setup.base
+    setup = set_up(config, engine)
+    task, base = setup.task, setup.base
     shape = base_shape(base.config)
     description = config.description or task.description
     built = build_model(config, base=base, tokenizer=setup.tokenizer, description=description)
@@ -86,31 +85,42 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
-    config = settled(config)
-    results = finished_results(config)
+    config, engine = begin(config)
+    results = engine.on_main(lambda: finished_results(config))
     if results is not None:
         _say_finished(config)
         return results
     check_method(config)
-    setup = set_up(config)
+    setup = set_up(config, engine)
     built = build_model(
         config,
         base=setup.base,
         tokenizer=setup.tokenizer,
         description=config.description or setup.task.description,
     )
-    with Session(config, setup.engine) as session:
+    with Session(config, engine) as session:
         fitted, tested = _fit_and_test(config, setup, built, session)
         results = _report(config, setup, built, fitted, tested)
-    setup.engine.release()
+    engine.release()
     return results
 
 
-def set_up(config: RunConfig) -> Setup:
+def begin(config: Config) -> tuple[Config, Engine]:
+    """The configuration that rank 0 finds the run to go on with, and the engine for it (all ranks call).
+
+    The others look too, since there is no engine without a configuration; but a network disk may show
+    them an older folder than rank 0 sees.
+    """
+    own = settled(config)
+    engine = Engine(own)
+    config = engine.from_main(own)
+    return config, engine if config == own else Engine(config)
+
+
+def set_up(config: RunConfig, engine: Engine) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
-    engine = Engine(config)
     quiet_libraries(engine.is_main)
-    check_run_folder(config)
+    engine.on_main(lambda: check_run_folder(config))
     engine.on_main(lambda: check_lock(Path(config.output_dir)))
     task = get_task(config.task_name, config.task_file)
     base, tokenizer = load_base(config, lazy=True)

@@ -101,7 +101,7 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
 
 
 def inspect_run(config: Any) -> dict[str, Any]:
-    setup = set_up(config)
+    setup = set_up(config, Engine(config))
     built = build_model(
         config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description
     )

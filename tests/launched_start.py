@@ -46,7 +46,7 @@ def started(world: Path, folder: Path) -> dict[str, Any]:
     config = adapt_config(world / "base", world / TASK, folder / "run", world / "bank", TASK)
     before = watch_peak(CPU)
     with broadcast_bytes() as sent:
-        setup = pemt.train.set_up(config)
+        setup = pemt.train.set_up(config, Engine(config))
         built = build_model(
             config, base=setup.base, tokenizer=setup.tokenizer, description="the lid"
         )

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pemt import loop, storage
+from pemt import loop, storage, train
 from pemt.config import ExpertConfig, MixtureConfig, PemtError, SourceConfig
 from pemt.engine import Engine, shut_down
 from pemt.model import PemtT5
@@ -121,6 +121,25 @@ def damaged_checkpoints(world: Path, folder: Path) -> dict[str, Any]:
     return {"none_left": none_left}
 
 
+def stale_view(world: Path, folder: Path) -> dict[str, Any]:
+    """One rank's network disk shows it a run of another accumulation, and never an end; then the run is tried again."""
+
+    def old(config: SourceConfig) -> SourceConfig:
+        return replace(config, gradient_accumulation_steps=1)
+
+    def unseen(_: SourceConfig) -> None:
+        raise AssertionError("this rank has looked for itself")
+
+    stale = dist.get_rank() == GUILTY
+    with (
+        mock.patch.object(train, "settled", old if stale else train.settled),
+        mock.patch.object(train, "finished_results", unseen if stale else train.finished_results),
+        mock.patch.object(train, "check_run_folder", unseen if stale else train.check_run_folder),
+    ):
+        config = config_of(world, folder / "stale")
+        return {"stale": [error_of(lambda: run_source(config)) for _ in range(2)]}
+
+
 def uneven_ends(world: Path, folder: Path) -> dict[str, Any]:
     run_source(config_of(world, folder / "source"))
     results = {}
@@ -211,6 +230,7 @@ def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
 
 PARTS = {
     "disk": refusing_disk,
+    "stale": stale_view,
     "numbers": bad_numbers,
     "checkpoints": damaged_checkpoints,
     "ends": uneven_ends,

@@ -17,7 +17,7 @@ from tests.faults.launched import BAD_STEP, ENDS, SOURCE, STEPS
 from tests.tiny import losses, make_base, write_task_files
 
 STAGES = {
-    "zero2": ["numbers", "checkpoints", "ends", "disk"],
+    "zero2": ["numbers", "checkpoints", "ends", "disk", "stale"],
     "zero3": ["numbers", "checkpoints", "ends"],
     "zero0": ["numbers"],
     "zero1": ["numbers"],
@@ -159,6 +159,13 @@ def test_two_ranks_go_back_to_the_checkpoint_before(
     for error in report(world, stage)["none_left"]:
         assert error.startswith("CheckpointError: ")
         assert "none of 3 checkpoints is whole" in error
+
+
+def test_rank_0_alone_looks_into_the_runs_folder(world: Path, launched: dict[str, str]) -> None:
+    assert report(world, "zero2")["stale"] == [["none", "none"]] * 2
+    run = world / "zero2" / "stale"
+    assert f"{run}: this run is finished" in launched["zero2"]
+    assert losses(run) == losses(world / "zero2" / "damaged")
 
 
 def test_a_disk_that_refuses_on_two_ranks(world: Path, launched: dict[str, str]) -> None:

@@ -111,12 +111,11 @@ def test_the_warning_is_told_before_the_data_is_read(
 
     base = make_base(tmp_path / "base")
     monkeypatch.setattr("pemt.base.OVERFLOWS_FROM", 16)
-    monkeypatch.setattr("pemt.train.Engine", mock.Mock())  # fp16 without DeepSpeed needs a GPU
     monkeypatch.setattr("pemt.train.load_task_data", stop)
     config = adapt_config(base, tmp_path, tmp_path / "run", tmp_path, TASK, bf16=False, fp16=True)
     tiny_task(TASK)
     with pytest.raises(KeyboardInterrupt):
-        set_up(config)
+        set_up(config, mock.Mock())  # fp16 without DeepSpeed needs a GPU
     assert "pemt: warning: fp16: activations of a T5" in capsys.readouterr().err
 
 
