@@ -13,6 +13,7 @@
 #   RANKS_PER_NODE   ranks on each machine (the number of GPUs; 2 without one)
 #   DEEPSPEED_JSON   DeepSpeed's file, which chooses the ZeRO stage (ds_configs/zero2.json)
 #   MAX_RESTARTS     how often to start anew (3)
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds that a step and a save may take after SIGTERM, before SIGKILL (240)
 #
 # `launchers/torchrun.sh --dry_run adapt ...` prints what would start.
 set -euo pipefail
@@ -37,6 +38,7 @@ if [[ ${1:-} == --dry_run ]]; then
 fi
 : "${1:?a pemt command, such as adapt, and its arguments}"
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 # What `accelerate launch` would tell the ranks. And a new store for every start: machines count restarts each
 # for itself, and would look for each other's ranks in the old one at different places.
 settings=(ACCELERATE_USE_DEEPSPEED=true "ACCELERATE_DEEPSPEED_CONFIG_FILE=$DEEPSPEED_JSON"

@@ -6,6 +6,7 @@ import contextlib
 import time
 from pathlib import Path
 from types import TracebackType
+from uuid import uuid4
 
 from pemt.checkpoint import Checkpoints
 from pemt.config import PemtError, RunConfig
@@ -42,7 +43,7 @@ class Session:
             timeout=config.ddp_timeout,
             ended=lambda: self._tell("failed"),
         )
-        self._signals = StopSignals()
+        self._watched = StopSignals()
         self._checkpoints: Checkpoints | None = None
         self.saved_before: int | None = (
             None  # the checkpoint that the run has left here; rank 0 knows
@@ -51,8 +52,9 @@ class Session:
 
     def __enter__(self) -> Session:
         self._engine.on_main(self._begin)
-        self._signals.watch()
-        self._watchdog.start(self._engine.barrier)
+        self._signals = self._watched.__enter__()
+        # Chosen by one rank: machines may count the launcher's restarts differently.
+        self._watchdog.start(self._engine.from_main(uuid4().hex), self._engine.barrier)
         return self
 
     def _begin(self) -> None:
@@ -115,7 +117,7 @@ class Session:
     ) -> None:
         # An error may be this rank's alone; then its death is to be seen.
         self._watchdog.stop(together=kind is None or isinstance(error, Interrupted))
-        self._signals.unwatch()
+        self._watched.__exit__()
         if not self._engine.is_main:
             return
         state: State = "failed"
@@ -123,10 +125,11 @@ class Session:
             state = "finished"
         elif isinstance(error, Interrupted):
             state = "interrupted"
-            print(
-                f"stopped after step {self._step} ({error.reason}); it is saved, and the same command goes on from "
-                f"there (exit status {error.code})",
-                flush=True,
+            where = (
+                f"after step {self._step} ({error.reason}); it is saved, and the same command goes on from there"
+                if self._step
+                else f"before its first step ({error.reason}); start the same command again"
             )
+            print(f"stopped {where} (exit status {error.code})", flush=True)
         self._tell(state)
         self._lock.release()

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # EX_TEMPFAIL of sysexits.h: saved, run me again.
@@ -22,7 +22,9 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """Takes note of signals instead of dying of them, between `watch` and `unwatch`."""
+    """Takes note of signals instead of dying of them, in a `with` block; a block within another is that same one."""
+
+    _outermost: ClassVar[StopSignals | None] = None
 
     def __init__(self) -> None:
         self._received: str | None = None
@@ -30,16 +32,19 @@ class StopSignals:
         # Without a launcher a parent may leave as it likes: that is what nohup is for.
         self._launcher = os.getppid() if "LOCAL_RANK" in os.environ else None
 
-    def watch(self) -> None:
-        """Take over the signals; only the main thread can."""
-        # Elsewhere Python refuses handlers; whoever trains in a thread minds signals by themselves.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+    def __enter__(self) -> StopSignals:
+        if StopSignals._outermost is None:
+            StopSignals._outermost = self
+            # Elsewhere Python refuses handlers; whoever trains in a thread minds signals by themselves.
+            if threading.current_thread() is threading.main_thread():
+                self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return StopSignals._outermost
 
-    def unwatch(self) -> None:
-        """Put back the handlers that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *_: object) -> None:
+        if StopSignals._outermost is self:
+            StopSignals._outermost = None
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def reason(self) -> str | None:
         """What tells this process to stop; None while nothing does."""

@@ -144,6 +144,7 @@ def _fit_and_test(
 ) -> tuple[Fitted, Evaluation]:
     """Train, and score the best weights on the test set (all ranks call)."""
     engine = setup.engine
+    session.check()  # it may have been told to stop before it began
     fitted = fit(config, setup, built, session)
     engine.trained.overwrite_weights(fitted.weights)
     tested = evaluate(

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import count
 
 from torch.distributed import TCPStore
 
@@ -28,7 +27,6 @@ from pemt.lock import start_ticks
 # to save, they could wait for the dead one; after this long they end by themselves.
 DEATH_SECONDS = 2.0
 FAILED_STATUS = 1
-_runs = count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +77,18 @@ class Watchdog:
         self._beats: dict[int, Beat] = {}
         self._talked = time.monotonic()
 
-    def start(self, barrier: Callable[[], None]) -> None:
-        """Begin to watch (all ranks call)."""
+    def start(self, name: str, barrier: Callable[[], None]) -> None:
+        """Begin to watch (all ranks call).
+
+        Args:
+            name: the same on all ranks, and of no other run: the launcher's store outlives a restart of the
+                ranks, and a job may hold several runs.
+            barrier: waits for all ranks.
+        """
         if self._world_size == 1 or "MASTER_ADDR" not in os.environ:
             return
-        self._store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=60),
-        )
-        # The launcher's store outlives a restart of the ranks, and a job may hold several runs.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._prefix = f"pemt/{attempt}/{next(_runs)}"
+        self._prefix = f"pemt/{name}"
+        self._store = _connected()
         self._tell(0)
         barrier()  # from now on every rank has a beat to be read
         for work in (self._talk, self._judge):
@@ -127,16 +124,19 @@ class Watchdog:
 
     def _talk(self) -> None:
         keys = [f"{self._prefix}/{rank}" for rank in range(self._world_size)]
-        # Without the launcher's store there is no launcher, which is noticed elsewhere.
-        with contextlib.suppress(RuntimeError):
-            for number in count(1):
-                if self._stopped.wait(self._interval):
-                    return
+        number = 0
+        while not self._stopped.wait(self._interval):
+            number += 1
+            try:
                 self._tell(number)
                 told = self._store.multi_get(keys)
                 self._beats = {rank: Beat(**json.loads(text)) for rank, text in enumerate(told)}
                 self._talked = time.monotonic()
-        self._stopped.set()
+            except RuntimeError:
+                # It may be a cable; `_judge` minds how long it lasts. Of the old connection a late answer could
+                # be taken for the next one's.
+                with contextlib.suppress(RuntimeError):
+                    self._store = _connected()
 
     def _judge(self) -> None:
         """Compare what the ranks tell with what they told before."""
@@ -156,18 +156,25 @@ class Watchdog:
                     died.setdefault(rank, now)
             if lost := [rank for rank, since in died.items() if now - since > DEATH_SECONDS]:
                 self._end(lost, "has died")
-            if silent := [r for r, (_, since) in alive.items() if now - since > self._patience]:
-                self._end(silent, f"has shown no sign of life for {self._patience:.0f} s")
             if now - self._talked > self._patience:
                 self._end(
-                    [0],
-                    f"keeps the ranks' store, which has not answered for {self._patience:.0f} s",
+                    self._beside_the_store(),
+                    f"cannot be reached: the ranks' store on that machine has not answered for {self._patience:.0f} s",
                 )
+            if silent := [r for r, (_, since) in alive.items() if now - since > self._patience]:
+                self._end(silent, f"has shown no sign of life for {self._patience:.0f} s")
             begun = [(place, since) for place, since in moved.values() if place > 0]
             if begun and all(now - since > self._patience for _, since in moved.values()):
                 last = min(place for place, _ in moved.values())
                 hanging = [rank for rank, (place, _) in moved.items() if place == last]
                 self._end(hanging, f"hangs: no rank has got on for {self._patience:.0f} s")
+
+    def _beside_the_store(self) -> list[int]:
+        """The ranks of rank 0's machine, where the store is; seen from there, rank 0 alone."""
+        first = self._beats.get(0)
+        if first is None or first.is_here():
+            return [0]
+        return [rank for rank, beat in self._beats.items() if beat.host == first.host]
 
     def _end(self, ranks: list[int], what: str) -> None:
         if self._stopped.is_set():
@@ -196,3 +203,13 @@ class Watchdog:
         if beat is None:
             return f"rank {rank}"
         return f"rank {rank} (host {beat.host}, process {beat.pid}, after step {beat.step})"
+
+
+def _connected() -> TCPStore:
+    """The store at which the launcher brought the ranks together."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=60),
+    )

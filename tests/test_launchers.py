@@ -139,6 +139,33 @@ def test_torchrun_prints_what_would_start() -> None:
     assert "-m pemt adapt --config adapt" in run.stdout
 
 
+GRACE = """
+from torch.distributed import run
+arguments = run.get_args_parser().parse_args(["script.py"])
+config, _, _ = run.config_from_args(arguments)
+print(config.shutdown_timeout)
+"""
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm_common.sh"])
+def test_torch_leaves_a_save_the_time_that_slurm_gives(script: str, tmp_path: Path) -> None:
+    """Seconds between SIGTERM and SIGKILL; torch's own 30 lose the save behind a long step."""
+    (tmp_path / "torchrun").write_text(f"#!/usr/bin/env bash\nexec {sys.executable} -c '{GRACE}'\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    lines = {
+        "torchrun.sh": "launchers/torchrun.sh adapt",
+        "slurm_common.sh": "source launchers/slurm_common.sh; torchrun",
+    }
+    command = ["bash", "-c", lines[script]]
+    for given, expected in (({}, "240"), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9"}, "9")):
+        environment = {**os.environ, "PATH": path, **given}
+        out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert out.stdout.splitlines()[-1:] == [expected], out.stderr
+    for name in ("slurm_source.sbatch", "slurm_adapt.sbatch"):
+        assert "#SBATCH --signal=B:USR1@300\n" in (ROOT / "launchers" / name).read_text()
+
+
 @pytest.mark.launch
 @pytest.mark.slow
 def test_a_launch_that_hangs_is_killed_with_all_its_ranks(launch, tmp_path: Path) -> None:

@@ -126,10 +126,11 @@ def test_two_nodes_adapt_together(world: Path, bank: Path) -> None:
 
 CHILD = """
 import json, pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
+folder, told, then = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 def stop(*_):
     time.sleep(1)  # a checkpoint takes its time
-    (folder / "status.json").write_text(json.dumps({"state": "interrupted"}))
+    if told != "nothing":
+        (folder / "status.json").write_text(json.dumps({"state": told, "step": 3}))
     sys.exit(1)
 signal.signal(signal.SIGTERM, stop)
 seen = folder / "seen"
@@ -137,20 +138,31 @@ times = len(seen.read_text()) if seen.exists() else 0
 seen.write_text("x" * (times + 1))
 if times == 0:
     time.sleep(60)
-sys.exit(7 if times == 1 and "fail" in sys.argv else 0)
+sys.exit(then)
 """
 
 
-@pytest.mark.parametrize("then", ["finish", "fail"])
+@pytest.mark.parametrize(
+    ("told", "then", "queued"),
+    [
+        ("interrupted", 0, True),
+        ("interrupted", 7, True),
+        ("running", 0, True),  # killed while it saved
+        ("nothing", 0, True),  # before it began
+        ("failed", 0, False),
+    ],
+)
 def test_an_interrupted_job_is_queued_again_and_a_failed_one_is_not(
-    world: Path, tmp_path: Path, then: str
+    tmp_path: Path, told: str, then: int, queued: bool
 ) -> None:
     """SIGUSR1 to the batch script alone, as SLURM sends it before the time limit."""
     (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "status.json").write_text('{"state": "failed"}')  # of the job before
+    os.utime(tmp_path / "status.json", (0, 0))
     script = tmp_path / "work.sbatch"
     script.write_text(
         "set -euo pipefail\nsource launchers/slurm_common.sh\nJOB_NAME=job\n"
-        f"run_and_requeue {tmp_path} {sys.executable} {tmp_path}/child.py {tmp_path} {then}\n"
+        f"run_and_requeue {tmp_path} {sys.executable} {tmp_path}/child.py {tmp_path} {told} {then}\n"
     )
     environment = {**os.environ, "FAKE_SLURM": str(tmp_path)}
     environment["PATH"] = f"{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}"
@@ -162,11 +174,11 @@ def test_an_interrupted_job_is_queued_again_and_a_failed_one_is_not(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "seen").exists() and time.monotonic() < deadline:
+    seen, deadline = tmp_path / "seen", time.monotonic() + 30
+    while not (seen.exists() and seen.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(int((tmp_path / "pid.1000").read_text()), signal.SIGUSR1)
     output, _ = job.communicate(timeout=60)
-    assert output.count("back into the queue") == 1, output
-    assert (tmp_path / "seen").read_text() == "xx"
-    assert job.returncode == (7 if then == "fail" else 0), output
+    assert output.count("back into the queue") == queued, output
+    assert seen.read_text() == ("xx" if queued else "x")
+    assert job.returncode == (then if queued else 1), output

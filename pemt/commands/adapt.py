@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pemt.command_line import Parser
 from pemt.config import AdaptConfig
+from pemt.signals import StopSignals
 
 
 def run(arguments: list[str]) -> None:
     """`pemt adapt`."""
-    from pemt.arguments import parse_config
+    with StopSignals():  # from here on, since reading libraries and data takes minutes
+        from pemt.arguments import parse_config
 
-    config = parse_config(AdaptConfig, arguments, prog="pemt adapt")
-    from pemt.train import run_adapt
+        config = parse_config(AdaptConfig, arguments, prog="pemt adapt")
+        from pemt.train import run_adapt
 
-    run_adapt(config)
+        run_adapt(config)
 
 
 def make_parser() -> Parser:

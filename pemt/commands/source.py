@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pemt.command_line import Parser
 from pemt.config import SourceConfig
+from pemt.signals import StopSignals
 
 
 def run(arguments: list[str]) -> None:
     """`pemt source`."""
-    from pemt.arguments import parse_config
+    with StopSignals():  # from here on, since reading libraries and data takes minutes
+        from pemt.arguments import parse_config
 
-    config = parse_config(SourceConfig, arguments, prog="pemt source")
-    from pemt.train import run_source
+        config = parse_config(SourceConfig, arguments, prog="pemt source")
+        from pemt.train import run_source
 
-    run_source(config)
+        run_source(config)
 
 
 def make_parser() -> Parser:

@@ -31,7 +31,7 @@ from pemt.engine.job import (
     deepspeed_plugin,
     hosts_group,
     process_group_kwargs,
-    renew_rendezvous,
+    renewed_rendezvous,
 )
 from pemt.engine.start import only_trained_are_sent, place, shard
 from pemt.engine.trained_state import TrainedState
@@ -61,22 +61,22 @@ class Engine:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         plugin, path = deepspeed_plugin(config)
-        renew_rendezvous()
         self._plugin = plugin
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
-        self._accelerator = Accelerator(
-            # Under DeepSpeed the precision stands in its configuration.
-            mixed_precision=None
-            if plugin
-            else "bf16"
-            if config.bf16
-            else "fp16"
-            if config.fp16
-            else "no",
-            deepspeed_plugin=plugin,
-            kwargs_handlers=process_group_kwargs(config),
-        )
+        with renewed_rendezvous():
+            self._accelerator = Accelerator(
+                # Under DeepSpeed the precision stands in its configuration.
+                mixed_precision=None
+                if plugin
+                else "bf16"
+                if config.bf16
+                else "fp16"
+                if config.fp16
+                else "no",
+                deepspeed_plugin=plugin,
+                kwargs_handlers=process_group_kwargs(config),
+            )
         # transformers would hand out empty shards at stage 3; PEMT's modules are built on weights that are
         # whole by their shape, and unread: `prepare` shards them.
         unset_hf_deepspeed_config()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
+import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
@@ -38,24 +42,44 @@ def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | 
     return DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=False), path
 
 
-def renew_rendezvous() -> None:
-    """After `--max_restarts` has started the ranks anew, let them meet where nobody has met before.
+@contextlib.contextmanager
+def renewed_rendezvous() -> Iterator[None]:
+    """After `--max_restarts` has started the ranks anew, let them meet within the block where nobody has met before.
 
     The launcher's store lives on, and torch's static rendezvous, which is accelerate's, would give out
     the addresses of the ranks that are gone.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        yield
         return
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launchers = torch.distributed.TCPStore(*address, is_master=False)
-    key = f"pemt/port/{attempt}"
-    if os.environ["RANK"] == "0":
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            launchers.set(key, str(probe.getsockname()[1]))
-    os.environ["MASTER_PORT"] = launchers.get(key).decode()
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 keeps the new store
+    if os.environ["RANK"] != "0":
+        me = uuid4().hex
+        launchers.set(f"pemt/asks/{os.environ['RANK']}", me)
+        os.environ["MASTER_PORT"] = launchers.get(f"pemt/port/{me}").decode()
+        yield
+        return
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    met = threading.Event()
+    threading.Thread(target=_answer, args=(launchers, met), daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
+
+
+def _answer(launchers: torch.distributed.TCPStore, met: threading.Event) -> None:
+    """Tell the port to whoever asks for it: not by the restart's number, which machines count each for itself."""
+    asking = [f"pemt/asks/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))]
+    while not met.wait(0.1):
+        for key in asking:
+            if launchers.check([key]):
+                launchers.set(f"pemt/port/{launchers.get(key).decode()}", os.environ["MASTER_PORT"])
 
 
 def process_group_kwargs(config: RunConfig) -> list[InitProcessGroupKwargs]:

@@ -1,4 +1,4 @@
-"""The watchdog among three bare processes: one is stopped, killed, hangs, or leaves."""
+"""The watchdog among three bare processes: one is stopped, killed, hangs, or leaves; or their store is gone."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from torch.distributed import TCPStore
 from tests.conftest import ROOT
 
 RANKS, TIMEOUT = 3, 4.0
+HERE = (socket.gethostname(),) * RANKS
 # A main thread that comes by every 50 ms, until it is told by a line what to do.
 PROGRAM = """
-import os, select, sys, time
+import os, select, socket, sys, time
 from pemt.watchdog import Watchdog
-rank, ranks, timeout = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+rank, ranks, timeout, host = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+socket.gethostname = lambda: host
 watchdog = Watchdog(
     rank=rank, world_size=ranks, timeout=timeout, ended=lambda: print("ended", flush=True)
 )
 def barrier():
     watchdog._store.set(f"here/{rank}", "")
     watchdog._store.wait([f"here/{each}" for each in range(ranks)])
-watchdog.start(barrier)
+watchdog.start("run", barrier)
 print("started", flush=True)
 step = 0
 while not select.select([sys.stdin], [], [], 0.05)[0]:
@@ -42,23 +44,35 @@ time.sleep(60)
 """
 
 
-@pytest.fixture
-def ranks() -> Iterator[list[subprocess.Popen[str]]]:
-    server = TCPStore(
-        "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False
+def new_store(port: int = 0) -> TCPStore:
+    return TCPStore(
+        "127.0.0.1", port, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False
     )
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+
+
+@pytest.fixture
+def store() -> list[TCPStore]:
+    """The launcher's store; without a reference to it, it is gone."""
+    return [new_store()]
+
+
+@pytest.fixture
+def ranks(
+    store: list[TCPStore], request: pytest.FixtureRequest
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """The processes, each on the host of the fixture's parameter; started anew on some machines and not on others."""
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store[0].port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(RANKS), str(TIMEOUT)],
+            [sys.executable, "-c", PROGRAM, str(rank), str(RANKS), str(TIMEOUT), host],
             cwd=ROOT,
-            env=environment,
+            env={**environment, "TORCHELASTIC_RESTART_COUNT": str(rank % 2)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(RANKS)
+        for rank, host in enumerate(getattr(request, "param", HERE))
     ]
     for process in processes:
         assert process.stdout is not None
@@ -125,6 +139,47 @@ def test_a_rank_that_hangs_while_its_process_lives_is_named(
     told = "".join(error for _, _, error in answers)
     assert f"rank 1 (host {socket.gethostname()}" in told
     assert "hangs: no rank has got on" in told
+
+
+@pytest.mark.parametrize("ranks", [("one", "one", "two")], indirect=True)
+def test_a_machine_that_dies_with_the_store_is_named(
+    ranks: list[subprocess.Popen[str]], store: list[TCPStore]
+) -> None:
+    store.clear()
+    for process in ranks[:2]:
+        process.kill()
+    began = time.monotonic()
+    status, out, error = ended(ranks)[2]
+    assert TIMEOUT / 2 < time.monotonic() - began < TIMEOUT
+    assert (status, out) == (1, "ended\n")
+    assert error.count("pemt: error: ") == 1
+    for process in ranks[:2]:
+        assert f"(host one, process {process.pid}, after step " in error
+    assert "cannot be reached: the ranks' store on that machine has not answered" in error
+
+
+def test_ranks_without_their_store_end_though_they_get_on(
+    ranks: list[subprocess.Popen[str]], store: list[TCPStore]
+) -> None:
+    store.clear()
+    answers = ended(ranks)
+    assert [status for status, _, _ in answers] in ([1] * RANKS, [-signal.SIGKILL, 1, 1])
+    told = "".join(error for _, _, error in answers)
+    assert told.count("pemt: error: ") == 1
+    assert f"rank 0 (host {HERE[0]}, process {ranks[0].pid}" in told
+    assert "cannot be reached" in told
+
+
+def test_a_store_that_comes_back_in_time_is_used_again(
+    ranks: list[subprocess.Popen[str]], store: list[TCPStore]
+) -> None:
+    port = store.pop().port
+    time.sleep(0.5)
+    store.append(new_store(port))
+    time.sleep(TIMEOUT)
+    assert [process.poll() for process in ranks] == [None] * RANKS
+    ranks[2].send_signal(signal.SIGSTOP)
+    assert f"rank 2 (host {HERE[0]}" in ended(ranks)[0][2]
 
 
 def test_who_leaves_is_not_missed(ranks: list[subprocess.Popen[str]]) -> None:
