@@ -36,7 +36,7 @@ demo-quick: $(STAMP)  ## the same with one target and one seed (3 min 57 s on 2 
 test: lint typecheck imports  ## all checks: ruff, mypy, import directions, pytest
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-soak: $(STAMP)  ## faults tried many times on two ranks: kill -9 at 20 random steps, and at every file operation of a save
+soak: $(STAMP)  ## faults tried on two ranks: kill -9 at 20 random steps and in a save, a machine that comes back
 	$(BIN)/pytest -m soak -rA tests/faults
 
 big: $(STAMP)  ## t5-3b and flan-t5-xl at full size on two ranks, ZeRO-3 (6 GB of disk, 20 GB of memory)

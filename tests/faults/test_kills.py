@@ -14,14 +14,11 @@ import pytest
 from tests.faults.jobs import Job, World, assert_same_end, clean, last_step
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
-# Of one rank and of all ranks with their launcher, in turn.
-SEEDS = [
-    pytest.param(seed, marks=() if seed < 2 else pytest.mark.soak, id=f"seed{seed}")
-    for seed in range(20)
-]
+SEEDS = 20
 
 
 def kill(job: Job, seed: int) -> None:
+    """One rank, or all ranks with their launcher, by turns."""
     draw = random.Random(seed)
     job.until_step(draw.randrange(1, 140))
     time.sleep(draw.uniform(0, 0.05))
@@ -32,8 +29,18 @@ def kill(job: Job, seed: int) -> None:
         assert job.end() != 0
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_and_started_again(world: World, undisturbed: Path, seed: int) -> None:
+    killed_and_started_again(world, undisturbed, seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_killed_and_started_again_many_times(world: World, undisturbed: Path, seed: int) -> None:
+    killed_and_started_again(world, undisturbed, seed)
+
+
+def killed_and_started_again(world: World, undisturbed: Path, seed: int) -> None:
     job = world.start(f"killed-{seed}", save_steps=3)
     with clean(job):
         kill(job, seed)

@@ -233,6 +233,24 @@ def test_overwriting_a_run_clears_its_leftovers_too(world: World, tmp_path: Path
     assert not left.exists()
 
 
+def test_steps_are_taken_while_a_checkpoint_is_written(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file of the first checkpoint, of step 4, is written no sooner than step 6 is done."""
+    perform, reached = storage.perform, []
+
+    def slow(operation: Callable[..., Any], *arguments: Any) -> None:
+        deadline = time.monotonic() + 20
+        while not reached and last_step(tmp_path / "run") < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        reached.append(last_step(tmp_path / "run"))
+        perform(operation, *arguments)
+
+    monkeypatch.setattr(storage, "perform", slow)
+    run_adapt(config_of(world, tmp_path / "run", max_steps="8", save_steps="4"))
+    assert reached[0] >= 6, "the training waited for the disk"
+
+
 def test_a_save_takes_twelve_bytes_a_parameter_and_says_so(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
