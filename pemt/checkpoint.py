@@ -27,7 +27,6 @@ from pemt.checkpoint_names import (
 )
 from pemt.config import NOT_THE_RUN, PemtError, RunConfig
 from pemt.lazy_weights import put_value
-from pemt.not_finite import NotFiniteError
 from pemt.progress import Progress, progress_of
 from pemt.storage import (
     StorageError,
@@ -106,7 +105,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the ranks do not agree on how far the run is.
-            NotFiniteError: a weight or a moment is NaN or Inf; the checkpoint before stays.
+            CheckpointError: a weight or a moment is NaN or Inf; the checkpoint before stays.
         """
         began = time.perf_counter()
         if self._engine.is_main:
@@ -141,20 +140,23 @@ class Checkpoints:
 
     def _vote(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Every rank must be where rank 0 is, with numbers that can be gone on with (all ranks call)."""
-        bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
+        bad = None
+        if self._engine.is_main:  # its copies are what is written
+            bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
         # As text, in which NaN equals NaN: a metric may be one.
         votes = self._engine.everyones((json.dumps(asdict(progress), sort_keys=True), bad))
-        for rank, (theirs, bad) in enumerate(votes):
-            if theirs != votes[0][0]:
+        first, bad = votes[0]
+        for rank, (theirs, _) in enumerate(votes):
+            if theirs != first:
                 raise CheckpointError(
-                    f"checkpoint-{progress.step} was not saved: rank {rank} is at {theirs}, rank 0 at {votes[0][0]}; "
+                    f"checkpoint-{progress.step} was not saved: rank {rank} is at {theirs}, rank 0 at {first}; "
                     "start the same command again, to go on from the checkpoint before"
                 )
-            if bad is not None:
-                raise NotFiniteError(
-                    f"checkpoint-{progress.step} was not saved: `{bad}` holds NaN or Inf on rank {rank}; go on from "
-                    "the checkpoint before with a lower learning_rate, or train in fp32"
-                )
+        if bad is not None:
+            raise CheckpointError(
+                f"checkpoint-{progress.step} was not saved: `{bad}` holds NaN or Inf; go on from "
+                "the checkpoint before with a lower learning_rate, or train in fp32"
+            )
 
     def lines(self) -> list[str]:
         """What is to be told about saving since the last call; on rank 0."""
@@ -176,7 +178,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Whatever ends the run, the process may be gone a moment later, and a half-written save with it.
+        # An error ends the process a moment later, and a half-written save with it.
         self._writer.wait()
 
     def _remove_old(self, progress: Progress) -> None:
@@ -225,7 +227,8 @@ class Checkpoints:
         found = self._newest_usable() if choice is True else self._read(Path(str(choice)))
         if found:
             self._remove_later(found.progress)
-            self.saved = found.progress.step
+            if found.folder.resolve().parent == self._output_dir.resolve():
+                self.saved = found.progress.step
             return self._with_whole_best(found)
         if expected is not None:
             raise CheckpointError(

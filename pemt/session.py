@@ -82,6 +82,10 @@ class Session:
     def follow(self, checkpoints: Checkpoints) -> None:
         """Tell in status.json what is saved from now on; let `check` end the run for a save that failed."""
         self._checkpoints = checkpoints
+        if (
+            self._engine.is_main
+        ):  # an overwritten run's are not waited for if this one is killed now
+            self._tell("running")
 
     def check(self) -> None:
         """Leave the run if any rank has been told to, or if it must end (all ranks call, and leave together).

@@ -32,13 +32,14 @@ from accelerate.commands.launch import launch_command_parser
 from tensorboard.program import TensorBoard
 
 import pemt.__main__
-from pemt.bench import step as bench_step
 from pemt.commands import COMMANDS
+from pemt.plan.shapes import KNOWN
 from pemt.sweep.plan import read_sweep
 from tests.conftest import ROOT
 from tests.docs_pages import blocks, commands, name_of, words_of
 from tests.docs_world import STAND_INS, make_world, stage
 from tests.hub import hub
+from tests.test_bench_step import SMALL
 
 pytestmark = pytest.mark.xdist_group("docs")  # one world for them all
 
@@ -141,7 +142,7 @@ def run_sweep(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 def run_bench(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_step.SIZES, "t5-small", (2, 64, 128, 2, 32, "relu"))
+    monkeypatch.setitem(KNOWN, "t5-small", SMALL)
     COMMANDS[name]([*arguments, "--rounds", "1"])
 
 
@@ -240,7 +241,7 @@ TRIALS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "pip install": try_pip,
     "python -m": try_python,
     "pytest": try_paths,
-    "pre-commit": lambda *_: try_paths(["", ".pre-commit-config.yaml"], *_[1:]),
+    ".venv/bin/pre-commit": lambda *_: try_paths(["", ".pre-commit-config.yaml"], *_[1:]),
 }
 
 

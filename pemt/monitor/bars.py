@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -110,10 +111,11 @@ class EvaluationBar:
             self._told = now
             rate = self._done / (now - self._started)
             left = tqdm.format_interval((self._total - self._done) / rate)
-            print(
-                f"{self._description}: {self._done}/{self._total} examples, {rate:.1f} examples/s, {left} left",
-                flush=True,
-            )
+            with contextlib.suppress(OSError):  # on a full disk; one rank alone must not end here
+                print(
+                    f"{self._description}: {self._done}/{self._total} examples, {rate:.1f} examples/s, {left} left",
+                    flush=True,
+                )
 
     def __enter__(self) -> EvaluationBar:
         return self

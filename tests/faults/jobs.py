@@ -134,7 +134,7 @@ class Job:
                 found[int(rank)] = child
         return [found[rank] for rank in sorted(found)]
 
-    def until(self, condition: Callable[[], object], *, timeout: float = 120) -> None:
+    def until(self, condition: Callable[[], object], *, timeout: float = 400) -> None:
         """Wait for something to happen while the job runs."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -145,7 +145,7 @@ class Job:
     def until_step(self, step: int) -> None:
         self.until(lambda: last_step(self.run) >= step)
 
-    def end(self, *, timeout: float = 120) -> int:
+    def end(self, *, timeout: float = 400) -> int:
         """Wait for the launcher; its exit status. No rank may be left."""
         try:
             status = self.process.wait(timeout)

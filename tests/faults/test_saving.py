@@ -18,10 +18,11 @@ import pytest
 
 from pemt import storage
 from pemt.arguments import parse_config
+from pemt.checkpoint import CheckpointError
 from pemt.checkpoint_names import checkpoint_folders
 from pemt.config import AdaptConfig, PemtError
 from pemt.engine import Engine
-from pemt.not_finite import NotFinite, NotFiniteError
+from pemt.not_finite import NotFinite
 from pemt.storage import StorageError
 from pemt.train import run_adapt
 from tests.faults.jobs import World, assert_same_end, last_step, status
@@ -220,7 +221,7 @@ def test_weights_that_are_not_finite_are_not_saved(
         return norm
 
     monkeypatch.setattr(Engine, "step", overflow)
-    with pytest.raises(NotFiniteError, match=r"checkpoint-4 was not saved: `.*` holds NaN or Inf"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 was not saved: `.*` holds NaN or Inf"):
         run_adapt(config_of(world, tmp_path / "run"))
     assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == ["checkpoint-2"]
 

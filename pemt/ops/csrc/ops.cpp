@@ -61,12 +61,18 @@ Tensor times_transposed(const Tensor& left, const Tensor& right) {
   using NoScalars = c10::List<std::optional<at::Scalar>>;
   using Linear = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view,
       NoScalars, std::optional<c10::string_view>);
-  static const auto linear =
-      c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  // A private op of PyTorch's: where it is another one than here, at::mm serves.
+  static const auto linear = []() -> std::optional<c10::TypedOperatorHandle<Linear>> {
+    const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    try {
+      if (found) return found->typed<Linear>();
+    } catch (const c10::Error&) {
+    }
+    return std::nullopt;
+  }();
   if (linear && at::globalContext().userEnabledMkldnn() && left.scalar_type() == at::kFloat &&
       left.is_contiguous() && left.numel() > 0)
-    return linear->typed<Linear>().call(
-        left, right, std::nullopt, "none", NoScalars(), std::nullopt);
+    return linear->call(left, right, std::nullopt, "none", NoScalars(), std::nullopt);
 #endif
   return at::mm(left, right.t());
 }
