@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from pemt.model import PemtT5
 from pemt.monitor.board import Board
 from pemt.not_finite import NotFinite
 from pemt.train import run_adapt, run_source
+from tests.faults.damages import DAMAGES, Damage
 from tests.tiny import adapt_config, source_config, tiny_task
 
 SOURCE, TARGET = "tiny-a", "tiny-target"
@@ -47,24 +49,25 @@ def config_of(world: Path, output_dir: Path, **fields: Any) -> SourceConfig:
 
 
 @contextmanager
-def injected(kind: str, steps: set[int]) -> Iterator[None]:
-    """Make the second micro-batch of these steps bad, on one rank.
+def injected(kind: str, steps: set[int], *, micro_batch: int = 1) -> Iterator[None]:
+    """Make the first (0) or the second (1) micro-batch of these steps bad, on one rank.
 
     `loss`: Inf is added to the loss, whose gradient stays finite. `gradient`: one parameter's gradient
     becomes NaN behind a finite loss.
     """
     forward, backward = PemtT5.forward, Engine.backward
     micro_batches = count()
+    bad = {2 * (step - 1) + micro_batch for step in steps}
 
     def bad_forward(model: PemtT5, **batch: Tensor) -> Any:
         out = forward(model, **batch)
-        if model.training and (at := next(micro_batches)) % 2 and at // 2 + 1 in steps:
+        if model.training and next(micro_batches) in bad:
             out.loss = out.loss + math.inf
         return out
 
     def bad_backward(engine: Engine, loss: Tensor, *, last: bool) -> None:
         hook = None
-        if (at := next(micro_batches)) % 2 and at // 2 + 1 in steps:
+        if next(micro_batches) in bad:
             parameter = engine.trained.parameters[-1][1]
             hook = parameter.register_hook(lambda gradient: gradient * math.nan)
         backward(engine, loss, last=last)
@@ -87,7 +90,7 @@ def bad_numbers(world: Path, folder: Path) -> dict[str, Any]:
     for precision in ("fp32", "bf16"):
         for kind in ("loss", "gradient"):
             config = config_of(world, folder / f"{kind}-{precision}", bf16=precision == "bf16")
-            with injected(kind, {BAD_STEP}):
+            with injected(kind, {BAD_STEP}, micro_batch=int(precision == "fp32")):
                 run_source(config)
         checkpoint = str(Path(config.output_dir) / f"checkpoint-{BAD_STEP}")
         again = folder / f"resumed-{precision}"
@@ -121,6 +124,22 @@ def damaged_checkpoints(world: Path, folder: Path) -> dict[str, Any]:
     return {"none_left": none_left}
 
 
+def every_damage(world: Path, folder: Path) -> dict[str, Any]:
+    """Every kind of damage to the newest of three checkpoints, and what goes on from there."""
+    given = {"save_total_limit": 3, "save_steps": 2, "max_steps": 6}
+    run_source(config_of(world, folder / "whole", **given))
+    run_source(config_of(world, folder / "other", data_seed=7, **given))
+
+    def copy_damaged(damage: Damage) -> None:
+        copied = shutil.copytree(folder / "whole", folder / damage.__name__)
+        damage(Path(copied) / "checkpoint-6", folder / "other")
+
+    for damage in DAMAGES:
+        on_rank_0(lambda damage=damage: copy_damaged(damage))
+        run_source(config_of(world, folder / damage.__name__, resume_from_checkpoint=True, **given))
+    return {}
+
+
 def stale_view(world: Path, folder: Path) -> dict[str, Any]:
     """One rank's network disk shows it a run of another accumulation, and never an end; then the run is tried again."""
 
@@ -145,8 +164,9 @@ def uneven_ends(world: Path, folder: Path) -> dict[str, Any]:
     results = {}
     for name in ENDS:
         results[name] = run_adapt(end_config(world, folder, name))
-    with every_label_ignored():
-        results["ignored"] = run_adapt(end_config(world, folder, "uneven", run="ignored"))
+    for name, fields in (("ignored", ("labels",)), ("padding", ("input_ids", "attention_mask"))):
+        with one_rank_without(*fields):
+            results[name] = run_adapt(end_config(world, folder, "uneven", run=name))
     return {"ends": results}
 
 
@@ -163,14 +183,15 @@ def end_config(world: Path, folder: Path, name: str, *, run: str | None = None) 
 
 
 @contextmanager
-def every_label_ignored() -> Iterator[None]:
-    """One rank's labels are all -100."""
+def one_rank_without(*fields: str) -> Iterator[None]:
+    """One rank's labels are all -100, or its inputs padding alone."""
     whole = loop.collate
 
     def collate(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
         batch = whole(*args, **kwargs)
         if dist.get_rank() == GUILTY:
-            batch["labels"] = torch.full_like(batch["labels"], -100)
+            for name in fields:
+                batch[name] = torch.full_like(batch[name], -100 if name == "labels" else 0)
         return batch
 
     loop.collate = collate
@@ -231,6 +252,7 @@ def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
 PARTS = {
     "disk": refusing_disk,
     "stale": stale_view,
+    "damages": every_damage,
     "numbers": bad_numbers,
     "checkpoints": damaged_checkpoints,
     "ends": uneven_ends,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,21 @@ from pemt.checkpoint_names import checkpoint_folders, step_of
 from pemt.config import ExpertConfig, SourceConfig
 from pemt.manifest import MANIFEST, read_manifest, sealed
 from pemt.train import run_source
+from tests.faults.damages import (
+    DAMAGES,
+    Damage,
+    cut,
+    flip,
+    flip_weights,
+    foreign,
+    miss,
+    miss_all,
+    miss_manifest,
+)
 from tests.tiny import losses, make_base, source_config, tiny_task, write_task_files
 
 TASK = "tiny-damaged"
 STEPS = 6
-Damage = Callable[[Path, Path], None]
 
 
 @pytest.fixture(scope="module")
@@ -62,66 +71,10 @@ def resumed(world: Path, run: Path) -> SourceConfig:
     return replace(config_of(world, "run"), output_dir=str(run), resume_from_checkpoint=True)
 
 
-def flip(checkpoint: Path, _: Path) -> None:
-    path = checkpoint / "moments.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 8
-    path.write_bytes(data)
-
-
-def flip_weights(checkpoint: Path, _: Path) -> None:
-    path = checkpoint / "trained.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 8
-    path.write_bytes(data)
-
-
-def miss_all(checkpoint: Path, _: Path) -> None:
-    shutil.rmtree(checkpoint)
-
-
-def cut(checkpoint: Path, _: Path) -> None:
-    path = checkpoint / "random.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def miss(checkpoint: Path, _: Path) -> None:
-    (checkpoint / "trained.safetensors").unlink()
-
-
-def miss_manifest(checkpoint: Path, _: Path) -> None:
-    (checkpoint / MANIFEST).unlink()
-
-
-def foreign_manifest(checkpoint: Path, other: Path) -> None:
-    shutil.copy(other / checkpoint.name / MANIFEST, checkpoint / MANIFEST)
-
-
-def foreign(checkpoint: Path, other: Path) -> None:
-    shutil.rmtree(checkpoint)
-    shutil.copytree(other / checkpoint.name, checkpoint)
-
-
-def of_another_step(checkpoint: Path, _: Path) -> None:
-    shutil.rmtree(checkpoint)
-    shutil.copytree(checkpoint.with_name("checkpoint-2"), checkpoint)
-
-
 def written(run: Path) -> dict[Path, int]:
     """All that a run leaves, with its time of change; the status alone says that somebody has tried."""
     files = (path for path in run.rglob("*") if path.is_file() and path.name != "status.json")
     return {path: path.stat().st_mtime_ns for path in files}
-
-
-DAMAGES = {
-    flip: "moments.safetensors: is not the file that manifest.json lists",
-    cut: "random.safetensors: is not the file that manifest.json lists",
-    miss: "trained.safetensors: cannot be read",
-    miss_manifest: "manifest.json: cannot be read",
-    foreign_manifest: "checkpoint-6: was saved with data_seed 7, this run has 42",
-    foreign: "checkpoint-6: was saved with data_seed 7, this run has 42",
-    of_another_step: "checkpoint-6: its manifest is that of step 2",
-}
 
 
 def test_what_was_read_is_let_go_before_the_first_step(

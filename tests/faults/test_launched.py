@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 from pemt.manifest import read_manifest
 from tests.conftest import ROOT, Launch
+from tests.faults.damages import DAMAGES, Damage
 from tests.faults.launched import BAD_STEP, ENDS, SOURCE, STEPS
 from tests.tiny import losses, make_base, write_task_files
 
 STAGES = {
-    "zero2": ["numbers", "checkpoints", "ends", "disk", "stale"],
+    "zero2": ["numbers", "checkpoints", "ends", "disk", "stale", "damages"],
     "zero3": ["numbers", "checkpoints", "ends"],
     "zero0": ["numbers"],
     "zero1": ["numbers"],
@@ -161,6 +162,18 @@ def test_two_ranks_go_back_to_the_checkpoint_before(
         assert "none of 3 checkpoints is whole" in error
 
 
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_two_ranks_pass_over_every_damage(
+    world: Path, launched: dict[str, str], damage: Damage
+) -> None:
+    run, whole = world / "zero2" / damage.__name__, world / "zero2" / "whole"
+    told = [line for line in launched["zero2"].splitlines() if f"{run}/checkpoint-6" in line]
+    (line,) = [line for line in told if "put aside" in line]
+    assert DAMAGES[damage] in line
+    assert line.endswith("put aside as unusable-checkpoint-6, going on from checkpoint-4")
+    assert equal(saved(run, 6), saved(whole, 6))
+
+
 def test_rank_0_alone_looks_into_the_runs_folder(world: Path, launched: dict[str, str]) -> None:
     assert report(world, "zero2")["stale"] == [["none", "none"]] * 2
     run = world / "zero2" / "stale"
@@ -180,7 +193,7 @@ def test_a_disk_that_refuses_on_two_ranks(world: Path, launched: dict[str, str])
     assert "tensorboard: No space left on device; the training goes on" in launched["zero2"]
 
 
-@pytest.mark.parametrize("name", [*ENDS, "ignored"])
+@pytest.mark.parametrize("name", [*ENDS, "ignored", "padding"])
 @pytest.mark.parametrize("stage", FULL)
 def test_uneven_ends(world: Path, launched: dict[str, str], stage: str, name: str) -> None:
     results = report(world, stage)["ends"][name]
