@@ -170,7 +170,7 @@ def test_two_ranks_pass_over_every_damage(
     told = [line for line in launched["zero2"].splitlines() if f"{run}/checkpoint-6" in line]
     (line,) = [line for line in told if "put aside" in line]
     assert DAMAGES[damage] in line
-    assert line.endswith("put aside as unusable-checkpoint-6, going on from checkpoint-4")
+    assert line.endswith("put aside as unusable-checkpoint-6, going on from checkpoint-5")
     assert equal(saved(run, 6), saved(whole, 6))
 
 
