@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +125,19 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(
         assert "the last of 3 in a row (max_skipped_steps)" in told
         assert "changed nothing: the loss is inf on rank 1;" in told
         assert "\n" not in told
-    lines = [json.loads(line) for line in guilty.read_text().splitlines()]
-    assert {line["micro_batch"] for line in lines} == {0, 1}
-    assert len(lines) == 8
+    lines, others = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (guilty, run / "not-finite-step-5-rank-0.jsonl")
+    )
+    for rank in (lines, others):  # micro-batches of 4, of the longest texts fewer, half at least
+        rows = Counter(line["micro_batch"] for line in rank)
+        assert rows.keys() == {0, 1}
+        assert set(rows.values()) <= {2, 3, 4}
     assert {(line["micro_batch"], line["loss"] == "inf") for line in lines} == {
         (0, False),
         (1, True),
     }
     assert all(line["source"].startswith("text : the box is") for line in lines)
-    assert len((run / "not-finite-step-5-rank-0.jsonl").read_text().splitlines()) == 8
     assert losses(run, "train/skipped_steps") == {1: 1, 2: 1, 3: 2, 4: 3}
 
 
@@ -153,7 +158,9 @@ def test_ranks_that_disagree_save_nothing(
 def test_two_ranks_go_back_to_the_checkpoint_before(
     world: Path, launched: dict[str, str], stage: str
 ) -> None:
-    told = [line for line in launched[stage].splitlines() if "put aside" in line]
+    damaged = str(world / stage / "damaged")
+    lines = [line for line in launched[stage].splitlines() if line.startswith(damaged)]
+    told = [line for line in lines if "put aside" in line]
     assert len(told) == 1
     assert f"checkpoint-{STEPS}/moments.safetensors: is not the file" in told[0]
     assert f"going on from checkpoint-{STEPS - 1}" in told[0]
