@@ -14,8 +14,7 @@ from pemt.evaluate import evaluate
 from pemt.finished import finished_config, load_finished, prepare_finished
 from pemt.monitor import quiet_libraries
 from pemt.run_folder import results_block, scores_of, write_results
-
-SPLITS = ("train", "validation", "test")
+from pemt.tasks import SPLITS
 
 
 def evaluate_run(

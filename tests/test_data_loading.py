@@ -278,6 +278,13 @@ def test_a_split_alone_is_as_it_is_among_the_others(folder, tokenizer, split):
     assert len(alone) == {"train": 40, "validation": 6, "test": 6}[split]
 
 
+def test_a_training_set_alone_is_the_one_that_was_drawn(folder, tokenizer):
+    few = config(folder, few_shot=4)
+    alone, _ = load_split(TASK, few, tokenizer, "train")
+    assert alone[:] == load_task_data(TASK, few, tokenizer).train[:]
+    assert len(alone) == 8
+
+
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_split_alone_needs_no_other(folder, tokenizer, monkeypatch, split):
     encoded = count_calls(monkeypatch, loading_module, "encode_batch")

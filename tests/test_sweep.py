@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -301,6 +302,8 @@ def test_on_several_ranks_an_error_ends_the_sweep_with_its_table(
     path = write_sweep(tmp_path / "sweep.yaml", content)
     tried = failing(monkeypatch, "colours")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    rank_0 = SimpleNamespace(on_main=lambda look: look())
+    monkeypatch.setattr("pemt.sweep.run.Engine", lambda _: rank_0)
     with pytest.raises(torch.OutOfMemoryError):
         run_sweep(path)
     assert tried == ["colours"]

@@ -28,6 +28,8 @@ def make_parser() -> Parser:
 
 
 def _own_parser() -> Parser:
+    from pemt.tasks import SPLITS
+
     parser = command_parser(
         "evaluate",
         "Score a finished run's best weights on a split of its task, or of another." + FIELDS,
@@ -35,8 +37,6 @@ def _own_parser() -> Parser:
         "pemt evaluate runs/cb --task_name rte --data_dir data/RTE",
     )
     parser.add_argument("run_dir", help="output_dir of the run")
-    parser.add_argument(
-        "--split", default="test", choices=("train", "validation", "test"), help="default: test"
-    )
+    parser.add_argument("--split", default="test", choices=SPLITS, help="default: test")
     parser.add_argument("--output_file", help="JSON; default: <split>_results.json in run_dir")
     return parser

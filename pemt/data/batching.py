@@ -32,8 +32,9 @@ class TrainBatches:
     Examples are put in order of length, with as much noise as padding allows so that batches differ from
     epoch to epoch, and cut into global batches whose order is random: micro-batches of one step take
     about equally long on every rank. An epoch shows every example once; where examples do not fill all
-    micro-batches, those of the longest have fewer (`sizes_of`). Only where there are fewer examples than
-    ranks and micro-batches are some shown twice.
+    micro-batches, those of the longest have fewer (`sizes_of`). Some are shown twice only where one of them
+    would be empty: of fewer examples than a step has micro-batches, or at a batch_size of 1 in a last step
+    that is not full.
 
     Args:
         lengths: source tokens of each example, [N].
@@ -128,11 +129,13 @@ def sizes_of(examples: int, batch_size: int, count: int) -> np.ndarray:
     """How many examples each micro-batch of an epoch has, from short texts to long ones, [M].
 
     What is missing to whole ones is taken from the longest, where a row costs most, but not more than
-    half of any: the mean of a small one's losses would weigh its examples too much.
+    half of any: the mean of a small one's losses would weigh its examples too much. Where that is not
+    enough, as in a single step less than half full, all are about equally small, of one at least.
     """
     half = batch_size // 2
     missing = count * batch_size - examples
-    if missing > count * half:  # a single step, less than half full
+    # Of an odd size, whose half is rounded down, two steps may miss so much; of size 1, any number.
+    if missing > count * half:
         return np.maximum(1, (examples + np.arange(count)[::-1]) // count)
     taken_M = np.clip(missing - half * np.arange(count), 0, half)
     return batch_size - taken_M[::-1]

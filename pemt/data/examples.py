@@ -14,8 +14,8 @@ from datasets.fingerprint import Hasher
 
 from pemt.data.errors import DataError
 from pemt.data.formats import Record
-from pemt.data.local_files import SPLITS, find_files, read_rows
-from pemt.tasks import HubSource, RowError, Task, example_of, has_label
+from pemt.data.local_files import find_files, read_rows
+from pemt.tasks import SPLITS, HubSource, RowError, Task, example_of, has_label
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
 # that what was left out can be told again when the cache is used.
@@ -62,7 +62,9 @@ class Origin:
         if self.files is not None:
             return local_examples(self.task, self.files[split])
         hub = hub_of(self.task)
-        return hub_examples(self.task, hub, hub.split_name(split) or split)
+        name = hub.split_name(split)
+        assert name is not None, f"{split} is none of {self.splits}"
+        return hub_examples(self.task, hub, name)
 
 
 def origin_of(task: Task, data_dir: str | None) -> Origin:

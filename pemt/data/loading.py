@@ -73,14 +73,16 @@ def load_split(
     *,
     build_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Dataset, tuple[str, ...]]:
-    """One of the sets that `load_task_data` gives, and its notes; no other split has to be there.
+    """One of the sets that `load_task_data` gives, and its notes; no other split has to be there,
+    unless `few_shot` draws the training set.
 
     Where there is nothing to train on, a split is what its files or the hub give: the split rule
     needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
     """
     with build_first():
         origin = origin_of(task, config.data_dir)
-        if not stands_alone(split, origin.splits):
+        is_drawn = split == "train" and config.few_shot is not None
+        if is_drawn or not stands_alone(split, origin.splits):
             data = build(task, config, tokenizer)
             return getattr(data, split), data.notes
         examples, left_out = usable(origin, split, config)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from pemt.data.errors import DataError
 from pemt.data.formats import EXTENSIONS, Record, read_records
-from pemt.tasks import RowError, Task
+from pemt.tasks import SPLITS, RowError, Task
 
-SPLITS = ("train", "validation", "test")
 # Names of a split, the fullest file first: train.tsv before train.slice.tsv before train.32shot.*
 STEMS = {
     "train": ("train",),

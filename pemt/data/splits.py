@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from pemt.data.errors import DataError
 from pemt.data.examples import UNLABELLED
-from pemt.tasks import Task
+from pemt.tasks import SPLITS, Task
 
 SMALL = 10_000  # training examples (questions, in MultiRC) below which validation is halved
 HELD_OUT = 1_000  # training examples that become validation in larger tasks
@@ -72,7 +72,7 @@ def split(task: Task, parts: Mapping[str, Dataset], seed: int) -> dict[str, Data
     its 1000 (never more than a tenth) all the same. Raises DataError where neither is there.
     """
     check_splits(task, parts)
-    train, validation, test = (parts.get(name) for name in ("train", "validation", "test"))
+    train, validation, test = (parts.get(name) for name in SPLITS)
     assert train is not None
     if validation is not None and test is not None:
         return {"train": train, "validation": validation, "test": test}

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from pemt.config import PemtError
+from pemt.engine import Engine
 from pemt.storage import write_text
-from pemt.sweep.plan import Run, SweepError, read_sweep
+from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
 from pemt.sweep.report import write_report
 from pemt.train import run_adapt
 
@@ -32,9 +33,7 @@ def run_sweep(path: Path) -> None:
     sweep = read_sweep(path)
     is_main = os.environ.get("RANK", "0") == "0"
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    # Every rank has read which runs are finished before any can write: a run begins with all ranks.
-    waiting = [run for run in sweep.runs if not run.finished]
-    waiting.sort(key=lambda run: (run.folder / ERROR).is_file())
+    waiting = _waiting(sweep, alone=alone)
     if is_main:
         done = len(sweep.runs) - len(waiting)
         print(f"{path}: {len(sweep.runs)} runs, {done} of them finished before", flush=True)
@@ -64,6 +63,21 @@ def run_sweep(path: Path) -> None:
             f"{path}: {len(failed)} of {len(sweep.runs)} runs failed ({failed[0]}: see "
             f"{failed[0].folder / ERROR}); the same command tries them again"
         )
+
+
+def _waiting(sweep: Sweep, *, alone: bool) -> list[Run]:
+    """The runs that rank 0 finds unfinished, failed ones last (all ranks call).
+
+    A network disk may show the others older folders, and ranks in different runs would wait for each other.
+    """
+
+    def look() -> list[int]:
+        numbers = [number for number, run in enumerate(sweep.runs) if not run.finished]
+        return sorted(numbers, key=lambda number: (sweep.runs[number].folder / ERROR).is_file())
+
+    # Each run has an engine of its own; this one, of any run, connects the ranks.
+    numbers = look() if alone else Engine(sweep.runs[0].config).on_main(look)
+    return [sweep.runs[number] for number in numbers]
 
 
 def _record(run: Run, error: Exception) -> None:

@@ -3,6 +3,7 @@
 from pemt.tasks.registry import register_task, task_names
 from pemt.tasks.scoring import example_scores, score
 from pemt.tasks.task import (
+    SPLITS,
     Example,
     HubSource,
     RowError,
@@ -16,6 +17,7 @@ from pemt.tasks.task import (
 from pemt.tasks.task_file import get_task, load_task_file
 
 __all__ = [
+    "SPLITS",
     "Example",
     "HubSource",
     "RowError",

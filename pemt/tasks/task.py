@@ -17,6 +17,7 @@ from pemt.metrics import METRICS
 
 Row = Mapping[str, Any]
 LONGEST_ERROR = 500
+SPLITS = ("train", "validation", "test")
 Kind = Literal["classification", "regression", "answer"]
 
 

@@ -29,10 +29,8 @@ from typing import Any
 import yaml
 
 from pemt.tasks.registry import known_task
-from pemt.tasks.task import HubSource, Task, TaskError
+from pemt.tasks.task import SPLITS, HubSource, Task, TaskError
 from pemt.yaml_file import load_yaml
-
-SPLITS = ("train", "validation", "test")
 
 
 class WrongType(ValueError):
