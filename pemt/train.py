@@ -70,6 +70,8 @@ def run_source(config: SourceConfig) -> Path:
                 dtype="float32",
             )
         )
+        if engine.is_main:
+            print(f"{task.name} is in the bank: {entry}", flush=True)
         # Whoever finds the results takes the run for finished: the entry is there by then.
         _report(config, setup, built, fitted, tested)
     engine.release()

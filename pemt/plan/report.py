@@ -48,6 +48,7 @@ def figures(job: Job, zero: Zero, cluster: Cluster, folder: Path) -> dict[str, A
         "sent_at_start": sum(each.sent(cluster.backend) for each in at_start(job, zero, cluster)),
         "flops_per_step": flops(job) * cluster.world_size,
         "step_seconds": {**asdict(seconds), "total": seconds.total},
+        "global_batch_size": samples,
         "samples_per_hour": 3600 * samples / seconds.total,
         "nodes": {
             nodes: {"step_seconds": time, "efficiency": share}
@@ -110,7 +111,7 @@ def _wire(found: dict[str, Any], cluster: Cluster) -> str:
 def _over(each: dict[str, Any], cluster: Cluster) -> str:
     inside = cluster.nodes > 1 and each["ranks"] <= cluster.gpus_per_node
     among = " of one node, not out of it" if inside else ""
-    return f"of {_bytes(each['size'])} over {each['ranks']} ranks{among}"
+    return f"to share {_bytes(each['size'])} over {each['ranks']} ranks{among}"
 
 
 def _time(found: dict[str, Any], cluster: Cluster) -> str:
@@ -119,6 +120,9 @@ def _time(found: dict[str, Any], cluster: Cluster) -> str:
         "time (a model, not a measurement)",
         _row("  FLOPs of a step", f"{found['flops_per_step'] / 1e12:,.1f} T", "all ranks"),
         _row("  a step", f"{seconds['total']:.3f} s", _split(seconds)),
+        _row(
+            "  samples of a step", f"{found['global_batch_size']:,}", "ranks × batch × accumulation"
+        ),
         _row("  samples an hour", f"{found['samples_per_hour']:,.0f}", ""),
     ]
     for nodes, told in found["nodes"].items():
