@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.jobs import Job, World, clean, last_step, status
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.soak]
 
 
 def test_machines_that_count_restarts_differently_meet(world: World) -> None:
