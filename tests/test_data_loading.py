@@ -302,6 +302,7 @@ def test_a_split_alone_needs_no_other(folder, tokenizer, monkeypatch, split):
 
 @pytest.mark.parametrize("processes", [None, 2])
 def test_tokenising_shows_a_bar(folder, tokenizer, capfd, processes):
+    datasets.enable_progress_bars()  # a test before this one may have made a run, which is quiet in files
     load_task_data(TASK, config(folder, preprocessing_num_workers=processes), tokenizer)
     shown = capfd.readouterr().err
     assert "tokenising" in shown
