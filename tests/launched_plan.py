@@ -42,6 +42,7 @@ RANK, PROMPT = 8, 5
 # The target adapter as wide as the model, so that gradients are no trifle on the wire.
 ADAPTER = AdapterConfig(reduction_factor=1)
 BATCH = 4
+STEPS = 8
 SMALL = Job(
     shape=Shape(vocab_size=32, num_decoder_layers=2, gated=False, tied=True, dropout=0.0, **SIZES),
     ranks=(RANK,) * len(SOURCES),
@@ -79,7 +80,7 @@ LARGE = Job(
 def make_world(folder: Path) -> Path:
     """Base model, bank and task."""
     make_base(folder / "base", **SIZES)
-    write_task_files(folder / TARGET, seed=2, rows=5 * 2 * BATCH)
+    write_task_files(folder / TARGET, seed=2, rows=STEPS * 2 * BATCH)
     base = T5ForConditionalGeneration.from_pretrained(folder / "base")
     shape = base_shape(base.config)
     torch.manual_seed(0)

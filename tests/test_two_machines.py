@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from pemt.plan.job import CHIPS
 from pemt.plan.memory import gradient_bytes, memory, optimizer_bytes
 from pemt.plan.traffic import at_start, per_step
 from tests.conftest import ROOT, kill_session, launch_ranks
-from tests.launched_plan import JOBS, LARGE, make_world
+from tests.launched_plan import JOBS, LARGE, STEPS, make_world
 from tests.tiny import losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
@@ -114,8 +116,8 @@ def apart(world: Path, zero: Zero) -> Path:
 
 def test_two_machines_train_as_one(apart: Path, zero: Zero, alone: Callable[[int], Path]) -> None:
     ours = losses(apart / "fp32")
-    assert len(ours) == 5
-    assert len(set(ours.values())) == 5
+    assert len(ours) == STEPS
+    assert len(set(ours.values())) == STEPS
     one_machine = alone(max(zero.stage, min(ALONE)))  # stages 0 to 2 train alike
     assert ours == pytest.approx(losses(one_machine / "fp32"), rel=2e-6)
 
@@ -130,8 +132,10 @@ def test_bytes_on_the_wire(apart: Path, zero: Zero, precision: str) -> None:
     measured = []
     for report in reports(apart):
         counted = report[precision]["wire"]
-        for before, after in zip(counted[TRACED:], counted[TRACED + 1 :], strict=False):
-            measured += [after[way] - before[way] for way in (0, 1)]
+        for way in (0, 1):
+            after = [step[way] for step in counted[TRACED:]]
+            # The median: when a machine is late, the kernel sends again what had only not been answered yet.
+            measured.append(median(b - a for a, b in pairwise(after)))
     tell(zero, precision, "in a step", planned, measured)
     assert measured == pytest.approx([planned] * len(measured), rel=0.10)
     assert min(measured) > planned, "headers come on top"
