@@ -28,7 +28,7 @@ from pemt.engine import Engine
 from pemt.evaluate import answer_batch, ffn_names, over_ranks
 from pemt.finished import Finished, finished_config, load_finished, prepare_finished
 from pemt.monitor import quiet_libraries
-from pemt.tasks import get_task
+from pemt.tasks import get_task, label_name
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
 BATCHES = 32
@@ -42,11 +42,13 @@ class Prediction:
     Args:
         input: the source text, as the task's template makes it.
         prediction: the decoded answer.
+        label: what the task calls the class that was answered; None where it has no names, or this is no class.
         gates: FFN (`encoder/0` …, `decoder/0` …) -> source task -> weight; a row sums to 1. Empty without experts.
     """
 
     input: str
     prediction: str
+    label: str | None = None
     gates: dict[str, dict[str, float]]
 
     def line(self) -> str:
@@ -55,7 +57,8 @@ class Prediction:
             ffn: {source: round(weight, DIGITS) for source, weight in row.items()}
             for ffn, row in self.gates.items()
         }
-        values = {"input": self.input, "prediction": self.prediction, "gates": gates}
+        label = {} if self.label is None else {"label": self.label}
+        values = {"input": self.input, "prediction": self.prediction, **label, "gates": gates}
         return json.dumps(values, ensure_ascii=False)
 
 
@@ -116,7 +119,7 @@ class Predictor:
         answers = self.finished.tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
         named = [self._named(gates_LK) for gates_LK in gates[0]] if gates else [{} for _ in texts]
         return [
-            Prediction(input=text, prediction=answer, gates=weights)
+            Prediction(input=text, prediction=answer, label=label_name(task, answer), gates=weights)
             for text, answer, weights in zip(texts, answers, named, strict=True)
         ]
 

@@ -236,7 +236,8 @@ def write_predictions(
 
 
 def results_block(results: dict[str, Any], split: str = "test") -> str:
-    """The final report as the published code prints it: names and aligned values."""
+    """The final report as the published code prints it: names and aligned values, and whose weight a weight is."""
+    sources = {f"{split}_moe_weight_{k}": name for k, name in enumerate(results["sources"])}
     rows = {
         name: value
         for name, value in results.items()
@@ -247,7 +248,10 @@ def results_block(results: dict[str, Any], split: str = "test") -> str:
         for name, value in rows.items()
     }
     name_width, value_width = max(map(len, texts)), max(map(len, texts.values()))
-    lines = [f"  {name:<{name_width}} = {text:>{value_width}}" for name, text in texts.items()]
+    lines = [
+        f"  {name:<{name_width}} = {text:>{value_width}}{f'  {sources[name]}' if name in sources else ''}"
+        for name, text in texts.items()
+    ]
     return "\n".join([f"***** {split} metrics *****", *lines])
 
 

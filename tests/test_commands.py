@@ -70,6 +70,26 @@ def test_a_wrong_option_is_one_line(line: str) -> None:
     assert "\n" not in str(complaint.value)
 
 
+def test_a_task_tells_what_it_reads_and_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    COMMANDS["tasks"](["superglue-cb"])
+    told = capsys.readouterr().out
+    assert "template        premise: {premise} hypothesis: {hypothesis}\n" in told
+    assert "answers         0 (entailment), 1 (contradiction), 2 (neutral)\n" in told
+    assert "hub             aps/super_glue cb\n" in told
+    for name, answer in (("stsb", "numbers, in steps of 0.2"), ("squad", "text"), ("piqa", "0, 1")):
+        COMMANDS["tasks"]([name])
+        assert f"answers         {answer}\n" in capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text("name: mine\nlike: rte\nlabels: [so, not so]\n")
+    COMMANDS["tasks"](["--task_file", str(tmp_path / "mine.yaml")])
+    told = capsys.readouterr().out
+    assert "task            mine\n" in told
+    assert "answers         so (entailment), not so (not_entailment)\n" in told
+    with pytest.raises(PemtError, match="found 'superglue-bc', which is no known task; nearest"):
+        COMMANDS["tasks"](["superglue-bc"])
+
+
 def test_version() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pemt", "--version"], capture_output=True, text=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_from_stdin_to_stdout_in_a_process_of_its_own(world: Path, predictor: Pr
     task = world / "task.yaml"
     task.write_text(
         f"name: {TARGET}\ndescription: the lid and the box\ntemplate: 'text : {{text}}'\n"
-        "labels: ['no', 'yes']\nmetrics: [accuracy]\nmax_target_length: 4\n"
+        "labels: ['no', 'yes']\nlabel_names: [closed, open]\nmetrics: [accuracy]\nmax_target_length: 4\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pemt", "predict", str(world / "pemt"), "--task_file", str(task)],
@@ -136,9 +137,10 @@ def test_from_stdin_to_stdout_in_a_process_of_its_own(world: Path, predictor: Pr
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = [json.loads(each.line()) for each in predictor(rows)]
-    assert found == expected
-    assert list(found[0]) == ["input", "prediction", "gates"]
+    assert list(found[0]) == ["input", "prediction", "label", "gates"]
+    names = {"no": "closed", "yes": "open"}
+    assert [each.pop("label") for each in found] == [names[each["prediction"]] for each in found]
+    assert found == [json.loads(each.line()) for each in predictor(rows)]
 
 
 def test_a_file_and_options(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +228,7 @@ def test_evaluate_gives_what_the_run_gave(
     out = capsys.readouterr().out
     assert f"evaluating {TARGET}: 4/11 examples, " in out
     assert "***** test metrics *****" in out
+    assert re.search(rf"test_moe_weight_1 += +[01]\.\d{{4}}  {SOURCES[1]}$", out, re.MULTILINE)
     results, again = evaluated(run / "all_results.json"), evaluated(run / "test_results.json")
     for key in ("test_accuracy", "test_loss", "test_moe_weight_1", "gates", "sources"):
         assert again[key] == results[key]

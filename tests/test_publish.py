@@ -167,6 +167,18 @@ def test_a_licence_that_is_not_known_is_said_to_be(
     assert f"{binds} It is `apache-2.0`." in (world / "bitfit-export" / "README.md").read_text()
 
 
+def test_a_base_in_a_folder_of_this_machine_is_told(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    COMMANDS["export"]([str(world / "adapter"), str(tmp_path / "one")])
+    told = capsys.readouterr().err
+    assert f"the base model is {world / 'base'}, a folder of this machine" in told
+    assert "--base_model" in told
+    named = ["--base_model", "google-t5/t5-base"]
+    COMMANDS["export"]([str(world / "adapter"), str(tmp_path / "two"), *named])
+    assert "folder of this machine" not in capsys.readouterr().err
+
+
 def test_a_base_from_the_hub_is_named_in_the_card(world: Path, tmp_path: Path) -> None:
     folder = export_run(world / "adapter", tmp_path / "out", base_model="google-t5/t5-base")
     assert ModelCard.load(folder / "README.md").data.base_model == "google-t5/t5-base"  # type: ignore[attr-defined]

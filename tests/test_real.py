@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from statistics import mean
@@ -92,6 +93,8 @@ def check_report(output: str, run: Path) -> None:
     assert results["test_moe_weight_0"] == pytest.approx(1.0)
     block = output.split("***** test metrics *****\n")[1].splitlines()
     assert [line.split("=")[0].strip() for line in block[: len(published)]] == published
+    assert re.search(r"test_moe_weight_0 += +1\.0000  sst2\n", output)
+    assert output.count("pemt: sst2 is the only expert") == 1
     assert output.count("***** test metrics *****") == 1, "a rank besides the first one reports"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from pemt.command_line import Parser, command_parser
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -12,11 +15,25 @@ def run(arguments: list[str]) -> None:
     options = vars(make_parser().parse_args(arguments))
     from pemt.publish.export import export_run
 
+    if options["base_model"] is None:
+        note_a_folder(options["run_dir"])
     folder = export_run(**options)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
         f"{folder}: {size / 2**20:.1f} MiB; read its README.md, then `pemt push {folder} OWNER/NAME`"
     )
+
+
+def note_a_folder(run_dir: str) -> None:
+    """Tell, on stderr, where others would be sent to a folder of this machine for the base model."""
+    from pemt.finished import finished_config
+
+    base = finished_config(run_dir).model_name_or_path
+    if Path(base).is_dir():
+        print(
+            f"pemt: the base model is {base}, a folder of this machine; others need its name on the hub: --base_model",
+            file=sys.stderr,
+        )
 
 
 def make_parser() -> Parser:

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from pemt.data.errors import DataError
 from pemt.data.examples import UNLABELLED
-from pemt.tasks import SPLITS, Task
+from pemt.tasks import SPLITS, Task, class_name
 
 SMALL = 10_000  # training examples (questions, in MultiRC) below which validation is halved
 HELD_OUT = 1_000  # training examples that become validation in larger tasks
@@ -137,12 +137,6 @@ def few_shot(task: Task, train: Dataset, k: int, seed: int) -> Dataset:
             )
         chosen.append(rng.choice(members, size=k, replace=False))
     return train.select(np.sort(np.concatenate(chosen)))
-
-
-def class_name(task: Task, label: str) -> str:
-    """A target text with its name, where it has one."""
-    names = dict(zip(task.labels, task.label_names, strict=False))
-    return f"{label} ({names[label]})" if label in names else label
 
 
 def at_most(task: Task, dataset: Dataset, maximum: int | None, seed: int) -> Dataset:

@@ -170,6 +170,17 @@ def told(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
     return f"a classification{labels}{' and a group' if by_group else ''}"
 
 
+def label_name(task: Task, answer: str) -> str | None:
+    """What a class is called whose target text this is; None for any other text, and where classes have no names."""
+    return dict(zip(task.labels, task.label_names, strict=False)).get(answer)
+
+
+def class_name(task: Task, label: str) -> str:
+    """A label with its name, where it has one: `0 (entailment)`."""
+    name = label_name(task, label)
+    return label if name is None else f"{label} ({name})"
+
+
 def example_of(task: Task, row: Row) -> Example | None:
     """The example of a row, or None where the row has no gold label.
 
