@@ -24,6 +24,7 @@ from pemt.model.experts import (
 )
 from pemt.model.inject import Base, checked_base, ffn_sites, layer_norms, pass_encoder_prompt
 from pemt.model.mixture import MIXTURES, AdapterProjection
+from pemt.model.onednn import onednn_layers
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_digest, base_shape
 from pemt.model.trainable import Trainable
@@ -144,7 +145,7 @@ class PemtT5(TrainedT5):
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         base: Any = self.base  # the union of the three has no common type for `generate`
         given = {**self.generation_cache(), **generation_kwargs}
-        with self.context.answering() as gates:
+        with self.context.answering() as gates, onednn_layers(base):
             tokens_BT = base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **given)
         if not gates:
             return tokens_BT, None
