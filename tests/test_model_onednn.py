@@ -53,6 +53,9 @@ def test_where_it_does_not_serve(calls: list[int], monkeypatch: pytest.MonkeyPat
         linear(x.to("meta"), layer.weight.to("meta"))
         with torch.backends.mkldnn.flags(enabled=False):
             linear(x, layer.weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert linear(x, layer.weight.bfloat16()).dtype == torch.bfloat16
+            assert linear(x, layer.weight).dtype == torch.bfloat16
         monkeypatch.setattr(onednn, "_is_there", lambda: False)
         torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
     assert calls == []

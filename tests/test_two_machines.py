@@ -119,7 +119,8 @@ def test_two_machines_train_as_one(apart: Path, zero: Zero, alone: Callable[[int
     assert len(ours) == STEPS
     assert len(set(ours.values())) == STEPS
     one_machine = alone(max(zero.stage, min(ALONE)))  # stages 0 to 2 train alike
-    assert ours == pytest.approx(losses(one_machine / "fp32"), rel=2e-6)
+    # Stages round differently, and every step adds to it.
+    assert ours == pytest.approx(losses(one_machine / "fp32"), rel=1e-5)
 
 
 def test_gradients_and_optimizer_of_a_machine_to_the_byte(apart: Path, zero: Zero) -> None:

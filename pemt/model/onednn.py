@@ -40,9 +40,9 @@ def onednn_layers(model: nn.Module) -> Iterator[None]:
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`F.linear` [..., O] of x [..., I], by oneDNN where it serves: float32 on a CPU, where no gradient is wanted."""
     if (
-        x.dtype == torch.float32
+        x.dtype == weight_OI.dtype == torch.float32
         and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         and _is_there()
     ):
         return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], None)

@@ -28,6 +28,7 @@ from torch import Tensor
 from pemt import loop, storage, train
 from pemt.config import ExpertConfig, MixtureConfig, PemtError, SourceConfig
 from pemt.engine import Engine, shut_down
+from pemt.lock import LOCK, RunLock
 from pemt.model import PemtT5
 from pemt.monitor.board import Board
 from pemt.not_finite import NotFinite
@@ -159,6 +160,17 @@ def stale_view(world: Path, folder: Path) -> dict[str, Any]:
         return {"stale": [error_of(lambda: run_source(config)) for _ in range(2)]}
 
 
+def crowded(world: Path, folder: Path) -> dict[str, Any]:
+    """The folder is held by a living process when two ranks begin a run in it, and free when they try again."""
+    config = config_of(world, folder / "crowded")
+    holder = RunLock(folder / "crowded")
+    on_rank_0(holder.acquire)
+    refused = error_of(lambda: run_source(config))
+    assert [path.name for path in (folder / "crowded").iterdir()] == [LOCK]
+    on_rank_0(holder.release)
+    return {"crowded": [refused, error_of(lambda: run_source(config))]}
+
+
 def uneven_ends(world: Path, folder: Path) -> dict[str, Any]:
     run_source(config_of(world, folder / "source"))
     results = {}
@@ -252,6 +264,7 @@ def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
 PARTS = {
     "disk": refusing_disk,
     "stale": stale_view,
+    "crowded": crowded,
     "damages": every_damage,
     "numbers": bad_numbers,
     "checkpoints": damaged_checkpoints,

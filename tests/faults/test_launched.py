@@ -19,7 +19,7 @@ from tests.faults.launched import BAD_STEP, ENDS, SOURCE, STEPS
 from tests.tiny import losses, make_base, write_task_files
 
 STAGES = {
-    "zero2": ["numbers", "checkpoints", "ends", "disk", "stale", "damages"],
+    "zero2": ["numbers", "checkpoints", "ends", "disk", "stale", "crowded", "damages"],
     "zero3": ["numbers", "checkpoints", "ends"],
     "zero0": ["numbers"],
     "zero1": ["numbers"],
@@ -186,6 +186,16 @@ def test_rank_0_alone_looks_into_the_runs_folder(world: Path, launched: dict[str
     run = world / "zero2" / "stale"
     assert f"{run}: this run is finished" in launched["zero2"]
     assert losses(run) == losses(world / "zero2" / "damaged")
+
+
+def test_a_second_run_on_two_ranks_is_refused(world: Path, launched: dict[str, str]) -> None:
+    refused, free = report(world, "zero2")["crowded"]
+    (told,) = set(refused)
+    assert told.startswith(
+        f"LockError: output_dir: a run is under way in {world}/zero2/crowded (process "
+    )
+    assert free == ["none", "none"]
+    assert (world / "zero2" / "crowded" / f"checkpoint-{STEPS}").is_dir()
 
 
 def test_a_disk_that_refuses_on_two_ranks(world: Path, launched: dict[str, str]) -> None:
