@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,21 +16,21 @@ def run(arguments: list[str]) -> None:
     options = vars(make_parser().parse_args(arguments))
     from pemt.publish.export import export_run
 
-    if options["base_model"] is None:
-        note_a_folder(options["run_dir"])
     folder = export_run(**options)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
         f"{folder}: {size / 2**20:.1f} MiB; read its README.md, then `pemt push {folder} OWNER/NAME`"
     )
+    warn_of_local_base(folder)
 
 
-def note_a_folder(run_dir: str) -> None:
-    """Tell, on stderr, where others would be sent to a folder of this machine for the base model."""
-    from pemt.finished import finished_config
+def warn_of_local_base(folder: Path) -> None:
+    """Tell, on stderr, where an adapter sends others to a folder of this machine for its base model."""
+    from pemt.publish.adapter_format import CONFIG
 
-    base = finished_config(run_dir).model_name_or_path
-    if Path(base).is_dir():
+    path = folder / CONFIG  # a whole model has none
+    base = json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else ""
+    if base and Path(base).is_dir():
         print(
             f"pemt: the base model is {base}, a folder of this machine; others need its name on the hub: --base_model",
             file=sys.stderr,

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN, while a model answers on a CPU.
+"""Linear layers by oneDNN, while PEMT answers on a CPU.
 
 In float32 its products take a tenth less time than the BLAS behind `F.linear`, and the head's, with a few tokens at
 a time, a third less (LOG.md, 2026-11-25); the compiled op takes its own through it too.
@@ -20,21 +20,23 @@ from torch import Tensor, nn
 
 @contextmanager
 def onednn_layers(model: nn.Module) -> Iterator[None]:
-    """Within the block, the model's linear layers call oneDNN where it can serve them; no gradient flows through them.
+    """Within the block, the model's linear layers call `linear`.
 
-    Compiled blocks are left as they are: their products are the compiler's.
+    A model with compiled blocks keeps its own: another `forward` would have each block compiled anew.
     """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    layers: list[Any] = (
-        [] if compiled else [each for each in model.modules() if type(each) is nn.Linear]
-    )
-    for layer in layers:
-        layer.forward = MethodType(_forward, layer)
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and "forward" not in vars(module) and not compiled
+    ]
     try:
+        for layer in layers:
+            layer.forward = MethodType(_forward, layer)
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -43,6 +45,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
         x.dtype == weight_OI.dtype == torch.float32
         and x.device.type == "cpu"
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        and not torch.compiler.is_compiling()
         and _is_there()
     ):
         return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], None)
