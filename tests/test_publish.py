@@ -22,11 +22,13 @@ from transformers import AutoModelForSeq2SeqLM
 
 import pemt
 from pemt.commands import COMMANDS
-from pemt.config import ExpertConfig, MixtureConfig, PemtError
+from pemt.config import AdaptConfig, ExpertConfig, MixtureConfig, PemtError
 from pemt.data import collate
 from pemt.finished import load_finished
+from pemt.publish.card import Card, model_card
 from pemt.publish.export import export_run
 from pemt.publish.pemt_model import PemtModel
+from pemt.tasks import get_task
 from pemt.train import run_adapt, run_source
 from tests.conftest import ROOT
 from tests.hub import hub
@@ -157,6 +159,15 @@ def test_the_card_tells_all_and_its_python_runs(
     assert capsys.readouterr().out.startswith("[")
 
 
+def test_the_card_tells_answers_and_what_they_are_called(world: Path) -> None:
+    config = load_finished(world / "adapter").config
+    assert isinstance(config, AdaptConfig)
+    task = get_task("superglue-cb")
+    given = {"base_model": "b", "licence": None, "results": {}, "dtype": "float32", "bytes": 1}
+    text = model_card(Card(config=config, task=task, **given))
+    assert "the answers are `0` (entailment), `1` (contradiction), `2` (neutral)." in text
+
+
 def test_a_licence_that_is_not_known_is_said_to_be(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +188,8 @@ def test_a_base_in_a_folder_of_this_machine_is_told(
     named = ["--base_model", "google-t5/t5-base"]
     COMMANDS["export"]([str(world / "adapter"), str(tmp_path / "two"), *named])
     assert "folder of this machine" not in capsys.readouterr().err
+    COMMANDS["export"]([str(world / "full"), str(tmp_path / "three")])
+    assert "folder of this machine" not in capsys.readouterr().err, "it holds its base"
 
 
 def test_a_base_from_the_hub_is_named_in_the_card(world: Path, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_bytes_on_the_wire(apart: Path, zero: Zero, precision: str) -> None:
         counted = report[precision]["wire"]
         for way in (0, 1):
             after = [step[way] for step in counted[TRACED:]]
-            # The median: when a machine is late, the kernel sends again what had only not been answered yet.
+            # The median: a single step has been seen with a tenth more, alike on both machines.
             measured.append(median(b - a for a, b in pairwise(after)))
     tell(zero, precision, "in a step", planned, measured)
     assert measured == pytest.approx([planned] * len(measured), rel=0.10)

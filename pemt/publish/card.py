@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from pemt.config import PEFT_METHODS, AdaptConfig
 from pemt.hub import HubError, local_folder
-from pemt.tasks import Task, class_name
+from pemt.tasks import Task, label_name
 
 GATES = "gates.png"
 _PAPER = "[PEMT](https://arxiv.org/abs/2402.15082)"
@@ -166,9 +166,9 @@ def _use(card: Card) -> str:
     own = "`pip install pemt`; the path is this folder, or its id on the hub.\n\n"
     asked = f"An input is `{card.task.template}` with the fields filled in"
     if card.task.labels:
-        asked += "; the answers are " + ", ".join(
-            f"`{class_name(card.task, label)}`" for label in card.task.labels
-        )
+        names = ((label, label_name(card.task, label)) for label in card.task.labels)
+        shown = (f"`{label}` ({name})" if name else f"`{label}`" for label, name in names)
+        asked += f"; the answers are {', '.join(shown)}"
     return f"## Use\n\n{own if lines is _OWN else ''}```python\n{code}\n```\n\n{asked}."
 
 
