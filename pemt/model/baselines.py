@@ -48,7 +48,7 @@ class BaselineT5(TrainedT5):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> Tensor:
-        given = {**self.generation_cache(), **generation_kwargs}
+        given = self.with_cache(generation_kwargs)
         return self.called.generate(input_ids=input_ids, attention_mask=attention_mask, **given)
 
 

@@ -20,9 +20,9 @@ from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
 from pemt.model.gate import Gate
 from pemt.model.inject import FfnSite
-from pemt.model.onednn import linear
 from pemt.model.trainable import Trainable
 from pemt.ops import expert_mixture, gram_matrix, task_sparsity
+from pemt.ops.linear import linear
 
 
 class TargetAdapter(Trainable):
@@ -180,10 +180,7 @@ class LoraMixture(MixtureProjection):
         # Not the op: for a token at a time its checks and its dispatch cost a fifth of it, and no
         # gradient wants the latent. Not folded into a weight of each sample: see docs/serving.md.
         latent_BSN = linear(x_BSF, self.down) * prepared
-        y_BSD = linear(x_BSF, self.weight)
-        return torch.addmm(y_BSD.flatten(0, 1), latent_BSN.flatten(0, 1), self.up.t()).view_as(
-            y_BSD
-        )
+        return linear(x_BSF, self.weight) + linear(latent_BSN, self.up)
 
     def sparsity(
         self, z_BSD: Tensor, kept: Tensor, gates_BK: Tensor, mask_BS: Tensor | None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.model.answering import fast_layers
 from pemt.model.context import PassContext, Record
 from pemt.model.experts import (
     ExpertSource,
@@ -24,7 +25,6 @@ from pemt.model.experts import (
 )
 from pemt.model.inject import Base, checked_base, ffn_sites, layer_norms, pass_encoder_prompt
 from pemt.model.mixture import MIXTURES, AdapterProjection
-from pemt.model.onednn import onednn_layers
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_digest, base_shape
 from pemt.model.trainable import Trainable
@@ -144,8 +144,8 @@ class PemtT5(TrainedT5):
     ) -> tuple[Tensor, Tensor | None]:
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         base: Any = self.base  # the union of the three has no common type for `generate`
-        given = {**self.generation_cache(), **generation_kwargs}
-        with self.context.answering() as gates, onednn_layers(base):
+        given = self.with_cache(generation_kwargs)
+        with self.context.answering() as gates, fast_layers(base):
             tokens_BT = base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **given)
         if not gates:
             return tokens_BT, None

@@ -18,7 +18,8 @@ Four implementations, chosen by `select`; PEMT_OPS=<name> forces one, and then a
                been compiled for sm_80 and sm_90a, and run on the host by the tests' emulation
 
 `library` compiles the last two at first use, once for all ranks; `build` is `pemt ops build|info`.
-`schema` registers the `torch.library` ops with their fake implementations and autograd.
+`schema` registers the `torch.library` ops with their fake implementations and autograd. `linear` is
+what a linear layer computes where no gradient is wanted, with csrc/cpu_few_rows.cpp.
 """
 
 from __future__ import annotations

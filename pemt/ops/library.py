@@ -78,7 +78,7 @@ def cpu_library() -> Library:
     flags = ("-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
     return Library(
         name="cpu",
-        sources=(CSRC / "ops.cpp", CSRC / "cpu_kernels.cpp"),
+        sources=(CSRC / "ops.cpp", CSRC / "cpu_kernels.cpp", CSRC / "cpu_few_rows.cpp"),
         machines=capability,
         flags=(*flags, *_VECTOR_FLAGS.get(capability, []), "-DPEMT_LIBRARY=pemt_cpu"),
     )

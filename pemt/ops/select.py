@@ -18,12 +18,13 @@ from .checks import OpsError, compute_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The bodies of the four ops, with the signatures of `packed`."""
+    """The bodies of the four ops, with the signatures of `packed`; on a CPU the product of `linear` too."""
 
     expert_mixture: Callable[..., tuple[Tensor, Tensor]]
     expert_mixture_backward: Callable[..., tuple[Tensor, Tensor]]
     task_sparsity: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     task_sparsity_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    few_rows: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, namespace: Any) -> Kernels:
@@ -33,6 +34,7 @@ class Kernels:
             expert_mixture_backward=namespace.expert_mixture_backward,
             task_sparsity=namespace.task_sparsity,
             task_sparsity_backward=namespace.task_sparsity_backward,
+            few_rows=getattr(namespace, "few_rows", None),
         )
 
 

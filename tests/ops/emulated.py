@@ -18,7 +18,7 @@ def cuda_on_host() -> select.Kernels:
     """The CUDA sources, kernels and binding, compiled for the host over `cuda_emulation.h`."""
     library = Library(
         name="emulated",
-        sources=(CSRC / "ops.cpp", HERE / "cuda_on_host.cpp"),
+        sources=(CSRC / "ops.cpp", CSRC / "cpu_few_rows.cpp", HERE / "cuda_on_host.cpp"),
         machines="the host",
         # A GPU faults where a wide access is not aligned, a host does not: the sanitizer traps there.
         flags=(

@@ -197,6 +197,23 @@ std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, co
       dlatent_NT.view({shape.batch, shape.tokens, experts.total}), dgates.to(gates.scalar_type())};
 }
 
+#ifndef PEMT_CUDA
+// x w^T [...,O] of float x [...,I] and w [O,I]: a product for few rows, without gradients.
+Tensor few_rows(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
+                  weight.dim() == 2 && x.dim() > 0 && x.size(-1) == weight.size(1),
+      "pemt: few_rows takes float x [...,I] and weight [O,I]");
+  const Tensor x_NI = x.contiguous(), weight_OI = weight.contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  Tensor y_NO = at::empty(shape, x.options());
+  const int64_t rows = y_NO.numel() / std::max<int64_t>(1, weight.size(0));
+  pemt::few_rows(x_NI.const_data_ptr<float>(), weight_OI.const_data_ptr<float>(),
+      y_NO.mutable_data_ptr<float>(), rows, weight.size(1), weight.size(0));
+  return y_NO;
+}
+#endif
+
 }  // namespace
 
 #define PEMT_REGISTER(name, library) TORCH_LIBRARY(name, library)  // expands its argument first
@@ -205,4 +222,7 @@ PEMT_REGISTER(PEMT_LIBRARY, library) {
   library.def("expert_mixture_backward", &expert_mixture_backward);
   library.def("task_sparsity", &task_sparsity);
   library.def("task_sparsity_backward", &task_sparsity_backward);
+#ifndef PEMT_CUDA
+  library.def("few_rows", &few_rows);
+#endif
 }
