@@ -2,7 +2,8 @@
 
     plain    the base model alone on the same tokens
     longer   the base model alone on as many more tokens as PEMT's prompt has
-    pemt     prompt, experts, gates and target adapter in it; on a CPU in float32 its linear layers call oneDNN
+    pemt     prompt, experts, gates and target adapter in it; on a CPU in float32 its linear layers are
+             ours and oneDNN's (`pemt.ops.linear`)
 
 A random T5 of the named size, random experts and tokens, answers of a fixed length; greedy or beams.
 All variants run in every round, in turn; the ratios are medians over the rounds, of the time on the

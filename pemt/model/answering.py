@@ -1,4 +1,4 @@
-"""The base model's layers and cache while it answers: the same sums, at less cost."""
+"""The base model while it answers: the same sums, at less cost."""
 
 from __future__ import annotations
 
@@ -9,49 +9,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import EncoderDecoderCache
 
 from pemt.ops.linear import linear
 
 
 @contextmanager
-def fast_layers(model: nn.Module) -> Iterator[None]:
-    """Within the block, linear layers call `pemt.ops.linear`, and a ReLU overwrites what it is given.
+def faster_answers(base: nn.Module) -> Iterator[None]:
+    """Within the block, `generate` of the base model, and of what is built around it, is faster.
 
-    A model with compiled blocks keeps its own: other layers would have each block compiled anew.
+    Linear layers call `pemt.ops.linear`, and a ReLU overwrites what it is given. A model with compiled
+    blocks keeps its layers: others would have each block compiled anew. Of the cache, only what
+    differs between a sample's beams follows them.
     """
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    modules = [] if compiled else list(model.modules())
+    compiled = any(module._compiled_call_impl is not None for module in base.modules())
+    modules = [] if compiled else list(base.modules())
     linears: list[Any] = [
         each for each in modules if type(each) is nn.Linear and "forward" not in vars(each)
     ]
     relus = [each for each in modules if isinstance(each, nn.ReLU) and not each.inplace]
     try:
+        # The name by which `generate` lets a model reorder its cache itself.
+        vars(base)["_reorder_cache"] = _reorder_own
         for layer in linears:
             layer.forward = MethodType(_forward, layer)
         for layer in relus:
             layer.inplace = True
         yield
     finally:
+        vars(base).pop("_reorder_cache", None)
         for layer in linears:
             vars(layer).pop("forward", None)
         for layer in relus:
             layer.inplace = False
 
 
-class AnswerCache(EncoderDecoderCache):
-    """Keys and values of one `generate`. It grows, whatever the depths of the two stacks.
-
-    Beams change places only with beams of the same sample, and the encoder's keys and values are the
-    same for all of them: these stay where they are.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(DynamicCache(), DynamicCache())
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Only the decoder's own keys and values follow their beams."""
-        self.self_attention_cache.reorder_cache(beam_idx)
+def _reorder_own(cache: EncoderDecoderCache, beams: torch.LongTensor) -> EncoderDecoderCache:
+    """Beams change places with beams of their sample alone, whose keys and values of the encoder are equal."""
+    cache.self_attention_cache.reorder_cache(beams)
+    return cache
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pemt.config import ExpertConfig, PemtError
 from pemt.model.trainable import Trainable
+from pemt.ops.linear import linear
 
 
 class ModelError(PemtError):
@@ -110,7 +111,7 @@ class LoraExpert(Trainable):
 
     def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
         """o [B,S,D]; `ffn_input_BSD` is not used."""
-        return self.scale * F.linear(F.linear(x_BSF, self.down), self.up)
+        return self.scale * linear(linear(x_BSF, self.down), self.up)
 
 
 class BottleneckExpert(Trainable):
@@ -132,10 +133,10 @@ class BottleneckExpert(Trainable):
 
 def adapter_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
     """A linear layer as adapters start: weights normal(0, 0.01), biases zero."""
-    linear = nn.Linear(inputs, outputs, dtype=like.dtype, device=like.device)
-    nn.init.normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    return linear
+    layer = nn.Linear(inputs, outputs, dtype=like.dtype, device=like.device)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def inner_width(config: ExpertConfig, d_ff: int) -> int:
@@ -172,4 +173,4 @@ class SourceProjection(nn.Module):
     def forward(self, x_BSF: Tensor) -> Tensor:
         """wo(x) + o, [B,S,D]."""
         ffn_input_BSD, self.ffn_input_BSD = self.ffn_input_BSD, None
-        return F.linear(x_BSF, self.weight) + self.expert(x_BSF, ffn_input_BSD)
+        return linear(x_BSF, self.weight) + self.expert(x_BSF, ffn_input_BSD)

@@ -22,7 +22,7 @@ from pemt.model.gate import Gate
 from pemt.model.inject import FfnSite
 from pemt.model.trainable import Trainable
 from pemt.ops import expert_mixture, gram_matrix, task_sparsity
-from pemt.ops.linear import linear
+from pemt.ops.linear import add_linear, linear
 
 
 class TargetAdapter(Trainable):
@@ -61,7 +61,7 @@ class AdapterProjection(nn.Module):
 
     def forward(self, x_BSF: Tensor) -> Tensor:
         """z = adapter(wo(x)), [B,S,D]."""
-        return self.adapter(F.linear(x_BSF, self.weight))
+        return self.adapter(linear(x_BSF, self.weight))
 
 
 class MixtureProjection(AdapterProjection, ABC):
@@ -180,7 +180,7 @@ class LoraMixture(MixtureProjection):
         # Not the op: for a token at a time its checks and its dispatch cost a fifth of it, and no
         # gradient wants the latent. Not folded into a weight of each sample: see docs/serving.md.
         latent_BSN = linear(x_BSF, self.down) * prepared
-        return linear(x_BSF, self.weight) + linear(latent_BSN, self.up)
+        return add_linear(linear(x_BSF, self.weight), latent_BSN, self.up)
 
     def sparsity(
         self, z_BSD: Tensor, kept: Tensor, gates_BK: Tensor, mask_BS: Tensor | None
@@ -212,8 +212,8 @@ class BottleneckMixture(MixtureProjection):
         """y [B,S,D], and every expert's output [B,S,D]."""
         ffn_input_BSD, self.ffn_input_BSD = self.ffn_input_BSD, None
         assert ffn_input_BSD is not None, "the hook on the FFN has not run"
-        latent_BSN = F.gelu(F.linear(x_BSF, self.down, self.down_bias), approximate="tanh")
-        y_BSD = F.linear(x_BSF, self.weight)
+        latent_BSN = F.gelu(linear(x_BSF, self.down, self.down_bias), approximate="tanh")
+        y_BSD = linear(x_BSF, self.weight)
         outputs = []
         experts = zip(
             latent_BSN.split(self.ranks, dim=-1),
@@ -223,7 +223,7 @@ class BottleneckMixture(MixtureProjection):
             strict=True,
         )
         for latent_BSR, up_DR, up_bias_D, gate_B in experts:
-            output_BSD = F.linear(latent_BSR, up_DR, up_bias_D) + ffn_input_BSD
+            output_BSD = linear(latent_BSR, up_DR, up_bias_D) + ffn_input_BSD
             y_BSD = y_BSD + gate_B[:, None, None] * output_BSD
             outputs.append(output_BSD)
         return y_BSD, outputs

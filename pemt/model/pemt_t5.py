@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.model.answering import fast_layers
+from pemt.model.answering import faster_answers
 from pemt.model.context import PassContext, Record
 from pemt.model.experts import (
     ExpertSource,
@@ -144,8 +144,8 @@ class PemtT5(TrainedT5):
     ) -> tuple[Tensor, Tensor | None]:
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         base: Any = self.base  # the union of the three has no common type for `generate`
-        given = self.with_cache(generation_kwargs)
-        with self.context.answering() as gates, fast_layers(base):
+        given = {**self.generation_cache(), **generation_kwargs}
+        with self.context.answering() as gates, faster_answers(base):
             tokens_BT = base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **given)
         if not gates:
             return tokens_BT, None

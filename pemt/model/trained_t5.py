@@ -13,9 +13,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from pemt.model.answering import AnswerCache
 from pemt.model.inject import Base
 
 IGNORED_LABEL = -100
@@ -115,16 +115,13 @@ class TrainedT5(nn.Module, ABC):
             for block in stack.block:
                 block.compile(dynamic=True)
 
-    def with_cache(self, generation_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments for the base model's `generate`, with a cache unless they ask for another."""
-        config = generation_kwargs.get("generation_config") or self.base.generation_config
-        asked = {
-            name: generation_kwargs.get(name, getattr(config, name, None))
-            for name in ("use_cache", "cache_implementation")
-        }
-        if asked["use_cache"] is False or asked["cache_implementation"] is not None:
-            return generation_kwargs
-        return {"past_key_values": AnswerCache(), **generation_kwargs}
+    def generation_cache(self) -> dict[str, Any]:
+        """Keyword arguments that `generate` of this base model needs, if any."""
+        config = self.base.config
+        if config.num_decoder_layers == config.num_layers:
+            return {}
+        # transformers 5.23 gives its own cache the depth of the encoder; this one grows
+        return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
 
 def mean_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

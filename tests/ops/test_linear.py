@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,18 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pemt.ops import OpsError, library
+from pemt.ops import OpsError, select
 from pemt.ops import linear as module
 from pemt.ops.library import CSRC
-from pemt.ops.linear import FEW_ROWS, linear
-from pemt.ops.select import compiled
+from pemt.ops.linear import FEW_ROWS, add_linear, linear
 
 FEW = [(1, 1), (3, 8), (1, 2, 33), (8, 16), (2, 4, 70)]  # the last is the width
 MANY = [(9, 8), (3, 5, 33), (40, 16)]
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
+)
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(scope="module")
+def few_rows() -> Product:
+    """The kernel itself."""
+    kernel = select.compiled("cpu").few_rows
+    assert kernel is not None
+    return kernel
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def calls(monkeypatch: pytest.MonkeyPatch, few_rows: Product) -> Counter[str]:
     """How often each way was taken."""
     taken: Counter[str] = Counter()
 
@@ -34,12 +47,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return call
 
-    kernels = compiled("cpu")
-    assert kernels.few_rows is not None
-    known = {**vars(kernels), "few_rows": counted("few_rows", kernels.few_rows)}
-    monkeypatch.setattr(module, "kernels_for", lambda x: type(kernels)(**known))
-    onednn = torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted("onednn", onednn))
+    monkeypatch.setenv("PEMT_OPS", "counted")
+    kernels = replace(select.PACKED, few_rows=counted("few_rows", few_rows))
+    monkeypatch.setitem(select.ANY_DEVICE, "counted", kernels)
+    if torch.backends.mkldnn.is_available():
+        onednn = torch.ops.mkldnn._linear_pointwise
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted("onednn", onednn))
     return taken
 
 
@@ -47,6 +60,7 @@ def check(x: Tensor, layer: nn.Linear) -> None:
     torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
 
 
+@needs_onednn
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", FEW + MANY, ids=str)
@@ -54,14 +68,29 @@ def test_the_product_is_that_of_a_linear_layer(shape, bias, calls):
     layer = nn.Linear(shape[-1], 7, bias=bias)
     check(torch.randn(shape), layer)
     check(torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2], layer)
-    assert calls == {"few_rows" if shape in FEW else "onednn": 2}
+    layer.weight = nn.Parameter(torch.randn(shape[-1], 7).T)
+    check(torch.randn(shape), layer)
+    assert calls == {"few_rows" if shape in FEW else "onednn": 3}
 
 
 @torch.no_grad()
-def test_no_rows_give_none(calls):
-    layer = nn.Linear(4, 3)
-    check(torch.randn(0, 5, 4), layer)
-    assert linear(torch.randn(0, 4), layer.weight).shape == (0, 3)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 4, 3), (3, 0, 5), (3, 4, 0)])
+def test_sizes_of_zero(rows, inputs, outputs, calls):
+    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_adding_a_product(dtype, calls):
+    y, x, weight = (torch.randn(size).to(dtype) for size in [(2, 3, 5), (2, 3, 4), (5, 4)])
+    exact = y.double() + x.double() @ weight.double().T
+    found = add_linear(y, x, weight)
+    assert found is y
+    # a sum rounded twice would be further off where its terms cancel
+    error, eps = (found.double() - exact).abs(), torch.finfo(dtype).eps
+    assert (error <= eps * exact.abs() + 1e-6).all()
+    assert calls == ({"few_rows": 1} if dtype == torch.float32 else {})
 
 
 def test_where_it_does_not_serve(calls):
@@ -75,7 +104,7 @@ def test_where_it_does_not_serve(calls):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert linear(x, layer.weight.bfloat16()).dtype == torch.bfloat16
             assert linear(x, layer.weight).dtype == torch.bfloat16
-        torch.compile(linear, backend="eager")(x, layer.weight)
+        torch.compile(linear, backend="eager", fullgraph=True)(x, layer.weight)
     assert not calls
 
 
@@ -90,23 +119,20 @@ def test_without_onednn(calls, monkeypatch):
 
 
 @torch.no_grad()
-def test_pemt_ops_chooses(monkeypatch):
-    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
-
-    def few_rows(*_: Tensor) -> Tensor:
-        raise AssertionError("plain PyTorch was asked for")
-
+def test_without_the_kernel(calls, monkeypatch):
+    """As where nothing compiles, or PEMT_OPS says so."""
     monkeypatch.setenv("PEMT_OPS", "packed")
-    monkeypatch.setattr(torch.ops.pemt_cpu, "few_rows", few_rows)
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
     check(x, layer)
+    assert not calls["few_rows"]
     monkeypatch.setenv("PEMT_OPS", "cuda")
     with pytest.raises(OpsError, match="cannot run tensors on cpu"):
         linear(x, layer.weight)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, FEW_ROWS, 33])
-@pytest.mark.parametrize(("inputs", "outputs"), [(512, 100), (3072, 5), (1023, 2), (5, 64)])
-def test_the_kernel_is_as_exact_as_pytorch(rows, inputs, outputs):
+@pytest.mark.parametrize("rows", [1, 4, 6, FEW_ROWS, 33])
+@pytest.mark.parametrize(("inputs", "outputs"), [(512, 100), (3072, 5), (1023, 6), (5, 63)])
+def test_the_kernel_is_as_exact_as_pytorch(rows, inputs, outputs, few_rows):
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     truth = x.double() @ weight.double().T
@@ -114,31 +140,27 @@ def test_the_kernel_is_as_exact_as_pytorch(rows, inputs, outputs):
     def error(y: Tensor) -> float:
         return float((y - truth).norm() / truth.norm())
 
-    found = torch.ops.pemt_cpu.few_rows(x, weight)
     # a mean of few sums can be lucky
-    assert error(found) <= max(2 * error(F.linear(x, weight)), torch.finfo(x.dtype).eps)
+    assert error(few_rows(x, weight)) <= max(2 * error(F.linear(x, weight)), torch.finfo(x.dtype).eps)  # fmt: skip
 
 
-def test_the_same_bits_in_any_company_and_with_any_number_of_threads():
-    compiled("cpu")
+def test_the_same_bits_in_any_company_and_with_any_number_of_threads(few_rows):
     x, weight = torch.randn(7, 200), torch.randn(33, 200)
-    together = torch.ops.pemt_cpu.few_rows(x, weight)
-    alone = [torch.ops.pemt_cpu.few_rows(row, weight) for row in x.split(1)]
-    assert torch.equal(together, torch.cat(alone))
+    together = few_rows(x, weight)
+    assert torch.equal(together, torch.cat([few_rows(row, weight) for row in x.split(1)]))
     threads = torch.get_num_threads()
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            assert torch.equal(together, torch.ops.pemt_cpu.few_rows(x, weight))
+            assert torch.equal(together, few_rows(x, weight))
     finally:
         torch.set_num_threads(threads)
 
 
-def test_a_row_with_nan_spoils_no_other():
-    compiled("cpu")
+def test_a_row_with_nan_spoils_no_other(few_rows):
     x, weight = torch.randn(6, 40), torch.randn(5, 40)
     x[5], weight[4] = torch.nan, torch.inf
-    y = torch.ops.pemt_cpu.few_rows(x, weight)
+    y = few_rows(x, weight)
     assert y[5].isnan().all()
     assert y[:5, :4].isfinite().all()
 
@@ -146,26 +168,30 @@ def test_a_row_with_nan_spoils_no_other():
 @pytest.mark.parametrize(
     "weight", [torch.ones(3, 5), torch.ones(3, 4).double(), torch.ones(4)], ids=["width", "dtype", "dims"]
 )  # fmt: skip
-def test_the_kernel_refuses_what_it_cannot_read(weight):
-    compiled("cpu")
+def test_the_kernel_refuses_what_it_cannot_read(weight, few_rows):
     with pytest.raises(RuntimeError, match="few_rows takes float"):
-        torch.ops.pemt_cpu.few_rows(torch.ones(2, 4), weight)
+        few_rows(torch.ones(2, 4), weight)
 
 
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
-def test_other_instruction_sets(capability, tmp_path: Path):
-    """What runs on machines without this one's vectors, with guards behind the output."""
-    flags = library._VECTOR_FLAGS.get(capability, [])
-    if not set(flags) <= set(library.cpu_library().flags) | {"-mavx2"}:
-        pytest.skip(f"this processor has no {capability}")
+@pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"]], ids=["any processor", "AVX2"])
+def test_other_instruction_sets(flags, tmp_path: Path):
+    """What runs on processors without this one's vectors, with guards behind the output."""
+    if flags and torch.backends.cpu.get_cpu_capability() not in {"AVX2", "AVX512"}:
+        pytest.skip("this processor has no AVX2")
     built = tmp_path / "few_rows.so"
-    command = ["c++", "-std=c++20", "-O2", "-fopenmp", *flags, "-shared", "-fPIC", "-o", str(built)]
-    subprocess.run([*command, str(CSRC / "cpu_few_rows.cpp")], check=True)
-    few_rows = ctypes.CDLL(str(built))["_ZN4pemt8few_rowsEPKfS1_Pflll"]
-    for rows, inputs, outputs in [(1, 3, 1), (5, 70, 9), (8, 64, 6)]:
+    (tmp_path / "called.cpp").write_text(
+        f'#include "{CSRC / "cpu_few_rows.cpp"}"\n'
+        'extern "C" void call(const float* x, const float* w, float* y, const int64_t* sizes) {\n'
+        "  pemt::few_rows(x, w, y, sizes[0], sizes[1], sizes[2]);\n}\n"
+    )
+    command = ["c++", "-std=c++20", "-O2", "-fopenmp", *flags, "-I", str(CSRC), "-shared", "-fPIC"]
+    subprocess.run([*command, "-o", str(built), str(tmp_path / "called.cpp")], check=True)
+    call = ctypes.CDLL(str(built)).call
+    for sizes in [(1, 3, 1), (5, 70, 9), (8, 64, 6)]:
+        rows, inputs, outputs = sizes
         x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
         y = torch.full((rows + 1, outputs), 7.0)
-        pointers = [ctypes.c_void_p(each.data_ptr()) for each in (x, weight, y)]
-        few_rows(*pointers, *[ctypes.c_int64(size) for size in (rows, inputs, outputs)])
+        arguments = [ctypes.c_void_p(each.data_ptr()) for each in (x, weight, y)]
+        call(*arguments, (ctypes.c_int64 * 3)(*sizes))
         torch.testing.assert_close(y[:rows], x @ weight.T)
         assert (y[rows] == 7).all(), "written past the end"

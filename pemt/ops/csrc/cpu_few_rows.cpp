@@ -46,7 +46,9 @@ void tile(const Rows& x, const Weights& w, int64_t inputs, const float* const* n
       for (int r = 0; r < kRows; ++r) products[r][o] += row[r] * weights;
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int o = 0; o < kOutputs; ++o) {
       sums[r][o] = sum_of(products[r][o]);
       for (int64_t rest = i; rest < inputs; ++rest) sums[r][o] += x[r][rest] * w[o][rest];
@@ -65,8 +67,6 @@ void rows_from(
 void few_rows(
     const float* x, const float* w, float* y, int64_t rows, int64_t inputs, int64_t outputs) {
   const int64_t groups = (rows + kRows - 1) / kRows;
-  // The groups share the fetching: memory is busy all the time, and gives each line once.
-  const int64_t share = std::max<int64_t>(1, kOutputs / std::max<int64_t>(1, groups));
 #pragma omp parallel for schedule(static)
   for (int64_t output = 0; output < outputs; output += kOutputs) {
     Weights weights, next;
@@ -77,8 +77,9 @@ void few_rows(
       Rows some;
       rows_from(x, first, rows, inputs, some);
       float sums[kRows][kOutputs];
-      tile(some, weights, inputs, next + std::min<int64_t>(kOutputs, group * share),
-          next + std::min<int64_t>(kOutputs, (group + 1) * share), sums);
+      // The groups share the fetching: memory is busy all the time, and gives each line once.
+      tile(some, weights, inputs, next + group * kOutputs / groups,
+          next + (group + 1) * kOutputs / groups, sums);
       for (int64_t r = 0; r < std::min<int64_t>(kRows, rows - first); ++r)
         for (int64_t o = 0; o < std::min<int64_t>(kOutputs, outputs - output); ++o)
           y[(first + r) * outputs + output + o] = sums[r][o];

@@ -87,7 +87,7 @@ struct SparsityBackward {
 void sparsity_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
     const SparsityBackward& args);
 
-// y [rows,outputs] = x [rows,inputs] w^T; on the CPU alone, in cpu_few_rows.cpp
+// y [rows,outputs] = x [rows,inputs] w^T, a product of its own; cpu_few_rows.cpp alone has it
 void few_rows(
     const float* x, const float* w, float* y, int64_t rows, int64_t inputs, int64_t outputs);
 

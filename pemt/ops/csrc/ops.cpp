@@ -1,4 +1,5 @@
-// The four ops: ATen's matrix products with the fused kernels of kernels.h between them.
+// The four ops: ATen's matrix products with the fused kernels of kernels.h between them; on a CPU
+// a product of few rows besides.
 // Compiled once per implementation; PEMT_LIBRARY names its torch.library namespace, and PEMT_CUDA
 // is defined where the tensors live on a GPU.
 //
@@ -200,9 +201,11 @@ std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, co
 #ifndef PEMT_CUDA
 // x w^T [...,O] of float x [...,I] and w [O,I]: a product for few rows, without gradients.
 Tensor few_rows(const Tensor& x, const Tensor& weight) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
-                  weight.dim() == 2 && x.dim() > 0 && x.size(-1) == weight.size(1),
-      "pemt: few_rows takes float x [...,I] and weight [O,I]");
+  TORCH_CHECK(x.is_cpu() && weight.is_cpu() && x.scalar_type() == at::kFloat &&
+                  weight.scalar_type() == at::kFloat && weight.dim() == 2 && x.dim() > 0 &&
+                  x.size(-1) == weight.size(1),
+      "pemt: few_rows takes float x [...,I] and weight [O,I] on a CPU; found ", x.sizes(), " and ",
+      weight.sizes());
   const Tensor x_NI = x.contiguous(), weight_OI = weight.contiguous();
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
