@@ -16,6 +16,9 @@ from pemt.model.baselines import FullT5
 from pemt.model.inject import ffn_sites
 from tests.tiny_t5 import target_model, tiny_base, tiny_batch, tiny_sources
 
+# No token twice: random models repeat one for ever, whatever is wrong with them.
+LONG = {"max_new_tokens": 8, "min_new_tokens": 8, "no_repeat_ngram_size": 1}
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -87,7 +90,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(calls: list[int]) -> None:
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -> None:
     model = make()
-    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": num_beams}
+    fixed = {**LONG, "num_beams": num_beams}
     tokens, gates = model.answer(**inputs(), **fixed)
     weights = [each.weight for each in model.modules() if type(each) is nn.Linear]
     # the encoder's are the op's where LoRA experts are mixed
@@ -132,7 +135,7 @@ def test_the_encoders_keys_stay_where_they_are_while_beams_change_places(
 
     monkeypatch.setattr(answering, "_reorder_own", watched)
     model = target_model(tiny_sources("lora"))
-    model.generate(**inputs(), max_new_tokens=8, min_new_tokens=8, num_beams=4)
+    model.generate(**inputs(), **LONG, num_beams=4)
     assert any(seen), "no beam changed places"
 
 
@@ -147,6 +150,6 @@ def test_beams_with_another_cache_or_none(given: dict[str, Any]) -> None:
         "num_layers": 2,
     }
     model = FullT5(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))).eval()
-    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 4}
+    fixed = {**LONG, "num_beams": 4}
     expected = model.generate(**inputs(), **fixed)
     assert torch.equal(model.generate(**inputs(), **fixed, **given), expected)
