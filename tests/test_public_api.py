@@ -109,7 +109,8 @@ def command_of(line: str) -> tuple[str, ...]:
 
 
 def test_pre_commit_runs_what_make_lint_runs() -> None:
-    subprocess.run(["pre-commit", "validate-config"], cwd=ROOT, check=True)
+    beside_python = Path(sys.executable).with_name("pre-commit")  # not on PATH everywhere
+    subprocess.run([beside_python, "validate-config"], cwd=ROOT, check=True)
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert repository["repo"] == "local", (
         "nothing is fetched, nothing drifts from the pinned versions"

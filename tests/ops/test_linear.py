@@ -19,8 +19,8 @@ from pemt.ops import linear as module
 from pemt.ops.library import CSRC
 from pemt.ops.linear import FEW_ROWS, add_linear, linear
 
-FEW = [(1, 1), (3, 8), (1, 2, 33), (8, 16), (2, 4, 70)]  # the last is the width
-MANY = [(9, 8), (3, 5, 33), (40, 16)]
+FEW = [(1, 1), (3, 8), (1, 2, 33), (8, 16), (2, 4, 70), (2, 16, 9)]  # the last is the width
+MANY = [(33, 8), (3, 15, 33), (40, 16)]
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
 )
@@ -112,9 +112,9 @@ def test_where_it_does_not_serve(calls):
 def test_without_onednn(calls, monkeypatch):
     layer = nn.Linear(4, 3)
     with torch.backends.mkldnn.flags(enabled=False):
-        check(torch.randn(9, 4), layer)
+        check(torch.randn(33, 4), layer)
     monkeypatch.setattr(module, "_has_onednn", lambda: False)
-    check(torch.randn(9, 4), layer)
+    check(torch.randn(33, 4), layer)
     assert not calls
 
 
@@ -130,8 +130,10 @@ def test_without_the_kernel(calls, monkeypatch):
         linear(x, layer.weight)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 6, FEW_ROWS, 33])
-@pytest.mark.parametrize(("inputs", "outputs"), [(512, 100), (3072, 5), (1023, 6), (5, 63)])
+@pytest.mark.parametrize("rows", [1, 4, 6, 8, 13, FEW_ROWS])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(512, 100), (3072, 5), (1039, 6), (5, 63), (16, 31)]
+)
 def test_the_kernel_is_as_exact_as_pytorch(rows, inputs, outputs, few_rows):
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
