@@ -14,7 +14,7 @@ from pemt.model import answering
 from pemt.model.answering import faster_answers
 from pemt.model.baselines import FullT5
 from pemt.model.inject import ffn_sites
-from tests.tiny_t5 import target_model, tiny_base, tiny_batch, tiny_sources
+from tests.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_sources
 
 # No token twice: random models repeat one for ever, whatever is wrong with them.
 LONG = {"max_new_tokens": 8, "min_new_tokens": 8, "no_repeat_ngram_size": 1}
@@ -83,9 +83,11 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(calls: list[int]) -> None:
         lambda: target_model(tiny_sources("lora")),
         lambda: target_model(tiny_sources("bottleneck")),
         lambda: target_model([]),
+        lambda: source_model("lora"),
+        lambda: source_model("bottleneck"),
         lambda: FullT5(tiny_base()),
     ],
-    ids=["lora", "bottleneck", "adapter", "full"],
+    ids=["lora", "bottleneck", "adapter", "source lora", "source bottleneck", "full"],
 )
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -> None:
@@ -101,6 +103,7 @@ def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -
             patched.setattr(f"pemt.model.{place}.faster_answers", lambda base: nullcontext())
         for place in ("mixture", "experts"):
             patched.setattr(f"pemt.model.{place}.linear", nn.functional.linear)
+        patched.setattr("pemt.ops.linear.linear", nn.functional.linear)
         calls.clear()
         expected = model.answer(**inputs(), **fixed)
     assert calls == []
@@ -108,6 +111,17 @@ def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -
     assert (gates is None) == (expected[1] is None)
     if gates is not None:
         torch.testing.assert_close(gates, expected[1])
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_answers_under_autocast(kind: str) -> None:
+    """As with fp16 and no DeepSpeed, where what is frozen stays in fp32."""
+    model = target_model(tiny_sources(kind))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, gates = model.answer(**inputs(), **LONG)
+    assert tokens.shape == (3, 9)
+    assert gates is not None
+    torch.testing.assert_close(gates, model.answer(**inputs(), **LONG)[1], rtol=0.05, atol=0.05)
 
 
 def states_of(cache: Any) -> list[Tensor]:
@@ -141,6 +155,7 @@ def test_the_encoders_keys_stay_where_they_are_while_beams_change_places(
 
 @pytest.mark.parametrize("given", [{"use_cache": False}, {"cache_implementation": "static"}])
 def test_beams_with_another_cache_or_none(given: dict[str, Any]) -> None:
+    torch.manual_seed(0)
     sizes = {
         "vocab_size": 64,
         "d_model": 16,

@@ -78,18 +78,20 @@ def test_the_product_is_that_of_a_linear_layer(shape, bias, calls):
 def test_sizes_of_zero(rows, inputs, outputs, calls):
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert calls == {"few_rows": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_adding_a_product(dtype, calls):
-    y, x, weight = (torch.randn(size).to(dtype) for size in [(2, 3, 5), (2, 3, 4), (5, 4)])
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 40).to(dtype), torch.randn(50, 40).to(dtype)
+    y = -1.01 * F.linear(x, weight)
     exact = y.double() + x.double() @ weight.double().T
     found = add_linear(y, x, weight)
-    assert found is y
-    # a sum rounded twice would be further off where its terms cancel
+    # the terms cancel: a sum rounded twice would be further off
     error, eps = (found.double() - exact).abs(), torch.finfo(dtype).eps
-    assert (error <= eps * exact.abs() + 1e-6).all()
+    assert (error <= eps * exact.abs() + 1e-5).all()
     assert calls == ({"few_rows": 1} if dtype == torch.float32 else {})
 
 
@@ -146,8 +148,8 @@ def test_the_kernel_is_as_exact_as_pytorch(rows, inputs, outputs, few_rows):
     assert error(few_rows(x, weight)) <= max(2 * error(F.linear(x, weight)), torch.finfo(x.dtype).eps)  # fmt: skip
 
 
-def test_the_same_bits_in_any_company_and_with_any_number_of_threads(few_rows):
-    x, weight = torch.randn(7, 200), torch.randn(33, 200)
+def test_up_to_8_rows_have_the_same_bits_in_any_company_and_with_any_number_of_threads(few_rows):
+    x, weight = torch.randn(7, 1100), torch.randn(99, 1100)
     together = few_rows(x, weight)
     assert torch.equal(together, torch.cat([few_rows(row, weight) for row in x.split(1)]))
     threads = torch.get_num_threads()
@@ -175,25 +177,30 @@ def test_the_kernel_refuses_what_it_cannot_read(weight, few_rows):
         few_rows(torch.ones(2, 4), weight)
 
 
+@pytest.mark.parametrize(
+    "shuffle", ["__has_builtin(__builtin_shufflevector)", "0"], ids=["", "old GCC"]
+)
 @pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"]], ids=["any processor", "AVX2"])
-def test_other_instruction_sets(flags, tmp_path: Path):
-    """What runs on processors without this one's vectors, with guards behind the output."""
+def test_other_instruction_sets(flags, shuffle, tmp_path: Path):
+    """What runs on other processors and by older compilers, with guards behind the output."""
     if flags and torch.backends.cpu.get_cpu_capability() not in {"AVX2", "AVX512"}:
         pytest.skip("this processor has no AVX2")
     built = tmp_path / "few_rows.so"
+    source = (CSRC / "cpu_few_rows.cpp").read_text()
+    assert "__has_builtin(__builtin_shufflevector)" in source
     (tmp_path / "called.cpp").write_text(
-        f'#include "{CSRC / "cpu_few_rows.cpp"}"\n'
+        source.replace("__has_builtin(__builtin_shufflevector)", shuffle) + "\n"
         'extern "C" void call(const float* x, const float* w, float* y, const int64_t* sizes) {\n'
         "  pemt::few_rows(x, w, y, sizes[0], sizes[1], sizes[2]);\n}\n"
     )
     command = ["c++", "-std=c++20", "-O2", "-fopenmp", *flags, "-I", str(CSRC), "-shared", "-fPIC"]
     subprocess.run([*command, "-o", str(built), str(tmp_path / "called.cpp")], check=True)
     call = ctypes.CDLL(str(built)).call
-    for sizes in [(1, 3, 1), (5, 70, 9), (8, 64, 6)]:
+    for sizes in [(1, 3, 1), (3, 0, 5), (5, 70, 9), (8, 64, 6), (9, 1100, 35)]:
         rows, inputs, outputs = sizes
         x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
         y = torch.full((rows + 1, outputs), 7.0)
         arguments = [ctypes.c_void_p(each.data_ptr()) for each in (x, weight, y)]
         call(*arguments, (ctypes.c_int64 * 3)(*sizes))
-        torch.testing.assert_close(y[:rows], x @ weight.T)
+        torch.testing.assert_close(y[:rows], x @ weight.T, rtol=1e-5, atol=1e-4)
         assert (y[rows] == 7).all(), "written past the end"

@@ -32,6 +32,8 @@ struct Product {
 
 Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
+// Where lane `lane` of a folded vector has its first term among left's lanes and right's behind
+// them; its second lies `width` further.
 constexpr int place(int lane, int width) {
   return lane / width % 2 * kLanes + lane / width / 2 * 2 * width + lane % width;
 }
@@ -67,7 +69,7 @@ Vector sums_of(const Vector* vectors) {
 // sums[r][o] = x[r] · w[o]; meanwhile the rows from next_begin to next_end come into the cache.
 void tile(const Rows& x, const Weights& w, int64_t inputs, const float* const* next_begin,
     const float* const* next_end, float (&sums)[kRows][kOutputs]) {
-  Vector products[kRows][kOutputs] = {};
+  Vector products[kRows * kOutputs] = {};
   int64_t i = 0;
   for (; i + kLanes <= inputs; i += kLanes) {
     for (auto next = next_begin; next < next_end; ++next) __builtin_prefetch(*next + i, 0, 2);
@@ -78,10 +80,10 @@ void tile(const Rows& x, const Weights& w, int64_t inputs, const float* const* n
     for (int o = 0; o < kOutputs; ++o) {
       const Vector weights = load(w[o] + i);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) products[r][o] += row[r] * weights;
+      for (int r = 0; r < kRows; ++r) products[r * kOutputs + o] += row[r] * weights;
     }
   }
-  const Vector total = sums_of<kLanes>(&products[0][0]);
+  const Vector total = sums_of<kLanes>(products);
   __builtin_memcpy(sums, &total, sizeof(sums));
   for (; i < inputs; ++i)
     for (int r = 0; r < kRows; ++r)
@@ -125,7 +127,8 @@ void few_rows(
   // Pieces of 8 rows that stay in the first cache; of more rows, in the second.
   const int64_t widest = rows <= 8 ? 512 : 1024;
   const int64_t pieces = std::max<int64_t>(1, (inputs + widest - 1) / widest);
-  const int64_t piece = (inputs / pieces + kLanes) / kLanes * kLanes;
+  const int64_t vectors = (inputs + kLanes * pieces - 1) / (kLanes * pieces);
+  const int64_t piece = kLanes * std::max<int64_t>(1, vectors);
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < outputs; block += kBlock)
     for (int64_t begin = 0; begin == 0 || begin < inputs; begin += piece)

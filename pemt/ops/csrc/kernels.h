@@ -1,5 +1,5 @@
 // What stands between the matrix products, as raw pointers and a stream: declared once here,
-// defined for the CPU in cpu_kernels.cpp and for CUDA in cuda_*.cu. No torch header.
+// defined for the CPU in cpu_*.cpp and for CUDA in cuda_*.cu. No torch header.
 //
 // B batch, S tokens, N = B * S, D d_model, K experts, R rank, T the sum of the ranks,
 // W the width of the Gram matrix (the widest rank, rounded up to 16, zero filled).
