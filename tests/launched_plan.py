@@ -123,6 +123,9 @@ def main(world: Path, folder: Path, *, large: bool) -> None:
     rank = int(os.environ["RANK"])
     (folder / f"rank{rank}.json").write_text(json.dumps(weighed.report))
     shut_down()
+    # Rarely, some library's destructor aborts a rank whose Python has ended already (LOG.md, 2026-11-26).
+    sys.stdout.flush()
+    os._exit(0)
 
 
 class Weighed:
