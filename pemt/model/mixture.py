@@ -223,6 +223,7 @@ class BottleneckMixture(MixtureProjection):
             strict=True,
         )
         for latent_BSR, up_DR, up_bias_D, gate_B in experts:
+            # not `linear`, which would copy the slice of `up` every time
             output_BSD = F.linear(latent_BSR, up_DR, up_bias_D) + ffn_input_BSD
             y_BSD = y_BSD + gate_B[:, None, None] * output_BSD
             outputs.append(output_BSD)

@@ -1,5 +1,5 @@
-// y = x w^T for few rows of x, in float: what answering a token at a time consists of. A product
-// made for many rows lays w out anew before it multiplies; here w is read once, as it lies.
+// y = x w^T for few rows of x, in float: what answering a token at a time consists of. Each weight
+// is read once, as it lies.
 //
 // A tile is kRows rows of x by kOutputs rows of w, its sums stay in registers. Every output is the
 // work of one thread, in one order: the same bits with any number of threads.
