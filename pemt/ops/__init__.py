@@ -18,19 +18,21 @@ Four implementations, chosen by `select`; PEMT_OPS=<name> forces one, and then a
                been compiled for sm_80 and sm_90a, and run on the host by the tests' emulation
 
 `library` compiles the last two at first use, once for all ranks; `build` is `pemt ops build|info`.
-`schema` registers the `torch.library` ops with their fake implementations and autograd. `linear` is
-what a linear layer computes where no gradient is wanted, with csrc/cpu_few_rows.cpp.
+`schema` registers the `torch.library` ops with their fake implementations and autograd. In eager
+mode compiled kernels are called past it, with gradients in C++ (csrc/binding.cpp). `linear` is a linear layer computes where no gradient is wanted, with csrc/cpu_few_rows.cpp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import packed, schema  # noqa: F401  (schema registers the ops)
 from .checks import OpsError, check_gram, check_mixture, check_sparsity, compute_dtype
+from .select import kernels_for
 
 __all__ = ["OpsError", "expert_mixture", "gram_matrix", "task_sparsity"]
 
@@ -77,10 +79,7 @@ def expert_mixture(
     """
     x, weight, down, up = _autocast(x, weight, down, up)
     check_mixture(x, weight, down, up, gates, scales, ranks)
-    with torch.autocast(x.device.type, enabled=False):
-        y, latent = torch.ops.pemt.expert_mixture(
-            x, weight, down, up, gates, list(scales), list(ranks)
-        )
+    y, latent = _ops(x).expert_mixture(x, weight, down, up, gates, scales, ranks)
     return y, latent
 
 
@@ -109,15 +108,24 @@ def task_sparsity(
     """
     z, latent, up = _autocast(z, latent, up)
     check_sparsity(z, latent, up, gram, gates, scales, ranks, mask)
-    with torch.autocast(z.device.type, enabled=False):
-        token_weights = None
-        if mask is not None:
-            counted = (mask != 0).to(compute_dtype(z.dtype))
-            token_weights = counted / counted.sum().clamp(min=1)
-        loss, *_ = torch.ops.pemt.task_sparsity(
-            z, latent, up, gram, gates, list(scales), list(ranks), token_weights
-        )
+    token_weights = None
+    if mask is not None:
+        counted = (mask != 0).to(compute_dtype(z.dtype))
+        token_weights = counted / counted.sum().clamp(min=1)
+    loss, *_ = _ops(z).task_sparsity(z, latent, up, gram, gates, scales, ranks, token_weights)
     return loss
+
+
+def _ops(tensor: Tensor) -> Any:
+    """What has the two ops: compiled kernels themselves, or `schema`'s ops where those must be seen or differentiated.
+
+    Through `schema` the mixture and its loss cost the host six times as much, forward and backward.
+    """
+    if not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter):
+        kernels = kernels_for(tensor)
+        if kernels.differentiable:
+            return kernels
+    return torch.ops.pemt
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

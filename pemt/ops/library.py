@@ -27,6 +27,7 @@ from torch.utils import cpp_extension
 from .checks import OpsError
 
 CSRC = Path(__file__).parent / "csrc"
+BINDING = (CSRC / "binding.cpp", CSRC / "ops.cpp")  # of every implementation
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a")
 _VECTOR_FLAGS = {  # by the instruction sets PyTorch tells apart: nodes can share a cache
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
@@ -41,7 +42,7 @@ class BuildError(OpsError):
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """One shared library: `ops.cpp` and an implementation of `kernels.h`."""
+    """One shared library: `BINDING` and an implementation of `kernels.h`."""
 
     name: str
     sources: tuple[Path, ...]
@@ -78,7 +79,7 @@ def cpu_library() -> Library:
     flags = ("-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
     return Library(
         name="cpu",
-        sources=(CSRC / "ops.cpp", CSRC / "cpu_kernels.cpp", CSRC / "cpu_few_rows.cpp"),
+        sources=(*BINDING, CSRC / "cpu_kernels.cpp", CSRC / "cpu_few_rows.cpp"),
         machines=capability,
         flags=(*flags, *_VECTOR_FLAGS.get(capability, []), "-DPEMT_LIBRARY=pemt_cpu"),
     )
@@ -98,7 +99,7 @@ def cuda_library() -> Library:
     binaries = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     return Library(
         name="cuda",
-        sources=(CSRC / "ops.cpp", CSRC / "cuda_mixture.cu", CSRC / "cuda_sparsity.cu"),
+        sources=(*BINDING, CSRC / "cuda_mixture.cu", CSRC / "cuda_sparsity.cu"),
         machines=", ".join([*CUDA_ARCHITECTURES, "PTX of compute_90"]),
         flags=("-O3", "-DPEMT_CUDA", "-DPEMT_LIBRARY=pemt_cuda"),
         cuda_flags=("-O3", *binaries, "-gencode=arch=compute_90,code=compute_90"),

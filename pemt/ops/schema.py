@@ -29,7 +29,9 @@ _SCHEMAS = {
 
 def _define(name: str) -> None:
     def run(first: Tensor, *rest: Any) -> Any:
-        return getattr(kernels_for(rest[0] if first.dim() == 0 else first), name)(first, *rest)
+        kernels = kernels_for(rest[0] if first.dim() == 0 else first)
+        with torch.autocast(first.device.type, enabled=False):
+            return getattr(kernels, name)(first, *rest)
 
     torch.library.define(f"pemt::{name}", _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"pemt::{name}", "default", run)
@@ -77,11 +79,9 @@ def _mixture_backward(ctx: Any, dy: Tensor | None, dlatent: Tensor | None) -> tu
     latent, weight, down, up, gates = ctx.saved_tensors
     if dy is None:  # only the latent was used
         dy = latent.new_zeros(*latent.shape[:2], weight.shape[0])
-    with torch.autocast(dy.device.type, enabled=False):
-        dx, dgates = torch.ops.pemt.expert_mixture_backward(
-            dy, dlatent, latent, weight, down, up, gates, ctx.scales, ctx.ranks,
-            ctx.needs_input_grad[0],
-        )  # fmt: skip
+    dx, dgates = torch.ops.pemt.expert_mixture_backward(
+        dy, dlatent, latent, weight, down, up, gates, ctx.scales, ctx.ranks, ctx.needs_input_grad[0]
+    )
     return (dx if ctx.needs_input_grad[0] else None), None, None, None, dgates, None, None
 
 
@@ -95,10 +95,9 @@ def _sparsity_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ..
     if grad is None:
         return (None,) * 8
     z, latent, up, gram, gates, token_weights, *stats = ctx.saved_tensors
-    with torch.autocast(z.device.type, enabled=False):
-        dz, dlatent, dgates = torch.ops.pemt.task_sparsity_backward(
-            grad, z, latent, up, gram, gates, ctx.scales, ctx.ranks, token_weights, *stats
-        )
+    dz, dlatent, dgates = torch.ops.pemt.task_sparsity_backward(
+        grad, z, latent, up, gram, gates, ctx.scales, ctx.ranks, token_weights, *stats
+    )
     return dz, dlatent, None, None, dgates, None, None, None
 
 

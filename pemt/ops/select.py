@@ -18,16 +18,20 @@ from .checks import OpsError, compute_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The bodies of the four ops, with the signatures of `packed`; on a CPU the product of `linear` too."""
+    """The bodies of the four ops, with the signatures of `packed`; on a CPU the product of `linear` too.
+
+    Compiled ones bring their own gradients (csrc/binding.cpp); the others are differentiated by `schema`.
+    """
 
     expert_mixture: Callable[..., tuple[Tensor, Tensor]]
     expert_mixture_backward: Callable[..., tuple[Tensor, Tensor]]
     task_sparsity: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     task_sparsity_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     few_rows: Callable[[Tensor, Tensor], Tensor] | None = None
+    differentiable: bool = False
 
     @classmethod
-    def of(cls, namespace: Any) -> Kernels:
+    def of(cls, namespace: Any, *, differentiable: bool = False) -> Kernels:
         """The functions of a module, or of a compiled library's torch.ops namespace."""
         return cls(
             expert_mixture=namespace.expert_mixture,
@@ -35,6 +39,7 @@ class Kernels:
             task_sparsity=namespace.task_sparsity,
             task_sparsity_backward=namespace.task_sparsity_backward,
             few_rows=getattr(namespace, "few_rows", None),
+            differentiable=differentiable,
         )
 
 
@@ -68,7 +73,7 @@ def compiled(device: str) -> Kernels:
     """
     found = library.LIBRARIES[device]()
     library.load(found)
-    return Kernels.of(getattr(torch.ops, found.namespace))
+    return Kernels.of(getattr(torch.ops, found.namespace), differentiable=True)
 
 
 @functools.cache

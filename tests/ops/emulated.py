@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pemt.ops import select
-from pemt.ops.library import CSRC, Library, load
+from pemt.ops.library import BINDING, CSRC, Library, load
 
 HERE = Path(__file__).parent
 
@@ -18,7 +18,7 @@ def cuda_on_host() -> select.Kernels:
     """The CUDA sources, kernels and binding, compiled for the host over `cuda_emulation.h`."""
     library = Library(
         name="emulated",
-        sources=(CSRC / "ops.cpp", CSRC / "cpu_few_rows.cpp", HERE / "cuda_on_host.cpp"),
+        sources=(*BINDING, CSRC / "cpu_few_rows.cpp", HERE / "cuda_on_host.cpp"),
         machines="the host",
         # A GPU faults where a wide access is not aligned, a host does not: the sanitizer traps there.
         flags=(
@@ -28,4 +28,4 @@ def cuda_on_host() -> select.Kernels:
         include_paths=(CSRC, HERE),
     )
     load(library)
-    return select.Kernels.of(getattr(torch.ops, library.namespace))
+    return select.Kernels.of(getattr(torch.ops, library.namespace), differentiable=True)

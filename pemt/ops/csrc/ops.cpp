@@ -1,12 +1,9 @@
-// The four ops: ATen's matrix products with the fused kernels of kernels.h between them; on a CPU
-// a product of few rows besides.
-// Compiled once per implementation; PEMT_LIBRARY names its torch.library namespace, and PEMT_CUDA
-// is defined where the tensors live on a GPU.
+// The bodies of ops.h: ATen's matrix products with the fused kernels of kernels.h between them.
 //
 // B batch, S tokens, N = B * S, F d_ff, D d_model, K experts, T the sum of the ranks.
-#include <ATen/ATen.h>
+#include "ops.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
 
 #ifdef PEMT_CUDA
 #  include <c10/cuda/CUDAGuard.h>
@@ -15,10 +12,8 @@
 
 #include "kernels.h"
 
+namespace pemt {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 #ifdef PEMT_CUDA
 using Guard = c10::cuda::CUDAGuard;
@@ -32,16 +27,16 @@ struct Guard {
 void* stream_of(const Tensor&) { return nullptr; }
 #endif
 
-pemt::Dtype dtype_of(const Tensor& tensor) {
+Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
-      return pemt::Dtype::f32;
+      return Dtype::f32;
     case at::kDouble:
-      return pemt::Dtype::f64;
+      return Dtype::f64;
     case at::kBFloat16:
-      return pemt::Dtype::bf16;
+      return Dtype::bf16;
     case at::kHalf:
-      return pemt::Dtype::f16;
+      return Dtype::f16;
     default:
       TORCH_CHECK(false, "pemt: no kernel for dtype ", tensor.scalar_type());
   }
@@ -78,9 +73,9 @@ Tensor times_transposed(const Tensor& left, const Tensor& right) {
   return at::mm(left, right.t());
 }
 
-pemt::Experts experts_of(at::ArrayRef<double> scales, at::IntArrayRef ranks) {
-  TORCH_CHECK(ranks.size() <= pemt::kMaxExperts && scales.size() == ranks.size());
-  pemt::Experts experts{};
+Experts experts_of(at::ArrayRef<double> scales, at::IntArrayRef ranks) {
+  TORCH_CHECK(ranks.size() <= kMaxExperts && scales.size() == ranks.size());
+  Experts experts{};
   experts.count = int(ranks.size());
   int64_t widest = 0;
   for (size_t k = 0; k < ranks.size(); ++k) {
@@ -89,8 +84,7 @@ pemt::Experts experts_of(at::ArrayRef<double> scales, at::IntArrayRef ranks) {
     widest = std::max(widest, ranks[k]);
   }
   experts.total = experts.offset[ranks.size()];
-  experts.gram_width =
-      int((widest + pemt::kGramMultiple - 1) / pemt::kGramMultiple) * pemt::kGramMultiple;
+  experts.gram_width = int((widest + kGramMultiple - 1) / kGramMultiple) * kGramMultiple;
   return experts;
 }
 
@@ -102,22 +96,24 @@ const void* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> expert_mixture(const Tensor& x, const Tensor& weight, const Tensor& down,
     const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks) {
   const Guard guard(x.device());
   const auto experts = experts_of(scales, ranks);
-  const pemt::Shape shape{x.size(0), x.size(1), weight.size(0)};
+  const Shape shape{x.size(0), x.size(1), weight.size(0)};
   const Tensor x_NF = rows_of(x), gates_BK = reals(gates, x);
   Tensor y_ND = times_transposed(x_NF, weight);
   const Tensor latent_NT = times_transposed(x_NF, down);
   const void* latents = latent_NT.const_data_ptr();
   const void* gate_values = gates_BK.const_data_ptr();
   const bool expanded =
-      up.is_contiguous() && pemt::expand_small(stream_of(x), dtype_of(x), shape, experts, latents,
+      up.is_contiguous() && expand_small(stream_of(x), dtype_of(x), shape, experts, latents,
                                 gate_values, up.const_data_ptr(), y_ND.mutable_data_ptr());
   if (!expanded) {
     Tensor gated_NT = at::empty_like(latent_NT);
-    pemt::gate_latent(stream_of(x), dtype_of(x), shape, experts, latents, gate_values,
+    gate_latent(stream_of(x), dtype_of(x), shape, experts, latents, gate_values,
         gated_NT.mutable_data_ptr());
     y_ND.addmm_(gated_NT, up.t());
   }
@@ -130,16 +126,16 @@ std::tuple<Tensor, Tensor> expert_mixture_backward(const Tensor& dy, const Optio
     const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks, bool need_dx) {
   const Guard guard(dy.device());
   const auto experts = experts_of(scales, ranks);
-  const pemt::Shape shape{dy.size(0), dy.size(1), dy.size(2)};
+  const Shape shape{dy.size(0), dy.size(1), dy.size(2)};
   const Tensor dy_ND = rows_of(dy), latent_NT = rows_of(latent).contiguous();
   const Tensor gates_BK = reals(gates, dy);
   OptionalTensor outer;
   if (dlatent.has_value()) outer = dlatent->contiguous();
   Tensor projection_NT = times_transposed(dy_ND, up.t());
   const Tensor partials =
-      at::empty({shape.batch, pemt::mixture_partials(shape), experts.count}, gates_BK.options());
+      at::empty({shape.batch, mixture_partials(shape), experts.count}, gates_BK.options());
   Tensor dgates = at::empty_like(gates_BK);
-  pemt::mixture_backward(stream_of(dy), dtype_of(dy), shape, experts,
+  mixture_backward(stream_of(dy), dtype_of(dy), shape, experts,
       {latent_NT.const_data_ptr(), projection_NT.mutable_data_ptr(), pointer(outer),
           gates_BK.const_data_ptr(), partials.mutable_data_ptr(), dgates.mutable_data_ptr(),
           need_dx});
@@ -155,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(const Tensor& z, const 
     at::IntArrayRef ranks, const OptionalTensor& token_weights) {
   const Guard guard(z.device());
   const auto experts = experts_of(scales, ranks);
-  const pemt::Shape shape{z.size(0), z.size(1), z.size(2)};
+  const Shape shape{z.size(0), z.size(1), z.size(2)};
   const Tensor z_ND = rows_of(z).contiguous(), latent_NT = rows_of(latent).contiguous();
   const Tensor gates_BK = reals(gates, z), gram_TW = reals(gram, z);
   OptionalTensor weights;
@@ -163,9 +159,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(const Tensor& z, const 
   const Tensor projection_NT = times_transposed(z_ND, up.t());
   const auto options = gates_BK.options();
   const Tensor stats = at::empty({shape.batch, shape.tokens, 2 * experts.count + 1}, options);
-  const Tensor partials = at::empty({pemt::sparsity_partials(shape), experts.count}, options);
+  const Tensor partials = at::empty({sparsity_partials(shape), experts.count}, options);
   const Tensor distance = at::empty({experts.count}, options), loss = at::empty({}, options);
-  pemt::sparsity_forward(stream_of(z), dtype_of(z), shape, experts,
+  sparsity_forward(stream_of(z), dtype_of(z), shape, experts,
       {z_ND.const_data_ptr(), latent_NT.const_data_ptr(), projection_NT.const_data_ptr(),
           gram_TW.const_data_ptr(), gates_BK.const_data_ptr(), pointer(weights),
           stats.mutable_data_ptr(), partials.mutable_data_ptr(), distance.mutable_data_ptr(),
@@ -179,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, co
     const Tensor& projection, const Tensor& stats, const Tensor& distance) {
   const Guard guard(z.device());
   const auto experts = experts_of(scales, ranks);
-  const pemt::Shape shape{z.size(0), z.size(1), z.size(2)};
+  const Shape shape{z.size(0), z.size(1), z.size(2)};
   const Tensor z_ND = rows_of(z).contiguous(), latent_NT = rows_of(latent).contiguous();
   const Tensor gates_BK = reals(gates, z), gram_TW = reals(gram, z), grad_1 = reals(grad, z);
   const Tensor projection_NT = projection.contiguous(), stats_NC = stats.contiguous();
@@ -187,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, co
   if (token_weights.has_value()) weights = reals(*token_weights, z);
   Tensor dz_ND = at::empty_like(z_ND), mix_NT = at::empty_like(latent_NT);
   const Tensor dlatent_NT = at::empty_like(latent_NT), dgates = at::empty_like(gates_BK);
-  pemt::sparsity_backward(stream_of(z), dtype_of(z), shape, experts,
+  sparsity_backward(stream_of(z), dtype_of(z), shape, experts,
       {grad_1.const_data_ptr(), z_ND.const_data_ptr(), latent_NT.const_data_ptr(),
           projection_NT.const_data_ptr(), gram_TW.const_data_ptr(), gates_BK.const_data_ptr(),
           pointer(weights), stats_NC.const_data_ptr(), distance.const_data_ptr(),
@@ -199,7 +195,6 @@ std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, co
 }
 
 #ifndef PEMT_CUDA
-// x w^T [...,O] of float x [...,I] and w [O,I]: a product for few rows, without gradients.
 Tensor few_rows(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK(x.is_cpu() && weight.is_cpu() && x.scalar_type() == at::kFloat &&
                   weight.scalar_type() == at::kFloat && weight.dim() == 2 && x.dim() > 0 &&
@@ -211,21 +206,10 @@ Tensor few_rows(const Tensor& x, const Tensor& weight) {
   shape.back() = weight.size(0);
   Tensor y_NO = at::empty(shape, x.options());
   const int64_t rows = y_NO.numel() / std::max<int64_t>(1, weight.size(0));
-  pemt::few_rows(x_NI.const_data_ptr<float>(), weight_OI.const_data_ptr<float>(),
+  few_rows(x_NI.const_data_ptr<float>(), weight_OI.const_data_ptr<float>(),
       y_NO.mutable_data_ptr<float>(), rows, weight.size(1), weight.size(0));
   return y_NO;
 }
 #endif
 
-}  // namespace
-
-#define PEMT_REGISTER(name, library) TORCH_LIBRARY(name, library)  // expands its argument first
-PEMT_REGISTER(PEMT_LIBRARY, library) {
-  library.def("expert_mixture", &expert_mixture);
-  library.def("expert_mixture_backward", &expert_mixture_backward);
-  library.def("task_sparsity", &task_sparsity);
-  library.def("task_sparsity_backward", &task_sparsity_backward);
-#ifndef PEMT_CUDA
-  library.def("few_rows", &few_rows);
-#endif
-}
+}  // namespace pemt

@@ -1,0 +1,134 @@
+// How PyTorch sees the ops of ops.h: their names, and their gradients.
+//
+// The autograd is C++ because on a GPU, and wherever batches are small, the host's time is the
+// op's time: through torch.library's Python a mixture and its loss took six times as long.
+// PEMT_LIBRARY names the torch.library namespace.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace pemt {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// For as long as it lives, ATen's ops record no gradient and no cast.
+struct Below {
+  at::AutoDispatchBelowADInplaceOrView no_gradients;
+  c10::impl::ExcludeDispatchKeyGuard no_casts{c10::autocast_dispatch_keyset};
+};
+
+OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+void check_first_derivative() {
+  TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(),
+      "pemt: the mixture and its sparsity loss have no second derivative; use create_graph=False");
+}
+
+struct ExpertMixture : torch::autograd::Function<ExpertMixture> {
+  static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
+      const Tensor& down, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
+      at::IntArrayRef ranks) {
+    const Below below;
+    const auto [y, latent] = expert_mixture(x, weight, down, up, gates, scales, ranks);
+    context->save_for_backward({latent, weight, down, up, gates});
+    context->saved_data["scales"] = scales.vec();
+    context->saved_data["ranks"] = ranks.vec();
+    context->set_materialize_grads(false);
+    return {y, latent};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    check_first_derivative();
+    const Below below;
+    const auto saved = context->get_saved_variables();
+    const Tensor &latent = saved[0], &weight = saved[1];
+    // undefined where only the latent was used
+    const Tensor dy = gradients[0].defined()
+                          ? gradients[0]
+                          : latent.new_zeros({latent.size(0), latent.size(1), weight.size(0)});
+    const bool need_dx = context->needs_input_grad(0);
+    const auto [dx, dgates] = expert_mixture_backward(dy, optional(gradients[1]), latent, weight,
+        saved[2], saved[3], saved[4], context->saved_data["scales"].toDoubleVector(),
+        context->saved_data["ranks"].toIntVector(), need_dx);
+    return {need_dx ? dx : Tensor(), {}, {}, {}, dgates, {}, {}};
+  }
+};
+
+struct TaskSparsity : torch::autograd::Function<TaskSparsity> {
+  static variable_list forward(AutogradContext* context, const Tensor& z, const Tensor& latent,
+      const Tensor& up, const Tensor& gram, const Tensor& gates, at::ArrayRef<double> scales,
+      at::IntArrayRef ranks, const OptionalTensor& token_weights) {
+    const Below below;
+    const auto [loss, projection, stats, distance] =
+        task_sparsity(z, latent, up, gram, gates, scales, ranks, token_weights);
+    context->save_for_backward({z, latent, up, gram, gates, token_weights.value_or(Tensor()),
+        projection, stats, distance});
+    context->saved_data["scales"] = scales.vec();
+    context->saved_data["ranks"] = ranks.vec();
+    context->mark_non_differentiable({projection, stats, distance});
+    context->set_materialize_grads(false);
+    return {loss, projection, stats, distance};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    if (!gradients[0].defined()) return variable_list(8);
+    check_first_derivative();
+    const Below below;
+    const auto saved = context->get_saved_variables();
+    const auto [dz, dlatent, dgates] = task_sparsity_backward(gradients[0], saved[0], saved[1],
+        saved[2], saved[3], saved[4], context->saved_data["scales"].toDoubleVector(),
+        context->saved_data["ranks"].toIntVector(), optional(saved[5]), saved[6], saved[7],
+        saved[8]);
+    return {dz, dlatent, {}, {}, dgates, {}, {}, {}};
+  }
+};
+
+std::tuple<Tensor, Tensor> expert_mixture_autograd(const Tensor& x, const Tensor& weight,
+    const Tensor& down, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
+    at::IntArrayRef ranks) {
+  const auto found = ExpertMixture::apply(x, weight, down, up, gates, scales, ranks);
+  return {found[0], found[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity_autograd(const Tensor& z,
+    const Tensor& latent, const Tensor& up, const Tensor& gram, const Tensor& gates,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights) {
+  const auto found = TaskSparsity::apply(z, latent, up, gram, gates, scales, ranks, token_weights);
+  return {found[0], found[1], found[2], found[3]};
+}
+
+#ifdef PEMT_CUDA
+constexpr auto kDevice = c10::DispatchKey::CUDA;
+#else
+constexpr auto kDevice = c10::DispatchKey::CPU;
+#endif
+
+}  // namespace
+}  // namespace pemt
+
+// expand the first argument
+#define PEMT_DEFINE(name, library) TORCH_LIBRARY(name, library)
+#define PEMT_DIFFERENTIATE(name, library) TORCH_LIBRARY_IMPL(name, Autograd, library)
+
+PEMT_DEFINE(PEMT_LIBRARY, library) {
+  using torch::dispatch;
+  library.def("expert_mixture", dispatch(pemt::kDevice, TORCH_FN(pemt::expert_mixture)));
+  library.def(
+      "expert_mixture_backward", dispatch(pemt::kDevice, TORCH_FN(pemt::expert_mixture_backward)));
+  library.def("task_sparsity", dispatch(pemt::kDevice, TORCH_FN(pemt::task_sparsity)));
+  library.def(
+      "task_sparsity_backward", dispatch(pemt::kDevice, TORCH_FN(pemt::task_sparsity_backward)));
+#ifndef PEMT_CUDA
+  library.def("few_rows", dispatch(pemt::kDevice, TORCH_FN(pemt::few_rows)));
+#endif
+}
+
+PEMT_DIFFERENTIATE(PEMT_LIBRARY, library) {
+  library.impl("expert_mixture", TORCH_FN(pemt::expert_mixture_autograd));
+  library.impl("task_sparsity", TORCH_FN(pemt::task_sparsity_autograd));
+}
