@@ -61,9 +61,8 @@ def test_gates_start_equal_and_follow_the_prompt_alone() -> None:
     x_BSF = torch.randn(2, 9, 48)
     changed = x_BSF.clone()
     changed[:, 5:] += 1  # behind the 5 tokens of the prompt
-    torch.testing.assert_close(
-        first_wo.gate(first_wo._gate_context(changed)), first_wo.gate(x_BSF[:, :5].mean(1))
-    )
+    _, prompt_BF = first_wo._gate_context(changed)
+    torch.testing.assert_close(first_wo.gate(prompt_BF), first_wo.gate(x_BSF[:, :5].mean(1)))
 
 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])

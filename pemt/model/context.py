@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pemt.ops import prompt_mean
+
 
 @dataclass(frozen=True)
 class Record:
@@ -76,11 +78,12 @@ class PassContext:
         """Inside `answering`."""
         return self._answers is not None
 
-    def keep_encoder_prompt(self, states_BSD: Tensor) -> None:
-        """Take the mean over the prompt of the encoder's last states."""
+    def keep_encoder_prompt(self, states_BSD: Tensor) -> Tensor:
+        """Take the mean over the prompt of the encoder's last states; returns the states, to go on with."""
         kept_BD = self.encoder_prompt_BD
         if not (self.is_answering and kept_BD is not None and len(kept_BD) == len(states_BSD)):
-            self.encoder_prompt_BD = states_BSD[:, : self.prompt_length].float().mean(dim=1)
+            states_BSD, self.encoder_prompt_BD = prompt_mean(states_BSD, self.prompt_length)
+        return states_BSD
 
     def record_answer(self, gates_BK: Tensor) -> None:
         """Keep what one FFN's gates were in this `generate`."""

@@ -124,8 +124,9 @@ def pass_encoder_prompt(base: Base, context: PassContext) -> None:
 
     def keep_prompt_mean(
         module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-    ) -> None:
-        context.keep_encoder_prompt(kwargs[ENCODER_STATES[type(module)]])
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        name = ENCODER_STATES[type(module)]
+        return args, {**kwargs, name: context.keep_encoder_prompt(kwargs[name])}
 
     for module in base.decoder.modules():
         if type(module) in ENCODER_STATES:

@@ -1,6 +1,7 @@
 """Stage 2, in the place of an FFN's `wo`: frozen experts, a gate over them, a target adapter.
 
-Shapes: B batch, S tokens, D d_model, F d_ff, K experts, R rank of one expert, N ranks of all.
+Shapes: B batch, S tokens, D d_model, F d_ff, K experts, R rank of one expert, N ranks of all, C width of
+the gate's context.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pemt.model.experts import ExpertSource, ModelError, adapter_linear
 from pemt.model.gate import Gate
 from pemt.model.inject import FfnSite
 from pemt.model.trainable import Trainable
-from pemt.ops import expert_mixture, gram_matrix, task_sparsity
+from pemt.ops import expert_mixture, gram_matrix, prompt_mean, task_sparsity
 from pemt.ops.linear import add_linear, linear
 
 
@@ -90,7 +91,8 @@ class MixtureProjection(AdapterProjection, ABC):
         """z [B,S,D]; gates [B,K] and sparsity loss go to the pass's context, as it asks for them."""
         if self.in_decoder and self.context.is_answering:
             return self.adapter(self._answer(x_BSF))
-        gates_BK = self.gate(self._gate_context(x_BSF))
+        x_BSF, prompt_BC = self._gate_context(x_BSF)
+        gates_BK = self.gate(prompt_BC)
         y_BSD, kept = self.mix(x_BSF, gates_BK)
         z_BSD = self.adapter(y_BSD)
         context = self.context
@@ -101,15 +103,16 @@ class MixtureProjection(AdapterProjection, ABC):
             context.record(gates_BK, self.sparsity(z_BSD, kept, gates_BK, mask_BS))
         return z_BSD
 
-    def _gate_context(self, x_BSF: Tensor) -> Tensor:
+    def _gate_context(self, x_BSF: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and what its gates are computed from; see `prompt_mean`."""
         if not self.in_decoder:
-            return x_BSF[:, : self.context.prompt_length].float().mean(dim=1)
+            return prompt_mean(x_BSF, self.context.prompt_length)
         assert self.context.encoder_prompt_BD is not None, "the hook on cross-attention has not run"
-        return self.context.encoder_prompt_BD
+        return x_BSF, self.context.encoder_prompt_BD
 
     def _answer(self, x_BSF: Tensor) -> Tensor:
         """One step of `generate` in the decoder: y [B,S,D], with the gates of its first step."""
-        prompt_BD = self._gate_context(x_BSF)
+        _, prompt_BD = self._gate_context(x_BSF)
         if self._answered is None or self._answered[0] is not prompt_BD:
             gates_BK = self.gate(prompt_BD)
             self.context.record_answer(gates_BK)

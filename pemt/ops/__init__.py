@@ -18,8 +18,9 @@ Four implementations, chosen by `select`; PEMT_OPS=<name> forces one, and then a
                been compiled for sm_80 and sm_90a, and run on the host by the tests' emulation
 
 `library` compiles the last two at first use, once for all ranks; `build` is `pemt ops build|info`.
-`schema` registers the `torch.library` ops with their fake implementations and autograd. In eager
-mode compiled kernels are called past it, with gradients in C++ (csrc/binding.cpp). `linear` is a linear layer computes where no gradient is wanted, with csrc/cpu_few_rows.cpp.
+`schema` registers the `torch.library` ops with their fake implementations and autograd; in eager mode
+compiled kernels are called past it, with their gradients in C++ (csrc/binding.cpp). `linear` is a linear
+layer's product where no gradient is wanted, with csrc/cpu_few_rows.cpp.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from . import packed, schema  # noqa: F401  (schema registers the ops)
 from .checks import OpsError, check_gram, check_mixture, check_sparsity, compute_dtype
 from .select import kernels_for
 
-__all__ = ["OpsError", "expert_mixture", "gram_matrix", "task_sparsity"]
+__all__ = ["OpsError", "expert_mixture", "gram_matrix", "prompt_mean", "task_sparsity"]
 
 
 def gram_matrix(up: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -114,6 +115,24 @@ def task_sparsity(
         token_weights = counted / counted.sum().clamp(min=1)
     loss, *_ = _ops(z).task_sparsity(z, latent, up, gram, gates, scales, ranks, token_weights)
     return loss
+
+
+def prompt_mean(x: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
+    """What a gate reads, the mean over the prompt (arXiv 2402.15082).
+
+    Args:
+        x: [B, S, X], the prompt first.
+        prompt_length: P, its tokens.
+
+    Returns:
+        x [B, S, X], to be used in the argument's place: so compiled kernels add the mean's gradient into x's,
+        and make no tensor of x's size for it; and the mean [B, X] in float32 (float64 for float64).
+    """
+    mean = getattr(_ops(x), "prompt_mean", None)
+    if mean is None:
+        return x, x[:, :prompt_length].to(compute_dtype(x.dtype)).mean(dim=1)
+    found: tuple[Tensor, Tensor] = mean(x, prompt_length)
+    return found
 
 
 def _ops(tensor: Tensor) -> Any:

@@ -76,6 +76,7 @@ def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _mixture_backward(ctx: Any, dy: Tensor | None, dlatent: Tensor | None) -> tuple[Any, ...]:
+    _check_first_derivative()
     latent, weight, down, up, gates = ctx.saved_tensors
     if dy is None:  # only the latent was used
         dy = latent.new_zeros(*latent.shape[:2], weight.shape[0])
@@ -94,11 +95,19 @@ def _save_sparsity(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _sparsity_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 8
+    _check_first_derivative()
     z, latent, up, gram, gates, token_weights, *stats = ctx.saved_tensors
     dz, dlatent, dgates = torch.ops.pemt.task_sparsity_backward(
         grad, z, latent, up, gram, gates, ctx.scales, ctx.ranks, token_weights, *stats
     )
     return dz, dlatent, None, None, dgates, None, None, None
+
+
+def _check_first_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "pemt: the mixture and its sparsity loss have no second derivative; use create_graph=False"
+        )
 
 
 torch.library.register_autograd(

@@ -27,6 +27,7 @@ class Kernels:
     expert_mixture_backward: Callable[..., tuple[Tensor, Tensor]]
     task_sparsity: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     task_sparsity_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    prompt_mean: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     few_rows: Callable[[Tensor, Tensor], Tensor] | None = None
     differentiable: bool = False
 
@@ -38,6 +39,7 @@ class Kernels:
             expert_mixture_backward=namespace.expert_mixture_backward,
             task_sparsity=namespace.task_sparsity,
             task_sparsity_backward=namespace.task_sparsity_backward,
+            prompt_mean=getattr(namespace, "prompt_mean", None),
             few_rows=getattr(namespace, "few_rows", None),
             differentiable=differentiable,
         )

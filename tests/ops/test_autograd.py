@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from pemt import ops
 from pemt.ops import OpsError
 from tests.ops.op_cases import Case, make_case, results
 
+TENSORS = ("x", "weight", "down", "up", "gates", "mask")
 MIXED = {"batch": 2, "tokens": 3, "d_ff": 7, "d_model": 6, "ranks": (2, 3, 1)}
 
 
@@ -20,11 +22,13 @@ def layer_loss(case: Case, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor
         x, case.weight, case.down, case.up, gates, case.scales, case.ranks
     )
     z = y + torch.tanh(y)
+    squares = z.square().mean()
     gram = ops.gram_matrix(case.up, case.ranks)
+    # The last, so that the first in the backward pass: a checkpoint is then recomputed from within it.
     sparsity = ops.task_sparsity(
         z, latent, case.up, gram, gates, case.scales, case.ranks, case.mask
     )
-    return z.square().mean() + sparsity
+    return squares + sparsity
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["all tokens", "masked"])
@@ -46,6 +50,35 @@ def test_gradcheck(implementation, mask):
         ),
         (z, latent, gates),
     )
+
+
+def test_a_second_derivative_is_refused(implementation):
+    case = make_case()
+    gram = ops.gram_matrix(case.up, case.ranks)
+    x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
+    y, latent = ops.expert_mixture(*case.mixture)
+    sparsity = ops.task_sparsity(y, latent, case.up, gram, gates, case.scales, case.ranks)
+    for result in (y.sum(), sparsity):
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            torch.autograd.grad(result, (x, gates), create_graph=True)
+
+
+def test_past_schema_or_through_it_the_bits_are_the_same(implementation, monkeypatch):
+    """Eager mode calls compiled kernels past `schema`; a fake tensor cannot go there."""
+    case = make_case(**MIXED, mask=True, dtype=torch.float32)
+    eager = results(case, through="ops")
+    with FakeTensorMode() as mode:
+        shapes = {
+            name: value.shape
+            for name, value in results(
+                replace(case, **{name: mode.from_tensor(getattr(case, name)) for name in TENSORS}),
+                through="ops",
+            ).items()
+        }
+    assert shapes == {name: value.shape for name, value in eager.items()}
+    monkeypatch.setattr(ops, "_ops", lambda tensor: torch.ops.pemt)
+    registered = results(case, through="ops")
+    assert all(torch.equal(eager[name], registered[name]) for name in eager)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ import torch
 from torch.utils import cpp_extension
 
 from pemt.ops import gram_matrix
-from pemt.ops.library import CSRC, CUDA_ARCHITECTURES
+from pemt.ops.library import BINDING, CSRC, CUDA_ARCHITECTURES
 from pemt.ops.select import kernels_for
 from tests.ops.op_cases import make_case, relative_error, results
 
@@ -60,7 +60,8 @@ def test_kernels_compile_without_register_spills(source, architecture, tmp_path)
 
 @needs_nvcc
 @pytest.mark.slow
-def test_the_binding_compiles_against_cuda_headers(tmp_path):
+@pytest.mark.parametrize("source", BINDING, ids=lambda path: path.name)
+def test_the_binding_compiles_against_cuda_headers(source, tmp_path):
     """Syntax and types alone; a PyTorch without CUDA lacks one generated header, empty here."""
     assert NVCC is not None
     done = subprocess.run([NVCC, "-E", "-Xcompiler", "-v", "-x", "cu", "/dev/null"],
@@ -75,7 +76,7 @@ def test_the_binding_compiles_against_cuda_headers(tmp_path):
     flags = [f"-I{folder}" for folder in folders]
     done = subprocess.run(
         ["c++", "-std=c++20", "-fsyntax-only", "-DPEMT_CUDA", "-DPEMT_LIBRARY=pemt_cuda", *flags,
-         str(CSRC / "ops.cpp")], capture_output=True, text=True,
+         str(source)], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -44,8 +44,8 @@ struct ExpertMixture : torch::autograd::Function<ExpertMixture> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     check_first_derivative();
+    const auto saved = context->get_saved_variables();  // may recompute a checkpointed block
     const Below below;
-    const auto saved = context->get_saved_variables();
     const Tensor &latent = saved[0], &weight = saved[1];
     // undefined where only the latent was used
     const Tensor dy = gradients[0].defined()
@@ -78,13 +78,37 @@ struct TaskSparsity : torch::autograd::Function<TaskSparsity> {
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     if (!gradients[0].defined()) return variable_list(8);
     check_first_derivative();
+    const auto saved = context->get_saved_variables();  // may recompute a checkpointed block
     const Below below;
-    const auto saved = context->get_saved_variables();
     const auto [dz, dlatent, dgates] = task_sparsity_backward(gradients[0], saved[0], saved[1],
         saved[2], saved[3], saved[4], context->saved_data["scales"].toDoubleVector(),
         context->saved_data["ranks"].toIntVector(), optional(saved[5]), saved[6], saved[7],
         saved[8]);
     return {dz, dlatent, {}, {}, dgates, {}, {}, {}};
+  }
+};
+
+// Hands x on, so that the mean's gradient is added into x's where that lies: as a gradient of its
+// own it would be a tensor of x's size, zero but for the prompt.
+struct PromptMean : torch::autograd::Function<PromptMean> {
+  static variable_list forward(AutogradContext* context, const Tensor& x, int64_t prompt_length) {
+    const Below below;
+    context->saved_data["prompt_length"] = prompt_length;
+    const auto [same, mean] = prompt_mean(x, prompt_length);
+    return {same, mean};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    check_first_derivative();
+    const Below below;
+    const Tensor& given = gradients[0];
+    const bool is_ours = given.use_count() == 1 && given.storage().use_count() == 1 &&
+                         given.is_non_overlapping_and_dense();
+    const Tensor dx = is_ours ? given : given.clone();
+    const int64_t prompt_length = context->saved_data["prompt_length"].toInt();
+    const Tensor each = (gradients[1] / prompt_length).to(dx.scalar_type()).unsqueeze(1);
+    dx.narrow(1, 0, prompt_length).add_(each);
+    return {dx, {}};
   }
 };
 
@@ -100,6 +124,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity_autograd(const Tensor& 
     at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights) {
   const auto found = TaskSparsity::apply(z, latent, up, gram, gates, scales, ranks, token_weights);
   return {found[0], found[1], found[2], found[3]};
+}
+
+std::tuple<Tensor, Tensor> prompt_mean_autograd(const Tensor& x, int64_t prompt_length) {
+  const auto found = PromptMean::apply(x, prompt_length);
+  return {found[0], found[1]};
 }
 
 #ifdef PEMT_CUDA
@@ -123,6 +152,8 @@ PEMT_DEFINE(PEMT_LIBRARY, library) {
   library.def("task_sparsity", dispatch(pemt::kDevice, TORCH_FN(pemt::task_sparsity)));
   library.def(
       "task_sparsity_backward", dispatch(pemt::kDevice, TORCH_FN(pemt::task_sparsity_backward)));
+  library.def("prompt_mean(Tensor(a) x, int prompt_length) -> (Tensor(a), Tensor)",
+      dispatch(pemt::kDevice, TORCH_FN(pemt::prompt_mean)));
 #ifndef PEMT_CUDA
   library.def("few_rows", dispatch(pemt::kDevice, TORCH_FN(pemt::few_rows)));
 #endif
@@ -130,5 +161,6 @@ PEMT_DEFINE(PEMT_LIBRARY, library) {
 
 PEMT_DIFFERENTIATE(PEMT_LIBRARY, library) {
   library.impl("expert_mixture", TORCH_FN(pemt::expert_mixture_autograd));
+  library.impl("prompt_mean", TORCH_FN(pemt::prompt_mean_autograd));
   library.impl("task_sparsity", TORCH_FN(pemt::task_sparsity_autograd));
 }

@@ -194,6 +194,10 @@ std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, co
       dlatent_NT.view({shape.batch, shape.tokens, experts.total}), dgates.to(gates.scalar_type())};
 }
 
+std::tuple<Tensor, Tensor> prompt_mean(const Tensor& x, int64_t prompt_length) {
+  return {x, at::mean(x.narrow(1, 0, prompt_length), 1, false, real_of(x))};
+}
+
 #ifndef PEMT_CUDA
 Tensor few_rows(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK(x.is_cpu() && weight.is_cpu() && x.scalar_type() == at::kFloat &&

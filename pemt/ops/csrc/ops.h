@@ -34,6 +34,9 @@ std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, co
     at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
     const Tensor& projection, const Tensor& stats, const Tensor& distance);
 
+// {x itself; [B,X] reals: the mean of x [B,S,X] over its first tokens}
+std::tuple<Tensor, Tensor> prompt_mean(const Tensor& x, int64_t prompt_length);
+
 #ifndef PEMT_CUDA
 // x w^T [...,O] of float x [...,I] and w [O,I]: a product for few rows
 Tensor few_rows(const Tensor& x, const Tensor& weight);
