@@ -13,7 +13,13 @@ from pemt.command_line import nearest
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
 from pemt.config import PemtError
+from pemt.leaving import run_and_leave
 from pemt.signals import INTERRUPTED_STATUS, Interrupted
+
+
+def program() -> None:
+    """What `pemt` is on a command line."""
+    run_and_leave(main)
 
 
 def main() -> None:
@@ -75,4 +81,4 @@ def complain(error: PemtError) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program()

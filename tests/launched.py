@@ -22,6 +22,7 @@ import torch
 from pemt.build import build_model
 from pemt.config import ExpertConfig, MixtureConfig, RunConfig
 from pemt.engine import MOMENTS, Engine, shut_down
+from pemt.leaving import run_and_leave
 from pemt.loop import Setup, prepare, train_batches
 from pemt.model import PemtT5
 from pemt.train import run_adapt, run_source, set_up
@@ -190,4 +191,4 @@ def broadcast_bytes() -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

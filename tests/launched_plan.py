@@ -27,6 +27,7 @@ from pemt.bank import write_entry
 from pemt.bench.model import random_sources, random_t5
 from pemt.config import AdapterConfig, MixtureConfig, RunConfig
 from pemt.engine import Engine, shut_down
+from pemt.leaving import run_and_leave
 from pemt.loop import prepare
 from pemt.memory import peak, watch_peak
 from pemt.model import ExpertSource, PemtT5, base_shape
@@ -123,9 +124,6 @@ def main(world: Path, folder: Path, *, large: bool) -> None:
     rank = int(os.environ["RANK"])
     (folder / f"rank{rank}.json").write_text(json.dumps(weighed.report))
     shut_down()
-    # Rarely, some library's destructor aborts a rank whose Python has ended already (LOG.md, 2026-11-26).
-    sys.stdout.flush()
-    os._exit(0)
 
 
 class Weighed:
@@ -235,4 +233,4 @@ def large_model() -> PemtT5:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), large="large" in sys.argv[3:])
+    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), large="large" in sys.argv[3:]))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pemt.config import RunConfig
 from pemt.engine import Engine, shut_down
+from pemt.leaving import run_and_leave
 
 WIDTH = 64
 
@@ -79,4 +80,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_leave(lambda: main(Path(sys.argv[1])))

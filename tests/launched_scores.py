@@ -20,6 +20,7 @@ from pemt.config import MixtureConfig
 from pemt.data import examples, loading
 from pemt.engine import shut_down
 from pemt.evaluate_run import evaluate_run
+from pemt.leaving import run_and_leave
 from pemt.predict import predict_file
 from pemt.train import run_adapt
 from tests.tiny import adapt_config, tiny_task
@@ -86,4 +87,4 @@ def count(module: Any, name: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

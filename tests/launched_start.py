@@ -19,6 +19,7 @@ import pemt.train
 from pemt.base import load_base
 from pemt.build import build_model
 from pemt.engine import Engine, full_size, shut_down
+from pemt.leaving import run_and_leave
 from pemt.loop import Setup, _batch, prepare, train_batches
 from pemt.memory import peak, watch_peak
 from tests.launched import broadcast_bytes, every_rank
@@ -76,4 +77,4 @@ def take_steps(config: Any, setup: Setup) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -60,7 +60,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     entry_points = wheel.read(f"{folder}/entry_points.txt").decode()
-    assert "pemt = pemt.__main__:main" in entry_points
+    assert "pemt = pemt.__main__:program" in entry_points
     licence = wheel.read(f"{folder}/licenses/LICENSE").decode()
     assert "Apache License" in licence
 

@@ -13,6 +13,7 @@ from torch import nn
 from pemt.config import RunConfig
 from pemt.engine.engine import Engine
 from pemt.engine.job import EngineError, shut_down
+from pemt.leaving import run_and_leave
 
 
 def main() -> None:
@@ -51,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -28,6 +28,7 @@ from torch import Tensor
 from pemt import loop, storage, train
 from pemt.config import ExpertConfig, MixtureConfig, PemtError, SourceConfig
 from pemt.engine import Engine, shut_down
+from pemt.leaving import run_and_leave
 from pemt.lock import LOCK, RunLock
 from pemt.model import PemtT5
 from pemt.monitor.board import Board
@@ -284,4 +285,4 @@ def main(world: Path, folder: Path, parts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))

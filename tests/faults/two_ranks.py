@@ -15,6 +15,7 @@ from pathlib import Path
 from pemt.arguments import parse_config
 from pemt.config import AdaptConfig
 from pemt.engine import shut_down
+from pemt.leaving import run_and_leave
 from pemt.signals import Interrupted
 from pemt.train import run_adapt
 from tests.faults.jobs import World
@@ -58,4 +59,4 @@ def main(world: World) -> None:
 
 
 if __name__ == "__main__":
-    main(World(folder=Path(sys.argv[1])))
+    run_and_leave(lambda: main(World(folder=Path(sys.argv[1]))))
