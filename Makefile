@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test soak big lint typecheck imports docs clean
+.PHONY: help demo demo-quick test soak big gpu lint typecheck imports docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -41,6 +41,16 @@ soak: $(STAMP)  ## faults tried on two ranks: kill -9 at 20 random steps and in 
 
 big: $(STAMP)  ## t5-3b and flan-t5-xl at full size on two ranks, ZeRO-3 (6 GB of disk, 20 GB of memory)
 	$(BIN)/pytest -m big -rA tests/test_full_size.py
+
+GPU_OP      := $(BIN)/pemt bench op --device cuda --dtype bfloat16 --shape t5-large flan-t5-xl t5-3b --batch 32
+
+gpu: $(STAMP)  ## on one GPU: its tests, the fused op in training and in decoding, a whole step
+	$(BIN)/pytest -m gpu -rA
+	$(GPU_OP) --tokens 256
+	$(GPU_OP) --tokens 256 --cuda_graph
+	$(GPU_OP) --tokens 1 --forward_only
+	$(GPU_OP) --tokens 1 --forward_only --cuda_graph
+	$(BIN)/pemt bench step --device cuda --dtype bfloat16 --size t5-large
 
 lint: $(STAMP)  ## ruff, shellcheck, clang-format: rules and format
 	$(BIN)/ruff check .

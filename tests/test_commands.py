@@ -54,6 +54,7 @@ WRONG = {
     "bank show bank": r"pemt bank show: .*task; `pemt bank show --help` tells",
     "bank add --peft x --bank_dir b --task t --revsion 1": r"pemt bank: .*did you mean `--revision`",
     "demo --quik": r"pemt demo: unknown argument `--quik`; did you mean `--quick`\?",
+    "bench op --cuda_graph": r"pemt bench op: --cuda_graph needs --device cuda",
     "bench op --shape t5-huge": r"pemt bench op: argument --shape: invalid choice: 't5-huge'",
     "bench step --rouds 3": r"pemt bench: unknown argument `--rouds`; did you mean `--rounds`",
     "predict run --input_fil x": r"pemt predict: .*`--input_fil`; did you mean `--input_file`",

@@ -165,7 +165,7 @@ def test_flops(method: str, gated: bool) -> None:
 
 def test_what_the_mixture_adds_to_the_flops() -> None:
     """As many products as `pemt bench op` counts for its floor."""
-    from pemt.bench.op import EXPERTS, Floor, Layer, OpBench
+    from pemt.bench.layer import EXPERTS, Floor, Layer, OpBench
 
     floor = Floor(Layer(OpBench(shape="t5-small", batch=2, tokens=16)))
     shape = KNOWN["t5-small"]

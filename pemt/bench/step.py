@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
+from pemt.bench.layer import ADAPTER_REDUCTION, EXPERTS, RANK, forced
 from pemt.bench.model import random_sources, random_t5
-from pemt.bench.op import ADAPTER_REDUCTION, EXPERTS, RANK, forced, time_once
+from pemt.bench.op import time_once
 from pemt.command_line import Parser, command_parser, count
 from pemt.config import AdapterConfig, MixtureConfig
 from pemt.memory import peak, watch_peak

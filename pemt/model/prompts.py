@@ -66,15 +66,14 @@ class TaskPrompt(Trainable):
         if not self.lengths:
             return self.prompt.clone()  # ZeRO-3 takes the parameter's own memory away afterwards
         with torch.autocast(self.prompt.device.type, enabled=False):
-            target_PD = self.prompt.float()
-            sources = self.sources.float().split(self.lengths)
+            target_PD, sources_ND = self.prompt.float(), self.sources.float()
             if not self.training:
-                self.similarity_MM = mean_cosines([target_PD, *sources])
-            mixed_PD = target_PD
-            for source_QD in sources:
-                attention_PQ = torch.softmax(target_PD @ source_QD.T, dim=-1)
-                attention_PQ = F.dropout(attention_PQ, self.dropout, self.training)
-                mixed_PD = mixed_PD + attention_PQ @ source_QD
+                self.similarity_MM = mean_cosines([target_PD, *sources_ND.split(self.lengths)])
+            # each prompt has a softmax of its own; all else is one product for all of them
+            scores = (target_PD @ sources_ND.T).split(self.lengths, dim=-1)
+            attention_PN = torch.cat([score_PQ.softmax(dim=-1) for score_PQ in scores], dim=-1)
+            attention_PN = F.dropout(attention_PN, self.dropout, self.training)
+            mixed_PD = torch.addmm(target_PD, attention_PN, sources_ND)
         return mixed_PD.to(self.prompt.dtype)
 
 

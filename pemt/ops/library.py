@@ -142,6 +142,8 @@ def build(library: Library) -> None:
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error: " in line), lines[0])
+        if library.cuda_flags:
+            reason += f" (CUDA_HOME is {cpp_extension.CUDA_HOME})"
         raise BuildError(f"the {library.name} kernel does not build: {reason.strip()}") from error
 
 

@@ -58,7 +58,7 @@ def expert_mixture_backward(
     dy_ND = dy_BSD.reshape(-1, d_model)
     projection_BST = (dy_ND @ up_DT).view(latent_BST.shape)
     products_BT = (latent_BST.to(precise) * projection_BST).sum(dim=1)
-    dgates_BK = _sum_ranks(products_BT, ranks) * _constant(scales, products_BT)
+    dgates_BK = _scaled(_sum_ranks(products_BT, ranks), scales)
     if not need_dx:
         return dy_BSD.new_empty(0), dgates_BK.to(gates_BK.dtype)
     dlatent = projection_BST * _rank_factors(gates_BK, scales, ranks)[:, None]
@@ -79,10 +79,9 @@ def task_sparsity(
     precise = compute_dtype(z_BSD.dtype)
     projection_BST = (z_BSD.reshape(-1, z_BSD.shape[-1]) @ up_DT).view(latent_BST.shape)
     latent = latent_BST.to(precise)
-    scale_K = _constant(scales, latent)
-    dot_BSK = _sum_ranks(latent * projection_BST, ranks) * scale_K
+    dot_BSK = _scaled(_sum_ranks(latent * projection_BST, ranks), scales)
     square_BSK = _sum_ranks(latent * _times_gram(latent, gram_TR, ranks), ranks).clamp(min=0)
-    norm_BSK = square_BSK.sqrt() * scale_K.abs()
+    norm_BSK = _scaled(square_BSK.sqrt(), [abs(scale) for scale in scales])
     norm_z_BS1 = torch.linalg.vector_norm(z_BSD, dim=-1, keepdim=True, dtype=precise)
     cosine_BSK = dot_BSK / (norm_BSK.clamp(min=COSINE_EPS) * norm_z_BS1.clamp(min=COSINE_EPS))
     weights_BS1 = _token_weights(token_weights_BS, cosine_BSK)
@@ -101,15 +100,15 @@ def task_sparsity_backward(
     experts = len(ranks)
     cosine_BSK, norm_BSK, norm_z_BS1 = stats_BSC.split([experts, experts, 1], dim=-1)
     latent = latent_BST.to(stats_BSC.dtype)
-    scale_K = _constant(scales, latent)
     safe_BSK, safe_z_BS1 = norm_BSK.clamp(min=COSINE_EPS), norm_z_BS1.clamp(min=COSINE_EPS)
     weight_BSK = (
         _mean_gates(gates_BK, latent.dtype) * grad * _token_weights(token_weights_BS, cosine_BSK)
     )
     # cosine_similarity clamps its norms outside of autograd: the clamped value divides, the
     # gradient is that of the unclamped norm, and 0 at 0.
-    along_BSK = -weight_BSK * scale_K / (safe_BSK * safe_z_BS1)
-    shrink_BSK = weight_BSK * cosine_BSK * scale_K.square() * _over(safe_BSK, norm_BSK)
+    along_BSK = _scaled(-weight_BSK, scales) / (safe_BSK * safe_z_BS1)
+    squares = [scale * scale for scale in scales]
+    shrink_BSK = _scaled(weight_BSK * cosine_BSK, squares) * _over(safe_BSK, norm_BSK)
     shrink_z_BS1 = (weight_BSK * cosine_BSK).sum(-1, keepdim=True) * _over(safe_z_BS1, norm_z_BS1)
 
     along_BST = _per_rank(along_BSK, ranks)
@@ -129,8 +128,12 @@ def _over(safe: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm > 0, 1 / (safe * norm), 0)
 
 
-def _constant(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
+def _scaled(value_K: Tensor, scales: Sequence[float]) -> Tensor:
+    """[..., K] times each expert's factor. No tensor of the factors: a GPU would be waited for to copy it."""
+    if len(set(scales)) == 1:
+        return value_K * scales[0]
+    parts = zip(value_K.unbind(-1), scales, strict=True)
+    return torch.stack([part * scale for part, scale in parts], dim=-1)
 
 
 def _per_rank(value_K: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -143,7 +146,7 @@ def _per_rank(value_K: Tensor, ranks: Sequence[int]) -> Tensor:
 def _rank_factors(gates_BK: Tensor, scales: Sequence[float], ranks: Sequence[int]) -> Tensor:
     """gate * scale of every expert, once per rank: [B, T]."""
     gates = gates_BK.to(compute_dtype(gates_BK.dtype))
-    return _per_rank(gates * _constant(scales, gates), ranks)
+    return _per_rank(_scaled(gates, scales), ranks)
 
 
 def _sum_ranks(value_T: Tensor, ranks: Sequence[int]) -> Tensor:

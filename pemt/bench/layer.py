@@ -1,0 +1,194 @@
+"""One FFN's output side, in every way that `pemt bench op` measures.
+
+B batch, S tokens, F d_ff, D d_model, K experts, R rank of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, gelu, linear
+
+from pemt import ops
+from pemt.ops import reference
+from pemt.plan.shapes import KNOWN
+
+EXPERTS, RANK, ADAPTER_REDUCTION, SPARSITY_WEIGHT = 6, 64, 16, 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpBench:
+    """What to measure.
+
+    Args:
+        shape: a name in `pemt.plan.shapes.KNOWN`.
+        batch: samples; tokens: tokens per sample.
+        device: cpu or cuda; dtype: a name in torch.
+        rounds: how often every variant is timed.
+        forward_only: no gradients and no sparsity loss, as in decoding.
+        cuda_graph: replay each variant as a CUDA graph, so that no host's time is in it.
+    """
+
+    shape: str
+    batch: int = 4
+    tokens: int = 256
+    device: str = "cpu"
+    dtype: str = "float32"
+    rounds: int = 20
+    forward_only: bool = False
+    cuda_graph: bool = False
+
+
+class Layer:
+    """One FFN's output side: frozen projection and experts, trainable gates and target adapter."""
+
+    def __init__(self, bench: OpBench) -> None:
+        self.bench = bench
+        d_model, d_ff = KNOWN[bench.shape].d_model, KNOWN[bench.shape].d_ff
+        inner, total = d_model // ADAPTER_REDUCTION, EXPERTS * RANK
+        torch.manual_seed(0)
+
+        def draw(*shape: int, fan_in: int = 1) -> Tensor:
+            value = torch.randn(shape, device=bench.device) / fan_in**0.5
+            return value.to(getattr(torch, bench.dtype))
+
+        self.weight = draw(d_model, d_ff, fan_in=d_ff)
+        self.down = draw(total, d_ff, fan_in=d_ff)
+        self.up = draw(d_model, total, fan_in=RANK)
+        self.ranks, self.scales = [RANK] * EXPERTS, [1.0] * EXPERTS
+        self.gram = ops.gram_matrix(self.up, self.ranks)
+        self.x = draw(bench.batch, bench.tokens, d_ff)
+        self.gates = draw(bench.batch, EXPERTS).float().softmax(dim=-1)
+        self.adapter = [draw(inner, d_model, fan_in=d_model), draw(inner),
+                        draw(d_model, inner, fan_in=inner), draw(d_model)]  # fmt: skip
+        self.dz = draw(bench.batch, bench.tokens, d_model)
+        if not bench.forward_only:
+            for tensor in self.trainable:
+                tensor.requires_grad_()
+
+    def adapt(self, y: Tensor) -> Tensor:
+        """The target adapter: y [B,S,D] + up(gelu_new(down(y)))."""
+        down, down_bias, up, up_bias = self.adapter
+        return y + linear(gelu(linear(y, down, down_bias), approximate="tanh"), up, up_bias)
+
+    @property
+    def trainable(self) -> list[Tensor]:
+        """What gets a gradient: input, gates, the adapter's four tensors."""
+        return [self.x, self.gates, *self.adapter]
+
+    def backward(self, z: Tensor, sparsity: Tensor | None) -> None:
+        """Gradients of <z, dz> + 0.1 * sparsity."""
+        if self.bench.forward_only:
+            return
+        if sparsity is None:
+            z.backward(self.dz)
+        else:
+            weight = torch.full_like(sparsity, SPARSITY_WEIGHT)
+            torch.autograd.backward([z, sparsity], [self.dz, weight])
+
+
+def forward_loop(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """One FFN and its loss with a loop over the experts."""
+    y, latent = reference.expert_mixture(
+        layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
+    )
+    z = layer.adapt(y)
+    if layer.bench.forward_only:
+        return z, None
+    return z, reference.task_sparsity(
+        z, latent, layer.up, layer.gates, layer.scales, layer.ranks, None
+    )
+
+
+def forward_stacked(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """One FFN and its loss with all experts' outputs kept side by side, as published."""
+    outputs = []
+    for k in range(EXPERTS):
+        ranks = slice(k * RANK, (k + 1) * RANK)
+        latent = linear(layer.x, layer.down[ranks])
+        outputs.append(layer.scales[k] * linear(latent, layer.up[:, ranks]))
+    o = torch.stack(outputs, dim=2)
+    y = linear(layer.x, layer.weight) + (layer.gates[:, None, :, None].to(o.dtype) * o).sum(dim=2)
+    z = layer.adapt(y)
+    if layer.bench.forward_only:
+        return z, None
+    cosines = cosine_similarity(z[:, :, None].float(), o.float(), dim=-1)
+    return z, (layer.gates.mean(0) * (1 - cosines).mean(dim=(0, 1))).sum()
+
+
+def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """One FFN and its loss with the fused op."""
+    y, latent = ops.expert_mixture(
+        layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
+    )
+    z = layer.adapt(y)
+    if layer.bench.forward_only:
+        return z, None
+    return z, ops.task_sparsity(
+        z, latent, layer.up, layer.gram, layer.gates, layer.scales, layer.ranks
+    )
+
+
+def forward_frozen(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """One FFN without experts."""
+    return layer.adapt(linear(layer.x, layer.weight)), None
+
+
+def step(layer: Layer, forward: Callable[[Layer], tuple[Tensor, Tensor | None]]) -> None:
+    """A forward pass, the loss, and its backward pass."""
+    layer.backward(*forward(layer))
+    for tensor in layer.trainable:
+        tensor.grad = None
+
+
+def step_ops(layer: Layer, implementation: str) -> None:
+    """The same with the fused op."""
+    with forced(implementation):
+        step(layer, forward_ops)
+
+
+class Floor:
+    """The matrix products that no way round the identities saves, and nothing else."""
+
+    def __init__(self, layer: Layer) -> None:
+        weight, down, up = layer.weight, layer.down, layer.up
+        adapter_down, _, adapter_up, _ = (tensor.detach() for tensor in layer.adapter)
+        x = layer.x.detach().flatten(0, 1)
+        wide = layer.dz.flatten(0, 1)
+        latent, hidden = wide @ up, wide @ adapter_down.T
+        forward = [(x, weight.T), (x, down.T), (latent, up.T),
+                   (wide, adapter_down.T), (hidden, adapter_up.T)]  # fmt: skip
+        backward = [
+            (wide, up), (latent, up.T),  # sparsity: z up, and its gradient back to z
+            (wide, adapter_up), (wide.T, hidden), (hidden, adapter_down), (hidden.T, wide),
+            (wide, up), (wide, weight), (latent, down),
+        ]  # fmt: skip
+        self.products = forward if layer.bench.forward_only else forward + backward
+        self.outputs = [left @ right for left, right in self.products]
+
+    def __call__(self) -> None:
+        for (left, right), output in zip(self.products, self.outputs, strict=True):
+            torch.mm(left, right, out=output)
+
+    @property
+    def flops(self) -> int:
+        """Of all products, each multiply-add counted as two."""
+        return sum(2 * left.shape[0] * right.numel() for left, right in self.products)
+
+
+@contextlib.contextmanager
+def forced(implementation: str) -> Iterator[None]:
+    """PEMT_OPS for a while."""
+    before = os.environ.get("PEMT_OPS")
+    os.environ["PEMT_OPS"] = implementation
+    try:
+        yield
+    finally:
+        os.environ.pop("PEMT_OPS")
+        if before is not None:
+            os.environ["PEMT_OPS"] = before
