@@ -1,7 +1,7 @@
-"""The end of a process: all that Python does at exit, and then no destructor of a C++ library.
+"""The end of a process that has done its work: Python's exit functions, and then no destructor of a C++ library.
 
-Rarely one of those aborts a process whose work is done and on disk ("terminate called without an active exception"),
-and a launcher then reports a finished run as failed.
+Rarely one of those aborts a process whose work is on disk ("terminate called without an active exception"), and a
+launcher then reports a finished run as failed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Callable
 def run_and_leave(program: Callable[[], object]) -> None:
     """Run a program whose return, or `sys.exit`, is the end of the process; an exception ends it as ever.
 
-    Call it before the imports that register exit functions of their own: they then run before this one's.
+    Threads are waited for, and exit functions run that are registered from here on: import in `program` what has some.
+    Files that are left open are not flushed.
     """
     statuses: list[int] = []
 
@@ -32,8 +33,8 @@ def run_and_leave(program: Callable[[], object]) -> None:
     atexit.register(leave)
     try:
         program()
-    except SystemExit as exit:
-        if exit.code is None or isinstance(exit.code, int):
-            statuses.append(exit.code or 0)
+    except SystemExit as left:
+        if left.code is None or isinstance(left.code, int):
+            statuses.append(left.code or 0)
         raise
     statuses.append(0)

@@ -113,7 +113,7 @@ class Step:
     """One variant's model, optimizer and batch; calling it takes one training step."""
 
     def __init__(self, bench: StepBench, variant: str) -> None:
-        self.implementation = {"packed": "packed", "fused": bench.device}.get(variant)
+        self.implementation = bench.device if variant == "fused" else "packed"
         self.model = build_model(bench, variant)
         self.trained = [parameter for _, parameter in self.model.trainable_parameters()]
         # As DeepSpeed trains: what is below half precision's resolution adds up in masters.
@@ -130,8 +130,6 @@ class Step:
 
     def __call__(self) -> float:
         """The loss before the step."""
-        if self.implementation is None:
-            return self._step()
         with forced(self.implementation):
             return self._step()
 

@@ -30,10 +30,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import packed, schema  # noqa: F401  (schema registers the ops)
-from .checks import OpsError, check_gram, check_mixture, check_sparsity, compute_dtype
-from .select import kernels_for
+from .checks import (
+    OpsError,
+    check_gram,
+    check_mixture,
+    check_prompt,
+    check_sparsity,
+    compute_dtype,
+)
+from .select import Kernels, kernels_for
 
 __all__ = ["OpsError", "expert_mixture", "gram_matrix", "prompt_mean", "task_sparsity"]
 
@@ -125,26 +133,36 @@ def prompt_mean(x: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
         prompt_length: P, its tokens.
 
     Returns:
-        x [B, S, X], to be used in the argument's place: so compiled kernels add the mean's gradient into x's,
-        and make no tensor of x's size for it; and the mean [B, X] in float32 (float64 for float64).
+        x [B, S, X], to be used in the argument's place and not to be written to: so compiled kernels add the
+        mean's gradient into x's, and make no tensor of x's size for it; and the mean [B, X] in float32
+        (float64 for float64).
+
+    Raises:
+        OpsError: x has not 3 dimensions, or not P tokens.
     """
-    mean = getattr(_ops(x), "prompt_mean", None)
-    if mean is None:
+    check_prompt(x, prompt_length)
+    kernels = _direct(x)
+    if kernels is None or kernels.prompt_mean is None:
         return x, x[:, :prompt_length].to(compute_dtype(x.dtype)).mean(dim=1)
-    found: tuple[Tensor, Tensor] = mean(x, prompt_length)
-    return found
+    return kernels.prompt_mean(x, prompt_length)
 
 
 def _ops(tensor: Tensor) -> Any:
-    """What has the two ops: compiled kernels themselves, or `schema`'s ops where those must be seen or differentiated.
+    return _direct(tensor) or torch.ops.pemt
 
-    Through `schema` the mixture and its loss cost the host six times as much, forward and backward.
+
+def _direct(tensor: Tensor) -> Kernels | None:
+    """Compiled kernels, if they may be called past `schema`, whose Python costs the host more than they do.
+
+    Not where something looks at every operator, or puts another in its place: it would see those inside a kernel, and
+    not what the kernel does by itself.
     """
-    if not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter):
-        kernels = kernels_for(tensor)
-        if kernels.differentiable:
-            return kernels
-    return torch.ops.pemt
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return None
+    if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return None
+    kernels = kernels_for(tensor)
+    return kernels if kernels.differentiable else None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -55,6 +55,13 @@ def check_sparsity(
     _check_frozen(up=up, gram=gram)
 
 
+def check_prompt(x: Tensor, prompt_length: int) -> None:
+    """Raise OpsError unless these are arguments of `prompt_mean`."""
+    _check_dims(x=(x, 3))
+    if not 1 <= prompt_length <= x.shape[1]:
+        raise OpsError(f"prompt_length: found {prompt_length}; needs 1 to {x.shape[1]}, x's tokens")
+
+
 def check_gram(up: Tensor, ranks: Sequence[int]) -> None:
     """Raise OpsError unless `up` is [D, T] with T the sum of the ranks."""
     _check_experts([1.0] * len(ranks), ranks)

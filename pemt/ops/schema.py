@@ -105,9 +105,7 @@ def _sparsity_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ..
 
 def _check_first_derivative() -> None:
     if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "pemt: the mixture and its sparsity loss have no second derivative; use create_graph=False"
-        )
+        raise NotImplementedError("pemt.ops: there is no second derivative; use create_graph=False")
 
 
 torch.library.register_autograd(

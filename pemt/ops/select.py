@@ -18,9 +18,9 @@ from .checks import OpsError, compute_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The bodies of the four ops, with the signatures of `packed`; on a CPU the product of `linear` too.
+    """The bodies of `schema`'s four ops, with the signatures of `packed`; compiled ones have `prompt_mean` besides.
 
-    Compiled ones bring their own gradients (csrc/binding.cpp); the others are differentiated by `schema`.
+    Compiled for a CPU they have the product of `linear` too.
     """
 
     expert_mixture: Callable[..., tuple[Tensor, Tensor]]
@@ -29,10 +29,9 @@ class Kernels:
     task_sparsity_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     prompt_mean: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     few_rows: Callable[[Tensor, Tensor], Tensor] | None = None
-    differentiable: bool = False
 
     @classmethod
-    def of(cls, namespace: Any, *, differentiable: bool = False) -> Kernels:
+    def of(cls, namespace: Any) -> Kernels:
         """The functions of a module, or of a compiled library's torch.ops namespace."""
         return cls(
             expert_mixture=namespace.expert_mixture,
@@ -41,8 +40,12 @@ class Kernels:
             task_sparsity_backward=namespace.task_sparsity_backward,
             prompt_mean=getattr(namespace, "prompt_mean", None),
             few_rows=getattr(namespace, "few_rows", None),
-            differentiable=differentiable,
         )
+
+    @property
+    def differentiable(self) -> bool:
+        """Compiled: they bring their own gradients (csrc/binding.cpp)."""
+        return self.prompt_mean is not None
 
 
 def _reference_sparsity(
@@ -75,7 +78,7 @@ def compiled(device: str) -> Kernels:
     """
     found = library.LIBRARIES[device]()
     library.load(found)
-    return Kernels.of(getattr(torch.ops, found.namespace), differentiable=True)
+    return Kernels.of(getattr(torch.ops, found.namespace))
 
 
 @functools.cache

@@ -28,4 +28,4 @@ def cuda_on_host() -> select.Kernels:
         include_paths=(CSRC, HERE),
     )
     load(library)
-    return select.Kernels.of(getattr(torch.ops, library.namespace), differentiable=True)
+    return select.Kernels.of(getattr(torch.ops, library.namespace))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from pemt import ops
 from pemt.ops import OpsError
@@ -18,6 +24,8 @@ MIXED = {"batch": 2, "tokens": 3, "d_ff": 7, "d_model": 6, "ranks": (2, 3, 1)}
 
 
 def layer_loss(case: Case, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    x, prompt_BF = ops.prompt_mean(x, 2)
+    gates = gates * prompt_BF.to(gates.dtype).sum(dim=-1, keepdim=True)
     y, latent = ops.expert_mixture(
         x, case.weight, case.down, case.up, gates, case.scales, case.ranks
     )
@@ -59,26 +67,61 @@ def test_a_second_derivative_is_refused(implementation):
     y, latent = ops.expert_mixture(*case.mixture)
     sparsity = ops.task_sparsity(y, latent, case.up, gram, gates, case.scales, case.ranks)
     for result in (y.sum(), sparsity):
-        with pytest.raises(NotImplementedError, match="no second derivative"):
+        with pytest.raises(NotImplementedError, match="there is no second derivative"):
             torch.autograd.grad(result, (x, gates), create_graph=True)
 
 
 def test_past_schema_or_through_it_the_bits_are_the_same(implementation, monkeypatch):
-    """Eager mode calls compiled kernels past `schema`; a fake tensor cannot go there."""
     case = make_case(**MIXED, mask=True, dtype=torch.float32)
+    case.x.requires_grad_()
+    y, latent = ops.expert_mixture(*case.mixture)
+    gram = ops.gram_matrix(case.up, case.ranks)
+    loss = ops.task_sparsity(y, latent, case.up, gram, case.gates, case.scales, case.ranks)
+    compiled = implementation in ("cpu", "cuda on the host")
+    assert ("pemt::" in y.grad_fn.name(), "pemt::" in loss.grad_fn.name()) == (compiled, compiled)
     eager = results(case, through="ops")
-    with FakeTensorMode() as mode:
-        shapes = {
-            name: value.shape
-            for name, value in results(
-                replace(case, **{name: mode.from_tensor(getattr(case, name)) for name in TENSORS}),
-                through="ops",
-            ).items()
-        }
-    assert shapes == {name: value.shape for name, value in eager.items()}
-    monkeypatch.setattr(ops, "_ops", lambda tensor: torch.ops.pemt)
+    monkeypatch.setattr(ops, "_direct", lambda tensor: None)
     registered = results(case, through="ops")
     assert all(torch.equal(eager[name], registered[name]) for name in eager)
+
+
+def test_fake_tensors_have_the_same_shapes(implementation):
+    case = make_case(**MIXED, mask=True, dtype=torch.float32)
+    real = results(case, through="ops")
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(getattr(case, name)) for name in TENSORS}
+        fake = results(replace(case, **fakes), through="ops")
+    assert {name: value.shape for name, value in fake.items()} == {
+        name: value.shape for name, value in real.items()
+    }
+
+
+def test_selective_checkpointing_sees_the_ops_and_not_what_is_inside(implementation):
+    """What it keeps of the first pass it hands out in the second, and a kernel would read what is not there."""
+    products = (torch.ops.aten.mm.default, torch.ops.mkldnn._linear_pointwise.default)
+
+    def policy(context, op, *args, **kwargs):
+        kept = op in products
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    case = make_case(mask=True, dtype=torch.float32)
+    x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
+    plain = torch.autograd.grad(layer_loss(case, x, gates), (x, gates))
+    loss = checkpoint(
+        layer_loss, case, x, gates, use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, policy),
+    )  # fmt: skip
+    assert all(map(torch.equal, torch.autograd.grad(loss, (x, gates)), plain))
+
+
+def test_the_backward_pass_can_be_compiled_by_itself(implementation):
+    case = make_case(mask=True, dtype=torch.float32)
+    x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
+    plain = torch.autograd.grad(layer_loss(case, x, gates), (x, gates))
+    loss = layer_loss(case, x, gates)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close((x.grad, gates.grad), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -239,6 +282,12 @@ def test_wrong_arguments_of_the_sparsity_are_named():
         ops.task_sparsity(y, latent, case.up, gram.to("meta"), *rest)
     with pytest.raises(OpsError, match="mask: is on meta; needs cpu as z"):
         ops.task_sparsity(y, latent, case.up, gram, *rest, mask=torch.ones(2, 5, device="meta"))
+
+
+@pytest.mark.parametrize("prompt_length", [0, 6])
+def test_a_prompt_that_is_not_in_x_is_named(prompt_length):
+    with pytest.raises(OpsError, match=f"prompt_length: found {prompt_length}; needs 1 to 5"):
+        ops.prompt_mean(make_case().x, prompt_length)
 
 
 def test_an_unknown_implementation_is_named(monkeypatch):

@@ -1,7 +1,6 @@
 // How PyTorch sees the ops of ops.h: their names, and their gradients.
 //
-// The autograd is C++ because on a GPU, and wherever batches are small, the host's time is the
-// op's time: through torch.library's Python a mixture and its loss took six times as long.
+// The gradients are C++ because with small batches a GPU waits for the host (docs/kernels.md).
 // PEMT_LIBRARY names the torch.library namespace.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -26,7 +25,7 @@ OptionalTensor optional(const Tensor& tensor) {
 
 void check_first_derivative() {
   TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(),
-      "pemt: the mixture and its sparsity loss have no second derivative; use create_graph=False");
+      "pemt.ops: there is no second derivative; use create_graph=False");
 }
 
 struct ExpertMixture : torch::autograd::Function<ExpertMixture> {
@@ -59,24 +58,29 @@ struct ExpertMixture : torch::autograd::Function<ExpertMixture> {
   }
 };
 
+// What the loss's backward pass needs; no outputs of the function, as none has a gradient.
+struct Kept {
+  Tensor projection, stats, distance;
+};
+
 struct TaskSparsity : torch::autograd::Function<TaskSparsity> {
-  static variable_list forward(AutogradContext* context, const Tensor& z, const Tensor& latent,
+  static Tensor forward(AutogradContext* context, const Tensor& z, const Tensor& latent,
       const Tensor& up, const Tensor& gram, const Tensor& gates, at::ArrayRef<double> scales,
-      at::IntArrayRef ranks, const OptionalTensor& token_weights) {
+      at::IntArrayRef ranks, const OptionalTensor& token_weights, Kept* kept) {
     const Below below;
-    const auto [loss, projection, stats, distance] =
+    Tensor loss;
+    std::tie(loss, kept->projection, kept->stats, kept->distance) =
         task_sparsity(z, latent, up, gram, gates, scales, ranks, token_weights);
     context->save_for_backward({z, latent, up, gram, gates, token_weights.value_or(Tensor()),
-        projection, stats, distance});
+        kept->projection, kept->stats, kept->distance});
     context->saved_data["scales"] = scales.vec();
     context->saved_data["ranks"] = ranks.vec();
-    context->mark_non_differentiable({projection, stats, distance});
     context->set_materialize_grads(false);
-    return {loss, projection, stats, distance};
+    return loss;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    if (!gradients[0].defined()) return variable_list(8);
+    if (!gradients[0].defined()) return variable_list(9);
     check_first_derivative();
     const auto saved = context->get_saved_variables();  // may recompute a checkpointed block
     const Below below;
@@ -84,7 +88,7 @@ struct TaskSparsity : torch::autograd::Function<TaskSparsity> {
         saved[2], saved[3], saved[4], context->saved_data["scales"].toDoubleVector(),
         context->saved_data["ranks"].toIntVector(), optional(saved[5]), saved[6], saved[7],
         saved[8]);
-    return {dz, dlatent, {}, {}, dgates, {}, {}, {}};
+    return {dz, dlatent, {}, {}, dgates, {}, {}, {}, {}};
   }
 };
 
@@ -122,8 +126,10 @@ std::tuple<Tensor, Tensor> expert_mixture_autograd(const Tensor& x, const Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity_autograd(const Tensor& z,
     const Tensor& latent, const Tensor& up, const Tensor& gram, const Tensor& gates,
     at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights) {
-  const auto found = TaskSparsity::apply(z, latent, up, gram, gates, scales, ranks, token_weights);
-  return {found[0], found[1], found[2], found[3]};
+  Kept kept;
+  const Tensor loss =
+      TaskSparsity::apply(z, latent, up, gram, gates, scales, ranks, token_weights, &kept);
+  return {loss, kept.projection, kept.stats, kept.distance};
 }
 
 std::tuple<Tensor, Tensor> prompt_mean_autograd(const Tensor& x, int64_t prompt_length) {
