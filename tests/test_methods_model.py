@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft import PeftModelForSeq2SeqLM
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
@@ -28,7 +29,7 @@ from pemt.model import (
     peft_settings,
     starts_from_text,
 )
-from pemt.model.peft_model import UNFIT
+from pemt.model.peft_model import UNFIT, PeftError
 from tests.tiny import adapt_config
 from tests.tiny_t5 import SIZES, gradients, tiny_base, tiny_batch, tiny_prompt
 
@@ -202,6 +203,24 @@ def test_a_prefix_is_as_deep_and_as_wide_as_the_decoder(kind: str) -> None:
     base = T5ForConditionalGeneration(config)
     settings = peft_settings("peft", {"peft_type": kind, **PREFIX})
     check_greedy(with_effect(lambda: PeftT5(base, settings)))
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_prefix_that_answers_do_not_see_is_refused(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As peft 0.21 beside transformers 5.24, which ignores the cache by its old name."""
+
+    def dropped(self: PeftModelForSeq2SeqLM, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kwargs.pop("task_ids", None)
+        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+
+    monkeypatch.setattr(PeftModelForSeq2SeqLM, "prepare_inputs_for_generation", dropped)
+    settings = peft_settings("peft", {"peft_type": kind, **PREFIX})
+    with pytest.raises(
+        PeftError, match=f"{kind} cannot be .* its answers would lack the prefix: peft"
+    ):
+        PeftT5(tiny_base(), settings)
 
 
 def test_a_prefix_and_recomputed_blocks_are_refused_together(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -126,6 +127,8 @@ class PeftT5(BaselineT5):
         try:
             self.peft = get_peft_model(base, settings)
             self._try()
+            if kind in PREFIXES:
+                self._try_answer()
         except Exception as error:  # whatever peft raises
             raise PeftError(
                 f"peft_config: {kind} cannot be put into this base model: {_first_line(error)}"
@@ -142,6 +145,27 @@ class PeftT5(BaselineT5):
         token = torch.zeros(1, 2, dtype=torch.long)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             self(input_ids=token, attention_mask=torch.ones_like(token), labels=token)
+
+    @torch.no_grad()
+    def _try_answer(self) -> None:
+        """One token of an answer: a prefix reaches `generate` by its name for a cache, which has changed."""
+        was_training = self.training
+        self.eval()
+        token = torch.zeros(1, 2, dtype=torch.long)
+        inputs = {"input_ids": token, "attention_mask": torch.ones_like(token)}
+        start = torch.tensor([[self.base.config.decoder_start_token_id]])
+        taught_1V = self.peft(**inputs, decoder_input_ids=start).logits[:, 0]
+        without_1V = self.base(**inputs, decoder_input_ids=start).logits[:, 0]
+        told_1V = self.peft.generate(
+            **inputs, **self.generation_cache(), max_new_tokens=1, num_beams=1, do_sample=False,
+            return_dict_in_generate=True, output_logits=True,
+        ).logits[0]  # fmt: skip
+        self.train(was_training)
+        if (told_1V - without_1V).abs().max() < (told_1V - taught_1V).abs().max():
+            raise PeftError(
+                f"its answers would lack the prefix: peft {version('peft')} does not hand it to transformers "
+                f"{version('transformers')}; install transformers<5.24, or a newer peft"
+            )
 
     @property
     def base(self) -> Base:  # type: ignore[override]
