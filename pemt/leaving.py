@@ -24,9 +24,8 @@ def run_and_leave(program: Callable[[], object]) -> None:
     def leave() -> None:
         if statuses:
             for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(
-                    OSError, ValueError
-                ):  # its reader has gone, or it is closed
+                # its reader may have gone, or it may be closed
+                with contextlib.suppress(OSError, ValueError):
                     stream.flush()
             os._exit(statuses[0])
 

@@ -92,16 +92,23 @@ class Layer:
             torch.autograd.backward([z, sparsity], [self.dz, weight])
 
 
-def forward_loop(layer: Layer) -> tuple[Tensor, Tensor | None]:
-    """One FFN and its loss with a loop over the experts."""
-    y, latent = reference.expert_mixture(
+def _forward(
+    layer: Layer, mixture: Callable[..., tuple[Tensor, Tensor]], sparsity: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    y, latent = mixture(
         layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
     )
     z = layer.adapt(y)
-    if layer.bench.forward_only:
-        return z, None
-    return z, reference.task_sparsity(
-        z, latent, layer.up, layer.gates, layer.scales, layer.ranks, None
+    return z, None if layer.bench.forward_only else sparsity(z, latent)
+
+
+def forward_loop(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """One FFN and its loss with a loop over the experts."""
+    experts = (layer.gates, layer.scales, layer.ranks)
+    return _forward(
+        layer,
+        reference.expert_mixture,
+        lambda z, latent: reference.task_sparsity(z, latent, layer.up, *experts),
     )
 
 
@@ -123,14 +130,11 @@ def forward_stacked(layer: Layer) -> tuple[Tensor, Tensor | None]:
 
 def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
     """One FFN and its loss with the fused op."""
-    y, latent = ops.expert_mixture(
-        layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
-    )
-    z = layer.adapt(y)
-    if layer.bench.forward_only:
-        return z, None
-    return z, ops.task_sparsity(
-        z, latent, layer.up, layer.gram, layer.gates, layer.scales, layer.ranks
+    experts = (layer.gates, layer.scales, layer.ranks)
+    return _forward(
+        layer,
+        ops.expert_mixture,
+        lambda z, latent: ops.task_sparsity(z, latent, layer.up, layer.gram, *experts),
     )
 
 

@@ -149,7 +149,7 @@ class PeftT5(BaselineT5):
     @torch.no_grad()
     def _try_answer(self) -> None:
         """One token of an answer: a prefix reaches `generate` by its name for a cache, which has changed."""
-        was_training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         token = torch.zeros(1, 2, dtype=torch.long)
         inputs = {"input_ids": token, "attention_mask": torch.ones_like(token)}
@@ -160,7 +160,8 @@ class PeftT5(BaselineT5):
             **inputs, **self.generation_cache(), max_new_tokens=1, num_beams=1, do_sample=False,
             return_dict_in_generate=True, output_logits=True,
         ).logits[0]  # fmt: skip
-        self.train(was_training)
+        for module, training in modes:
+            module.training = training
         if (told_1V - without_1V).abs().max() < (told_1V - taught_1V).abs().max():
             raise PeftError(
                 f"its answers would lack the prefix: peft {version('peft')} does not hand it to transformers "
