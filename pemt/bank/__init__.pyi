@@ -1,0 +1,13 @@
+from .entries import entry_folder as entry_folder
+from .entries import entry_names as entry_names
+from .entries import import_official as import_official
+from .entries import read_bank as read_bank
+from .entries import read_entry as read_entry
+from .entries import read_manifests as read_manifests
+from .entries import write_entry as write_entry
+from .official import refusal as refusal
+from .tools import add_peft as add_peft
+from .tools import export_peft as export_peft
+from .tools import merge as merge
+from .tools import remove as remove
+from .tools import verify as verify
