@@ -50,8 +50,7 @@ def main() -> None:
         os._exit(2)
     except Interrupted:
         status = INTERRUPTED_STATUS
-    if "pemt.engine" in sys.modules:
-        sys.modules["pemt.engine"].shut_down()
+    finish()
     if status:
         sys.exit(status)
 

@@ -1,13 +1,16 @@
-from .entries import entry_folder as entry_folder
-from .entries import entry_names as entry_names
-from .entries import import_official as import_official
-from .entries import read_bank as read_bank
-from .entries import read_entry as read_entry
-from .entries import read_manifests as read_manifests
-from .entries import write_entry as write_entry
-from .official import refusal as refusal
-from .tools import add_peft as add_peft
-from .tools import export_peft as export_peft
-from .tools import merge as merge
-from .tools import remove as remove
-from .tools import verify as verify
+from .entries import (
+    entry_folder as entry_folder,
+    entry_names as entry_names,
+    import_official as import_official,
+    read_bank as read_bank,
+    read_entry as read_entry,
+    read_manifests as read_manifests,
+    write_entry as write_entry,
+)
+from .tools import (
+    add_peft as add_peft,
+    export_peft as export_peft,
+    merge as merge,
+    remove as remove,
+    verify as verify,
+)

@@ -1,32 +1,29 @@
-from .checkpoint import WEIGHTS as WEIGHTS
-from .checkpoint import Checkpoint as Checkpoint
-from .checkpoint import Checkpoints as Checkpoints
-from .checkpoint import load_trained as load_trained
-from .checkpoint import match_trained as match_trained
-from .checkpoint import trained_count as trained_count
-from .folder import CONFIG as CONFIG
-from .folder import PREDICTIONS as PREDICTIONS
-from .folder import RESULTS as RESULTS
-from .folder import check_run_folder as check_run_folder
-from .folder import finished_results as finished_results
-from .folder import goes_on as goes_on
-from .folder import holds_run as holds_run
-from .folder import results_block as results_block
-from .folder import results_of as results_of
-from .folder import scores_of as scores_of
-from .folder import start_run_folder as start_run_folder
-from .folder import write_predictions as write_predictions
-from .folder import write_results as write_results
-from .lock import LockError as LockError
-from .lock import RunLock as RunLock
-from .lock import check_lock as check_lock
-from .lock import start_ticks as start_ticks
+from .checkpoint import (
+    WEIGHTS as WEIGHTS,
+    Checkpoint as Checkpoint,
+    Checkpoints as Checkpoints,
+    load_into_model as load_into_model,
+    load_trained as load_trained,
+    trained_count as trained_count,
+)
+from .folder import (
+    CONFIG as CONFIG,
+    PREDICTIONS as PREDICTIONS,
+    RESULTS as RESULTS,
+    RunFolderError as RunFolderError,
+    check_run_folder as check_run_folder,
+    finished_results as finished_results,
+    holds_run as holds_run,
+    resume_target as resume_target,
+    start_run_folder as start_run_folder,
+)
+from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
 from .names import checkpoint_folders as checkpoint_folders
-from .progress import Progress as Progress
-from .progress import progress_of as progress_of
-from .resume import Config as Config
-from .resume import settled as settled
-from .status import STATUS as STATUS
-from .status import State as State
-from .status import saved_checkpoint as saved_checkpoint
-from .status import write_status as write_status
+from .progress import Progress as Progress, progress_of as progress_of
+from .resume import Config as Config, resolve_config as resolve_config
+from .status import (
+    STATUS as STATUS,
+    State as State,
+    saved_checkpoint as saved_checkpoint,
+    write_status as write_status,
+)

@@ -1,23 +1,31 @@
-from .command_line import Parser as Parser
-from .command_line import command_parser as command_parser
-from .command_line import count as count
-from .command_line import nearest as nearest
-from .command_line import verb_parser as verb_parser
-from .deepspeed import DeepSpeedConfigError as DeepSpeedConfigError
-from .deepspeed import fill_deepspeed_json as fill_deepspeed_json
-from .deepspeed import read_deepspeed_json as read_deepspeed_json
-from .parse import field_keys as field_keys
-from .parse import parse_config as parse_config
-from .parse import read_yaml_mapping as read_yaml_mapping
-from .parse import recipe_names as recipe_names
-from .schema import NOT_THE_RUN as NOT_THE_RUN
-from .schema import PEFT_METHODS as PEFT_METHODS
-from .schema import AdaptConfig as AdaptConfig
-from .schema import AdapterConfig as AdapterConfig
-from .schema import ConfigError as ConfigError
-from .schema import ExpertConfig as ExpertConfig
-from .schema import MixtureConfig as MixtureConfig
-from .schema import PemtError as PemtError
-from .schema import RunConfig as RunConfig
-from .schema import SourceConfig as SourceConfig
+from .command_line import (
+    Parser as Parser,
+    command_parser as command_parser,
+    count as count,
+    nearest as nearest,
+    verb_parser as verb_parser,
+)
+from .deepspeed import (
+    DeepSpeedConfigError as DeepSpeedConfigError,
+    fill_deepspeed_json as fill_deepspeed_json,
+    read_deepspeed_json as read_deepspeed_json,
+)
+from .parse import (
+    field_keys as field_keys,
+    parse_config as parse_config,
+    read_yaml_mapping as read_yaml_mapping,
+    recipe_names as recipe_names,
+)
+from .schema import (
+    NON_IDENTITY_FIELDS as NON_IDENTITY_FIELDS,
+    PEFT_METHODS as PEFT_METHODS,
+    AdaptConfig as AdaptConfig,
+    AdapterConfig as AdapterConfig,
+    ConfigError as ConfigError,
+    ExpertConfig as ExpertConfig,
+    MixtureConfig as MixtureConfig,
+    PemtError as PemtError,
+    RunConfig as RunConfig,
+    SourceConfig as SourceConfig,
+)
 from .yaml_file import load_yaml as load_yaml

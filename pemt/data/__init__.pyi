@@ -1,13 +1,11 @@
-from .batching import EvalBatches as EvalBatches
-from .batching import TrainBatches as TrainBatches
-from .batching import collate as collate
+from .batching import EvalBatches as EvalBatches, TrainBatches as TrainBatches, collate as collate
 from .errors import DataError as DataError
-from .loading import TaskData as TaskData
-from .loading import encode_sources as encode_sources
-from .loading import lengths_of as lengths_of
-from .loading import load_split as load_split
-from .loading import load_task_data as load_task_data
-from .streaming import StreamBatches as StreamBatches
-from .streaming import TrainStream as TrainStream
-from .to_predict import read_inputs as read_inputs
-from .to_predict import sources_of as sources_of
+from .loading import (
+    TaskData as TaskData,
+    encode_sources as encode_sources,
+    lengths_of as lengths_of,
+    load_split as load_split,
+    load_task_data as load_task_data,
+)
+from .streaming import StreamBatches as StreamBatches, TrainStream as TrainStream
+from .to_predict import read_inputs as read_inputs, sources_of as sources_of

@@ -1,12 +1,11 @@
-from .job import CHIPS as CHIPS
-from .job import Cluster as Cluster
-from .job import Job as Job
-from .job import PlanError as PlanError
-from .job import Zero as Zero
-from .job import read_zero as read_zero
-from .report import describe as describe
-from .report import figures as figures
-from .shapes import KNOWN as KNOWN
-from .shapes import Shape as Shape
-from .shapes import read_shape as read_shape
+from .job import (
+    CHIPS as CHIPS,
+    Cluster as Cluster,
+    Job as Job,
+    PlanError as PlanError,
+    Zero as Zero,
+    read_zero as read_zero,
+)
+from .report import describe as describe, figures as figures
+from .shapes import KNOWN as KNOWN, Shape as Shape, read_shape as read_shape
 from .speed import flops as flops

@@ -1,17 +1,16 @@
-from .registry import register_task as register_task
-from .registry import task_names as task_names
-from .scoring import example_scores as example_scores
-from .scoring import score as score
-from .task import SPLITS as SPLITS
-from .task import HubSource as HubSource
-from .task import RowError as RowError
-from .task import Task as Task
-from .task import TaskError as TaskError
-from .task import class_name as class_name
-from .task import encodable as encodable
-from .task import example_of as example_of
-from .task import has_label as has_label
-from .task import label_name as label_name
-from .task import source_of as source_of
-from .task_file import get_task as get_task
-from .task_file import load_task_file as load_task_file
+from .registry import register_task as register_task, task_names as task_names
+from .scoring import example_scores as example_scores, score as score
+from .task import (
+    SPLITS as SPLITS,
+    HubSource as HubSource,
+    RowError as RowError,
+    Task as Task,
+    TaskError as TaskError,
+    class_name as class_name,
+    encodable as encodable,
+    example_of as example_of,
+    has_label as has_label,
+    label_name as label_name,
+    source_of as source_of,
+)
+from .task_file import get_task as get_task, load_task_file as load_task_file

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from pemt.commands import COMMANDS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES_A_FILE = 400
 MOST_LINES_A_FUNCTION = 60
 
