@@ -19,7 +19,6 @@ from .folder import (
 )
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
 from .names import checkpoint_folders as checkpoint_folders
-from .progress import Progress as Progress, progress_of as progress_of
 from .resume import Config as Config, resolve_config as resolve_config
 from .status import (
     STATUS as STATUS,
@@ -27,3 +26,4 @@ from .status import (
     saved_checkpoint as saved_checkpoint,
     write_status as write_status,
 )
+from .train_state import TrainState as TrainState, train_state_of as train_state_of

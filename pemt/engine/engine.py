@@ -14,7 +14,7 @@ import contextlib
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -287,8 +287,8 @@ class Engine:
 
     def load_optimizer_state(
         self,
-        weights: dict[str, Tensor],
-        moments: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
         *,
         step: int,
         batch: dict[str, Tensor],
@@ -328,7 +328,7 @@ class Engine:
             kind: self.gather(state[None].to(self.device)).cpu() for kind, state in states.items()
         }
 
-    def load_random_states(self, states: dict[str, Tensor]) -> None:
+    def load_random_states(self, states: Mapping[str, Tensor]) -> None:
         """Put this rank's generators back; a rank that did not exist then keeps its own."""
         # Cloned, since torch crashes on a state that is a row of a larger tensor.
         if self.rank < len(states["cpu"]):

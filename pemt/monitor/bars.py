@@ -1,4 +1,4 @@
-"""Progress bars of training and evaluation on a terminal, plain lines elsewhere."""
+"""TrainState bars of training and evaluation on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from pemt.checkpoint import (
     CONFIG,
     WEIGHTS,
-    Progress,
+    TrainState,
     checkpoint_folders,
     load_trained,
-    progress_of,
+    train_state_of,
 )
 from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config
 from pemt.engine import Engine
@@ -53,7 +53,7 @@ class LoadedRun:
     model: TrainedT5
     source_names: list[str]
     checkpoint: Path
-    progress: Progress
+    progress: TrainState
 
 
 def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -140,16 +140,16 @@ def prepare_finished(finished: LoadedRun, engine: Engine) -> None:
     engine.prepare(finished.model, optimizer, read_lazy=read_lazy)
 
 
-def _best_checkpoint(folder: Path) -> tuple[Path, Progress, str]:
+def _best_checkpoint(folder: Path) -> tuple[Path, TrainState, str]:
     """The best validated checkpoint (the newest where nothing was validated), its progress and stage."""
     folders = checkpoint_folders(folder)
     if not folders:
         raise FinishedError(f"{folder}: holds a run without a checkpoint; train it first")
-    newest = progress_of(read_manifest(folders[-1]))
+    newest = train_state_of(read_manifest(folders[-1]))
     best = folder / f"checkpoint-{newest.best_step}"
     chosen = best if newest.best_step is not None and best.is_dir() else folders[-1]
     manifest = read_manifest(chosen)
     run = manifest.get("run")
     if not isinstance(run, dict) or run.get("stage") not in ("source", "adapt"):
         raise FinishedError(f"{chosen}: tells no stage; it was written by another version")
-    return chosen, progress_of(manifest), run["stage"]
+    return chosen, train_state_of(manifest), run["stage"]

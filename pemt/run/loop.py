@@ -9,13 +9,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from pemt.checkpoint import (
     Checkpoint,
     Checkpoints,
-    Progress,
+    TrainState,
     holds_run,
     load_into_model,
     resume_target,
@@ -38,6 +38,7 @@ from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.meter import Meter
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.session import Session
+from pemt.storage import TensorFile
 from pemt.tasks import Task
 
 Batches: TypeAlias = TrainBatches | StreamBatches
@@ -59,13 +60,13 @@ class Fitted:
     """What training leaves.
 
     Args:
-        weights: the best checkpoint's trained weights, fp32, by parameter name.
+        weights: the best checkpoint's trained weights, fp32, by parameter name, in their file.
         progress: the last step, and the best one.
         epoch: passes over the training data.
     """
 
-    weights: dict[str, Tensor]
-    progress: Progress
+    weights: TensorFile
+    progress: TrainState
     epoch: float
 
 
@@ -122,7 +123,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     batches = train_batches(config, setup, resumed.progress.position if resumed else None)
     total_steps = _total_steps(config, batches)
     schedule = prepare(config, engine, model, resumed, total_steps=total_steps)
-    progress = _restore(setup, schedule, resumed) if resumed else Progress()
+    progress = _restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(progress.step)
     model.train()
     with (
@@ -204,7 +205,7 @@ def _identity(setup: Setup, built: Built) -> dict[str, Any]:
 
 
 def _take_step(
-    setup: Setup, schedule: LRScheduler, meter: Meter, micro_batches: list[list[Any]]
+    setup: Setup, schedule: LambdaLR, meter: Meter, micro_batches: list[list[Any]]
 ) -> tuple[dict[str, float], list[Tensor]]:
     """One optimizer step over this rank's micro-batches: its learning rate and gradient norm, and their losses."""
     engine = setup.engine
@@ -237,7 +238,7 @@ def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None
         run.monitor.message(line)
 
 
-def _finish_step(run: _Run, progress: Progress) -> Progress:
+def _finish_step(run: _Run, progress: TrainState) -> TrainState:
     """Validate and save where it is due; save and leave where a rank was told to stop."""
     _tell_of_saving(run)
     try:
@@ -327,7 +328,7 @@ def prepare(
     resumed: Checkpoint | None,
     *,
     total_steps: int,
-) -> LRScheduler:
+) -> LambdaLR:
     """Optimizer over the trained parameters alone, schedule, and the model into the engine."""
     trained = dict(model.trainable_parameters())
     if resumed:
@@ -351,8 +352,8 @@ def prepare(
     return schedule
 
 
-def _restore(setup: Setup, schedule: LRScheduler, resumed: Checkpoint) -> Progress:
-    """Optimizer, schedule and generators as they were when the checkpoint was saved; its tensors are let go."""
+def _restore(setup: Setup, schedule: LambdaLR, resumed: Checkpoint) -> TrainState:
+    """Optimizer, schedule and generators as they were when the checkpoint was saved."""
     progress = resumed.progress
     # One token: a batch of the data may be the very one that gives no finite loss.
     token = torch.tensor([[setup.tokenizer.eos_token_id]], device=setup.engine.device)
@@ -362,15 +363,23 @@ def _restore(setup: Setup, schedule: LRScheduler, resumed: Checkpoint) -> Progre
         step=progress.step - progress.skipped,
         batch={"input_ids": token, "attention_mask": torch.ones_like(token), "labels": token},
     )
-    for _ in range(progress.step):
-        schedule.step()
+    set_schedule_step(schedule, progress.step)
     setup.engine.load_random_states(resumed.random)
-    for tensors in (resumed.weights, resumed.moments, resumed.random):
-        tensors.clear()  # 12 bytes a trained parameter, on every rank and to the run's end otherwise
     return progress
 
 
-def _validate(run: _Run, progress: Progress) -> Progress:
+def set_schedule_step(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule where `step` calls of its own `step` would have taken it."""
+    schedule.last_epoch = step
+    rates = [
+        base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
+def _validate(run: _Run, progress: TrainState) -> TrainState:
     setup, name = run.setup, run.setup.task.name
     validated = evaluate(
         setup.engine,

@@ -9,14 +9,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from pemt.checkpoint import Progress, RunFolderError
+from pemt.checkpoint import RunFolderError, TrainState
 from pemt.run.evaluate import Evaluation
 from pemt.storage import write_text
 from pemt.tasks import Task, example_scores
 
 
 def results_of(
-    tested: Evaluation, *, progress: Progress, epoch: float, source_names: Sequence[str]
+    tested: Evaluation, *, progress: TrainState, epoch: float, source_names: Sequence[str]
 ) -> dict[str, Any]:
     """The final report under its published names, with the sources that `moe_weight_k` speaks of."""
     return {

@@ -20,3 +20,4 @@ from .manifest import (
     StorageError as StorageError,
     read_manifest as read_manifest,
 )
+from .tensor_file import TensorFile as TensorFile, open_tensors as open_tensors

@@ -1,19 +1,20 @@
-"""How far a run is: what a checkpoint's manifest tells of it."""
+"""How far a run is, as a checkpoint keeps it beside the tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pemt.storage import StorageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainState:
     """How far a run is.
 
     Args:
-        step: optimizer steps done; the position in the data follows from it, but for a stream.
+        step: optimizer steps done; the learning rate follows from it, and, but for a stream, the position in
+            the data.
         best_metric: best validation `average_metrics` so far, in percent; None before the first.
         best_step: the step at which it was measured.
         validated_step: the last step that was validated; a run that is stopped before a validation
@@ -29,22 +30,26 @@ class Progress:
     skipped: int = 0
     position: dict[str, Any] | None = None
 
-    def measured(self, metric: float) -> Progress:
-        """Progress after a validation at this step."""
+    def state_dict(self) -> dict[str, Any]:
+        """The values to be saved, which `train_state_of` reads back from a manifest."""
+        return asdict(self)
+
+    def measured(self, metric: float) -> TrainState:
+        """TrainState after a validation at this step."""
         validated = replace(self, validated_step=self.step)
         if self.best_metric is None or metric > self.best_metric:
             return replace(validated, best_metric=metric, best_step=self.step)
         return validated
 
 
-def progress_of(manifest: dict[str, Any]) -> Progress:
-    """The progress that a checkpoint's manifest tells.
+def train_state_of(manifest: dict[str, Any]) -> TrainState:
+    """The state that a checkpoint's manifest tells.
 
     Raises:
         StorageError: a field is missing, unknown or of another kind.
     """
     found = manifest.get("progress")
-    names = [each.name for each in fields(Progress)]
+    names = [each.name for each in fields(TrainState)]
     if not isinstance(found, dict) or found.keys() != set(names):
         raise StorageError(f"manifest.json: progress: found {found}, expected {names}")
     position = found["position"]
@@ -59,7 +64,7 @@ def progress_of(manifest: dict[str, Any]) -> Progress:
             raise StorageError(
                 f"manifest.json: progress.{name}: found {value!r}, expected a number"
             )
-    return Progress(**found)
+    return TrainState(**found)
 
 
 def _is_position(value: Any) -> bool:
