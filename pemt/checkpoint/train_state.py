@@ -35,7 +35,7 @@ class TrainState:
         return asdict(self)
 
     def measured(self, metric: float) -> TrainState:
-        """TrainState after a validation at this step."""
+        """The state after a validation at this step."""
         validated = replace(self, validated_step=self.step)
         if self.best_metric is None or metric > self.best_metric:
             return replace(validated, best_metric=metric, best_step=self.step)

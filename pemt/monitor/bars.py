@@ -1,4 +1,4 @@
-"""TrainState bars of training and evaluation on a terminal, plain lines elsewhere."""
+"""Progress bars of training and evaluation on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
