@@ -82,6 +82,16 @@ class TrainedT5(nn.Module, ABC):
         """
         return None
 
+    @property
+    def gate_sites(self) -> list[str]:
+        """The places that may have a gate, in the order of the gates: `encoder/0` …, `decoder/0` …, the FFNs."""
+        config = self.base.config
+        assert config.num_decoder_layers is not None
+        return [
+            *(f"encoder/{layer}" for layer in range(config.num_layers)),
+            *(f"decoder/{layer}" for layer in range(config.num_decoder_layers)),
+        ]
+
     def freeze_untrained(self) -> None:
         """Freeze everything that is not declared; once, before an engine sees the model."""
         trained = {id(parameter) for parameter in self.declared_parameters()}

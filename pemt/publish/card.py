@@ -5,20 +5,17 @@ Shapes: L FFNs (encoder first), K sources.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from pemt.config import PEFT_METHODS, AdaptConfig
+from pemt.monitor import NamedGates, gates_in, mean_by_source
 from pemt.storage import HubError, local_folder
 from pemt.tasks import Task, label_name
 
@@ -68,9 +65,9 @@ class Card:
     bytes: int
 
     @property
-    def gates_LK(self) -> list[list[float]]:
+    def gates(self) -> NamedGates:
         """Mean gates over the test set; empty without experts."""
-        return list(self.results.get("gates", []))
+        return gates_in(self.results)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -93,7 +90,7 @@ def model_card(card: Card) -> str:
         f"Method: {what}.",
         _use(card),
         _scores(card),
-        *([_experts(card)] if card.gates_LK else []),
+        *([_experts(card)] if card.gates else []),
         _training(card),
         _licence(card),
     ]
@@ -109,26 +106,6 @@ def base_licence(base_model: str) -> str | None:
     except (HubError, OSError, ValueError):
         return None
     return str(found) if found else None
-
-
-def draw_gates(
-    gates_LK: list[list[float]], sources: Sequence[str], encoder_layers: int, path: Path
-) -> None:
-    """A heat map of the mean gates: sources (rows) by FFNs (columns)."""
-    gates = np.asarray(gates_LK)
-    names = [f"enc {i}" for i in range(encoder_layers)]
-    names += [f"dec {i}" for i in range(len(gates) - encoder_layers)]
-    width = min(14.0, 3 + 0.45 * len(names))
-    figure = Figure(figsize=(width, 1.6 + 0.35 * len(sources)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(gates.T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.axvline(encoder_layers - 0.5, color="white", linewidth=2)
-    axes.set_yticks(range(len(sources)), list(sources))
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_title("Mean gate on the test set")
-    figure.colorbar(image, ax=axes, label="weight")
-    figure.savefig(path, dpi=120)
 
 
 def _front_matter(card: Card, name: str) -> ModelCardData:
@@ -181,11 +158,8 @@ def _scores(card: Card) -> str:
 
 
 def _experts(card: Card) -> str:
-    means = np.asarray(card.gates_LK).mean(axis=0)
-    rows = [
-        f"| {name} | {mean:.3f} |"
-        for name, mean in zip(card.results["sources"], means, strict=True)
-    ]
+    means = mean_by_source(card.gates)
+    rows = [f"| {name} | {mean:.3f} |" for name, mean in means.items()]
     return "\n".join(
         ["## Experts", "", "How much the gates gave to each source task, over all FFNs and test inputs.",
          "", "| source | mean gate |", "|---|---|", *rows, "",

@@ -16,6 +16,7 @@ from pemt.bank import read_bank
 from pemt.checkpoint import RESULTS
 from pemt.config import AdaptConfig
 from pemt.model import FullT5, PeftT5, bars_on_terminals_alone, base_digest, base_shape
+from pemt.monitor import save_gate_map
 from pemt.publish.adapter_format import (
     CONFIG,
     FORMAT,
@@ -26,7 +27,7 @@ from pemt.publish.adapter_format import (
     SourceSettings,
     write_adapter,
 )
-from pemt.publish.card import GATES, Card, base_licence, draw_gates, model_card
+from pemt.publish.card import GATES, Card, base_licence, model_card
 from pemt.run import LoadedRun, load_finished
 
 README = "README.md"
@@ -86,10 +87,8 @@ def export_run(
             dtype=dtype if config.method in METHODS else "float32",
             bytes=sum(path.stat().st_size for path in temporary.iterdir()),
         )
-        if card.gates_LK:
-            encoder_layers = finished.model.base.config.num_layers
-            sources = finished.source_names
-            draw_gates(card.gates_LK, sources, encoder_layers, temporary / GATES)
+        if card.gates:
+            save_gate_map(card.gates, temporary / GATES, title="Mean gate on the test set")
         (temporary / README).write_text(model_card(card), encoding="utf-8")
     return target
 

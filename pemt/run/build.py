@@ -20,6 +20,7 @@ from pemt.model import (
     peft_settings,
     starts_from_text,
 )
+from pemt.monitor import GateNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,11 @@ class Built:
     model: TrainedT5
     stage: str
     source_names: list[str]
+
+    @property
+    def gate_names(self) -> GateNames:
+        """What the axes of the model's gates stand for."""
+        return GateNames(sources=self.source_names, sites=self.model.gate_sites)
 
 
 def build_model(

@@ -199,16 +199,6 @@ def gates_of(out: PemtOutput) -> list[Tensor]:
     return [] if out.gates_LBK is None else [out.gates_LBK.float().transpose(0, 1)]
 
 
-def ffn_names(model: TrainedT5) -> list[str]:
-    """`encoder/0` …, `decoder/0` …: the FFNs in the gates' order, by stack and layer."""
-    config = model.base.config
-    assert config.num_decoder_layers is not None
-    return [
-        *(f"encoder/{layer}" for layer in range(config.num_layers)),
-        *(f"decoder/{layer}" for layer in range(config.num_decoder_layers)),
-    ]
-
-
 def _pad_rows(tensor: Tensor, count: int) -> Tensor:
     filler = tensor.new_full((count, *tensor.shape[1:]), NO_EXAMPLE)
     return torch.cat([tensor, filler])

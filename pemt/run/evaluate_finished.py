@@ -61,7 +61,7 @@ def evaluate_run(
         "task_name": config.task_name,
         "split": split,
         "examples": len(scored.predictions),
-        **scores_of(scored, finished.source_names, split=split),
+        **scores_of(scored, finished.gate_names, split=split),
     }
     if engine.is_main:
         own = finished_config(run_dir).task_name == config.task_name

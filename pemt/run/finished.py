@@ -20,6 +20,7 @@ from pemt.checkpoint import (
 from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config
 from pemt.engine import Engine
 from pemt.model import TrainedT5, base_digest, checked_base, load_base, read_lazy
+from pemt.monitor import GateNames
 from pemt.run.build import build_model
 from pemt.storage import read_manifest, read_tensors
 from pemt.tasks import Task, get_task
@@ -54,6 +55,11 @@ class LoadedRun:
     source_names: list[str]
     checkpoint: Path
     progress: TrainState
+
+    @property
+    def gate_names(self) -> GateNames:
+        """What the axes of the model's gates stand for."""
+        return GateNames(sources=self.source_names, sites=self.model.gate_sites)
 
 
 def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

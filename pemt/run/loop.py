@@ -32,7 +32,7 @@ from pemt.data import (
 )
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
-from pemt.monitor import GateNames, Monitor
+from pemt.monitor import Monitor
 from pemt.run.build import Built
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.meter import Meter
@@ -133,7 +133,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             initial_step=progress.step,
             is_main=engine.is_main,
             description=f"{built.stage} {setup.task.name}",
-            gates=gate_names(model, built.source_names),
+            gates=built.gate_names,
         ) as monitor,
         checkpoints,
     ):
@@ -225,8 +225,7 @@ def _take_step(
 def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None:
     """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
     scalars, gates_LK = meter.read()
-    names = gate_names(run.built.model, run.built.source_names)
-    gates = {} if gates_LK is None else names.scalars(gates_LK)
+    gates = {} if gates_LK is None else run.built.gate_names.scalars(gates_LK)
     epoch = {"train/epoch": run.batches.epochs_at(step)}
     run.monitor.log(step, {**scalars, **rates, **epoch, **gates})
     run.monitor.advance(
@@ -408,8 +407,3 @@ def mixture_seen(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor]
     if evaluated.gates_NLK is None or similarity_MM is None:
         return None
     return evaluated.gates_NLK, similarity_MM.cpu()
-
-
-def gate_names(model: TrainedT5, source_names: list[str]) -> GateNames:
-    """What the axes of this model's gates stand for."""
-    return GateNames(sources=source_names, encoder_layers=model.base.config.num_layers)

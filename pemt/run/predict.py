@@ -26,7 +26,7 @@ from pemt.config import PemtError, RunConfig
 from pemt.data import collate, encode_sources, read_inputs, sources_of
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
-from pemt.run.evaluate import answer_batch, ffn_names, over_ranks
+from pemt.run.evaluate import answer_batch, over_ranks
 from pemt.run.finished import LoadedRun, finished_config, load_finished, prepare_finished
 from pemt.tasks import get_task, label_name
 
@@ -74,7 +74,6 @@ class Predictor:
         self.finished = finished
         self.engine = engine or Engine(finished.config)
         prepare_finished(finished, self.engine)
-        self._ffns = ffn_names(finished.model)
 
     @classmethod
     def load(cls, run_dir: str | Path, overrides: Sequence[str] = ()) -> Predictor:
@@ -117,7 +116,11 @@ class Predictor:
             measure=lambda indices: self._measure([ids[i] for i in indices], longest, beams),
         )
         answers = self.finished.tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
-        named = [self._named(gates_LK) for gates_LK in gates[0]] if gates else [{} for _ in texts]
+        named = (
+            [self.finished.gate_names.named(gates_LK) for gates_LK in gates[0]]
+            if gates
+            else [{} for _ in texts]
+        )
         return [
             Prediction(input=text, prediction=answer, label=label_name(task, answer), gates=weights)
             for text, answer, weights in zip(texts, answers, named, strict=True)
@@ -133,10 +136,6 @@ class Predictor:
         )
         batch = {key: value.to(engine.device) for key, value in batch.items()}
         return answer_batch(engine, batch, longest=longest, num_beams=num_beams)
-
-    def _named(self, gates_LK: Tensor) -> dict[str, dict[str, float]]:
-        rows = zip(self._ffns, gates_LK.tolist(), strict=True)
-        return {ffn: dict(zip(self.finished.source_names, row, strict=True)) for ffn, row in rows}
 
 
 def predict_file(

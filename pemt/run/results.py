@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from pemt.checkpoint import RunFolderError, TrainState
+from pemt.monitor import GateNames
 from pemt.run.evaluate import Evaluation
 from pemt.storage import write_text
 from pemt.tasks import Task, example_scores
 
 
 def results_of(
-    tested: Evaluation, *, progress: TrainState, epoch: float, source_names: Sequence[str]
+    tested: Evaluation, *, progress: TrainState, epoch: float, gates: GateNames
 ) -> dict[str, Any]:
     """The final report under its published names, with the sources that `moe_weight_k` speaks of."""
     return {
         "epoch": epoch,
-        **scores_of(tested, source_names, split="test"),
+        **scores_of(tested, gates, split="test"),
         "best_checkpoint": f"checkpoint-{progress.step if progress.best_step is None else progress.best_step}",
         "best_validation_average_metrics": progress.best_metric,
     }
 
 
-def scores_of(scored: Evaluation, source_names: Sequence[str], *, split: str) -> dict[str, Any]:
+def scores_of(scored: Evaluation, gates: GateNames, *, split: str) -> dict[str, Any]:
     """An evaluation under the published names, which begin with the split's."""
     scores = {
         **scored.metrics,
@@ -38,9 +38,8 @@ def scores_of(scored: Evaluation, source_names: Sequence[str], *, split: str) ->
     }
     return {
         **{f"{split}_{name}": value for name, value in scores.items()},
-        "sources": list(source_names),
-        # per FFN, the encoder's first, the mean gate of each source
-        "gates": [] if scored.gates_LK is None else scored.gates_LK.tolist(),
+        "sources": list(gates.sources),
+        "gates": {} if scored.gates_LK is None else gates.named(scored.gates_LK),
     }
 
 
@@ -54,7 +53,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def write_predictions(
-    path: Path, scored: Evaluation, dataset: Dataset, task: Task, source_names: Sequence[str]
+    path: Path, scored: Evaluation, dataset: Dataset, task: Task, names: GateNames
 ) -> None:
     """Write what was predicted, a line of JSON for every example, in the data set's order (rank 0 calls).
 
@@ -77,7 +76,7 @@ def write_predictions(
             "prediction": prediction,
             "scores": example_scores(task, prediction, references),
             "gates": {
-                name: round(weight, 4) for name, weight in zip(source_names, gates_K, strict=True)
+                name: round(weight, 4) for name, weight in zip(names.sources, gates_K, strict=True)
             },
             **({"group": row["group"]} if row["group"] else {}),
         }

@@ -27,7 +27,7 @@ from pemt.model import PemtT5, base_shape, load_base, precision_warning
 from pemt.monitor import quiet_libraries, record_outcome
 from pemt.run.build import Built, build_model, check_method
 from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.loop import Fitted, Setup, fit, gate_names, mixture_seen
+from pemt.run.loop import Fitted, Setup, fit, mixture_seen
 from pemt.run.results import results_block, results_of, write_predictions, write_results
 from pemt.run.session import Session
 from pemt.tasks import get_task
@@ -170,19 +170,19 @@ def _report(
     """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
     engine = setup.engine
     results = results_of(
-        tested, progress=fitted.progress, epoch=fitted.epoch, source_names=built.source_names
+        tested, progress=fitted.progress, epoch=fitted.epoch, gates=built.gate_names
     )
     if engine.is_main:
         folder = Path(config.output_dir)
         write_predictions(
-            folder / PREDICTIONS, tested, setup.data.test, setup.task, built.source_names
+            folder / PREDICTIONS, tested, setup.data.test, setup.task, built.gate_names
         )
         record_outcome(
             folder,
             step=fitted.progress.step,
             config=config,
             results=results,
-            gates=gate_names(built.model, built.source_names),
+            gates=built.gate_names,
             mixture=mixture_seen(engine, tested),
         )
         write_results(folder / RESULTS, results)

@@ -151,15 +151,16 @@ def test_tasks_are_known(files: Path) -> None:
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gates = [[0.7, 0.1, 0.1, 0.1]] * 6
+    weights = dict(zip(SOURCES, [0.7, 0.1, 0.1, 0.1], strict=True))
+    gates = {f"{stack}/{layer}": weights for stack in ("encoder", "decoder") for layer in range(3)}
     found = [
         Row(
             method=method,
             target=target,
             seed=seed,
             accuracy=accuracy + seed,
-            gate_weights=dict(zip(SOURCES, gates[0], strict=True)) if method == "pemt" else {},
-            gates_LK=gates if method == "pemt" else [],
+            gate_weights=weights if method == "pemt" else {},
+            gates=gates if method == "pemt" else {},
         )
         for target in TARGETS
         for seed in (0, 2)
