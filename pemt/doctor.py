@@ -64,6 +64,7 @@ def examine(*, probe: bool = True) -> Iterator[Finding]:
     yield machine()
     if has_torch:
         yield from devices()
+        yield from precision()
         yield from ops()
     yield launcher()
     if probe and has_torch:
@@ -155,8 +156,31 @@ def devices() -> Iterator[Finding]:
                 what=f"cuda:{index}",
                 state="note",
                 found=f"{found}, no bfloat16",
-                advice="train with --bf16 false (fp16 overflows in T5 from size large on)",
+                advice="a run trains in fp32 on it, unless told otherwise (fp16 overflows in T5 from size large on)",
             )
+
+
+def precision() -> Iterator[Finding]:
+    """What a run on all of this machine's devices computes in, where its `bf16` is not set."""
+    import torch
+
+    try:
+        from pemt.engine.precision import bf16_is_native
+    except ImportError:  # a package is missing, which has been told
+        return
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
+    emulated = [name for name in names if not bf16_is_native(torch.device(name))]
+    if not emulated:
+        yield Finding(what="precision", state="ok", found="bf16, which is native here")
+        return
+    yield Finding(
+        what="precision",
+        state="note",
+        found=f"fp32: {', '.join(emulated)} would emulate bf16",
+        advice="bf16 is native on GPUs from sm_80 on and on CPUs with avx512_bf16 or amx_bf16; what --bf16 true costs "
+        "here, a run measures and tells at its start",
+    )
 
 
 def ops() -> Iterator[Finding]:

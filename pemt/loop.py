@@ -258,7 +258,7 @@ def _introduce(run: _Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
     monitor, size = run.monitor, _size_line(run.built.model, run.setup.engine)
     monitor.introduce(run.config, {"job": size, "device": str(run.setup.engine.device)})
-    for line in (*(resumed.notes if resumed else ()), *run.setup.data.notes, size):
+    for line in (size, *(resumed.notes if resumed else ()), *run.setup.data.notes):
         monitor.message(line)
     if resumed:
         step = resumed.progress.step
@@ -271,7 +271,7 @@ def _size_line(model: TrainedT5, engine: Engine) -> str:
     stage = "no DeepSpeed" if engine.zero_stage is None else f"ZeRO-{engine.zero_stage}"
     return (
         f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
-        f"{engine.world_size} rank(s), {stage}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
+        f"{engine.world_size} rank(s), {stage}, {engine.precision}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
     )
 
 

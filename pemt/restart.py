@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pemt.checkpoint_names import checkpoint_folders
 from pemt.config import PemtError, RunConfig
-from pemt.run_folder import goes_on, holds_run
+from pemt.run_folder import begun_config, goes_on, holds_run
 from pemt.storage import StorageError, read_manifest
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -25,7 +25,8 @@ def settled(config: Config) -> Config:
     Raises:
         WorldSizeError: the global batch that the run began with cannot be had on this number of ranks.
     """
-    return with_the_same_batch(_restarted(config), int(os.environ.get("WORLD_SIZE", "1")))
+    config = with_the_same_precision(_restarted(config))
+    return with_the_same_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _restarted(config: Config) -> Config:
@@ -38,6 +39,17 @@ def _restarted(config: Config) -> Config:
     ):
         return replace(config, overwrite_output_dir=False, resume_from_checkpoint=True)
     return config
+
+
+def with_the_same_precision(config: Config) -> Config:
+    """`bf16` as the run began, where it is left to the device: it may go on on a machine with another one."""
+    if config.bf16 is not None or not goes_on(config):
+        return config
+    begun = (_begun(config) or {}).get("config")
+    if not isinstance(begun, dict):  # no checkpoint yet
+        begun = begun_config(Path(config.output_dir)) or {}
+    bf16 = begun.get("bf16")
+    return replace(config, bf16=bf16 and not config.fp16) if isinstance(bf16, bool) else config
 
 
 def with_the_same_batch(config: Config, world_size: int) -> Config:

@@ -121,8 +121,8 @@ def begin(config: Config) -> tuple[Config, Engine]:
     """
     own = settled(config)
     engine = Engine(own)
-    config = engine.from_main(own)
-    return config, engine if config == own else Engine(config)
+    decided: Config = engine.from_main(engine.config)
+    return decided, engine if decided == engine.config else Engine(decided)
 
 
 def set_up(config: RunConfig, engine: Engine) -> Setup:

@@ -206,7 +206,7 @@ def test_doctor_on_machines_with_and_without_gpu(monkeypatch: pytest.MonkeyPatch
     ]
     monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
     old, new = doctor.devices()
-    assert "--bf16 false" in old.advice
+    assert "fp32" in old.advice
     assert new.found == "A100, 80 GiB, sm_80"
 
 
