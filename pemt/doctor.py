@@ -17,6 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pemt.distribution import (
+    NAME,
+    described,
+    how_to_install,
+    installed_version,
+    other_distribution,
+)
+
 # What pemt stands on is imported where it is looked at: any of it may be what is missing.
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -74,6 +82,7 @@ def examine(*, probe: bool = True) -> Iterator[Finding]:
 def packages() -> Iterator[Finding]:
     """Python and the packages that pemt stands on, each against what pemt's metadata asks for."""
     yield Finding(what="python", state="ok", found=platform.python_version())
+    yield installation()
     needed = _needed()
     for name in PACKAGES:
         try:
@@ -95,12 +104,26 @@ def packages() -> Iterator[Finding]:
             yield Finding(what=name, state="ok", found=found)
 
 
+def installation() -> Finding:
+    """Which distribution this program is, and whether the other one of its import name is there."""
+    if other := other_distribution():
+        return Finding(what="pemt", state="note", found=described(), advice=other)
+    if installed_version() is None:
+        return Finding(
+            what="pemt",
+            state="note",
+            found=described(),
+            advice=f"for the command: {how_to_install()}",
+        )
+    return Finding(what="pemt", state="ok", found=described())
+
+
 def _needed() -> dict[str, Requirement]:
     """What pemt's metadata asks for, by name; empty where pemt or `packaging` is not installed."""
     try:
         from packaging.requirements import Requirement
 
-        lines = importlib.metadata.requires("pemt") or []
+        lines = importlib.metadata.requires(NAME) or []
     except ImportError:  # PackageNotFoundError is one
         return {}
     needed = [Requirement(line) for line in lines]

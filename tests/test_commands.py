@@ -17,6 +17,7 @@ from pemt import doctor
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
 from pemt.config import PemtError
+from pemt.distribution import described
 from tests.conftest import ROOT
 
 
@@ -95,7 +96,7 @@ def test_version() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pemt", "--version"], capture_output=True, text=True
     )
-    assert done.stdout == f"pemt {version('pemt')}\n", done.stderr
+    assert done.stdout == f"{described()}\n", done.stderr
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:
@@ -187,7 +188,7 @@ def test_doctor_tells_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("accelerate", "no-such-package"))
     needed = Requirement("accelerate==0.1.*")
     monkeypatch.setattr(doctor, "_needed", lambda: {"accelerate": needed})
-    _, wrong, absent = doctor.packages()
+    *_, wrong, absent = doctor.packages()
     assert wrong.state == absent.state == "missing"
     assert wrong.advice == "pip install 'accelerate==0.1.*'"
     assert wrong.lines()[1] == "      -> pip install 'accelerate==0.1.*'"

@@ -12,8 +12,9 @@ from pathlib import Path
 import yaml
 
 from pemt.config import RunConfig
+from pemt.distribution import NAME
 
-PACKAGES = ("pemt", "torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
+PACKAGES = (NAME, "torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
 GIT_SECONDS = 5
 MOST_FILES = 20
 

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pemt.config import PEFT_METHODS, AdaptConfig
+from pemt.distribution import how_to_install
 from pemt.hub import HubError, local_folder
 from pemt.tasks import Task, label_name
 
@@ -163,7 +164,10 @@ def _use(card: Card) -> str:
     method = card.config.method
     lines = _FULL if method == "full" else _PEFT if method in PEFT_METHODS else _OWN
     code = lines.format(here=_HERE, base=card.base_model, text=card.task.template)
-    own = "`pip install pemt`; the path is this folder, or its id on the hub.\n\n"
+    own = (
+        f"First {how_to_install()}: on PyPI `pemt` is another program. The path is this folder, or its id on "
+        "the hub.\n\n"
+    )
     asked = f"An input is `{card.task.template}` with the fields filled in"
     if card.task.labels:
         names = ((label, label_name(card.task, label)) for label in card.task.labels)
