@@ -32,7 +32,7 @@ from pemt.not_finite import NotFinite
 from pemt.run_folder import goes_on, holds_run, start_run_folder
 from pemt.session import Session
 from pemt.signals import Interrupted
-from pemt.tasks import Task
+from pemt.tasks import Task, told_once
 
 Batches: TypeAlias = TrainBatches | StreamBatches
 
@@ -376,9 +376,9 @@ def _validate(run: _Run, progress: Progress) -> Progress:
     )
     if (seen := mixture_seen(setup.engine, validated)) is not None:
         run.monitor.mixture(progress.step, *seen)
-    listed = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
+    listed = ", ".join(f"{metric} {value:.4g}" for metric, value in told_once(scores).items())
     run.monitor.message(f"step {progress.step}: validation of {name}: {listed}")
-    return progress.measured(validated.metrics["average_metrics"])
+    return progress.measured(validated.metrics["average_metrics"], validated.loss)
 
 
 def mixture_seen(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:

@@ -173,7 +173,11 @@ def _report(
     """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
     engine = setup.engine
     results = results_of(
-        tested, progress=fitted.progress, epoch=fitted.epoch, source_names=built.source_names
+        tested,
+        progress=fitted.progress,
+        epoch=fitted.epoch,
+        source_names=built.source_names,
+        data=setup.data,
     )
     if engine.is_main:
         folder = Path(config.output_dir)
@@ -189,5 +193,10 @@ def _report(
             mixture=mixture_seen(engine, tested),
         )
         write_results(folder / RESULTS, results)
-        print(results_block(results), flush=True)
+        files = {
+            "results": folder / RESULTS,
+            "predictions": folder / PREDICTIONS,
+            "checkpoint": folder / results["best_checkpoint"],
+        }
+        print(results_block(results, files), flush=True)
     return results

@@ -1,7 +1,7 @@
 """The tasks: what each reads, what the model is asked, what counts as right."""
 
 from pemt.tasks.registry import register_task, task_names
-from pemt.tasks.scoring import example_scores, score
+from pemt.tasks.scoring import example_scores, score, told_once
 from pemt.tasks.task import (
     SPLITS,
     Example,
@@ -37,4 +37,5 @@ __all__ = [
     "score",
     "source_of",
     "task_names",
+    "told_once",
 ]
