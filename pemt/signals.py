@@ -58,7 +58,8 @@ class StopSignals:
                 signal.signal(number, handler)
             if self._before:
                 signal.set_wakeup_fd(self._fd_before)
-                os.close(self._told)  # the thread reads the end of it
+                os.close(self._told)
+                self._hearing.join()  # it has read the end of what was told
 
     def reason(self) -> str | None:
         """What tells this process to stop; None while nothing does."""
@@ -74,7 +75,8 @@ class StopSignals:
         heard, self._told = os.pipe()
         os.set_blocking(self._told, False)
         self._fd_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
-        threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True).start()
+        self._hearing = threading.Thread(target=self._hear, args=(heard,), daemon=True)
+        self._hearing.start()
 
     def _hear(self, heard: int) -> None:
         ending, apart, first = {signal.SIGINT}, 0.0, 0.0
