@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pemt import distribution, doctor
+from pemt import distribution
+from pemt.commands import readiness as doctor
 from pemt.distribution import described, how_to_install, other_distribution
 from tests.conftest import ROOT
 

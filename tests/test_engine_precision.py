@@ -14,14 +14,14 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from pemt import doctor
-from pemt.arguments import parse_config
-from pemt.config import AdaptConfig, RunConfig
+from pemt.checkpoint.folder import RunFolderError, check_run_folder, start_run_folder
+from pemt.commands import readiness as doctor
+from pemt.config.parse import parse_config
+from pemt.config.schema import AdaptConfig, RunConfig
 from pemt.engine import job, precision
-from pemt.run_folder import RunFolderError, check_run_folder, start_run_folder
-from pemt.train import begin, run_adapt
+from pemt.run.train import begin, run_adapt
 from tests.conftest import ROOT
-from tests.tiny import adapt_config, make_base, tiny_task, write_task_files
+from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
 
 CPU = torch.device("cpu")
 TASK = "tiny-precision"

@@ -12,16 +12,16 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
+from pemt.checkpoint.folder import chosen_text, results_block
+from pemt.checkpoint.progress import Progress, progress_of
 from pemt.commands import COMMANDS
-from pemt.config import AdaptConfig
+from pemt.config.schema import AdaptConfig
 from pemt.data import splits
-from pemt.progress import Progress, progress_of
 from pemt.publish.card import Card, model_card
-from pemt.run_folder import chosen_text, results_block
+from pemt.run.train import run_adapt
 from pemt.storage import StorageError
 from pemt.tasks import get_task, told_once
-from pemt.train import run_adapt
-from tests.tiny import adapt_config, make_base, tiny_task, write_task_files
+from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
 
 TASK = "tiny-end"
 HALF = "half of the official validation set, data_seed 4096"

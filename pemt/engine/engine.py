@@ -36,9 +36,9 @@ from pemt.engine.job import (
     renewed_rendezvous,
 )
 from pemt.engine.precision import precision_text, resolve_precision, warn_of_emulation
+from pemt.engine.process import memory_in_use
 from pemt.engine.start import only_trained_are_sent, place, shard
 from pemt.engine.trained_state import TrainedState
-from pemt.memory import memory_in_use
 
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from pemt.signals import INTERRUPTED_STATUS, KILLED_STATUS, SAME_SECONDS
+from pemt.engine.signals import INTERRUPTED_STATUS, KILLED_STATUS, SAME_SECONDS
 from tests.conftest import ROOT
-from tests.faults.jobs import World, clean, last_step, status
+from tests.support.jobs import World, clean, last_step, status
 
 # The main thread hangs where no handler of Python runs: in one call into C.
 PROGRAM = """
 import ctypes, os, sys, time
-from pemt.signals import StopSignals
+from pemt.engine.signals import StopSignals
 with StopSignals() as signals:
     if "forked" in sys.argv and os.fork() == 0:
         time.sleep(60)
