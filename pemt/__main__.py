@@ -10,9 +10,8 @@ import time
 
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
-from pemt.config import PemtError, nearest
-from pemt.distribution import described, other_distribution
-from pemt.engine import INTERRUPTED_STATUS, KILLED_STATUS, Interrupted, run_and_exit
+from pemt.config import PemtError, nearest, other_distribution
+from pemt.engine import INTERRUPTED_STATUS, KILLED_STATUS, Interrupted, finish, run_and_exit
 
 
 def program() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
         print(overview(), end="")
         return
     if name == "--version":
-        print(described())
+        print(version_line())
         if other := other_distribution():
             print(f"pemt: warning: {other}", file=sys.stderr)
         return
@@ -55,8 +54,7 @@ def main() -> None:
         os._exit(KILLED_STATUS)
     except Interrupted:
         status = INTERRUPTED_STATUS
-    if "pemt.engine" in sys.modules:
-        sys.modules["pemt.engine"].shut_down()
+    finish()
     if status:
         sys.exit(status)
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from pemt.bank.official import read_official
-from pemt.config import PemtError
-from pemt.distribution import installed_version
+from pemt.config import PemtError, installed_version
 from pemt.model import ExpertSource, ModelError
 from pemt.storage import (
     MANIFEST,

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pemt.distribution import (
-    NAME,
-    described,
+from pemt.config import (
+    DISTRIBUTION,
     how_to_install,
     installed_version,
     other_distribution,
+    version_line,
 )
 
 # What pemt stands on is imported where it is looked at: any of it may be what is missing.
@@ -107,15 +107,15 @@ def packages() -> Iterator[Finding]:
 def installation() -> Finding:
     """Which distribution this program is, and whether the other one of its import name is there."""
     if other := other_distribution():
-        return Finding(what="pemt", state="note", found=described(), advice=other)
+        return Finding(what="pemt", state="note", found=version_line(), advice=other)
     if installed_version() is None:
         return Finding(
             what="pemt",
             state="note",
-            found=described(),
+            found=version_line(),
             advice=f"for the command: {how_to_install()}",
         )
-    return Finding(what="pemt", state="ok", found=described())
+    return Finding(what="pemt", state="ok", found=version_line())
 
 
 def _needed() -> dict[str, Requirement]:
@@ -123,7 +123,7 @@ def _needed() -> dict[str, Requirement]:
     try:
         from packaging.requirements import Requirement
 
-        lines = importlib.metadata.requires(NAME) or []
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
     except ImportError:  # PackageNotFoundError is one
         return {}
     needed = [Requirement(line) for line in lines]
@@ -296,7 +296,7 @@ def deepspeed_runs() -> Finding:
 def _probe_environment() -> dict[str, str]:
     """This process's, so that the ranks find pemt and ninja as it did, and one thread each."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     python_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "PYTHONPATH": python_path}
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from pemt.config import RunConfig
-from pemt.distribution import NAME
+from pemt.config import DISTRIBUTION, RunConfig
 
-PACKAGES = (NAME, "torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
+PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
 GIT_SECONDS = 5
 MOST_FILES = 20
 

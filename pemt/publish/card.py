@@ -19,9 +19,8 @@ from huggingface_hub.utils import validate_repo_id
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pemt.checkpoint import chosen_text, scored_text
-from pemt.config import PEFT_METHODS, AdaptConfig
-from pemt.distribution import how_to_install
+from pemt.config import PEFT_METHODS, AdaptConfig, how_to_install
+from pemt.run import chosen_text, scored_text
 from pemt.storage import HubError, local_folder
 from pemt.tasks import Task, label_name, told_once
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from pemt.commands import COMMANDS
-from pemt.commands import readiness as doctor
+from pemt.commands import COMMANDS, readiness as doctor
 from pemt.commands.overview import overview
+from pemt.config import version_line
 from pemt.config.schema import PemtError
-from pemt.distribution import described
 from tests.conftest import ROOT
 
 
@@ -96,7 +95,7 @@ def test_version() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pemt", "--version"], capture_output=True, text=True
     )
-    assert done.stdout == f"{described()}\n", done.stderr
+    assert done.stdout == f"{version_line()}\n", done.stderr
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:

@@ -12,12 +12,12 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
-from pemt.checkpoint.folder import chosen_text, results_block
 from pemt.checkpoint.progress import Progress, progress_of
 from pemt.commands import COMMANDS
 from pemt.config.schema import AdaptConfig
 from pemt.data import splits
 from pemt.publish.card import Card, model_card
+from pemt.run.results import chosen_text, results_block
 from pemt.run.train import run_adapt
 from pemt.storage import StorageError
 from pemt.tasks import get_task, told_once

@@ -219,7 +219,7 @@ def test_the_product_is_really_taken() -> None:
 
 @pytest.mark.parametrize("native", [True, False])
 def test_doctor_tells_the_default(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    monkeypatch.setattr(precision, "bf16_is_native", lambda device: native)
+    monkeypatch.setattr("pemt.engine.bf16_is_native", lambda device: native)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (found,) = doctor.precision()
     assert found.found.startswith("bf16" if native else "fp32")

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pemt import distribution
 from pemt.commands import readiness as doctor
-from pemt.distribution import described, how_to_install, other_distribution
+from pemt.config import DISTRIBUTION, how_to_install, other_distribution, version_line
 from tests.conftest import ROOT
 
 GIT = {
@@ -51,13 +50,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_name_is_the_one_in_setup_cfg() -> None:
-    assert f"\nname = {distribution.NAME}\n" in (ROOT / "setup.cfg").read_text()
+    assert f"\nname = {DISTRIBUTION}\n" in (ROOT / "setup.cfg").read_text()
 
 
 def test_installed_by_its_name(site: Path) -> None:
     install(site, "pemt-trainer", "9.8", direct_url={"url": "file:///a", "dir_info": {}})
     folder = ROOT / "pemt"
-    assert described() == f"pemt 9.8 (distribution pemt-trainer, running from {folder})"
+    assert version_line() == f"pemt 9.8 (distribution pemt-trainer, running from {folder})"
     assert other_distribution() is None
     assert how_to_install() == "`pip install .` in a checkout of pemt-trainer"
     assert doctor.installation().state == "ok"
@@ -66,7 +65,7 @@ def test_installed_by_its_name(site: Path) -> None:
 def test_a_git_url_is_passed_on_unless_it_is_a_folder(site: Path) -> None:
     install(site, "pemt-trainer", "9.8", direct_url=GIT)
     source = "git+https://example.org/me/pemt.git@0123abc"
-    assert described().endswith(f", from {source})")
+    assert version_line().endswith(f", from {source})")
     assert how_to_install() == f'`pip install "pemt-trainer @ {source}"`'
     (file,) = site.glob("*/direct_url.json")
     file.write_text(json.dumps({**GIT, "url": "file:///home/me/pemt"}))
@@ -76,7 +75,7 @@ def test_a_git_url_is_passed_on_unless_it_is_a_folder(site: Path) -> None:
 
 
 def test_not_installed_at_all(site: Path) -> None:
-    assert described().startswith("pemt (not installed as pemt-trainer, running from ")
+    assert version_line().startswith("pemt (not installed as pemt-trainer, running from ")
     found = doctor.installation()
     assert (found.state, found.advice) == (
         "note",
