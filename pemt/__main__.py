@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import select
 import signal
@@ -11,8 +10,8 @@ import time
 
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
-from pemt.config import PemtError, nearest
-from pemt.engine import INTERRUPTED_STATUS, Interrupted, finish, run_and_exit
+from pemt.config import PemtError, nearest, other_distribution, version_line
+from pemt.engine import INTERRUPTED_STATUS, KILLED_STATUS, Interrupted, finish, run_and_exit
 
 
 def program() -> None:
@@ -24,14 +23,17 @@ def main() -> None:
     """Run one command.
 
     A user's error is one line on stderr, from one rank, and exit status 2; a run that was told to stop
-    and has saved leaves with 75; one whose reader has gone, as in `pemt predict ... | head`, as if by SIGPIPE.
+    and has saved leaves with 75; one whose reader has gone, as in `pemt predict ... | head`, as if by SIGPIPE; one that
+    has nothing to save and is interrupted, with 130.
     """
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("--help", "-h"):
         print(overview(), end="")
         return
     if name == "--version":
-        print(f"pemt {version()}")
+        print(version_line())
+        if other := other_distribution():
+            print(f"pemt: warning: {other}", file=sys.stderr)
         return
     status = 0
     try:
@@ -48,19 +50,13 @@ def main() -> None:
         complain(error)
         # Not sys.exit: a rank that waits for the others at exit would hold the job up.
         os._exit(2)
+    except KeyboardInterrupt:
+        os._exit(KILLED_STATUS)
     except Interrupted:
         status = INTERRUPTED_STATUS
     finish()
     if status:
         sys.exit(status)
-
-
-def version() -> str:
-    """pemt's own, or what it is where nothing is installed."""
-    try:
-        return importlib.metadata.version("pemt")
-    except importlib.metadata.PackageNotFoundError:
-        return "(a checkout that is not installed)"
 
 
 def reader_has_gone() -> bool:

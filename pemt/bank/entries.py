@@ -10,14 +10,14 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pemt.bank.official import read_official
-from pemt.config import PemtError
+from pemt.config import PemtError, installed_version
 from pemt.model import ExpertSource, ModelError
 from pemt.storage import (
     MANIFEST,
@@ -345,11 +345,7 @@ def _nearest(task: str, entries: Sequence[str]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {package: _version(package) for package in ("pemt", "torch", "transformers")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"  # pemt itself, run from a checkout
+    return {
+        "pemt": installed_version() or "not installed",  # run from a checkout
+        **{package: version(package) for package in ("torch", "transformers")},
+    }

@@ -280,7 +280,7 @@ class Checkpoints:
             if folder.exists():
                 lost = f"{error}; it was put aside as {quarantine(folder).name}"
             note = f"checkpoint-{best} was the best so far, and is lost: {lost}; the best is chosen anew"
-            alone = replace(found.progress, best_metric=None, best_step=None, validated_step=None)
+            alone = found.progress.without_best()
             return replace(found, progress=alone, notes=(*found.notes, note))
         return found
 

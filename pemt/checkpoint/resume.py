@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pemt.checkpoint.folder import holds_run, resume_target
+from pemt.checkpoint.folder import begun_config, holds_run, resume_target
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.config import PemtError, RunConfig
 from pemt.storage import StorageError, read_manifest
@@ -25,7 +25,8 @@ def resolve_config(config: Config) -> Config:
     Raises:
         WorldSizeError: the global batch that the run began with cannot be had on this number of ranks.
     """
-    return with_the_same_batch(_restarted(config), int(os.environ.get("WORLD_SIZE", "1")))
+    config = with_the_same_precision(_restarted(config))
+    return with_the_same_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _restarted(config: Config) -> Config:
@@ -38,6 +39,17 @@ def _restarted(config: Config) -> Config:
     ):
         return replace(config, overwrite_output_dir=False, resume_from_checkpoint=True)
     return config
+
+
+def with_the_same_precision(config: Config) -> Config:
+    """`bf16` as the run began, where it is left to the device: it may go on on a machine with another one."""
+    if config.bf16 is not None or not resume_target(config):
+        return config
+    begun = (_begun(config) or {}).get("config")
+    if not isinstance(begun, dict):  # no checkpoint yet
+        begun = begun_config(Path(config.output_dir)) or {}
+    bf16 = begun.get("bf16")
+    return replace(config, bf16=bf16 and not config.fp16) if isinstance(bf16, bool) else config
 
 
 def with_the_same_batch(config: Config, world_size: int) -> Config:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pemt.storage import StorageError
+
+# Fields that older checkpoints of this format lack.
+_ADDED = ("best_loss", "validations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +20,10 @@ class TrainState:
         step: optimizer steps done; the learning rate follows from it, and, but for a stream, the position in
             the data.
         best_metric: best validation `average_metrics` so far, in percent; None before the first.
+        best_loss: validation loss of the same step: of equal metrics the lower loss is the better one. None before the
+            first, and in checkpoints that were written before it was kept.
         best_step: the step at which it was measured.
+        validations: how many were made that the best one is the best of; None in such checkpoints.
         validated_step: the last step that was validated; a run that is stopped before a validation
             makes it when it goes on.
         skipped: steps that changed nothing, since loss or gradient was not finite.
@@ -25,6 +32,8 @@ class TrainState:
 
     step: int = 0
     best_metric: float | None = None
+    best_loss: float | None = None
+    validations: int | None = 0
     best_step: int | None = None
     validated_step: int | None = None
     skipped: int = 0
@@ -34,12 +43,35 @@ class TrainState:
         """The values to be saved, which `train_state_of` reads back from a manifest."""
         return asdict(self)
 
-    def measured(self, metric: float) -> TrainState:
-        """The state after a validation at this step."""
-        validated = replace(self, validated_step=self.step)
-        if self.best_metric is None or metric > self.best_metric:
-            return replace(validated, best_metric=metric, best_step=self.step)
+    def measured(self, metric: float, loss: float) -> TrainState:
+        """The state after a validation at this step; the best is the highest metric, of equal ones the lowest loss."""
+        count = None if self.validations is None else self.validations + 1
+        validated = replace(self, validated_step=self.step, validations=count)
+        if self.best_metric is None or _merit(metric, loss) > _merit(
+            self.best_metric, self.best_loss
+        ):
+            return replace(validated, best_metric=metric, best_loss=loss, best_step=self.step)
         return validated
+
+    def without_best(self) -> TrainState:
+        """The state whose best checkpoint is lost: the best is chosen anew, this step among the candidates."""
+        return replace(
+            self,
+            best_metric=None,
+            best_loss=None,
+            best_step=None,
+            validated_step=None,
+            validations=0,
+        )
+
+
+def _merit(metric: float, loss: float | None) -> tuple[float, float]:
+    """What is compared; NaN is the worst there is, and a loss that is not known wins a tie."""
+    return _or_worst(metric), math.inf if loss is None else _or_worst(-loss)
+
+
+def _or_worst(value: float) -> float:
+    return value if value == value else -math.inf  # NaN is not
 
 
 def train_state_of(manifest: dict[str, Any]) -> TrainState:
@@ -50,6 +82,8 @@ def train_state_of(manifest: dict[str, Any]) -> TrainState:
     """
     found = manifest.get("progress")
     names = [each.name for each in fields(TrainState)]
+    if isinstance(found, dict):
+        found = {**dict.fromkeys(_ADDED), **found}
     if not isinstance(found, dict) or found.keys() != set(names):
         raise StorageError(f"manifest.json: progress: found {found}, expected {names}")
     position = found["position"]
@@ -59,7 +93,7 @@ def train_state_of(manifest: dict[str, Any]) -> TrainState:
         if name == "position":
             continue
         optional = name not in ("step", "skipped")
-        kinds = (int, float) if name == "best_metric" else (int,)
+        kinds = (int, float) if name in ("best_metric", "best_loss") else (int,)
         if not (optional and value is None) and (type(value) not in kinds or value < 0):
             raise StorageError(
                 f"manifest.json: progress.{name}: found {value!r}, expected a number"

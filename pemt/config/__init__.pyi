@@ -10,6 +10,13 @@ from .deepspeed import (
     fill_deepspeed_json as fill_deepspeed_json,
     read_deepspeed_json as read_deepspeed_json,
 )
+from .distribution import (
+    DISTRIBUTION as DISTRIBUTION,
+    how_to_install as how_to_install,
+    installed_version as installed_version,
+    other_distribution as other_distribution,
+    version_line as version_line,
+)
 from .parse import (
     field_keys as field_keys,
     parse_config as parse_config,

@@ -155,7 +155,9 @@ class RunConfig:
         num_beams: beams of the generation that validation and test score.
         seed: seed of initialisation and dropout.
         data_seed: seed of splits, few-shot draws and data order; default: seed.
-        bf16: train in bfloat16 (fp32 for trained weights under DeepSpeed, softmax, norms, losses).
+        bf16: train in bfloat16 (fp32 for trained weights under DeepSpeed, softmax, norms, losses). Default: true where
+            every rank's device computes in it natively (GPUs from sm_80 on, CPUs with avx512_bf16 or amx_bf16), and
+            what the run began with where it goes on.
         fp16: train in float16; T5 overflows in it from size large on.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         torch_compile: compile every T5 block with torch.compile, for training; the first steps take minutes. With
@@ -202,7 +204,7 @@ class RunConfig:
     num_beams: int = 1
     seed: int = 42
     data_seed: int | None = None
-    bf16: bool = True
+    bf16: bool | None = None
     fp16: bool = False
     gradient_checkpointing: bool = False
     torch_compile: bool = False

@@ -35,7 +35,8 @@ class TaskData:
     Columns: `input_ids` and `labels` (ids with the end of sequence, unpadded), `length` (of
     input_ids), and what scoring needs: `source`, `target`, `references`, `group`.
     `max_target_length` bounds the labels and what is to be generated, in tokens; `pad_to_multiple_of`
-    is the configuration's; `notes` says in one line each what was left out or cut.
+    is the configuration's; `notes` says in one line each what was left out or cut; `origins` in a few words
+    what each set was made from.
     """
 
     train: Dataset | TrainStream
@@ -44,6 +45,7 @@ class TaskData:
     max_target_length: int
     pad_to_multiple_of: int | None
     notes: tuple[str, ...]
+    origins: dict[str, str]
 
 
 def load_task_data(
@@ -72,8 +74,8 @@ def load_split(
     split: str,
     *,
     local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[Dataset, tuple[str, ...]]:
-    """One of the sets that `load_task_data` gives, and its notes; no other split has to be there,
+) -> tuple[Dataset, tuple[str, ...], str]:
+    """One of the sets that `load_task_data` gives, its notes and its origin; no other split has to be there,
     unless `few_shot` draws the training set.
 
     Where there is nothing to train on, a split is what its files or the hub give: the split rule
@@ -84,10 +86,11 @@ def load_split(
         is_drawn = split == "train" and config.few_shot is not None
         if is_drawn or not stands_alone(split, origin.splits):
             data = build(task, config, tokenizer)
-            return getattr(data, split), data.notes
+            return getattr(data, split), data.notes, data.origins[split]
         examples, left_out = usable(origin, split, config)
         encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
-        return encoded, (*origin.notes, *left_out, *cut)
+        told = drawn(f"the official {split} set", split, examples, config)
+        return encoded, (*origin.notes, *left_out, *cut), told
 
 
 def stands_alone(split: str, there: Collection[str]) -> bool:
@@ -110,20 +113,35 @@ def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     encoder = Encoder(task, config, tokenizer)
     sets: dict[str, Any] = {}
     if config.streaming:
+        given = parts
         sets["train"], parts = streamed(origin, config, encoder, parts)
+        told = {"train": "a stream of the official train set", **stream_origins(given, parts)}
     else:
-        parts = splits.split(task, parts, seed)
+        given, parts = parts, splits.split(task, parts, seed)
+        told = splits.origins(given, parts, seed)
         if config.few_shot is not None:
             parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
+            told["train"] = f"few_shot {config.few_shot} of {told['train']}"
     for name, examples in parts.items():
         sets[name], cut = encode(examples, name, encoder, config)
+        told[name] = drawn(told[name], name, examples, config)
         notes += cut
     return TaskData(
+        origins=told,
         **sets,
         max_target_length=encoder.max_target_length,
         pad_to_multiple_of=config.pad_to_multiple_of,
         notes=tuple(notes),
     )
+
+
+def drawn(origin: str, split: str, examples: Dataset, config: RunConfig) -> str:
+    """A set's origin, with how much of it `max_train_samples` or `max_eval_samples` keeps."""
+    field = "max_train_samples" if split == "train" else "max_eval_samples"
+    maximum = getattr(config, field)
+    if maximum is None or len(examples) <= maximum:
+        return origin
+    return f"{field} {maximum} of the {len(examples)} of {origin}"
 
 
 def usable(origin: Origin, split: str, config: RunConfig) -> tuple[Dataset, list[str]]:
@@ -182,6 +200,15 @@ def streamed(
         "validation": Dataset.from_list(first, features=test.features),
         "test": test,
     }
+
+
+def stream_origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset]) -> dict[str, str]:
+    """What `streamed` has made validation and test from."""
+    if len(given) == 2:
+        return {name: f"the official {name} set" for name in made}
+    (only,) = given
+    first = f"the first {len(made['validation'])} of the official train set"
+    return {"validation": first, "test": f"the official {only} set"}
 
 
 class Encoder:

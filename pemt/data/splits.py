@@ -76,13 +76,33 @@ def split(task: Task, parts: Mapping[str, Dataset], seed: int) -> dict[str, Data
     assert train is not None
     if validation is not None and test is not None:
         return {"train": train, "validation": validation, "test": test}
-    units = unit_ids(task, train)
-    number = int(units.max()) + 1
+    number = int(unit_ids(task, train).max()) + 1
     if validation is not None and number < SMALL:
         first, second = divided(task, validation, 0.5, seed)
         return {"train": train, "validation": first, "test": second}
     kept, held_out = divided(task, train, 1 - min(HELD_OUT / number, 0.1), seed)
     return {"train": kept, "validation": held_out, "test": test if test is not None else validation}
+
+
+def origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset], seed: int) -> dict[str, str]:
+    """In a few words, what `split` has made each of its sets from.
+
+    Args:
+        given, made: what `split` got and gave.
+        seed: the same.
+    """
+    told = {}
+    for name, dataset in made.items():
+        whole = next((each for each in given if given[each] is dataset), None)
+        if whole is not None:
+            told[name] = f"the official {whole} set"
+        elif name == "train":
+            told[name] = f"the official train set without what validation got, data_seed {seed}"
+        elif made["train"] is given["train"]:
+            told[name] = f"half of the official validation set, data_seed {seed}"
+        else:
+            told[name] = f"held out of the official train set, data_seed {seed}"
+    return told
 
 
 def check_splits(task: Task, found: Collection[str]) -> None:

@@ -5,9 +5,11 @@ from .job import (
     check_world_size as check_world_size,
     shut_down as shut_down,
 )
+from .precision import bf16_is_native as bf16_is_native
 from .process import peak as peak, start_ticks as start_ticks, watch_peak as watch_peak
 from .signals import (
     INTERRUPTED_STATUS as INTERRUPTED_STATUS,
+    KILLED_STATUS as KILLED_STATUS,
     Interrupted as Interrupted,
     StopSignals as StopSignals,
 )

@@ -19,9 +19,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     broadcast_object_list,
+    parse_flag_from_env,
     set_seed,
 )
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from pemt.config import PemtError, RunConfig
 from pemt.engine.exit import before_exit
 from pemt.engine.job import (
     EngineError,
+    bf16_is_native_everywhere,
     check_world_size,
     cpu_group,
     deepspeed_plugin,
@@ -38,6 +40,7 @@ from pemt.engine.job import (
     re_rendezvous,
     shut_down,
 )
+from pemt.engine.precision import precision_text, resolve_precision, warn_of_emulation
 from pemt.engine.process import memory_in_use
 from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trained_state import TrainedState
@@ -52,7 +55,8 @@ class Engine:
     """One run on this job's processes.
 
     Args:
-        config: the run's configuration; batch size, accumulation, clipping and precision come from it.
+        config: the run's configuration; batch size, accumulation, clipping and precision come from it. The attribute of
+            this name has `bf16` decided, alike on all ranks.
 
     Several runs may follow one another in one job; `release` ends one.
 
@@ -62,24 +66,24 @@ class Engine:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        plugin, path = deepspeed_plugin(config)
-        self._plugin = plugin
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
         with re_rendezvous():
-            self._accelerator = Accelerator(
-                # Under DeepSpeed the precision stands in its configuration.
-                mixed_precision=None
-                if plugin
-                else "bf16"
-                if config.bf16
-                else "fp16"
-                if config.fp16
-                else "no",
-                deepspeed_plugin=plugin,
-                kwargs_handlers=process_group_kwargs(config),
+            # The process group first: the ranks agree on the precision, which DeepSpeed's configuration holds.
+            job = PartialState(
+                cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_kwargs(config)
             )
+        check_world_size(job.num_processes)
+        native = bf16_is_native_everywhere(job.device)
+        self.config = config = resolve_precision(config, native=native)
+        self.precision = precision_text(config, native=native)
+        plugin, path = deepspeed_plugin(config)
+        self._plugin = plugin
+        half = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
+        # Under DeepSpeed the precision stands in its configuration.
+        self._accelerator = Accelerator(
+            mixed_precision=None if plugin else half, deepspeed_plugin=plugin
+        )
         # transformers would hand out empty shards at stage 3; PEMT's modules are built on weights that are
         # whole by their shape, and unread: `prepare` shards them.
         unset_hf_deepspeed_config()
@@ -87,11 +91,12 @@ class Engine:
         self.world_size: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
-        check_world_size(self.world_size)
         before_exit(shut_down)
         self._hosts = cpu_group()
         self.zero_stage: int | None = plugin.zero_stage if plugin else None
         self._deepspeed_json = path
+        if config.bf16 and not native and self.is_main:
+            warn_of_emulation(self.device)
 
     def seed(self, seed: int, *, per_rank: bool) -> None:
         """Seed every generator: alike on all ranks for initialisation, differently for dropout."""
@@ -138,14 +143,14 @@ class Engine:
             )
             return
         # Without DeepSpeed fp16 autocasts, and T5 keeps parts of itself in fp32.
-        half = torch.float16 if self._config.fp16 and self._plugin else torch.float32
-        frozen_dtype = torch.bfloat16 if self._config.bf16 else half
+        half = torch.float16 if self.config.fp16 and self._plugin else torch.float32
+        frozen_dtype = torch.bfloat16 if self.config.bf16 else half
         materialize_on_device(
             model, read_lazy=read_lazy, frozen_dtype=frozen_dtype, device=self.device
         )
 
     def _check_deepspeed_agrees(self) -> None:
-        config = self._config
+        config = self.config
         for what, theirs, ours in (
             ("world size", self.model.dp_world_size, self.world_size),
             (
@@ -186,7 +191,7 @@ class Engine:
             self.model.set_gradient_accumulation_boundary(is_boundary=last)
             self.model.backward(loss)
             return
-        loss = loss / self._config.gradient_accumulation_steps
+        loss = loss / self.config.gradient_accumulation_steps
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self.model):
             self._accelerator.backward(loss)
 
@@ -196,7 +201,7 @@ class Engine:
         Where loss or gradient was not finite on any rank, no rank updates anything, and the norm is NaN.
         """
         if self.zero_stage is None:
-            limit = self._config.max_grad_norm or float("inf")
+            limit = self.config.max_grad_norm or float("inf")
             trained = [parameter for _, parameter in self.trained.parameters]
             norm = float(self._accelerator.clip_grad_norm_(trained, limit))
             # fp16's scaler skips by itself, and learns from it
@@ -204,7 +209,7 @@ class Engine:
                 self.optimizer.step()
             self.optimizer.zero_grad()
             return norm if math.isfinite(norm) else math.nan
-        if self.zero_stage == 0 and not (self._config.bf16 or self._config.fp16):
+        if self.zero_stage == 0 and not (self.config.bf16 or self.config.fp16):
             return self._plain_deepspeed_step()
         self.model.step()
         # Stage 1 to 3 and half precision check for themselves, and all ranks come to the same result.
@@ -308,8 +313,8 @@ class Engine:
         rates = [group["lr"] for group in self.base_optimizer.param_groups]
         for group in self.base_optimizer.param_groups:
             group["lr"] = 0.0
-        for micro in range(self._config.gradient_accumulation_steps):
-            last = micro == self._config.gradient_accumulation_steps - 1
+        for micro in range(self.config.gradient_accumulation_steps):
+            last = micro == self.config.gradient_accumulation_steps - 1
             self.backward(self.model(**batch).loss * 0.0, last=last)
         if not math.isfinite(self.step()):
             raise EngineError(

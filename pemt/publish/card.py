@@ -5,6 +5,7 @@ Shapes: L FFNs (encoder first), K sources.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +15,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from pemt.config import PEFT_METHODS, AdaptConfig
+from pemt.config import PEFT_METHODS, AdaptConfig, how_to_install
 from pemt.monitor import NamedGates, gates_in, mean_by_source
+from pemt.run import chosen_text, scored_text
 from pemt.storage import HubError, local_folder
-from pemt.tasks import Task, label_name
+from pemt.tasks import Task, label_name, told_once
 
 GATES = "gates.png"
 _PAPER = "[PEMT](https://arxiv.org/abs/2402.15082)"
@@ -72,11 +74,14 @@ class Card:
     @property
     def metrics(self) -> dict[str, float]:
         """Test metrics in percent."""
-        return {
-            name: self.results[f"test_{name}"]
-            for name in (*self.task.metrics, "average_metrics")
-            if f"test_{name}" in self.results
-        }
+        names = (*self.task.metrics, "average_metrics")
+        found = (name for name in names if f"test_{name}" in self.results)
+        return told_once({name: self.results[f"test_{name}"] for name in found})
+
+    @property
+    def tells_origin(self) -> bool:
+        """Whether the results say what was scored; those of older runs do not."""
+        return "split_origin" in self.results
 
 
 def model_card(card: Card) -> str:
@@ -127,6 +132,8 @@ def _front_matter(card: Card, name: str) -> ModelCardData:
                 task_type="text2text-generation",
                 dataset_type=hub.path if hub else card.task.name,
                 dataset_name=card.task.name,
+                dataset_config=hub.config if hub else None,
+                **_scored(card),
                 metric_type=metric,
                 metric_value=round(value, 2),
             )
@@ -136,11 +143,23 @@ def _front_matter(card: Card, name: str) -> ModelCardData:
     return ModelCardData(**{key: value for key, value in data.items() if value is not None})
 
 
+def _scored(card: Card) -> dict[str, Any]:
+    """What was scored, as fields of an `EvalResult`: the official split, and what was taken of it."""
+    if not card.tells_origin:
+        return {}
+    official = re.search(r"official (\w+) set", card.results["split_origin"])
+    taken = {name: card.results[name] for name in ("split", "examples", "split_origin")}
+    return {"dataset_split": official[1] if official else None, "dataset_args": taken}
+
+
 def _use(card: Card) -> str:
     method = card.config.method
     lines = _FULL if method == "full" else _PEFT if method in PEFT_METHODS else _OWN
     code = lines.format(here=_HERE, base=card.base_model, text=card.task.template)
-    own = "`pip install pemt`; the path is this folder, or its id on the hub.\n\n"
+    own = (
+        f"First {how_to_install()}: on PyPI `pemt` is another program. The path is this folder, or its id on "
+        "the hub.\n\n"
+    )
     asked = f"An input is `{card.task.template}` with the fields filled in"
     if card.task.labels:
         names = ((label, label_name(card.task, label)) for label in card.task.labels)
@@ -153,7 +172,12 @@ def _scores(card: Card) -> str:
     if not card.metrics:
         return "## Scores\n\nThe run was not scored."
     rows = [f"| {name} | {value:.2f} |" for name, value in card.metrics.items()]
-    return "\n".join(["## Scores", "", "On the test split, in percent.", "", "| metric | score |",
+    told = (
+        f"{scored_text(card.results)}; in percent."
+        if card.tells_origin
+        else "On the test split, in percent."
+    )
+    return "\n".join(["## Scores", "", told, "", "| metric | score |",
                       "|---|---|", *rows])  # fmt: skip
 
 
@@ -173,12 +197,13 @@ def _training(card: Card) -> str:
     steps = (
         f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs} epochs"
     )
+    chosen = chosen_text(card.results) if card.tells_origin else "The best checkpoint on validation"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return (
         f"## Training\n\nUp to {steps}{few}; AdamW, learning rate {config.learning_rate:g}, "
         f"{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} examples a rank and step, "
         f"inputs of up to {config.max_source_length} tokens, seed {config.seed}. "
-        f"The best checkpoint on validation. Written with {versions}; {card.bytes / 2**20:.1f} MiB in {card.dtype}."
+        f"{chosen[0].upper()}{chosen[1:]}. Written with {versions}; {card.bytes / 2**20:.1f} MiB in {card.dtype}."
     )
 
 

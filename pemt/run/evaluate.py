@@ -107,10 +107,14 @@ def evaluate(
             on_batch_end=after_batch,
         )
     predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
-    metrics = engine.broadcast_object(score(task, predictions, dataset) if engine.is_main else None)
+    loss = float(loss_N.sum() / targets_N.sum().clamp(min=1))
+    # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
+    metrics, loss = engine.broadcast_object(
+        (score(task, predictions, dataset), loss) if engine.is_main else None
+    )
     return Evaluation(
         metrics=metrics,
-        loss=float(loss_N.sum() / targets_N.sum().clamp(min=1)),
+        loss=loss,
         gates_NLK=gates[0] if gates else None,
         predictions=predictions,
         runtime=time.perf_counter() - started,

@@ -50,7 +50,7 @@ def evaluate_run(
     finished = load_finished(run_dir, config)
     # Trained on an answer a time, scored once an example.
     task = replace(finished.task, train_on_every_answer=False)
-    examples, notes = load_split(
+    examples, notes, made = load_split(
         task, config, finished.tokenizer, split, local_main_first=engine.local_main_first
     )
     prepare_finished(finished, engine)
@@ -61,14 +61,17 @@ def evaluate_run(
         "task_name": config.task_name,
         "split": split,
         "examples": len(scored.predictions),
+        "split_origin": made,
         **scores_of(scored, finished.gate_names, split=split),
     }
     if engine.is_main:
         own = finished_config(run_dir).task_name == config.task_name
         name = f"{split}_results.json" if own else f"{config.task_name}_{split}_results.json"
+        path = Path(output_file or finished.folder / name)
         for note in notes:
             print(note)
-        print(results_block(results, split), flush=True)
-        write_results(Path(output_file or finished.folder / name), results)
+        files = {"results": path, "checkpoint": finished.checkpoint}
+        print(results_block(results, files), flush=True)
+        write_results(path, results)
     engine.release()
     return results

@@ -39,7 +39,7 @@ from pemt.run.meter import Meter
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.session import Session
 from pemt.storage import TensorFile
-from pemt.tasks import Task
+from pemt.tasks import Task, told_once
 
 Batches: TypeAlias = TrainBatches | StreamBatches
 
@@ -269,7 +269,7 @@ def _log_config(run: _Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
     monitor, size = run.monitor, _size_line(run.built.model, run.setup.engine)
     monitor.log_config(run.config, {"job": size, "device": str(run.setup.engine.device)})
-    for line in (*(resumed.notes if resumed else ()), *run.setup.data.notes, size):
+    for line in (size, *(resumed.notes if resumed else ()), *run.setup.data.notes):
         monitor.message(line)
     if resumed:
         step = resumed.progress.step
@@ -282,7 +282,7 @@ def _size_line(model: TrainedT5, engine: Engine) -> str:
     stage = "no DeepSpeed" if engine.zero_stage is None else f"ZeRO-{engine.zero_stage}"
     return (
         f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
-        f"{engine.world_size} rank(s), {stage}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
+        f"{engine.world_size} rank(s), {stage}, {engine.precision}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
     )
 
 
@@ -395,9 +395,9 @@ def _validate(run: _Run, progress: TrainState) -> TrainState:
     )
     if (seen := mixture_seen(setup.engine, validated)) is not None:
         run.monitor.mixture(progress.step, *seen)
-    listed = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
+    listed = ", ".join(f"{metric} {value:.4g}" for metric, value in told_once(scores).items())
     run.monitor.message(f"step {progress.step}: validation of {name}: {listed}")
-    return progress.measured(validated.metrics["average_metrics"])
+    return progress.measured(validated.metrics["average_metrics"], validated.loss)
 
 
 def mixture_seen(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:

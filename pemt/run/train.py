@@ -118,8 +118,8 @@ def begin(config: Config) -> tuple[Config, Engine]:
     """
     own = resolve_config(config)
     engine = Engine(own)
-    config = engine.broadcast_object(own)
-    return config, engine if config == own else Engine(config)
+    decided: Config = engine.broadcast_object(engine.config)
+    return decided, engine if decided == engine.config else Engine(decided)
 
 
 def set_up(config: RunConfig, engine: Engine) -> Setup:
@@ -170,7 +170,11 @@ def _report(
     """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
     engine = setup.engine
     results = results_of(
-        tested, progress=fitted.progress, epoch=fitted.epoch, gates=built.gate_names
+        tested,
+        progress=fitted.progress,
+        epoch=fitted.epoch,
+        gates=built.gate_names,
+        data=setup.data,
     )
     if engine.is_main:
         folder = Path(config.output_dir)
@@ -186,5 +190,10 @@ def _report(
             mixture=mixture_seen(engine, tested),
         )
         write_results(folder / RESULTS, results)
-        print(results_block(results), flush=True)
+        files = {
+            "results": folder / RESULTS,
+            "predictions": folder / PREDICTIONS,
+            "checkpoint": folder / results["best_checkpoint"],
+        }
+        print(results_block(results, files), flush=True)
     return results

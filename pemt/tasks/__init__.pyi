@@ -1,5 +1,5 @@
 from .registry import register_task as register_task, task_names as task_names
-from .scoring import example_scores as example_scores, score as score
+from .scoring import example_scores as example_scores, score as score, told_once as told_once
 from .task import (
     SPLITS as SPLITS,
     HubSource as HubSource,

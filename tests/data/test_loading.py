@@ -273,20 +273,26 @@ def test_a_test_file_with_labels_is_used_whatever_the_hub_has(folder, tokenizer)
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_split_alone_is_as_it_is_among_the_others(folder, tokenizer, split):
     data = load_task_data(TASK, config(folder, max_eval_samples=5), tokenizer)
-    alone, notes = load_split(TASK, config(folder, max_eval_samples=5), tokenizer, split)
+    alone, notes, made = load_split(TASK, config(folder, max_eval_samples=5), tokenizer, split)
     assert alone[:] == getattr(data, split)[:]
     assert notes == ()
+    assert made == data.origins[split]
+    if split != "train":
+        of = {"validation": 12, "test": 8}[split]
+        assert made == f"max_eval_samples 5 of the {of} of the official {split} set"
     # By the split rule, one half of validation.
     (folder / "test.jsonl").unlink()
     data = load_task_data(TASK, config(folder), tokenizer)
-    alone, _ = load_split(TASK, config(folder), tokenizer, split)
+    alone, _, made = load_split(TASK, config(folder), tokenizer, split)
     assert alone[:] == getattr(data, split)[:]
     assert len(alone) == {"train": 40, "validation": 6, "test": 6}[split]
+    whole, half = "the official train set", "half of the official validation set, data_seed 42"
+    assert made == data.origins[split] == (whole if split == "train" else half)
 
 
 def test_a_training_set_alone_is_the_one_that_was_drawn(folder, tokenizer):
     few = config(folder, few_shot=4)
-    alone, _ = load_split(TASK, few, tokenizer, "train")
+    alone, *_ = load_split(TASK, few, tokenizer, "train")
     assert alone[:] == load_task_data(TASK, few, tokenizer).train[:]
     assert len(alone) == 8
 
@@ -299,7 +305,7 @@ def test_a_split_alone_needs_no_other(folder, tokenizer, monkeypatch, split):
     for path in folder.iterdir():
         if path.name != f"{split}.jsonl":
             path.unlink()
-    alone, _ = load_split(TASK, config(folder), tokenizer, split)
+    alone, *_ = load_split(TASK, config(folder), tokenizer, split)
     assert len(alone) == {"train": 40, "validation": 12, "test": 8}[split]
     other = "test" if split == "train" else "train"
     with pytest.raises(DataError, match=f"found {split}; train and at least one of validation"):

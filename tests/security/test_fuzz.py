@@ -117,7 +117,7 @@ def test_progress_of_a_checkpoint() -> None:
     def run(manifest: dict[str, Any]) -> None:
         def use() -> None:
             found = train_state_of(manifest)
-            if not isinstance(found.measured(3.0), TrainState) or found.step < 0:
+            if not isinstance(found.measured(3.0, 1.0), TrainState) or found.step < 0:
                 raise CheckpointError("a progress of that kind was let through")
 
         outcomes.of(use)
