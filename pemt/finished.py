@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pemt.arguments import parse_config
+from pemt.arguments import parse_config, value_sources
 from pemt.base import load_base
 from pemt.build import build_model
 from pemt.checkpoint import (
@@ -79,11 +79,14 @@ def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunCo
         )
     _, _, stage = _best_checkpoint(Path(run_dir))
     kind: type[RunConfig] = SourceConfig if stage == "source" else AdaptConfig
-    arguments = ["--config", str(path)]
-    config = parse_config(kind, [*arguments, *overrides], prog="pemt evaluate")
-    if config.task_name != parse_config(kind, arguments, prog="pemt evaluate").task_name:
-        arguments += ["--data_dir", "null", "--task_file", "null"]
-        config = parse_config(kind, [*arguments, *overrides], prog="pemt evaluate")
+    own = ["--config", str(path)]
+    config = parse_config(kind, [*own, *overrides], prog="pemt evaluate")
+    if config.task_name != parse_config(kind, own, prog="pemt evaluate").task_name:
+        sources = value_sources(kind, [*own, *overrides])
+        if sources["data_dir"] == str(path):
+            config = replace(config, data_dir=None)
+        if sources["task_file"] == str(path):
+            config = replace(config, task_file=None)
     return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
 
 
