@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from transformers import (
 from pemt.base_files import WeightFileError, unread_base, weight_files
 from pemt.config import PemtError, RunConfig
 from pemt.data import load_tokenizer
-from pemt.model import base_shape
+from pemt.model import base_shape, clean_generation_config, set_aside, use_clean_generation
 from pemt.official import refusal
 
 MODEL_TYPES: dict[str, type[PreTrainedConfig]] = {
@@ -32,6 +33,7 @@ MODEL_TYPES: dict[str, type[PreTrainedConfig]] = {
     "mt5": MT5Config,
     "umt5": UMT5Config,
 }
+_told_of: set[str] = set()
 OVERFLOWS_FROM = 1024  # d_model of t5-large, t5-3b and their v1.1
 
 
@@ -78,7 +80,11 @@ def load_pretrained(
             weight_files(name)  # refuses an index that leads out of the folder
             with bars_on_terminals_alone():
                 base = AutoModelForSeq2SeqLM.from_pretrained(
-                    name, config=model_config, dtype=torch.float32
+                    name,
+                    config=model_config,
+                    dtype=torch.float32,
+                    # The files' own may be refused; it is not used anyway.
+                    generation_config=clean_generation_config(model_config, tokenizer),
                 )
     except WeightFileError as error:
         raise BaseModelError(str(error)) from None
@@ -89,7 +95,23 @@ def load_pretrained(
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from None
+    use_clean_generation(base, tokenizer)
+    _tell_set_aside(name, base)
     return base, tokenizer
+
+
+def _tell_set_aside(name: str, base: PreTrainedModel) -> None:
+    """Once a process and base model, on rank 0."""
+    if name in _told_of or os.environ.get("RANK", "0") != "0":
+        return
+    _told_of.add(name)
+    if settings := set_aside(name, base.generation_config):
+        print(
+            f"pemt: generation settings of {name} are not used: {', '.join(settings)}; answers and scores are by "
+            "num_beams and max_target_length alone",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def precision_warning(config: RunConfig, base: PreTrainedModel) -> str | None:

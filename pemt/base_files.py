@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSeq2SeqLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -66,7 +65,6 @@ def unread_base(name: str, config: PreTrainedConfig) -> PreTrainedModel | None:
     with torch.device("meta"):
         base = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
     _put_unread(base, entries, name)
-    base.generation_config = _generation_config(name)
     return base.eval()
 
 
@@ -142,12 +140,3 @@ def _put_unread(base: PreTrainedModel, entries: dict[str, Entry], name: str) -> 
     for key, parameter in unread.items():
         owner, _, attribute = key.rpartition(".")
         setattr(base.get_submodule(owner), attribute, parameter)
-
-
-def _generation_config(name: str) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(name)
-    except OSError:  # older models keep it in config.json
-        return GenerationConfig.from_pretrained(
-            name, config_file_name="config.json", _from_model_config=True
-        )

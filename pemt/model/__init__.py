@@ -2,6 +2,7 @@
 
 from pemt.model.baselines import BitFitT5, FullT5
 from pemt.model.experts import ExpertSource, ModelError
+from pemt.model.generation import clean_generation_config, set_aside, use_clean_generation
 from pemt.model.inject import checked_base
 from pemt.model.peft_model import PREFIXES, PeftT5, peft_settings, starts_from_text
 from pemt.model.pemt_t5 import PemtT5
@@ -22,7 +23,10 @@ __all__ = [
     "base_digest",
     "base_shape",
     "checked_base",
+    "clean_generation_config",
     "description_prompt",
     "peft_settings",
+    "set_aside",
     "starts_from_text",
+    "use_clean_generation",
 ]

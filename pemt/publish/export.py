@@ -70,8 +70,12 @@ def export_run(
         )
     name = base_model or config.model_name_or_path
     with _whole(target) as temporary:
+        # as it was scored, for whoever asks it by transformers alone
+        answers = finished.model.base.generation_config
+        answers.num_beams, answers.max_new_tokens = config.num_beams, _longest(finished)
         if isinstance(finished.model, PeftT5):
             _write_peft(temporary, finished.model, name)
+            answers.save_pretrained(temporary)
         elif isinstance(finished.model, FullT5):
             with bars_on_terminals_alone():
                 finished.model.base.save_pretrained(temporary)
@@ -93,6 +97,11 @@ def export_run(
             draw_gates(card.gates_LK, sources, encoder_layers, temporary / GATES)
         (temporary / README).write_text(model_card(card), encoding="utf-8")
     return target
+
+
+def _longest(finished: Finished) -> int:
+    """The longest answer that was scored, in tokens."""
+    return finished.config.max_target_length or finished.task.max_target_length
 
 
 def _write_own(
@@ -118,7 +127,7 @@ def _write_own(
         template=task.template,
         labels=list(task.labels),
         max_source_length=config.max_source_length,
-        max_new_tokens=config.max_target_length or task.max_target_length,
+        max_new_tokens=_longest(finished),
         num_beams=config.num_beams,
         reduction_factor=config.adapter.reduction_factor,
         train_layer_norms=config.mixture.train_layer_norms,
