@@ -25,7 +25,7 @@ from pemt.data import (
 )
 from pemt.engine import Engine, full_size
 from pemt.evaluate import Evaluation, evaluate
-from pemt.meter import Meter
+from pemt.meter import Meter, shares
 from pemt.model import TrainedT5, base_digest, checked_base
 from pemt.monitor import GateNames, Monitor
 from pemt.not_finite import NotFinite
@@ -197,12 +197,15 @@ def _take_step(
 ) -> tuple[dict[str, float], list[Tensor]]:
     """One optimizer step over this rank's micro-batches: its learning rate and gradient norm, and their losses."""
     engine = setup.engine
-    losses = []
-    for number, indices in enumerate(micro_batches):
-        batch = _batch(setup, indices)
+    assert isinstance(engine.module, TrainedT5)
+    weight, losses = engine.module.sparsity_loss_weight, []
+    batches = [_batch(setup, indices) for indices in micro_batches]
+    for number, (batch, share) in enumerate(zip(batches, shares(engine, batches), strict=True)):
+        batch = {key: value.to(engine.device) for key, value in batch.items()}
         out = engine.model(**batch)
-        engine.backward(out.loss, last=number == len(micro_batches) - 1)
-        meter.add(out, batch)
+        step_loss = share.of_loss(out, weight)
+        engine.backward(step_loss, last=number == len(batches) - 1)
+        meter.add(out, batch, share, step_loss)
         losses.append(out.loss.detach())
     learning_rate = float(schedule.get_last_lr()[0])
     grad_norm = engine.step()
@@ -300,13 +303,12 @@ def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
 
 
 def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
-    """A micro-batch on this rank's device."""
-    batch = collate(
+    """A micro-batch, on the CPU."""
+    return collate(
         _rows(setup, micro_batch),
         pad_token_id=setup.tokenizer.pad_token_id,
         pad_to_multiple_of=setup.data.pad_to_multiple_of,
     )
-    return {key: value.to(setup.engine.device) for key, value in batch.items()}
 
 
 def prepare(
