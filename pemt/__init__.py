@@ -6,9 +6,13 @@ What is listed here is the public interface; importing it costs nothing until it
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = (
+    False  # as checkers know it; `typing` is not imported before `__main__` has looked at sys.path
+)
 if TYPE_CHECKING:
+    from typing import Any
+
     from pemt.config import AdaptConfig, PemtError, SourceConfig
     from pemt.publish.export import export_run
     from pemt.publish.pemt_model import PemtModel

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pemt.surroundings import leave_working_folder, open_streams, use_writable_caches
+
+leave_working_folder()  # before a file there can stand for a module imported below
+
 import importlib.metadata
 import os
 import select
@@ -19,6 +23,8 @@ from pemt.signals import INTERRUPTED_STATUS, Interrupted
 
 def program() -> None:
     """What `pemt` is on a command line."""
+    open_streams()
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started from here leave it too
     run_and_leave(main)
 
 
@@ -40,6 +46,7 @@ def main() -> None:
         if name not in COMMANDS:
             hint = nearest(name, list(COMMANDS), what=f"there are {', '.join(COMMANDS)}")
             raise PemtError(f"pemt {name}: no such command{hint}")
+        find_caches()
         COMMANDS[name](arguments)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -56,6 +63,16 @@ def main() -> None:
         sys.modules["pemt.engine"].shut_down()
     if status:
         sys.exit(status)
+
+
+def find_caches() -> None:
+    """Raise `PemtError` where neither home nor a temporary folder can be written."""
+    try:
+        use_writable_caches()
+    except OSError as error:
+        raise PemtError(
+            f"no cache can be written ({error}); set HF_HOME, or TMPDIR, to a folder that can be"
+        ) from None
 
 
 def version() -> str:

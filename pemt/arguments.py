@@ -210,11 +210,12 @@ def _inline_mappings(arguments: list[str]) -> list[str]:
         value = inline or arguments[place + 1]
         if value.startswith("{") or value == "null":
             continue
-        if not Path(value).is_file():
+        file = Path(value).expanduser()
+        if not file.is_file():
             raise ConfigError(
                 f"--peft_config {value}: no such file; give a YAML or JSON file, or {{peft_type: ...}}"
             )
-        content = json.dumps(read_yaml_mapping(Path(value)))
+        content = json.dumps(read_yaml_mapping(file))
         if inline:
             resolved[place] = f"{name}={content}"
         else:

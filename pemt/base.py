@@ -147,11 +147,27 @@ def load_config(name: str) -> PreTrainedConfig:
             raise BaseModelError(
                 f"model_name_or_path: `{name}` is a {model_type} model; PEMT needs one of {', '.join(MODEL_TYPES)}"
             )
+        _refuse_quantized(name)
         return MODEL_TYPES[model_type].from_pretrained(name, name_or_path=name)
     except BaseModelError:
         raise
     except (OSError, ValueError) as error:
         raise _not_loaded(name, error) from None
+
+
+def _refuse_quantized(name: str) -> None:
+    """8-bit and 4-bit weights, and what else is no plain number."""
+    found = PreTrainedConfig.get_config_dict(name)[0].get("quantization_config")
+    if not found:
+        return
+    settings = found if isinstance(found, dict) else {}
+    method = str(settings.get("quant_method") or "bitsandbytes")
+    bits = {"load_in_8bit": "8", "load_in_4bit": "4"}
+    width = next((bits[key] for key in bits if settings.get(key)), settings.get("bits"))
+    raise BaseModelError(
+        f"model_name_or_path: `{name}` is quantized ({method}{f', {width}-bit' if width else ''}: quantization_config "
+        "in its config.json); PEMT trains on weights in fp32, bf16 or fp16: give the model that it was made from"
+    )
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class WeightFileError(PemtError):
     """A base model's weight files do not hold what its configuration says."""
 
 
+FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 # A tensor's shape, and what reads it.
 Entry = tuple[tuple[int, ...], Callable[[], Tensor]]
 
@@ -101,7 +102,13 @@ def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 it is no mapping
-                shape = tuple(opened.get_slice(key).get_shape())
+                tensor = opened.get_slice(key)
+                if tensor.get_dtype() not in FLOATS:
+                    raise WeightFileError(
+                        f"model_name_or_path: {file}: tensor `{key}` holds {tensor.get_dtype()}, needed is one of "
+                        f"{', '.join(FLOATS)}; a quantized model cannot be trained on: give the one it was made from"
+                    )
+                shape = tuple(tensor.get_shape())
                 yield key, (shape, partial(_read_safetensors, file, key))
         return
     mapped = torch.load(file, map_location="cpu", mmap=True, weights_only=True)

@@ -29,6 +29,7 @@ from pemt.meter import Meter, shares
 from pemt.model import TrainedT5, base_digest, checked_base
 from pemt.monitor import GateNames, Monitor
 from pemt.not_finite import NotFinite
+from pemt.restart import warmup_notes
 from pemt.run_folder import goes_on, holds_run, start_run_folder
 from pemt.session import Session
 from pemt.signals import Interrupted
@@ -261,7 +262,8 @@ def _introduce(run: _Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
     monitor, size = run.monitor, _size_line(run.built.model, run.setup.engine)
     monitor.introduce(run.config, {"job": size, "device": str(run.setup.engine.device)})
-    for line in (*(resumed.notes if resumed else ()), *run.setup.data.notes, size):
+    warmup = warmup_notes(run.config, run.total_steps)
+    for line in (*(resumed.notes if resumed else ()), *run.setup.data.notes, *warmup, size):
         monitor.message(line)
     if resumed:
         step = resumed.progress.step

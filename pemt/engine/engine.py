@@ -91,7 +91,8 @@ class Engine:
 
     def seed(self, seed: int, *, per_rank: bool) -> None:
         """Seed every generator: alike on all ranks for initialisation, differently for dropout."""
-        set_seed(seed, device_specific=per_rank)
+        # A rank's own must be in numpy's range too.
+        set_seed((seed + self.rank * per_rank) % 2**32)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read the model's weights, hand it and the optimizer to DeepSpeed or DDP.

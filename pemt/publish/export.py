@@ -58,7 +58,7 @@ def export_run(
         PublishError: a source run, a folder in use, or it cannot be written.
         PemtError: as `load_finished`.
     """
-    target = Path(folder)
+    run_dir, target = Path(run_dir).expanduser(), Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PublishError(f"{target}: is not empty; give a new folder")
     finished = load_finished(run_dir)
@@ -85,7 +85,7 @@ def export_run(
         card = Card(
             base_model=name,
             licence=licence or base_licence(config.model_name_or_path),
-            results=_results(Path(run_dir)),
+            results=_results(run_dir),
             config=config,
             task=finished.task,
             dtype=dtype if config.method in METHODS else "float32",
