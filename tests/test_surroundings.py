@@ -43,14 +43,24 @@ CACHES = (
 
 
 def python(
-    *arguments: str, cwd: Path, environment: dict[str, str] | None = None, shell: str = ""
+    *arguments: str,
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+    shell: str = "",
+    encoding: str = "utf-8",
 ) -> subprocess.CompletedProcess[str]:
     given = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     command: Any = [sys.executable, *arguments]
     if shell:
         command = ["sh", "-c", f'"$0" "$@" {shell}', *command]
     return subprocess.run(
-        command, cwd=cwd, env=given, capture_output=True, text=True, timeout=600, check=False
+        command,
+        cwd=cwd,
+        env=given,
+        capture_output=True,
+        encoding=encoding,
+        timeout=600,
+        check=False,
     )
 
 
@@ -99,7 +109,11 @@ def test_closed_streams(tmp_path: Path, shell: str) -> None:
 def test_narrow_streams_keep_json_json(tmp_path: Path, encoding: str) -> None:
     code = IN_STREAMS.format(file=str(tmp_path / "data"))
     done = python(
-        "-c", code, cwd=tmp_path, environment={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        "-c",
+        code,
+        cwd=tmp_path,
+        environment={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        encoding=encoding,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[0]) == {"text": "naïve 日本 \U0001f600"}
@@ -210,7 +224,7 @@ def test_tilde_in_yaml_files_lists_and_sweeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "run.yaml").write_text("data_dir: ~/data\nbank_dir: ~\n")
+    (tmp_path / "run.yaml").write_text("data_dir: ~/data\nbank_dir: '~'\n")
     (tmp_path / "task.yaml").write_text(
         "name: mine\ndescription: d\ntemplate: '{x}'\nmetrics: [accuracy]\nlabels: ['a', 'b']\n"
         "files: {train: [~/one.jsonl, ~/two.jsonl], test: test.jsonl}\n"
