@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pemt.build import build_model
 from pemt.engine import Engine
-from pemt.loop import _take_step, prepare, train_batches
-from pemt.meter import Meter
+from pemt.run.build import build_model
+from pemt.run.loop import _take_step, prepare, train_batches
+from pemt.run.meter import Meter
+from pemt.run.train import set_up
 from pemt.tasks import Task, register_task
-from pemt.train import set_up
-from tests.tiny import adapt_config
+from tests.support.tiny import adapt_config
 
 UNEVEN, ROWS, STEPS = "tiny-uneven", 8, 2
 SCALARS = ("train/loss", "train/ce_loss", "train/grad_norm")

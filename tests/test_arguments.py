@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pemt.arguments import parse_config, value_sources
-from pemt.config import AdaptConfig, ConfigError
+from pemt.config.parse import parse_config, value_sources
+from pemt.config.schema import AdaptConfig, ConfigError
 
 NEEDED = ["--output_dir", "out", "--task_name", "rte", "--bank_dir", "bank"]
 

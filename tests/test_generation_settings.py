@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
-from pemt.base import load_pretrained
-from pemt.finished import finished_config, load_finished
 from pemt.model import FullT5
-from pemt.predict import Predictor
+from pemt.model.base import load_pretrained
 from pemt.publish.export import export_run
 from pemt.publish.pemt_model import PemtModel
-from pemt.train import run_adapt
-from tests.tiny import adapt_config, make_base, tiny_task, write_task_files
+from pemt.run.finished import finished_config, load_finished
+from pemt.run.predict import Predictor
+from pemt.run.train import run_adapt
+from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
 
 TARGET = "tiny-generation"
 TEXTS = ["text : the box is red", "text : the lid is white and the box is blue"]

@@ -15,22 +15,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pemt.arguments import parse_config
-from pemt.base import BaseModelError, load_pretrained
-from pemt.command_line import command_parser
+from pemt.checkpoint.resume import warmup_notes
 from pemt.commands.fields import FILES, FOLDERS
-from pemt.config import PATHS, AdaptConfig, ConfigError
-from pemt.data import DataError, load_task_data, load_tokenizer
+from pemt.config.command_line import command_parser
+from pemt.config.parse import parse_config
+from pemt.config.schema import PATHS, AdaptConfig, ConfigError
+from pemt.data import DataError, load_task_data
 from pemt.data.examples import local_examples
 from pemt.data.loading import cache_faults
 from pemt.engine import Engine
-from pemt.hub import local_folder
-from pemt.restart import warmup_notes
+from pemt.model.base import BaseModelError, load_pretrained
+from pemt.model.tokenizer import load_tokenizer
+from pemt.storage.hub import local_folder
 from pemt.surroundings import can_be_written, own_cache, temporary_folder, use_writable_caches
 from pemt.sweep.plan import read_sweep
 from pemt.tasks import get_task
 from tests.conftest import ROOT
-from tests.tiny import adapt_config, make_base, make_tokenizer, tiny_task, write_task_files
+from tests.support.tiny import adapt_config, make_base, make_tokenizer, tiny_task, write_task_files
 
 TASK = "tiny-surroundings"
 # Modules that pemt or its libraries import, of the standard library too.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pemt.command_line import Parser, command_parser
-from pemt.config import PemtError
+from pemt.config import Parser, PemtError, command_parser
 from pemt.surroundings import own_cache
 
 
@@ -17,7 +16,7 @@ def run(arguments: list[str]) -> None:
         raise PemtError(
             f"--world_seed: found {options['world_seed']}, a number from 0 on is needed"
         )
-    from pemt.demo.run import run_demo
+    from pemt.demo import run_demo
 
     run_demo(**options)
 
