@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pemt.surroundings import leave_working_folder, open_streams, use_writable_caches
+from pemt.engine import leave_working_folder, open_streams, use_writable_caches
 
 leave_working_folder()  # before a file there can stand for a module imported below
 
@@ -16,7 +16,7 @@ import time
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
 from pemt.config import PemtError, nearest
-from pemt.engine import INTERRUPTED_STATUS, Interrupted, run_and_exit
+from pemt.engine import INTERRUPTED_STATUS, Interrupted, finish, run_and_exit
 
 
 def program() -> None:
@@ -57,8 +57,7 @@ def main() -> None:
         os._exit(2)
     except Interrupted:
         status = INTERRUPTED_STATUS
-    if "pemt.engine" in sys.modules:
-        sys.modules["pemt.engine"].shut_down()
+    finish()
     if status:
         sys.exit(status)
 

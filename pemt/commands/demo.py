@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pemt.config import Parser, PemtError, command_parser
-from pemt.surroundings import own_cache
+from pemt.engine import own_cache
 
 
 def run(arguments: list[str]) -> None:

@@ -27,7 +27,7 @@ from pemt.config.schema import ConfigError, RunConfig
 from pemt.config.yaml_file import load_yaml
 
 PRINT_CONFIG = "--print_config"
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
 _EXAMPLES = {
     "pemt source": "--config source --task_name mnli --output_dir runs/mnli --bank_dir bank",

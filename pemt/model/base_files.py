@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -147,3 +148,11 @@ def _install_lazy(base: PreTrainedModel, entries: dict[str, Entry], name: str) -
     for key, parameter in unread.items():
         owner, _, attribute = key.rpartition(".")
         setattr(base.get_submodule(owner), attribute, parameter)
+
+
+def refusal(error: pickle.UnpicklingError) -> str:
+    """What the restricted unpickler objected to, out of its long advice."""
+    blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if blocked:
+        return f"it would call {blocked[1]} when loaded"
+    return "it is no file of tensors that torch.save wrote"

@@ -26,7 +26,7 @@ from pemt.model import PemtT5
 from pemt.run.build import build_model
 from pemt.run.loop import Setup, prepare, train_batches
 from pemt.run.train import run_adapt, run_source, set_up
-from tests.launched_cuts import cuts
+from tests.launch.launched_cuts import cuts
 from tests.support.tiny import adapt_config, source_config, tiny_task
 
 SOURCES = ("tiny-a", "tiny-b")

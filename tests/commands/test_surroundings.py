@@ -24,10 +24,15 @@ from pemt.data import DataError, load_task_data
 from pemt.data.examples import local_examples
 from pemt.data.loading import cache_faults
 from pemt.engine import Engine
+from pemt.engine.surroundings import (
+    can_be_written,
+    own_cache,
+    temporary_folder,
+    use_writable_caches,
+)
 from pemt.model.base import BaseModelError, load_pretrained
 from pemt.model.tokenizer import load_tokenizer
 from pemt.storage.hub import local_folder
-from pemt.surroundings import can_be_written, own_cache, temporary_folder, use_writable_caches
 from pemt.sweep.plan import read_sweep
 from pemt.tasks import get_task
 from tests.conftest import ROOT
@@ -86,7 +91,7 @@ def test_the_users_modules_are_not_imported(tmp_path: Path, path: str) -> None:
 
 IN_STREAMS = """
 import os, sys
-from pemt.surroundings import open_streams
+from pemt.engine.surroundings import open_streams
 open_streams()
 assert [os.fstat(n) and n for n in range(3)] == [0, 1, 2]
 file = open({file!r}, "w")

@@ -26,7 +26,8 @@ def leave_working_folder() -> None:
     others = [entry for entry in sys.path if os.path.realpath(entry or ".") != here]
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     wanted = {os.path.realpath(entry) for entry in named if entry not in ("", ".")}
-    wanted.add(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    # the folder that the package lies in
+    wanted.add(os.path.realpath(os.path.join(os.path.dirname(__file__), "..", "..")))
     kept = [here] if here in wanted and len(others) < len(sys.path) else []
     sys.path[:] = [*others, *kept]
 
