@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pemt.engine import leave_working_folder, open_streams, use_writable_caches
+
+leave_working_folder()  # before a file there can stand for a module imported below
+
 import os
 import select
 import signal
@@ -16,6 +20,8 @@ from pemt.engine import INTERRUPTED_STATUS, KILLED_STATUS, Interrupted, finish, 
 
 def program() -> None:
     """What `pemt` is on a command line."""
+    open_streams()
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started from here leave it too
     run_and_exit(main)
 
 
@@ -40,6 +46,7 @@ def main() -> None:
         if name not in COMMANDS:
             hint = nearest(name, list(COMMANDS), what=f"there are {', '.join(COMMANDS)}")
             raise PemtError(f"pemt {name}: no such command{hint}")
+        find_caches()
         COMMANDS[name](arguments)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -57,6 +64,16 @@ def main() -> None:
     finish()
     if status:
         sys.exit(status)
+
+
+def find_caches() -> None:
+    """Raise `PemtError` where neither home nor a temporary folder can be written."""
+    try:
+        use_writable_caches()
+    except OSError as error:
+        raise PemtError(
+            f"no cache can be written ({error}); set HF_HOME, or TMPDIR, to a folder that can be"
+        ) from None
 
 
 def reader_has_gone() -> bool:

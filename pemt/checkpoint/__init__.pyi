@@ -19,7 +19,7 @@ from .folder import (
 )
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
 from .names import checkpoint_folders as checkpoint_folders
-from .resume import Config as Config, resolve_config as resolve_config
+from .resume import Config as Config, resolve_config as resolve_config, warmup_notes as warmup_notes
 from .status import (
     STATUS as STATUS,
     State as State,

@@ -99,3 +99,19 @@ def _begun(config: RunConfig) -> dict[str, Any] | None:
         if isinstance(manifest.get("run"), dict):
             return manifest
     return None
+
+
+def warmup_notes(config: RunConfig, total_steps: int) -> list[str]:
+    """What is to be told of a warm-up that does not do what was asked for."""
+    steps = config.warmup_steps
+    if steps and config.lr_scheduler_type == "constant":
+        return [
+            f"warmup_steps {steps}: not used, `lr_scheduler_type: constant` has no warm-up; "
+            "`constant_with_warmup` has"
+        ]
+    if steps >= total_steps > 0:
+        return [
+            f"warmup_steps {steps}: the run has {total_steps} steps, so its learning rate never gets beyond "
+            f"{max(total_steps - 1, 0) / steps:.0%} of learning_rate; lower warmup_steps, or train longer"
+        ]
+    return []

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pemt.config import Parser, command_parser
+from pemt.config import Parser, PemtError, command_parser
+from pemt.engine import own_cache
 
 
 def run(arguments: list[str]) -> None:
     """`pemt demo`."""
     options = vars(make_parser().parse_args(arguments))
+    options["cache_dir"] = options["cache_dir"] or Path(own_cache())
+    if options["world_seed"] < 0:
+        raise PemtError(
+            f"--world_seed: found {options['world_seed']}, a number from 0 on is needed"
+        )
     from pemt.demo import run_demo
 
     run_demo(**options)
@@ -26,7 +32,6 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--cache_dir",
         type=Path,
-        default=Path.home() / ".cache" / "pemt",
         help="keeps the base model it has pre-trained (~/.cache/pemt)",
     )
     parser.add_argument("--quick", action="store_true", help="one target and one seed")

@@ -22,6 +22,7 @@ from .parse import (
     parse_config as parse_config,
     read_yaml_mapping as read_yaml_mapping,
     recipe_names as recipe_names,
+    value_sources as value_sources,
 )
 from .schema import (
     NON_IDENTITY_FIELDS as NON_IDENTITY_FIELDS,

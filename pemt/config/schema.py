@@ -7,6 +7,7 @@ Names follow Hugging Face's `TrainingArguments` wherever the same thing exists t
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -59,6 +60,19 @@ NON_IDENTITY_FIELDS = (
     "overwrite_output_dir",
     "ddp_timeout",
 )
+
+
+# Fields that name files or folders: `~` in them is home, as in a shell.
+PATHS = (
+    "model_name_or_path",
+    "tokenizer_name",
+    "output_dir",
+    "task_file",
+    "data_dir",
+    "resume_from_checkpoint",
+    "bank_dir",
+)
+MOST_SEED = 2**32 - 1  # numpy's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +156,7 @@ class RunConfig:
         max_skipped_steps: stop after this many steps in a row whose loss or gradient is not finite on some
             rank. Such a step changes no weight and no moment; schedule and data go on. fp16 needs up to 17
             to find its loss scale.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up; where the run has no more than these, that is told.
         lr_scheduler_type: a schedule of `transformers.get_scheduler`.
         eval_strategy: when to validate: each epoch, every eval_steps, or never.
         eval_steps: validation interval in steps for `eval_strategy: steps`.
@@ -153,7 +167,7 @@ class RunConfig:
         save_errors: what a checkpoint that cannot be written does: `stop` ends the run, with `warn` it goes on, tries
             the next one, and fails at its end if the last or the best one is still not written.
         num_beams: beams of the generation that validation and test score.
-        seed: seed of initialisation and dropout.
+        seed: seed of initialisation and dropout, 0 to 4294967295, as data_seed.
         data_seed: seed of splits, few-shot draws and data order; default: seed.
         bf16: train in bfloat16 (fp32 for trained weights under DeepSpeed, softmax, norms, losses). Default: true where
             every rank's device computes in it natively (GPUs from sm_80 on, CPUs with avx512_bf16 or amx_bf16), and
@@ -213,6 +227,7 @@ class RunConfig:
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
+        self._expand_home()
         _check_finite(self)
         self._at_least(
             1,
@@ -237,6 +252,10 @@ class RunConfig:
             "ddp_timeout",
         )
         self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST_SEED:
+                raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
         if self.bf16 and self.fp16:
             raise ConfigError(
                 "bf16, fp16: both are true, only one may be; set `bf16: false` to train in fp16"
@@ -253,6 +272,12 @@ class RunConfig:
                 "overwrite_output_dir, resume_from_checkpoint: both are given; keep one, "
                 "to start again or to go on"
             )
+
+    def _expand_home(self) -> None:
+        for name in PATHS:
+            value = getattr(self, name, None)
+            if isinstance(value, str):
+                object.__setattr__(self, name, os.path.expanduser(value))
 
     def _check_streaming(self) -> None:
         if self.max_steps <= 0:

@@ -141,9 +141,21 @@ def hub_name(hub: HubSource, split: str) -> str:
 
 
 def local_examples(task: Task, paths: tuple[Path, ...]) -> Dataset:
-    """One split of local files, which are told apart by their path, size and time of change."""
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return build(task, LocalRows(task, paths), Hasher.hash(stats))
+    """One split of local files, which are told apart by their path, for messages, and by what they hold."""
+    contents = [(str(path.resolve()), _digest(path)) for path in paths]
+    return build(task, LocalRows(task, paths), Hasher.hash(contents))
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes: another file may have the same size and time of change."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 class HubRows:
@@ -178,7 +190,8 @@ def build(task: Task, rows: Located, origin: str) -> Dataset:
             fingerprint=fingerprint,
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):  # a file that cannot be read to its end
+        # a file that cannot be read to its end, or a cache that cannot be written
+        if isinstance(error.__cause__, DataError | OSError):
             raise error.__cause__ from None
         raise
 

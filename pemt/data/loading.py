@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset
 from datasets.fingerprint import Hasher
@@ -63,7 +64,7 @@ def load_task_data(
     Raises DataError for a missing or malformed file or row, a class with too few examples, or
     labels longer than `max_target_length`.
     """
-    with local_main_first():
+    with local_main_first(), cache_faults():
         return build(task, config, tokenizer)
 
 
@@ -81,7 +82,7 @@ def load_split(
     Where there is nothing to train on, a split is what its files or the hub give: the split rule
     needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
     """
-    with local_main_first():
+    with local_main_first(), cache_faults():
         origin = origin_of(task, config.data_dir)
         is_drawn = split == "train" and config.few_shot is not None
         if is_drawn or not stands_alone(split, origin.splits):
@@ -91,6 +92,20 @@ def load_split(
         encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
         told = drawn(f"the official {split} set", split, examples, config)
         return encoded, (*origin.notes, *left_out, *cut), told
+
+
+@contextmanager
+def cache_faults() -> Iterator[None]:
+    """Turn what the disk says of the cache of `datasets` into one line that tells where it may go."""
+    try:
+        yield
+    except OSError as error:
+        folder = datasets.config.HF_DATASETS_CACHE
+        where = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        raise DataError(
+            f"the cache of data sets, {folder}, cannot be written ({where}); set HF_HOME, or "
+            "HF_DATASETS_CACHE, to a folder that can"
+        ) from None
 
 
 def stands_alone(split: str, there: Collection[str]) -> bool:

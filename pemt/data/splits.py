@@ -151,6 +151,11 @@ def few_shot(task: Task, train: Dataset, k: int, seed: int) -> Dataset:
         members = np.arange(len(train)) if label is None else np.flatnonzero(targets == label)
         if len(members) < k:
             which = "all of train" if label is None else f"class {class_name(task, label)}"
+            if not len(members):
+                raise DataError(
+                    f"few_shot: found {k}, but {which} of task {task.name} has no training example; add some, or "
+                    "train without few_shot"
+                )
             raise DataError(
                 f"few_shot: found {k}, but {which} of task {task.name} has {len(members)} training "
                 f"examples; give {len(members)} at most"

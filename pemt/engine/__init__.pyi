@@ -13,5 +13,11 @@ from .signals import (
     Interrupted as Interrupted,
     StopSignals as StopSignals,
 )
+from .surroundings import (
+    leave_working_folder as leave_working_folder,
+    open_streams as open_streams,
+    own_cache as own_cache,
+    use_writable_caches as use_writable_caches,
+)
 from .trained_state import MOMENTS as MOMENTS, full_size as full_size
 from .watchdog import Watchdog as Watchdog

@@ -100,7 +100,8 @@ class Engine:
 
     def seed(self, seed: int, *, per_rank: bool) -> None:
         """Seed every generator: alike on all ranks for initialisation, differently for dropout."""
-        set_seed(seed, device_specific=per_rank)
+        # A rank's own must be in numpy's range too.
+        set_seed((seed + self.rank * per_rank) % 2**32)
 
     def prepare(
         self,
@@ -180,7 +181,7 @@ class Engine:
         """Accumulate gradients of one micro-batch.
 
         Args:
-            loss: scalar, the mean over the micro-batch; the division by the accumulation is done here.
+            loss: scalar; the step's gradient is that of the mean over its micro-batches on all ranks.
             last: whether this micro-batch completes the step, so that ranks reduce their gradients.
 
         A loss that is not finite on one rank makes its gradients NaN, and these are how the others hear of
@@ -272,6 +273,14 @@ class Engine:
         values = torch.tensor([value])
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._hosts)
         return int(values)
+
+    def totals(self, values: list[int]) -> list[int]:
+        """The sums over all ranks, each by itself; from host to host, as `all_reduce_max`."""
+        if self._hosts is None:
+            return values
+        totals = torch.tensor(values)
+        torch.distributed.all_reduce(totals, group=self._hosts)
+        return [int(total) for total in totals]
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, rank 0's first; small ones, from host to host."""

@@ -44,7 +44,7 @@ def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | 
         raise DeepSpeedConfigError(
             "accelerate launch: no DeepSpeed JSON; give one with --deepspeed_config_file ds_configs/zero2.json"
         )
-    path = Path(name)
+    path = Path(name).expanduser()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     filled = fill_deepspeed_json(
         read_deepspeed_json(path), config, world_size=world_size, path=path

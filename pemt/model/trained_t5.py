@@ -50,6 +50,11 @@ class TrainedT5(nn.Module, ABC):
 
     base: Base
 
+    @property
+    def sparsity_loss_weight(self) -> float:
+        """How much of `sparsity_loss` is in a pass's `loss`; 0 where no experts are mixed."""
+        return 0.0
+
     @abstractmethod
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
         """One pass with teacher forcing.

@@ -65,7 +65,7 @@ class Library:
         for path in (*self.sources, *headers):
             digest.update(path.read_bytes())
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-        return Path(root) / f"{self.namespace}_{digest.hexdigest()[:12]}"
+        return Path(root).expanduser() / f"{self.namespace}_{digest.hexdigest()[:12]}"
 
     @property
     def built(self) -> Path:

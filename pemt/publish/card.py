@@ -36,8 +36,10 @@ model = PemtModel.from_pretrained({here!r})
 print(model.generate([{text!r}]))"""
 _PEFT = """\
 from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM
-model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained({base!r}), {here!r})"""
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+base = AutoModelForSeq2SeqLM.from_pretrained({base!r})
+base.generation_config = GenerationConfig.from_pretrained({here!r})  # as it was scored
+model = PeftModel.from_pretrained(base, {here!r})"""
 _FULL = """\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 model = AutoModelForSeq2SeqLM.from_pretrained({here!r})

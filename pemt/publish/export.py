@@ -58,7 +58,7 @@ def export_run(
         PublishError: a source run, a folder in use, or it cannot be written.
         PemtError: as `load_finished`.
     """
-    target = Path(folder)
+    run_dir, target = Path(run_dir).expanduser(), Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PublishError(f"{target}: is not empty; give a new folder")
     finished = load_finished(run_dir)
@@ -70,8 +70,12 @@ def export_run(
         )
     name = base_model or config.model_name_or_path
     with _whole(target) as temporary:
+        # as it was scored, for whoever asks it by transformers alone
+        answers = finished.model.base.generation_config
+        answers.num_beams, answers.max_new_tokens = config.num_beams, _longest(finished)
         if isinstance(finished.model, PeftT5):
             _write_peft(temporary, finished.model, name)
+            answers.save_pretrained(temporary)
         elif isinstance(finished.model, FullT5):
             with bars_on_terminals_alone():
                 finished.model.base.save_pretrained(temporary)
@@ -81,7 +85,7 @@ def export_run(
         card = Card(
             base_model=name,
             licence=licence or base_licence(config.model_name_or_path),
-            results=_results(Path(run_dir)),
+            results=_results(run_dir),
             config=config,
             task=finished.task,
             dtype=dtype if config.method in METHODS else "float32",
@@ -91,6 +95,11 @@ def export_run(
             save_gate_map(card.gates, temporary / GATES, title="Mean gate on the test set")
         (temporary / README).write_text(model_card(card), encoding="utf-8")
     return target
+
+
+def _longest(finished: LoadedRun) -> int:
+    """The longest answer that was scored, in tokens."""
+    return finished.config.max_target_length or finished.task.max_target_length
 
 
 def _write_own(
@@ -116,7 +125,7 @@ def _write_own(
         template=task.template,
         labels=list(task.labels),
         max_source_length=config.max_source_length,
-        max_new_tokens=config.max_target_length or task.max_target_length,
+        max_new_tokens=_longest(finished),
         num_beams=config.num_beams,
         reduction_factor=config.adapter.reduction_factor,
         train_layer_norms=config.mixture.train_layer_norms,

@@ -194,7 +194,7 @@ def answer_batch(
             synced_gpus=engine.zero_stage == 3 and engine.world_size > 1,
         )
     padding = longest + 1 - tokens_BT.shape[1]
-    padded_BT = F.pad(tokens_BT, (0, padding), value=module.base.config.pad_token_id)
+    padded_BT = F.pad(tokens_BT, (0, padding), value=module.base.generation_config.pad_token_id)
     return [padded_BT] if gates_BLK is None else [padded_BT, gates_BLK.float()]
 
 

@@ -17,7 +17,7 @@ from pemt.checkpoint import (
     load_trained,
     train_state_of,
 )
-from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config
+from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config, value_sources
 from pemt.engine import Engine
 from pemt.model import TrainedT5, base_digest, checked_base, load_base, read_lazy
 from pemt.monitor import GateNames
@@ -76,18 +76,22 @@ def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunCo
         ConfigError: `config.yaml` or an override is wrong.
         StorageError: the checkpoint's manifest is damaged.
     """
-    path = Path(run_dir) / CONFIG
+    run_dir = Path(run_dir).expanduser()
+    path = run_dir / CONFIG
     if not path.is_file():
         raise FinishedError(
             f"{run_dir}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
         )
-    _, _, stage = _best_checkpoint(Path(run_dir))
+    _, _, stage = _best_checkpoint(run_dir)
     kind: type[RunConfig] = SourceConfig if stage == "source" else AdaptConfig
-    arguments = ["--config", str(path)]
-    config = parse_config(kind, [*arguments, *overrides], prog="pemt evaluate")
-    if config.task_name != parse_config(kind, arguments, prog="pemt evaluate").task_name:
-        arguments += ["--data_dir", "null", "--task_file", "null"]
-        config = parse_config(kind, [*arguments, *overrides], prog="pemt evaluate")
+    own = ["--config", str(path)]
+    config = parse_config(kind, [*own, *overrides], prog="pemt evaluate")
+    if config.task_name != parse_config(kind, own, prog="pemt evaluate").task_name:
+        sources = value_sources(kind, [*own, *overrides])
+        if sources["data_dir"] == str(path):
+            config = replace(config, data_dir=None)
+        if sources["task_file"] == str(path):
+            config = replace(config, task_file=None)
     return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
 
 
@@ -102,9 +106,10 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
         FinishedError: as `finished_config`; or the base model's weights are others than the run's.
         PemtError: base model, bank, task or checkpoint cannot be read, or do not go together any more.
     """
+    run_dir = Path(run_dir).expanduser()
     own = finished_config(run_dir)
     config = config or own
-    checkpoint, progress, stage = _best_checkpoint(Path(run_dir))
+    checkpoint, progress, stage = _best_checkpoint(run_dir)
     manifest = read_manifest(checkpoint)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
     same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
@@ -124,7 +129,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     weights = read_tensors(checkpoint, WEIGHTS, manifest)
     load_trained(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
     return LoadedRun(
-        folder=Path(run_dir),
+        folder=run_dir,
         config=config,
         stage=stage,
         task=get_task(config.task_name, config.task_file),

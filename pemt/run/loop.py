@@ -20,6 +20,7 @@ from pemt.checkpoint import (
     load_into_model,
     resume_target,
     start_run_folder,
+    warmup_notes,
 )
 from pemt.config import RunConfig
 from pemt.data import (
@@ -35,7 +36,7 @@ from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
 from pemt.monitor import Monitor
 from pemt.run.build import Built
 from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.meter import Meter
+from pemt.run.meter import Meter, shares
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.session import Session
 from pemt.storage import TensorFile
@@ -209,12 +210,15 @@ def _take_step(
 ) -> tuple[dict[str, float], list[Tensor]]:
     """One optimizer step over this rank's micro-batches: its learning rate and gradient norm, and their losses."""
     engine = setup.engine
-    losses = []
-    for number, indices in enumerate(micro_batches):
-        batch = _batch(setup, indices)
+    assert isinstance(engine.module, TrainedT5)
+    weight, losses = engine.module.sparsity_loss_weight, []
+    batches = [_batch(setup, indices) for indices in micro_batches]
+    for number, (batch, share) in enumerate(zip(batches, shares(engine, batches), strict=True)):
+        batch = {key: value.to(engine.device) for key, value in batch.items()}
         out = engine.model(**batch)
-        engine.backward(out.loss, last=number == len(micro_batches) - 1)
-        meter.add(out, batch)
+        step_loss = share.of_loss(out, weight)
+        engine.backward(step_loss, last=number == len(batches) - 1)
+        meter.add(out, batch, share, step_loss)
         losses.append(out.loss.detach())
     learning_rate = float(schedule.get_last_lr()[0])
     grad_norm = engine.step()
@@ -269,7 +273,8 @@ def _log_config(run: _Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
     monitor, size = run.monitor, _size_line(run.built.model, run.setup.engine)
     monitor.log_config(run.config, {"job": size, "device": str(run.setup.engine.device)})
-    for line in (size, *(resumed.notes if resumed else ()), *run.setup.data.notes):
+    warmup = warmup_notes(run.config, run.total_steps)
+    for line in (size, *(resumed.notes if resumed else ()), *run.setup.data.notes, *warmup):
         monitor.message(line)
     if resumed:
         step = resumed.progress.step
@@ -311,13 +316,12 @@ def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
 
 
 def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
-    """A micro-batch on this rank's device."""
-    batch = collate(
+    """A micro-batch, on the CPU."""
+    return collate(
         _rows(setup, micro_batch),
         pad_token_id=setup.tokenizer.pad_token_id,
         pad_to_multiple_of=setup.data.pad_to_multiple_of,
     )
-    return {key: value.to(setup.engine.device) for key, value in batch.items()}
 
 
 def prepare(

@@ -82,7 +82,7 @@ class Predictor:
 
     def __call__(
         self,
-        inputs: Sequence[str | Mapping[str, Any]],
+        inputs: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
         *,
         batch_size: int | None = None,
         num_beams: int | None = None,
@@ -91,7 +91,7 @@ class Predictor:
         """A prediction for every input, in their order (all ranks call, with the same inputs).
 
         Args:
-            inputs: source texts, or rows with the fields of the task's template.
+            inputs: source texts, or rows with the fields of the task's template; one alone is a list of one.
             batch_size: inputs of a rank's batch; default: per_device_eval_batch_size.
             num_beams, max_new_tokens: default: as the run was scored.
 
@@ -103,7 +103,7 @@ class Predictor:
         beams = num_beams or config.num_beams
         texts = [
             text
-            for each in inputs
+            for each in ([inputs] if isinstance(inputs, str | Mapping) else inputs)
             for text in ([each] if isinstance(each, str) else sources_of(task, each))
         ]
         if not texts:

@@ -59,7 +59,7 @@ def load_task_file(path: str | Path) -> Task:
     Raises TaskError for a missing file, malformed YAML, an unknown or missing key, a value of a
     wrong type, or whatever `Task` itself refuses.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     values = mapping_of(path)
     read: dict[str, Any] = {}
     for key, value in values.items():
@@ -76,7 +76,9 @@ def load_task_file(path: str | Path) -> Task:
     if missing:
         raise TaskError(f"{path}: missing key {', '.join(missing)}")
     if "files" in read:
-        read["files"] = tuple((split, str(path.parent / name)) for split, name in read["files"])
+        read["files"] = tuple(
+            (split, str(path.parent / Path(name).expanduser())) for split, name in read["files"]
+        )
     try:
         return Task(**read) if like is None else dataclasses.replace(known_task(like), **read)
     except TaskError as error:

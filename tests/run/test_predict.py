@@ -53,6 +53,12 @@ def predictor(world: Path) -> Predictor:
     return Predictor.load(world / "pemt")
 
 
+def test_one_text_or_row_alone_is_a_list_of_one(predictor: Predictor) -> None:
+    text = "text : the box is red"
+    (alone,) = predictor(text)
+    assert alone == predictor([text])[0] == predictor({"text": "the box is red"})[0]
+
+
 def test_answers_and_gates_are_those_of_the_final_test(world: Path, predictor: Predictor) -> None:
     rows = rows_of(world)
     answers = predictor(rows, batch_size=3)
