@@ -176,6 +176,13 @@ def test_validation_split_draws_by_seed_and_class(rows, share, sizes):
         splits.split(RTE, {**given, "validation": given["test"]}, 1, share)
 
 
+def test_a_class_of_one_example_stays_in_train():
+    train = examples(40, classes=("0",) * 39 + ("1",))
+    for seed in range(10):
+        parts = splits.split(RTE, {"train": train}, seed, 0.5)
+        assert "1" in parts["train"]["target"][:]
+
+
 SCITAIL = {
     "scitail_1.0_train.tsv": "P one .\tH one .\tentails\nP two .\tH two .\tneutral\n",
     "scitail_1.0_structure_train.tsv": "P one .\tH one .\tentails\tH<>one\nP two .\tH two .\tneutral\tH<>two\n",

@@ -66,6 +66,16 @@ def test_what_pandas_writes_is_read(tmp_path, rows, quoting, line_end, name, sep
         assert rows_of(path) == rows
 
 
+def test_a_bare_carriage_return_within_a_field_is_kept(tmp_path):
+    rows = [{"text": "first \r second", "label": "no"}, {"text": "plain", "label": "yes"}]
+    for name, separator in (("a.tsv", "\t"), ("a.csv", ",")):
+        text = 'text,label\n"first \r second",no\nplain,yes\n'
+        (tmp_path / name).write_bytes(text.replace(",", separator).encode())
+        assert rows_of(tmp_path / name) == rows
+    (tmp_path / "b.tsv").write_bytes(b"text\tlabel\nfirst \r second\tno\nplain\tyes\n")
+    assert rows_of(tmp_path / "b.tsv") == rows
+
+
 def test_an_index_column_is_left_out_and_one_that_has_a_name_is_a_column(tmp_path):
     pd.DataFrame(SIMPLE).to_csv(tmp_path / "a.csv")
     assert rows_of(tmp_path / "a.csv") == SIMPLE
@@ -92,6 +102,8 @@ def test_what_excel_writes_in_europe_and_on_the_macintosh_is_read(tmp_path):
     path.write_bytes(b'\xef\xbb\xbfsep=;\r\ntext;label\r\n"a;b, c";0\r\nd, e;1\r\n;\r\n')
     assert rows_of(path) == [{"text": "a;b, c", "label": "0"}, {"text": "d, e", "label": "1"}]
     assert note_on(path, Columns()).endswith("columns are separated by ';'")
+    path.write_text("sep=;\n")
+    assert rows_of(path) == []
     path.write_bytes(b"text,label\ra,0\rb,1\r")
     assert rows_of(path) == [{"text": "a", "label": "0"}, {"text": "b", "label": "1"}]
     path.write_text('text, label\n"a, b", 0\n', encoding="utf-8")
@@ -220,6 +232,7 @@ def test_json_as_it_is_written(tmp_path):
     (tmp_path / "e.json").write_text(json.dumps({name: list(frame[name]) for name in frame}))
     (tmp_path / "f.ndjson").write_bytes("\n".join(map(json.dumps, SIMPLE)).encode("utf-16"))
     (tmp_path / "g.txt").write_text("\n".join(map(json.dumps, SIMPLE)))
+    (tmp_path / "h.txt").write_text(json.dumps(SIMPLE, indent=1))
     for path in sorted(tmp_path.iterdir()):
         assert rows_of(path) == SIMPLE, path.name
     (tmp_path / "one.json").write_text(json.dumps(ROWS[0]))

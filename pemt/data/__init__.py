@@ -4,7 +4,7 @@ from pemt.data.batching import EvalBatches, TrainBatches, collate
 from pemt.data.errors import DataError
 from pemt.data.loading import TaskData, encode_sources, lengths_of, load_split, load_task_data
 from pemt.data.streaming import StreamBatches, TrainStream
-from pemt.data.to_predict import read_inputs, sources_of
+from pemt.data.to_predict import note_on_inputs, read_inputs, sources_of
 from pemt.data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "load_split",
     "load_task_data",
     "load_tokenizer",
+    "note_on_inputs",
     "read_inputs",
     "sources_of",
 ]

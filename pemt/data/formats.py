@@ -77,8 +77,8 @@ def is_table(path: Path) -> bool:
     """Whether a file is read as a table: by its extension, and for .txt by whether it begins as JSON does."""
     extension = extension_of(path)
     if extension == "txt":
-        first = next((line for line in text_lines(path) if line.strip()), "")
-        return not first.lstrip().startswith("{")
+        first = next((line.strip() for line in text_lines(path) if line.strip()), "")
+        return first != "[" and not first.startswith(("{", "[{"))
     return extension in DELIMITERS
 
 

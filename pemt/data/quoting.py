@@ -30,7 +30,9 @@ class Evidence:
     delimiter: str
     malformed_as_text: int = 0
     malformed_as_syntax: int = 0
-    fields: int = 0  # in quotes: of them, over several lines, with doubled quotes, with commas
+    fields: int = (
+        0  # in quotes: of them, over several lines, with doubled quotes or a CR, with commas
+    )
     spanning: int = 0
     doubled: int = 0
     commas: int = 0
@@ -75,7 +77,7 @@ class Evidence:
             else:
                 self.fields += 1
                 self.spanning += "\n" in match[1]
-                self.doubled += '""' in match[1]
+                self.doubled += '""' in match[1] or "\r" in match[1]
                 self.commas += "," in match[1]
         self.malformed_as_syntax += at <= len(row) or width != self._width
 

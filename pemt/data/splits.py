@@ -142,7 +142,10 @@ def divided(
         classes = np.unique(column(dataset, "target"), return_inverse=True)[1]
         by_class = order[np.argsort(classes[order], kind="stable")]
         steps = np.arange(number + 1) * size // number
-        chosen = by_class[np.diff(steps) > 0]
+        alone = (
+            np.bincount(classes)[classes[by_class]] == 1
+        )  # a class of one stays in the first part
+        chosen = by_class[(np.diff(steps) > 0) | alone]
     is_first = np.isin(units, chosen)
     return dataset.select(np.flatnonzero(is_first)), dataset.select(np.flatnonzero(~is_first))
 

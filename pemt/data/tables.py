@@ -100,10 +100,14 @@ def delimiter_of(lines: Sequence[str], usual: str) -> str:
     """What separates the columns: whatever makes most of these lines as wide as the first."""
 
     def agreeing(delimiter: str) -> int:
-        widths = [len(row) for row in csv.reader(lines, delimiter=delimiter)]
-        return sum(width == widths[0] for width in widths) if widths[0] > 1 else 0
+        try:
+            widths = [len(row) for row in csv.reader(sample, delimiter=delimiter)]
+        except csv.Error:  # a field without end
+            return 0
+        return sum(width == widths[0] for width in widths) if widths and widths[0] > 1 else 0
 
     csv.field_size_limit(MAX_FIELD)
+    sample = [line.replace("\r", " ") for line in lines]  # csv takes a bare one for a line's end
     return max((usual, *DELIMITERS), key=agreeing)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pemt.data.errors import DataError
-from pemt.data.formats import Record, lines_of, parsed_lines, read_records
+from pemt.data.formats import lines_of, note_on, parsed_lines, read_records
 from pemt.data.local_files import columns_of, renamed
+from pemt.data.tables import Record
 from pemt.data.text import as_utf8
 from pemt.tasks import RowError, Task, encodable, source_of
 
@@ -43,6 +44,11 @@ def read_inputs(task: Task, file: str) -> list[str]:
     if not sources:
         raise DataError(f"{'stdin' if file == STDIN else file}: no row in it; give one or more")
     return sources
+
+
+def note_on_inputs(task: Task, file: str) -> str:
+    """What was decided on how to read the file; empty where there was nothing to decide."""
+    return "" if file == STDIN else note_on(Path(file), columns_of(task))
 
 
 def located(task: Task, file: str) -> Iterable[tuple[str, Record | RowError]]:
