@@ -15,7 +15,7 @@ from pemt.data.examples import origin_of
 from pemt.data.local_files import find_files, read_rows
 from pemt.data.to_predict import TEXT
 from pemt.tasks import RowError, Task, example_of, get_task
-from tests.test_data_splits import RTE, examples, sources
+from tests.data.test_splits import RTE, examples, sources
 
 
 def made(folder, *names, content=""):
