@@ -30,7 +30,7 @@ class FinishedError(PemtError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
+class LoadedRun:
     """A run with its best weights.
 
     Args:
@@ -85,7 +85,7 @@ def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunCo
     return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
 
 
-def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finished:
+def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> LoadedRun:
     """A run's model with the weights of its best checkpoint; every rank reads the files.
 
     Args:
@@ -117,7 +117,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finis
     built = build_model(as_trained, base=base, tokenizer=tokenizer, description=description)
     weights = read_tensors(checkpoint, WEIGHTS, manifest)
     load_trained(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
-    return Finished(
+    return LoadedRun(
         folder=Path(run_dir),
         config=config,
         stage=stage,
@@ -130,7 +130,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finis
     )
 
 
-def prepare_finished(finished: Finished, engine: Engine) -> None:
+def prepare_finished(finished: LoadedRun, engine: Engine) -> None:
     """Hand the model to the engine for evaluation.
 
     As in training, with an optimizer that takes no step: every DeepSpeed JSON that trains also evaluates.
