@@ -132,6 +132,8 @@ class RunConfig:
         task_name: the task to train on (`pemt tasks` lists them).
         task_file: YAML file that describes a task of your own.
         data_dir: read the task from local files in this folder instead of the hub.
+        validation_split: the share of the training examples (of each class alike, drawn by data_seed) that
+            becomes validation, for data that has no validation set; without a test set, half of it becomes that.
         streaming: read the training set while training instead of beforehand, for data larger than memory and
             disk; needs max_steps. Scored are the official validation and test sets; where there is one of them, it is
             the test set, and the first 1000 training examples are validation.
@@ -188,6 +190,7 @@ class RunConfig:
     tokenizer_name: str | None = None
     task_file: str | None = None
     data_dir: str | None = None
+    validation_split: float | None = None
     streaming: bool = False
     shuffle_buffer_size: int = 10_000
     few_shot: int | None = None
@@ -256,6 +259,10 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MOST_SEED:
                 raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
+        if self.validation_split is not None and not 0 < self.validation_split < 1:
+            raise ConfigError(
+                f"validation_split: found {self.validation_split}, a number between 0 and 1 is needed"
+            )
         if self.bf16 and self.fp16:
             raise ConfigError(
                 "bf16, fp16: both are true, only one may be; set `bf16: false` to train in fp16"
@@ -288,7 +295,7 @@ class RunConfig:
             raise ConfigError(
                 "eval_strategy: found epoch, but a stream's length is not known; give `steps` with eval_steps, or `no`"
             )
-        for name in ("few_shot", "max_train_samples"):
+        for name in ("few_shot", "max_train_samples", "validation_split"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name}: does not go with streaming; leave one of them out")
 

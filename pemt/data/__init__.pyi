@@ -8,4 +8,8 @@ from .loading import (
     load_task_data as load_task_data,
 )
 from .streaming import StreamBatches as StreamBatches, TrainStream as TrainStream
-from .to_predict import read_inputs as read_inputs, sources_of as sources_of
+from .to_predict import (
+    note_on_inputs as note_on_inputs,
+    read_inputs as read_inputs,
+    sources_of as sources_of,
+)

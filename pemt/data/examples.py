@@ -13,8 +13,9 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from pemt.data.errors import DataError
-from pemt.data.formats import Record
-from pemt.data.local_files import find_files, read_rows
+from pemt.data.formats import note_on
+from pemt.data.local_files import columns_of, find_files, read_rows
+from pemt.data.tables import Record
 from pemt.tasks import SPLITS, HubSource, RowError, Task, example_of, has_label
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
@@ -75,11 +76,14 @@ def origin_of(task: Task, data_dir: str | None) -> Origin:
     if data_dir is None and not task.files:
         hub_of(task)
         return Origin(task=task, files=None)
-    found = own_files(task) if data_dir is None else find_files(task, data_dir)
+    found, notes = (own_files(task), []) if data_dir is None else find_files(task, data_dir)
     files = {split: tuple(paths) for split, paths in found.items()}
     for file in (path for paths in files.values() for path in paths):
         if not file.is_file():
             raise DataError(f"{file}: no such file, which task {task.name} reads")
+    every = dict.fromkeys(path for paths in files.values() for path in paths)
+    decided = [note for path in every if (note := note_on(path, columns_of(task)))]
+    notes += [f"{task.name}: {note}" for note in decided]
     # The published test file has no labels, one's own may.
     is_published = task.hub is not None and task.hub.test is None and "test" in files
     if is_published and not any(
@@ -89,9 +93,9 @@ def origin_of(task: Task, data_dir: str | None) -> Origin:
         return Origin(
             task=task,
             files=files,
-            notes=(f"{task.name}, test: left out {file}, which has no label",),
+            notes=(*notes, f"{task.name}, test: left out {file}, which has no label"),
         )
-    return Origin(task=task, files=files)
+    return Origin(task=task, files=files, notes=tuple(notes))
 
 
 def own_files(task: Task) -> dict[str, list[Path]]:

@@ -84,8 +84,9 @@ def load_split(
     """
     with local_main_first(), cache_faults():
         origin = origin_of(task, config.data_dir)
+        share = config.validation_split or task.validation_split
         is_drawn = split == "train" and config.few_shot is not None
-        if is_drawn or not stands_alone(split, origin.splits):
+        if is_drawn or not stands_alone(split, origin.splits, share):
             data = build(task, config, tokenizer)
             return getattr(data, split), data.notes, data.origins[split]
         examples, left_out = usable(origin, split, config)
@@ -108,8 +109,10 @@ def cache_faults() -> Iterator[None]:
         ) from None
 
 
-def stands_alone(split: str, there: Collection[str]) -> bool:
+def stands_alone(split: str, there: Collection[str], validation_split: float | None) -> bool:
     """Whether a split is one that is there, unchanged by the split rule."""
+    if validation_split and "train" in there:
+        return split == "test" and "test" in there
     has_rule = "train" in there and not {"validation", "test"} <= set(there) and len(there) > 1
     return split in there and (split == "test" or not has_rule)
 
@@ -118,7 +121,8 @@ def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """What load_task_data does, in this process."""
     seed = config.effective_data_seed
     origin = origin_of(task, config.data_dir)
-    splits.check_splits(task, origin.splits)
+    share = config.validation_split or task.validation_split
+    splits.check_splits(task, origin.splits, share)
     notes = list(origin.notes)
     parts = {}
     for name in origin.splits:
@@ -128,12 +132,17 @@ def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     encoder = Encoder(task, config, tokenizer)
     sets: dict[str, Any] = {}
     if config.streaming:
+        if share:
+            raise DataError("validation_split: does not go with streaming; leave one of them out")
         given = parts
         sets["train"], parts = streamed(origin, config, encoder, parts)
         told = {"train": "a stream of the official train set", **stream_origins(given, parts)}
     else:
-        given, parts = parts, splits.split(task, parts, seed)
+        given, parts = parts, splits.split(task, parts, seed, share)
         told = splits.origins(given, parts, seed)
+        if share:
+            sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+            notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
         if config.few_shot is not None:
             parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
             told["train"] = f"few_shot {config.few_shot} of {told['train']}"

@@ -63,15 +63,25 @@ def usable(
     return kept.remove_columns("problem"), notes
 
 
-def split(task: Task, parts: Mapping[str, Dataset], seed: int) -> dict[str, Dataset]:
+def split(
+    task: Task, parts: Mapping[str, Dataset], seed: int, validation_split: float | None = None
+) -> dict[str, Dataset]:
     """Train, validation and test by the published rule.
 
     With all three given they stay. Without a labelled test set a task with fewer than 10 000
     training examples halves its validation set; a larger one gives 1000 training examples to
     validation and tests on the official validation set. Without a validation set training gives
-    its 1000 (never more than a tenth) all the same. Raises DataError where neither is there.
+    its 1000 (never more than a tenth) all the same. A `validation_split` is the share of the training
+    examples, of every class alike, that becomes validation; where there is no test set, half of it
+    becomes that. Raises DataError where neither is there, or more than the splits that are asked for.
     """
-    check_splits(task, parts)
+    check_splits(task, parts, validation_split)
+    if validation_split:
+        kept, held_out = divided(task, parts["train"], 1 - validation_split, seed, stratified=True)
+        if "test" in parts:
+            return {"train": kept, "validation": held_out, "test": parts["test"]}
+        first, second = divided(task, held_out, 0.5, seed, stratified=True)
+        return {"train": kept, "validation": first, "test": second}
     train, validation, test = (parts.get(name) for name in SPLITS)
     assert train is not None
     if validation is not None and test is not None:
@@ -105,12 +115,18 @@ def origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset], seed: int
     return told
 
 
-def check_splits(task: Task, found: Collection[str]) -> None:
-    """Raises DataError unless train and one of validation and test are there."""
-    if "train" not in found or not {"validation", "test"} & set(found):
+def check_splits(task: Task, found: Collection[str], validation_split: float | None = None) -> None:
+    """Raises DataError unless train and one of validation and test are there, or a share to hold out."""
+    if validation_split and "validation" in found:
+        raise DataError(
+            f"validation_split: found {validation_split}, but task {task.name} has a validation set; leave "
+            "one of them out"
+        )
+    if "train" not in found or not (validation_split or {"validation", "test"} & set(found)):
         raise DataError(
             f"task {task.name}: found {', '.join(found) or 'no split'}; train and at least one of "
-            "validation (validation, val, dev) and test are needed; `files` of a --task_file may name them"
+            "validation (validation, valid, val, dev) and test are needed; `files` of a --task_file may name "
+            "them, --validation_split 0.1 takes them from train"
         )
 
 
@@ -126,14 +142,30 @@ def unit_ids(task: Task, dataset: Dataset) -> np.ndarray:
     return np.unique(column(dataset, "group"), return_inverse=True)[1]
 
 
-def divided(task: Task, dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Two disjoint parts, the first with `share` of the units, both in the data set's order."""
+def divided(
+    task: Task, dataset: Dataset, share: float, seed: int, *, stratified: bool = False
+) -> tuple[Dataset, Dataset]:
+    """Two disjoint parts, the first with `share` of the units, both in the data set's order.
+
+    With `stratified` a class of examples that stand alone has that share in both parts, as nearly as
+    whole examples allow.
+    """
     units = unit_ids(task, dataset)
     number = int(units.max()) + 1
     size = round(share * number)
     if not 0 < size < number:
         raise DataError(f"task {task.name}: {number} examples cannot be divided in two; give more")
-    chosen = generator(seed, Purpose.SPLIT).permutation(number)[:size]
+    order = generator(seed, Purpose.SPLIT).permutation(number)
+    chosen = order[:size]
+    if stratified and task.kind == "classification" and not task.group:
+        # In order of class, at random within one; then every so-and-so-maniest.
+        classes = np.unique(column(dataset, "target"), return_inverse=True)[1]
+        by_class = order[np.argsort(classes[order], kind="stable")]
+        steps = np.arange(number + 1) * size // number
+        alone = (
+            np.bincount(classes)[classes[by_class]] == 1
+        )  # a class of one stays in the first part
+        chosen = by_class[(np.diff(steps) > 0) | alone]
     is_first = np.isin(units, chosen)
     return dataset.select(np.flatnonzero(is_first)), dataset.select(np.flatnonzero(~is_first))
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pemt.config import PemtError, RunConfig
-from pemt.data import collate, encode_sources, read_inputs, sources_of
+from pemt.data import collate, encode_sources, note_on_inputs, read_inputs, sources_of
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import answer_batch, over_ranks
@@ -178,7 +178,11 @@ def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[s
     folder = Path(output_file or ".").parent
     if not folder.is_dir():
         raise PemtError(f"output_file: there is no folder {folder}; make it first")
-    return read_inputs(get_task(config.task_name, config.task_file), input_file)
+    task = get_task(config.task_name, config.task_file)
+    texts = read_inputs(task, input_file)
+    if note := note_on_inputs(task, input_file):
+        print(note, file=sys.stderr)
+    return texts
 
 
 def _tell_cuts(finished: LoadedRun, texts: list[str]) -> None:

@@ -88,11 +88,16 @@ class Task:
     train_on_every_answer: bool = False
     max_target_length: int = 16
     hub: HubSource | None = None
-    # Published files: other names of a field, and the columns where a file has no header line.
+    # Published files: other names of a field, and the columns where a table has no header line (the
+    # first of them where it has fewer).
     aliases: tuple[tuple[str, str], ...] = ()
     tsv_columns: tuple[str, ...] = ()
+    # Whether quotes in a table are syntax ("minimal") or text ("none"); None: what the file shows.
+    quoting: str | None = None
     # (split, path) pairs; a data_dir is not needed then.
     files: tuple[tuple[str, str], ...] = ()
+    # The share of the training examples that become validation and test where there is neither.
+    validation_split: float | None = None
     # A RowError in place of a row that is malformed.
     unpack: Callable[[Row], Iterable[Row | RowError]] | None = None
     # What the template needs, and what label and group need; rows to predict have the former alone.

@@ -125,6 +125,28 @@ def positive_integer(value: Any) -> int:
     return value
 
 
+def share(value: Any) -> float:
+    """A number between 0 and 1."""
+    if not (isinstance(value, float) and 0 < value < 1):
+        raise WrongType("a number between 0 and 1")
+    return value
+
+
+def quoting(value: Any) -> str:
+    """Whether quotes are syntax."""
+    if value not in ("minimal", "none"):
+        raise WrongType("minimal (quotes are syntax) or none (quotes are text)")
+    return str(value)
+
+
+def columns(value: Any) -> tuple[str, ...]:
+    """Names of columns, each once."""
+    names = texts(value)
+    if len(set(names)) < len(names):
+        raise WrongType("a list of texts, each of them once")
+    return names
+
+
 def positive_number(value: Any) -> float:
     """A number above 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -193,7 +215,10 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "group": texts,
     "max_target_length": positive_integer,
     "aliases": aliases,
+    "tsv_columns": columns,
+    "quoting": quoting,
     "files": files,
+    "validation_split": share,
     "hub": hub,
 }
 REQUIRED = ("name", "description", "template", "metrics")
