@@ -10,7 +10,7 @@ import time
 
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
-from pemt.config import PemtError, nearest, other_distribution
+from pemt.config import PemtError, nearest, other_distribution, version_line
 from pemt.engine import INTERRUPTED_STATUS, KILLED_STATUS, Interrupted, finish, run_and_exit
 
 
