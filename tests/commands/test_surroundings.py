@@ -230,14 +230,14 @@ def test_tilde_in_yaml_files_lists_and_sweeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "run.yaml").write_text("data_dir: ~/data\nbank_dir: '~'\n")
+    (tmp_path / "run.yaml").write_text("data_dir: ~/data\nbank_dir: ~/bank\n")
     (tmp_path / "task.yaml").write_text(
         "name: mine\ndescription: d\ntemplate: '{x}'\nmetrics: [accuracy]\nlabels: ['a', 'b']\n"
         "files: {train: [~/one.jsonl, ~/two.jsonl], test: test.jsonl}\n"
     )
     needed = ["--model_name_or_path=m", "--output_dir=o", "--task_name=mine"]
     config = parse_config(AdaptConfig, ["--config=~/run.yaml", *needed], prog="pemt adapt")
-    assert (config.data_dir, config.bank_dir) == (str(tmp_path / "data"), str(tmp_path))
+    assert (config.data_dir, config.bank_dir) == (str(tmp_path / "data"), str(tmp_path / "bank"))
     paths = [path for _, path in get_task("mine", "~/task.yaml").files]
     assert paths == [str(tmp_path / name) for name in ("one.jsonl", "two.jsonl", "test.jsonl")]
     (tmp_path / "sweep.yaml").write_text(

@@ -25,7 +25,7 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("order", permutations(range(4)))
+@pytest.mark.parametrize("order", list(permutations(range(4))))
 def test_what_was_typed_wins_wherever_it_stands(file: str, order: tuple[int, ...]) -> None:
     parts = [
         ["--config", "adapt"],
