@@ -103,8 +103,7 @@ class Checkpoints:
             CheckpointError: a weight or a moment is NaN or Inf; the checkpoint before stays.
         """
         began = time.perf_counter()
-        if self._engine.is_main:
-            self._writer.wait()
+        self._engine.on_rank0(self._writer.wait, "writing the checkpoint before")
         files = {
             WEIGHTS: self._engine.trained.weights(),
             MOMENTS: self._engine.trained.moments(),
@@ -138,6 +137,7 @@ class Checkpoints:
         bad = None
         if self._engine.is_main:  # its copies are what is written
             bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
+        self._engine.barrier()
         # As text, in which NaN equals NaN: a metric may be one.
         votes = self._engine.all_gather_object((json.dumps(asdict(progress), sort_keys=True), bad))
         first, bad = votes[0]
@@ -167,7 +167,7 @@ class Checkpoints:
         Raises:
             StorageError: the newest or the best checkpoint could not be written.
         """
-        self._engine.on_rank0(self._writer.finish)
+        self._engine.on_rank0(self._writer.finish, "writing the last checkpoint")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -199,7 +199,7 @@ class Checkpoints:
                     f"{error}; start the same command again, which goes on without this checkpoint"
                 ) from None
 
-        return self._engine.on_rank0(read)
+        return self._engine.on_rank0(read, "reading the best checkpoint")
 
     def resume(self, choice: str | bool, *, expected: int | None = None) -> Checkpoint | None:
         """The checkpoint to go on from, chosen and read by rank 0 for all (all ranks call).
@@ -213,7 +213,9 @@ class Checkpoints:
             CheckpointError: the chosen one is damaged or of another run, none of several is whole, or all
                 are gone.
         """
-        return self._engine.on_rank0(lambda: self._choose(choice, expected))
+        return self._engine.on_rank0(
+            lambda: self._choose(choice, expected), "reading the checkpoint to go on from"
+        )
 
     def _choose(self, choice: str | bool, expected: int | None) -> Checkpoint | None:
         remove_partial_writes(self._output_dir, is_checkpoint_name)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pemt.config import Parser, command_parser
+from pemt.engine import StopSignals
 
 
 def run(arguments: list[str]) -> None:
     """`pemt demo`."""
     options = vars(make_parser().parse_args(arguments))
-    from pemt.demo import run_demo
+    with StopSignals():
+        if os.environ.get("RANK", "0") == "0":  # 10 s on a slow machine
+            print("--- reading PyTorch, transformers and DeepSpeed", flush=True)
+        from pemt.demo import run_demo
 
-    run_demo(**options)
+        run_demo(**options)
 
 
 def make_parser() -> Parser:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -50,54 +49,12 @@ def load_task_data(
     task: Task,
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> TaskData:
-    """Loads, splits, draws and tokenises a task's data.
-
-    `local_main_first` is entered once around everything: a context in which one process of a node runs
-    before the others, which then find all files in the cache of `datasets`.
+    """Loads, splits, draws and tokenises a task's data; who does it again finds all in the cache of `datasets`.
 
     Raises DataError for a missing or malformed file or row, a class with too few examples, or
     labels longer than `max_target_length`.
     """
-    with local_main_first():
-        return build(task, config, tokenizer)
-
-
-def load_split(
-    task: Task,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    *,
-    local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[Dataset, tuple[str, ...]]:
-    """One of the sets that `load_task_data` gives, and its notes; no other split has to be there,
-    unless `few_shot` draws the training set.
-
-    Where there is nothing to train on, a split is what its files or the hub give: the split rule
-    needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
-    """
-    with local_main_first():
-        origin = origin_of(task, config.data_dir)
-        is_drawn = split == "train" and config.few_shot is not None
-        if is_drawn or not stands_alone(split, origin.splits):
-            data = build(task, config, tokenizer)
-            return getattr(data, split), data.notes
-        examples, left_out = usable(origin, split, config)
-        encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
-        return encoded, (*origin.notes, *left_out, *cut)
-
-
-def stands_alone(split: str, there: Collection[str]) -> bool:
-    """Whether a split is one that is there, unchanged by the split rule."""
-    has_rule = "train" in there and not {"validation", "test"} <= set(there) and len(there) > 1
-    return split in there and (split == "test" or not has_rule)
-
-
-def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
-    """What load_task_data does, in this process."""
     seed = config.effective_data_seed
     origin = origin_of(task, config.data_dir)
     splits.check_splits(task, origin.splits)
@@ -124,6 +81,31 @@ def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
         pad_to_multiple_of=config.pad_to_multiple_of,
         notes=tuple(notes),
     )
+
+
+def load_split(
+    task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase, split: str
+) -> tuple[Dataset, tuple[str, ...]]:
+    """One of the sets that `load_task_data` gives, and its notes; no other split has to be there,
+    unless `few_shot` draws the training set.
+
+    Where there is nothing to train on, a split is what its files or the hub give: the split rule
+    needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
+    """
+    origin = origin_of(task, config.data_dir)
+    is_drawn = split == "train" and config.few_shot is not None
+    if is_drawn or not stands_alone(split, origin.splits):
+        data = load_task_data(task, config, tokenizer)
+        return getattr(data, split), data.notes
+    examples, left_out = usable(origin, split, config)
+    encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
+    return encoded, (*origin.notes, *left_out, *cut)
+
+
+def stands_alone(split: str, there: Collection[str]) -> bool:
+    """Whether a split is one that is there, unchanged by the split rule."""
+    has_rule = "train" in there and not {"validation", "test"} <= set(there) and len(there) > 1
+    return split in there and (split == "test" or not has_rule)
 
 
 def usable(origin: Origin, split: str, config: RunConfig) -> tuple[Dataset, list[str]]:

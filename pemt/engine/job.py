@@ -23,6 +23,7 @@ from pemt.config import (
     read_deepspeed_json,
 )
 from pemt.engine.schema import check_schema
+from pemt.engine.waiting import waiting_of_job
 
 
 class EngineError(PemtError):
@@ -95,7 +96,7 @@ def process_group_kwargs(config: RunConfig) -> list[InitProcessGroupKwargs]:
         InitProcessGroupKwargs(
             # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
             backend=None if torch.cuda.is_available() else "gloo",
-            # Before the training, when one rank prepares the data; then DeepSpeed's groups do not mind it.
+            # DeepSpeed's groups do not mind it. No rank works long while another waits in a collective.
             timeout=timedelta(seconds=config.ddp_timeout),
         )
     ]
@@ -112,6 +113,9 @@ def cpu_group() -> torch.distributed.ProcessGroup | None:
 def shut_down() -> None:
     """End the process group, all ranks together: a rank that leaves early may abort the others."""
     if torch.distributed.is_initialized():
+        waiting = waiting_of_job()
+        waiting.meet()
+        waiting.stop()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

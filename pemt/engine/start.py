@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pemt.engine.waiting import waiting_of_job
 from pemt.model import is_lazy, materialize, value_of
 
 
@@ -56,7 +57,13 @@ class ShardedInit(deepspeed.zero.Init):
     """
 
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
-        for parameter in param_list:
+        parameters = list(param_list)
+        self._convert([each for each in parameters if not each.requires_grad])
+        waiting_of_job().meet()  # a rank's disk may be slow, and what follows is sent
+        self._convert([each for each in parameters if each.requires_grad])
+
+    def _convert(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
             if is_zero_param(parameter):
                 continue
             materialize(parameter, value_of(parameter).to(self.local_device, self.dtype))

@@ -107,7 +107,9 @@ def evaluate(
             on_batch_end=after_batch,
         )
     predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
-    metrics = engine.broadcast_object(score(task, predictions, dataset) if engine.is_main else None)
+    metrics = engine.on_rank0(
+        lambda: score(task, predictions, dataset), f"scoring {len(predictions)} answers"
+    )
     return Evaluation(
         metrics=metrics,
         loss=float(loss_N.sum() / targets_N.sum().clamp(min=1)),
