@@ -110,8 +110,7 @@ class Checkpoints:
             CheckpointError: a weight or a moment is NaN or Inf; the checkpoint before stays.
         """
         began = time.perf_counter()
-        if self._engine.is_main:
-            self._writer.wait()
+        self._engine.on_rank0(self._writer.wait, "writing the checkpoint before")
         files = {
             WEIGHTS: self._engine.trained.weights(),
             MOMENTS: self._engine.trained.moments(),
@@ -145,6 +144,7 @@ class Checkpoints:
         bad = None
         if self._engine.is_main:  # its copies are what is written
             bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
+        self._engine.barrier()
         # As text, in which NaN equals NaN: a metric may be one.
         votes = self._engine.all_gather_object(
             (json.dumps(progress.state_dict(), sort_keys=True), bad)
@@ -176,7 +176,7 @@ class Checkpoints:
         Raises:
             StorageError: the newest or the best checkpoint could not be written.
         """
-        self._engine.on_rank0(self._writer.finish)
+        self._engine.on_rank0(self._writer.finish, "writing the last checkpoint")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -208,11 +208,13 @@ class Checkpoints:
                     f"{error}; start the same command again, which goes on without this checkpoint"
                 ) from None
 
-        return self._seen_by_all(self._engine.on_rank0(find))
+        return self._seen_by_all(self._engine.on_rank0(find, "checking the best checkpoint"))
 
     def _seen_by_all(self, file: TensorFile) -> TensorFile:
         """Every rank reads for itself what it needs of a file that rank 0 has chosen (all ranks call)."""
-        seen = self._engine.all_gather_object((socket.gethostname(), file.wait_until_visible()))
+        with self._engine.together(f"looking for {file.path}"):
+            sees = file.wait_until_visible()
+        seen = self._engine.all_gather_object((socket.gethostname(), sees))
         blind = [f"{rank} ({host})" for rank, (host, sees) in enumerate(seen) if not sees]
         if blind:
             raise CheckpointError(
@@ -233,7 +235,9 @@ class Checkpoints:
             CheckpointError: the chosen one is damaged or of another run, none of several is whole, all
                 are gone, or a rank does not see it.
         """
-        found = self._engine.on_rank0(lambda: self._choose(choice, expected))
+        found = self._engine.on_rank0(
+            lambda: self._choose(choice, expected), "checking the checkpoint to resume from"
+        )
         if found is not None:
             for file in (found.weights, found.moments, found.random):
                 self._seen_by_all(file)

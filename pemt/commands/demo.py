@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pemt.config import Parser, PemtError, command_parser
-from pemt.engine import own_cache
+from pemt.engine import StopSignals, own_cache
 
 
 def run(arguments: list[str]) -> None:
@@ -16,9 +17,12 @@ def run(arguments: list[str]) -> None:
         raise PemtError(
             f"--world_seed: found {options['world_seed']}, a number from 0 on is needed"
         )
-    from pemt.demo import run_demo
+    with StopSignals():
+        if os.environ.get("RANK", "0") == "0":  # 10 s on a slow machine
+            print("--- reading PyTorch, transformers and DeepSpeed", flush=True)
+        from pemt.demo import run_demo
 
-    run_demo(**options)
+        run_demo(**options)
 
 
 def make_parser() -> Parser:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -53,28 +53,18 @@ def load_task_data(
     task: Task,
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> TaskData:
-    """Loads, splits, draws and tokenises a task's data.
-
-    `local_main_first` is entered once around everything: a context in which one process of a node runs
-    before the others, which then find all files in the cache of `datasets`.
+    """Loads, splits, draws and tokenises a task's data; who does it again finds all in the cache of `datasets`.
 
     Raises DataError for a missing or malformed file or row, a class with too few examples, or
     labels longer than `max_target_length`.
     """
-    with local_main_first(), cache_faults():
+    with cache_faults():
         return build(task, config, tokenizer)
 
 
 def load_split(
-    task: Task,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    *,
-    local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase, split: str
 ) -> tuple[Dataset, tuple[str, ...], str]:
     """One of the sets that `load_task_data` gives, its notes and its origin; no other split has to be there,
     unless `few_shot` draws the training set.
@@ -82,7 +72,7 @@ def load_split(
     Where there is nothing to train on, a split is what its files or the hub give: the split rule
     needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
     """
-    with local_main_first(), cache_faults():
+    with cache_faults():
         origin = origin_of(task, config.data_dir)
         share = config.validation_split or task.validation_split
         is_drawn = split == "train" and config.few_shot is not None
@@ -118,7 +108,7 @@ def stands_alone(split: str, there: Collection[str], validation_split: float | N
 
 
 def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
-    """What load_task_data does, in this process."""
+    """What load_task_data does."""
     seed = config.effective_data_seed
     origin = origin_of(task, config.data_dir)
     share = config.validation_split or task.validation_split

@@ -44,6 +44,7 @@ from pemt.engine.precision import precision_text, resolve_precision, warn_of_emu
 from pemt.engine.process import memory_in_use
 from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trained_state import TrainedState
+from pemt.engine.waiting import waiting_of_job
 
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -90,9 +91,12 @@ class Engine:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        self.is_local_main: bool = self._accelerator.is_local_main_process
         self.device: torch.device = self._accelerator.device
         before_exit(shut_down)
         self._hosts = cpu_group()
+        self.waiting = waiting_of_job()
+        self.waiting.timeout = config.ddp_timeout
         self.zero_stage: int | None = plugin.zero_stage if plugin else None
         self._deepspeed_json = path
         if config.bf16 and not native and self.is_main:
@@ -119,7 +123,8 @@ class Engine:
         """
         self.module = model
         self.base_optimizer = optimizer
-        self._materialize(model, read_lazy)
+        with self.together("reading the model's weights"):
+            self._materialize(model, read_lazy)
         with skip_frozen_broadcast(model):
             self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
         if self.zero_stage is not None:
@@ -249,22 +254,46 @@ class Engine:
         rows = self.gather(torch.tensor([list(used.values())], device=self.device))
         return dict(zip(used, rows.amax(dim=0).tolist(), strict=True))
 
+    # Outside of the training loop ranks may come late, by as long as their work takes; they are waited for
+    # outside of collectives (waiting.py), and `doing` says what for.
+
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Rank 0's value on every rank (all ranks call)."""
+        self.waiting.meet()
         return broadcast_object_list([value])[0]
 
-    def on_rank0(self, function: Callable[[], T]) -> T:
-        """What a function gives on rank 0, on every rank; so is an error for the user, which all raise."""
+    def on_rank0(self, function: Callable[[], T], doing: str) -> T:
+        """What a function gives on rank 0, on every rank; so is an error for the user, which all raise.
+
+        Args:
+            doing: what it does, for those who wait: "reading the checkpoint".
+        """
         outcome: T | PemtError | None = None
         if self.is_main:
             try:
-                outcome = function()
+                with self.waiting.doing(doing):
+                    outcome = function()
             except PemtError as error:
                 outcome = error
         outcome = self.broadcast_object(outcome)
         if isinstance(outcome, PemtError):
             raise outcome
         return cast("T", outcome)
+
+    @contextlib.contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """What every rank does, each as fast as it can; who is done waits for the others (all ranks call)."""
+        with self.waiting.doing(doing):
+            yield
+        self.barrier()
+
+    def local_first(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """One rank a machine runs the block first; the others then find what it built (all ranks call)."""
+        return self.waiting.local_first(doing)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here, outside of collectives."""
+        self.waiting.meet()
 
     def all_reduce_max(self, value: int) -> int:
         """The highest of all ranks' values; from host to host, so that no device is waited for."""
@@ -288,16 +317,6 @@ class Engine:
         if self._hosts is not None:
             torch.distributed.all_gather_object(values, value, group=self._hosts)
         return values
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self._accelerator.wait_for_everyone()
-
-    @contextlib.contextmanager
-    def local_main_first(self) -> Iterator[None]:
-        """One process a node runs the block first; the others then find what it built."""
-        with self._accelerator.local_main_process_first():
-            yield
 
     def load_optimizer_state(
         self,

@@ -29,6 +29,7 @@ from pemt.config import (
 )
 from pemt.engine.precision import bf16_is_native
 from pemt.engine.schema import check_schema
+from pemt.engine.waiting import waiting_of_job
 
 
 class EngineError(PemtError):
@@ -100,7 +101,7 @@ def process_group_kwargs(config: RunConfig) -> dict[str, Any]:
     return InitProcessGroupKwargs(
         # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
         backend=None if torch.cuda.is_available() else "gloo",
-        # Before the training, when one rank prepares the data; then DeepSpeed's groups do not mind it.
+        # DeepSpeed's groups do not mind it. No rank works long while another waits in a collective.
         timeout=timedelta(seconds=config.ddp_timeout),
     ).to_kwargs()
 
@@ -127,6 +128,9 @@ def bf16_is_native_everywhere(device: torch.device) -> bool:
 def shut_down() -> None:
     """End the process group, all ranks together: a rank that leaves early may abort the others."""
     if torch.distributed.is_initialized():
+        waiting = waiting_of_job()
+        waiting.meet()
+        waiting.stop()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

@@ -1,5 +1,6 @@
 from .base import (
     bars_on_terminals_alone as bars_on_terminals_alone,
+    fetch_base as fetch_base,
     load_base as load_base,
     load_config as load_config,
     load_pretrained as load_pretrained,

@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,24 @@ def load_base(
     """
     name = config.model_name_or_path
     return load_pretrained(name, config.tokenizer_name or name, lazy=lazy)
+
+
+def fetch_base(config: RunConfig) -> None:
+    """Bring a base model's weights from the hub into its cache, where they are not there and no folder is named.
+
+    Raises:
+        BaseModelError: as `load_base`.
+    """
+    name = config.model_name_or_path
+    if Path(name).is_dir():
+        return
+    load_config(name)  # tells best what is wrong with a name
+    try:
+        weight_files(name)
+    except WeightFileError as error:
+        raise BaseModelError(str(error)) from None
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from None
 
 
 def load_pretrained(

@@ -1,4 +1,8 @@
-from .bars import EvaluationBar as EvaluationBar, quiet_libraries as quiet_libraries
+from .bars import (
+    EvaluationBar as EvaluationBar,
+    ProgressBar as ProgressBar,
+    quiet_libraries as quiet_libraries,
+)
 from .board import TENSORBOARD_FOLDER as TENSORBOARD_FOLDER, record_outcome as record_outcome
 from .figures import gate_map as gate_map, save_gate_map as save_gate_map
 from .gates import (

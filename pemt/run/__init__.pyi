@@ -1,4 +1,4 @@
-from .build import check_method as check_method
+from .build import build_ops as build_ops, check_method as check_method
 from .evaluate_finished import evaluate_run as evaluate_run
 from .finished import LoadedRun as LoadedRun, load_finished as load_finished
 from .predict import predict_file as predict_file

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pemt.bank import entry_names, read_bank
-from pemt.config import PEFT_METHODS, AdaptConfig, ConfigError, RunConfig, SourceConfig
+from pemt.config import (
+    PEFT_METHODS,
+    AdaptConfig,
+    ConfigError,
+    PemtError,
+    RunConfig,
+    SourceConfig,
+)
+from pemt.engine import Engine
 from pemt.model import (
     PREFIXES,
     BitFitT5,
@@ -21,6 +29,7 @@ from pemt.model import (
     starts_from_text,
 )
 from pemt.monitor import GateNames
+from pemt.ops import OpsError, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +86,23 @@ def build_model(
     else:
         model, names = _target_model(config, base, tokenizer, description)
     return Built(model=model, stage="adapt", source_names=names)
+
+
+def build_ops(config: RunConfig, engine: Engine) -> None:
+    """Compile the fused op where a run uses it and nobody has yet, while the machine's other ranks wait (all ranks
+    call).
+
+    Raises:
+        PemtError: PEMT_OPS names an implementation that cannot be had here.
+    """
+    # On a CPU every method answers through it.
+    if engine.device.type != "cpu" and getattr(config, "method", None) != "pemt":
+        return
+    with engine.local_first("compiling the fused op"):
+        try:
+            select.prepare(engine.device.type)
+        except OpsError as error:
+            raise PemtError(str(error)) from None
 
 
 def check_method(config: AdaptConfig) -> None:

@@ -109,8 +109,8 @@ def evaluate(
     predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
     loss = float(loss_N.sum() / targets_N.sum().clamp(min=1))
     # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
-    metrics, loss = engine.broadcast_object(
-        (score(task, predictions, dataset), loss) if engine.is_main else None
+    metrics, loss = engine.on_rank0(
+        lambda: (score(task, predictions, dataset), loss), f"scoring {len(predictions)} answers"
     )
     return Evaluation(
         metrics=metrics,

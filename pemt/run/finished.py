@@ -19,9 +19,9 @@ from pemt.checkpoint import (
 )
 from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config, value_sources
 from pemt.engine import Engine
-from pemt.model import TrainedT5, base_digest, checked_base, load_base, read_lazy
+from pemt.model import TrainedT5, base_digest, checked_base, fetch_base, load_base, read_lazy
 from pemt.monitor import GateNames
-from pemt.run.build import build_model
+from pemt.run.build import build_model, build_ops
 from pemt.storage import read_manifest, read_tensors
 from pemt.tasks import Task, get_task
 
@@ -141,11 +141,20 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     )
 
 
+def load_on_all(run_dir: str | Path, config: RunConfig, engine: Engine) -> LoadedRun:
+    """`load_finished` on every rank of a job; of a machine one alone fetches what is on the hub (all ranks call)."""
+    with engine.local_first(f"fetching {config.model_name_or_path}"):
+        fetch_base(config)
+    with engine.together(f"reading {run_dir}"):
+        return load_finished(run_dir, config)
+
+
 def prepare_finished(finished: LoadedRun, engine: Engine) -> None:
     """Hand the model to the engine for evaluation.
 
     As in training, with an optimizer that takes no step: every DeepSpeed JSON that trains also evaluates.
     """
+    build_ops(finished.config, engine)
     trained = [parameter for _, parameter in finished.model.trainable_parameters()]
     optimizer = torch.optim.AdamW(trained, lr=finished.config.learning_rate)
     engine.prepare(finished.model, optimizer, read_lazy=read_lazy)

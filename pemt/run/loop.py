@@ -180,7 +180,8 @@ def _begin(
 ) -> tuple[Checkpoints, Checkpoint | None]:
     """The run's folder, ready to be written, and what to go on from."""
     engine = setup.engine
-    checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
+    with engine.together("reading the digest of the base model's weights"):
+        checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
     resumed = checkpoints.resume(resume_target(config), expected=session.saved_before)
     session.attach_checkpoints(checkpoints)
     if (
@@ -190,7 +191,7 @@ def _begin(
         and holds_run(Path(config.output_dir))
     ):
         print(f"{config.output_dir}: the run begun here had saved no checkpoint yet", flush=True)
-    engine.on_rank0(lambda: start_run_folder(config))
+    engine.on_rank0(lambda: start_run_folder(config), "writing the run's configuration")
     return checkpoints, resumed
 
 
@@ -271,8 +272,10 @@ def _tell_of_saving(run: _Run) -> None:
 
 def _log_config(run: _Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
-    monitor, size = run.monitor, _size_line(run.built.model, run.setup.engine)
-    monitor.log_config(run.config, {"job": size, "device": str(run.setup.engine.device)})
+    monitor, engine = run.monitor, run.setup.engine
+    size = _size_line(run.built.model, engine)
+    with engine.together("opening the logs"):  # rank 0 alone has some
+        monitor.log_config(run.config, {"job": size, "device": str(engine.device)})
     warmup = warmup_notes(run.config, run.total_steps)
     for line in (size, *(resumed.notes if resumed else ()), *run.setup.data.notes, *warmup):
         monitor.message(line)
@@ -398,7 +401,9 @@ def _validate(run: _Run, progress: TrainState) -> TrainState:
         progress.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()}
     )
     if (seen := mixture_seen(setup.engine, validated)) is not None:
-        run.monitor.mixture(progress.step, *seen)
+        setup.engine.on_rank0(
+            lambda: run.monitor.mixture(progress.step, *seen), "drawing gates and prompts"
+        )
     listed = ", ".join(f"{metric} {value:.4g}" for metric, value in told_once(scores).items())
     run.monitor.message(f"step {progress.step}: validation of {name}: {listed}")
     return progress.measured(validated.metrics["average_metrics"], validated.loss)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +28,13 @@ from pemt.data import collate, encode_sources, note_on_inputs, read_inputs, sour
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import answer_batch, over_ranks
-from pemt.run.finished import LoadedRun, finished_config, load_finished, prepare_finished
+from pemt.run.finished import (
+    LoadedRun,
+    finished_config,
+    load_finished,
+    load_on_all,
+    prepare_finished,
+)
 from pemt.tasks import get_task, label_name
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
@@ -161,16 +168,18 @@ def predict_file(
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     # Rank 0 alone reads: all share one stdin.
-    texts = engine.on_rank0(lambda: _read(config, input_file, output_file))
-    predictor = Predictor(load_finished(run_dir, config), engine)
-    if engine.is_main:
-        _tell_cuts(predictor.finished, texts)
+    texts = engine.on_rank0(lambda: _read(config, input_file, output_file), "reading the input")
+    predictor = Predictor(load_on_all(run_dir, config, engine), engine)
+    engine.on_rank0(lambda: _tell_cuts(predictor.finished, texts), "measuring the input")
     with _opened(output_file if engine.is_main else None) as file:
         for predictions in _chunks(predictor, texts):
-            if engine.is_main:
-                file.writelines(f"{each.line()}\n" for each in predictions)
-                file.flush()
+            engine.on_rank0(partial(_write, file, predictions), "writing predictions")
     engine.release()
+
+
+def _write(file: IO[str], predictions: list[Prediction]) -> None:
+    file.writelines(f"{each.line()}\n" for each in predictions)
+    file.flush()
 
 
 def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import os
@@ -220,21 +219,6 @@ def test_another_file_template_or_length_is_read_anew(folder, tokenizer, monkeyp
     assert load_task_data(other, config(folder), tokenizer).train[0]["source"] == "text w0 "
     write(folder / "train.jsonl", [{"text": "w9", "label": 1}] * 3)
     assert load_task_data(TASK, config(folder), tokenizer).train[0]["source"] == "text: w9"
-
-
-def test_everything_is_built_inside_the_context(folder, tokenizer, monkeypatch):
-    events = []
-
-    @contextlib.contextmanager
-    def local_main_first():
-        events.append("enter")
-        yield
-        events.append("exit")
-
-    original = loading_module.build
-    monkeypatch.setattr(loading_module, "build", lambda *a: events.append("build") or original(*a))
-    load_task_data(TASK, config(folder), tokenizer, local_main_first=local_main_first)
-    assert events == ["enter", "build", "exit"]
 
 
 def test_the_tasks_own_files_are_read_without_a_data_dir(folder, tokenizer):
