@@ -105,6 +105,8 @@ def _caches() -> list[tuple[str, str, bool]]:
     folders = {
         "HF_DATASETS_CACHE": os.path.join(huggingface, "datasets"),
         "HF_HUB_CACHE": hub,
+        "HF_EVALUATE_CACHE": os.path.join(huggingface, "evaluate"),
+        "HF_METRICS_CACHE": os.path.join(huggingface, "metrics"),
         "HF_MODULES_CACHE": os.path.join(huggingface, "modules"),
         "HF_XET_CACHE": os.path.join(huggingface, "xet"),
         "TORCH_EXTENSIONS_DIR": os.path.join(cache, "torch_extensions"),

@@ -43,6 +43,7 @@ TASK = "tiny-surroundings"
 NAMES = ("evaluate", "tokenizers", "typing", "signal", "select", "queue", "wandb", "tensorflow")
 CACHES = (
     *("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE"),
+    *("HF_EVALUATE_CACHE", "HF_METRICS_CACHE"),
     *("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR"),
     *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HUGGINGFACE_HUB_CACHE"),
 )
