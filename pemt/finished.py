@@ -24,7 +24,7 @@ from pemt.engine import Engine
 from pemt.model import TrainedT5, base_digest, checked_base
 from pemt.run_folder import CONFIG
 from pemt.storage import read_manifest, read_tensors
-from pemt.tasks import Task, get_task
+from pemt.tasks import Task, get_task, longest_target
 
 
 class FinishedError(PemtError):
@@ -119,11 +119,15 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finis
     built = build_model(as_trained, base=base, tokenizer=tokenizer, description=description)
     weights = read_tensors(checkpoint, WEIGHTS, manifest)
     load_trained(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
+    task = get_task(config.task_name, config.task_file)
+    if task.max_target_length is None:  # open answers: what the run has measured
+        length = manifest["run"].get("max_target_length")
+        task = replace(task, max_target_length=longest_target(task, length))
     return Finished(
         folder=Path(run_dir),
         config=config,
         stage=stage,
-        task=get_task(config.task_name, config.task_file),
+        task=task,
         tokenizer=tokenizer,
         model=built.model.eval(),
         source_names=built.source_names,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,8 @@ def set_up(config: RunConfig, engine: Engine) -> Setup:
     if (warning := precision_warning(config, base)) and engine.is_main:
         print(f"pemt: {warning}", file=sys.stderr, flush=True)
     data = load_task_data(task, config, tokenizer, build_first=engine.build_first)
+    if data.is_measured:
+        task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
     return Setup(engine=engine, task=task, tokenizer=tokenizer, base=base, data=data)
 

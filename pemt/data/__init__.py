@@ -6,6 +6,7 @@ from pemt.data.loading import TaskData, encode_sources, lengths_of, load_split, 
 from pemt.data.streaming import StreamBatches, TrainStream
 from pemt.data.to_predict import read_inputs, sources_of
 from pemt.data.tokenizer import load_tokenizer
+from pemt.data.vocabulary import unknown
 
 __all__ = [
     "DataError",
@@ -22,4 +23,5 @@ __all__ = [
     "load_tokenizer",
     "read_inputs",
     "sources_of",
+    "unknown",
 ]

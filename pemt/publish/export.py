@@ -29,6 +29,7 @@ from pemt.publish.adapter_format import (
 )
 from pemt.publish.card import GATES, Card, base_licence, draw_gates, model_card
 from pemt.run_folder import RESULTS
+from pemt.tasks import longest_target
 
 README = "README.md"
 
@@ -118,7 +119,7 @@ def _write_own(
         template=task.template,
         labels=list(task.labels),
         max_source_length=config.max_source_length,
-        max_new_tokens=config.max_target_length or task.max_target_length,
+        max_new_tokens=longest_target(task, config.max_target_length),
         num_beams=config.num_beams,
         reduction_factor=config.adapter.reduction_factor,
         train_layer_norms=config.mixture.train_layer_norms,

@@ -6,17 +6,18 @@ from pemt.tasks.task import (
     SPLITS,
     Example,
     HubSource,
-    RowError,
     Task,
     TaskError,
     class_name,
-    encodable,
     example_of,
     has_label,
+    is_class_id,
     label_name,
+    longest_target,
     source_of,
 )
 from pemt.tasks.task_file import get_task, load_task_file
+from pemt.tasks.values import RowError, encodable, has_numbers
 
 __all__ = [
     "SPLITS",
@@ -31,8 +32,11 @@ __all__ = [
     "example_scores",
     "get_task",
     "has_label",
+    "has_numbers",
+    "is_class_id",
     "label_name",
     "load_task_file",
+    "longest_target",
     "register_task",
     "score",
     "source_of",
