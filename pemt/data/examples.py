@@ -17,6 +17,7 @@ from pemt.data.formats import Record
 from pemt.data.local_files import find_files, read_rows
 from pemt.tasks import (
     SPLITS,
+    ClassId,
     HubSource,
     RowError,
     Task,
@@ -147,19 +148,17 @@ def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
 
 
 def named(task: Task, row: Record, features: Features | None) -> Record:
-    """A row with the data set's own name of its class in place of an id, where the task's labels have these names.
+    """A row in which a class id of the data set's own is the name that it has there, or is known to be an id.
 
     A data set on the hub may number its classes in another order than the task's labels.
     """
     kind = (features or {}).get(task.label)
-    if not isinstance(kind, ClassLabel) or has_numbers(task.labels, task.label_names):
+    if not isinstance(kind, ClassLabel) or row[task.label] not in range(len(kind.names)):
         return row
     number = row[task.label]
-    if not set(kind.names) <= {*task.labels, *task.label_names} or number not in range(
-        len(kind.names)
-    ):
-        return row
-    return {**row, task.label: kind.names[number]}
+    is_known = set(kind.names) <= {*task.labels, *task.label_names}
+    by_name = is_known and not has_numbers(task.labels, task.label_names)
+    return {**row, task.label: kind.names[number] if by_name else ClassId(number)}
 
 
 def hub_name(hub: HubSource, split: str) -> str:

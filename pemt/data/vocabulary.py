@@ -83,7 +83,7 @@ def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
         if back == label:
             continue
         others = [
-            f"label {other!r} {'does' if theirs == back else 'begins so'}"
+            f"label {other!r} {'does' if theirs.strip() == back.strip() else 'begins so'}"
             for other, theirs in zip(task.labels, backs, strict=True)
             if other != label and theirs.strip().startswith(back.strip())
         ]

@@ -17,10 +17,11 @@ from pemt.tasks.task import (
     source_of,
 )
 from pemt.tasks.task_file import get_task, load_task_file
-from pemt.tasks.values import RowError, encodable, has_numbers
+from pemt.tasks.values import ClassId, RowError, encodable, has_numbers
 
 __all__ = [
     "SPLITS",
+    "ClassId",
     "Example",
     "HubSource",
     "RowError",

@@ -23,6 +23,10 @@ class RowError(ValueError):
         super().__init__(line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}…")
 
 
+class ClassId(int):
+    """A number of which the data set itself says that it is a class id, and no truth value."""
+
+
 def plain(value: Any) -> Any:
     """The Python value behind a numpy or arrow scalar or array, and the text behind bytes of UTF-8."""
     if isinstance(value, bytes):
@@ -96,16 +100,18 @@ def class_of(value: Any, labels: Sequence[str], names: Sequence[str] = ()) -> tu
     same = set() if isinstance(value, bool) else {i for name, i in known if name == text}
     if not same and number is not None:
         same = {i for name, i in known if number_of(name) == number}
-    by_place = set()
+    by_place: set[int] = set()
+    said: set[int] = set()
     if not same and number is not None:
         if number in range(len(labels)) and not has_numbers(labels, names):
             by_place = {int(number)}
-            same = by_place | says(number == 1, known) if number in (0, 1) else by_place
+            said = says(number == 1, known) if number in (0, 1) else set()
+            same = by_place if isinstance(value, ClassId) else by_place | said
     elif not same and truth is not None:
         same = says(truth, known)
     if len(same) == 1:
         (found,) = same
-        return found, same == by_place and not (number in (0, 1) and says(number == 1, known))
+        return found, same == by_place and same != said
     if same:
         meant = " or ".join(repr(labels[i]) for i in sorted(same))
         raise RowError(
