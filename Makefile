@@ -7,7 +7,7 @@ VENV        ?= .venv
 DEMO_DIR    ?= runs/demo
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
-SCRIPTS     := .ci/run $(wildcard launchers/*.sh launchers/*.sbatch tests/slurm/*)
+SCRIPTS     := .ci/run $(wildcard launchers/*.sh launchers/*.sbatch tests/support/slurm/*)
 NATIVE      := $(wildcard pemt/ops/csrc/*)
 
 BIN         := $(VENV)/bin
@@ -40,7 +40,7 @@ soak: $(STAMP)  ## faults tried on two ranks: kill -9 at 20 random steps and in 
 	$(BIN)/pytest -m soak -rA tests/faults
 
 big: $(STAMP)  ## t5-3b and flan-t5-xl at full size on two ranks, ZeRO-3 (6 GB of disk, 20 GB of memory)
-	$(BIN)/pytest -m big -rA tests/test_full_size.py
+	$(BIN)/pytest -m big -rA tests/launch/test_full_size.py
 
 GPU_OP      := $(BIN)/pemt bench op --device cuda --dtype bfloat16 --shape t5-large flan-t5-xl t5-3b --batch 32
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pemt.config import AdaptConfig, PemtError, SourceConfig
-    from pemt.publish.export import export_run
-    from pemt.publish.pemt_model import PemtModel
-    from pemt.train import run_adapt, run_source
+    from pemt.publish import PemtModel, export_run
+    from pemt.run import run_adapt, run_source
 
 __all__ = [
     "AdaptConfig",
@@ -30,8 +29,8 @@ _HOMES = {
     "PemtModel": "pemt.publish.pemt_model",
     "SourceConfig": "pemt.config",
     "export_run": "pemt.publish.export",
-    "run_adapt": "pemt.train",
-    "run_source": "pemt.train",
+    "run_adapt": "pemt.run.train",
+    "run_source": "pemt.run.train",
 }
 
 

@@ -9,12 +9,10 @@ import signal
 import sys
 import time
 
-from pemt.command_line import nearest
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
-from pemt.config import PemtError
-from pemt.leaving import run_and_leave
-from pemt.signals import INTERRUPTED_STATUS, Interrupted
+from pemt.config import PemtError, nearest
+from pemt.engine import INTERRUPTED_STATUS, Interrupted, run_and_leave
 
 
 def program() -> None:

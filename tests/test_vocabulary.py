@@ -10,17 +10,10 @@ from typing import Any
 import datasets
 import pytest
 
-from pemt.config import AdaptConfig
-from pemt.data import (
-    DataError,
-    StreamBatches,
-    TrainStream,
-    load_split,
-    load_task_data,
-    load_tokenizer,
-    unknown,
-)
+from pemt.config.schema import AdaptConfig
+from pemt.data import DataError, StreamBatches, TrainStream, load_split, load_task_data, unknown
 from pemt.data.vocabulary import comparable, written_back
+from pemt.model.tokenizer import load_tokenizer
 from pemt.tasks import HubSource, Task, get_task, longest_target, score
 
 OPEN = Task(name="open", description="D.", template="text: {text}", metrics=("squad", "accuracy"))

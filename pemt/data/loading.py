@@ -32,8 +32,7 @@ from pemt.data.vocabulary import (
     unknown,
     written_back,
 )
-from pemt.tasks import Task, longest_target
-from pemt.tasks.task import DEFAULT_TARGET_LENGTH
+from pemt.tasks import DEFAULT_TARGET_LENGTH, Task, longest_target
 
 # Below this many examples one process (whose tokenizer has its own threads) is faster than several.
 PARALLEL_FROM = 50_000

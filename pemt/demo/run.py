@@ -9,14 +9,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pemt.arguments import parse_config
-from pemt.config import AdaptConfig, RunConfig, SourceConfig
+from pemt.config import AdaptConfig, RunConfig, SourceConfig, parse_config
 from pemt.demo.report import Row, write_report
 from pemt.demo.tasks import SOURCES, TARGETS, register_tasks, write_task_files
 from pemt.demo.tiny_t5 import cached_base
 from pemt.demo.world import World
 from pemt.engine import Engine
-from pemt.train import run_adapt, run_source
+from pemt.run import run_adapt, run_source
 
 METHODS = ("pemt", "adapter")
 

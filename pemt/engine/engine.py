@@ -33,9 +33,9 @@ from pemt.engine.job import (
     process_group_kwargs,
     renewed_rendezvous,
 )
+from pemt.engine.process import memory_in_use
 from pemt.engine.start import only_trained_are_sent, place, shard
 from pemt.engine.trained_state import TrainedState
-from pemt.memory import memory_in_use
 
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")

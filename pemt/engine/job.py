@@ -15,8 +15,13 @@ from uuid import uuid4
 import torch
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
-from pemt.config import PemtError, RunConfig
-from pemt.deepspeed_json import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
+from pemt.config import (
+    DeepSpeedConfigError,
+    PemtError,
+    RunConfig,
+    fill_deepspeed_json,
+    read_deepspeed_json,
+)
 from pemt.engine.schema import check_schema
 
 

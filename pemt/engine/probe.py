@@ -12,8 +12,8 @@ from torch import nn
 
 from pemt.config import RunConfig
 from pemt.engine.engine import Engine
+from pemt.engine.exit import run_and_leave
 from pemt.engine.job import EngineError, shut_down
-from pemt.leaving import run_and_leave
 
 
 def main() -> None:

@@ -22,8 +22,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from pemt.command_line import nearest
-from pemt.deepspeed_json import DeepSpeedConfigError
+from pemt.config import DeepSpeedConfigError, nearest
 
 MODELS: dict[str, type[DeepSpeedConfigModel]] = {
     "bf16": DeepSpeedBF16Config,

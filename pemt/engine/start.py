@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pemt.lazy_weights import is_unread, put_value, value_of
+from pemt.model import is_unread, put_value, value_of
 
 
 def place(model: nn.Module, *, frozen_dtype: torch.dtype, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class ShardedInit(deepspeed.zero.Init):
     """DeepSpeed's `zero.Init(module=...)`, which reads what is unread and does not send what is frozen.
 
     Its own would copy each parameter whole to the device and broadcast it from rank 0. This is a private
-    corner of DeepSpeed 0.19; tests/test_sharded_start.py counts memory and bytes.
+    corner of DeepSpeed 0.19; tests/launch/test_sharded_start.py counts memory and bytes.
     """
 
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pemt.config import AdapterConfig
-from pemt.lazy_weights import is_unread, unread_parameter, value_of
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
 from pemt.model.gate import Gate
 from pemt.model.inject import FfnSite
+from pemt.model.lazy import is_unread, unread_parameter, value_of
 from pemt.model.trainable import Trainable
 from pemt.ops import expert_mixture, gram_matrix, prompt_mean, task_sparsity
 from pemt.ops.linear import add_linear, linear

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import PemtError
-from pemt.lazy_weights import read_all
 from pemt.model.baselines import BaselineT5
 from pemt.model.experts import ModelError
 from pemt.model.inject import Base
+from pemt.model.lazy import read_all
 
 # What `--method lora` and `--method prompt` stand for; `peft_config` overrides single fields.
 DEFAULTS: dict[str, dict[str, Any]] = {

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pemt.base import load_pretrained
 from pemt.data import EvalBatches, collate, encode_sources
-from pemt.hub import local_folder
-from pemt.model import TrainedT5
+from pemt.model import TrainedT5, load_pretrained
 from pemt.publish.adapter_format import CONFIG, TENSORS, Settings, read_model, read_settings
+from pemt.storage import local_folder
 
 
 class PemtModel:

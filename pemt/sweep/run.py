@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pemt.config import PemtError
 from pemt.engine import Engine
+from pemt.run import run_adapt
 from pemt.storage import write_text
 from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
 from pemt.sweep.report import write_report
-from pemt.train import run_adapt
 
 ERROR = "error.txt"
 

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from pemt.config import PemtError
+from pemt.config.schema import PemtError
 
 INPUTS = 1000
 fuzz = settings(

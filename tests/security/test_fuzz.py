@@ -12,25 +12,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pemt.arguments import parse_config
-from pemt.bank import read_bank, read_entry
-from pemt.bank_tools import verify
-from pemt.checkpoint import CheckpointError, Progress, progress_of
-from pemt.config import AdaptConfig, PemtError
-from pemt.deepspeed_json import fill_deepspeed_json, read_deepspeed_json
+from pemt.bank.entries import read_bank, read_entry
+from pemt.bank.tools import verify
+from pemt.checkpoint import Progress, progress_of
+from pemt.checkpoint.checkpoint import CheckpointError
+from pemt.config.deepspeed import fill_deepspeed_json, read_deepspeed_json
+from pemt.config.parse import parse_config
+from pemt.config.schema import AdaptConfig, PemtError
 from pemt.engine.schema import check_schema
-from pemt.manifest import MANIFEST, read_manifest, sealed, sha256
 from pemt.model import base_shape
+from pemt.storage.manifest import MANIFEST, read_manifest, sealed, sha256
 from pemt.tasks.task_file import load_task_file
 from tests.conftest import ROOT
 from tests.security.fuzzing import Outcomes, fuzz, mutated_tensors, mutated_text, mutated_values
-from tests.tiny import adapt_config
-from tests.tiny_t5 import tiny_base, tiny_source
+from tests.support.tiny import adapt_config
+from tests.support.tiny_t5 import tiny_base, tiny_source
 
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pemt.bank import write_entry
+    from pemt.bank.entries import write_entry
 
     shape = base_shape(tiny_base().config)
     folder = tmp_path_factory.mktemp("fuzz") / "bank"

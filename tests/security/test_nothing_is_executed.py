@@ -17,18 +17,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pemt.arguments import read_yaml_mapping
-from pemt.bank import BankError, entry_folder, read_entry, write_entry
-from pemt.config import ConfigError, PemtError
-from pemt.manifest import MANIFEST, read_manifest, sealed, sha256
+from pemt.bank.entries import BankError, entry_folder, read_entry, write_entry
+from pemt.bank.official import OfficialError, read_official
+from pemt.bank.peft_format import PeftFormatError, read_peft
+from pemt.config.parse import read_yaml_mapping
+from pemt.config.schema import ConfigError, PemtError
 from pemt.model import base_shape
-from pemt.official import OfficialError, read_official
-from pemt.peft_format import PeftFormatError, read_peft
-from pemt.storage import bring_back
+from pemt.storage.folders import bring_back
+from pemt.storage.manifest import MANIFEST, read_manifest, sealed, sha256
 from pemt.tasks import TaskError
 from pemt.tasks.task_file import load_task_file
 from tests.conftest import ROOT
-from tests.tiny_t5 import tiny_base, tiny_source
+from tests.support.tiny_t5 import tiny_base, tiny_source
 
 SOURCES = sorted((ROOT / "pemt").rglob("*.py"))
 SHAPE = base_shape(tiny_base().config)
