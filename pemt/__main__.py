@@ -12,12 +12,12 @@ import time
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
 from pemt.config import PemtError, nearest
-from pemt.engine import INTERRUPTED_STATUS, Interrupted, run_and_leave
+from pemt.engine import INTERRUPTED_STATUS, Interrupted, run_and_exit
 
 
 def program() -> None:
     """What `pemt` is on a command line."""
-    run_and_leave(main)
+    run_and_exit(main)
 
 
 def main() -> None:

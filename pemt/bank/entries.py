@@ -19,7 +19,13 @@ import torch
 from pemt.bank.official import read_official
 from pemt.config import PemtError
 from pemt.model import ExpertSource, ModelError
-from pemt.storage import MANIFEST, bring_back, read_manifest, read_tensors, write_folder
+from pemt.storage import (
+    MANIFEST,
+    read_manifest,
+    read_tensors,
+    recover_interrupted_replace,
+    write_folder,
+)
 
 TENSORS = "expert.safetensors"
 PROMPT = "prompt"
@@ -192,7 +198,7 @@ def entry_names(bank_dir: str | Path) -> list[str]:
     bank = Path(bank_dir)
     if not bank.is_dir():
         raise BankError(f"bank_dir: {bank} is no folder; fill it with `pemt source`")
-    bring_back(bank)
+    recover_interrupted_replace(bank)
     names = sorted(
         path.parent.name for path in bank.glob(f"*/{MANIFEST}") if _is_name(path.parent.name)
     )

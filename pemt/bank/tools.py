@@ -180,8 +180,12 @@ def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
     Raises:
         BankError: a name occurs twice, or base models differ.
     """
-    there = read_all(bank_dir) if Path(bank_dir).is_dir() and any(Path(bank_dir).iterdir()) else []
-    coming = [(other, entry) for other in others for entry in read_all(other)]
+    there = (
+        materialize_all(bank_dir)
+        if Path(bank_dir).is_dir() and any(Path(bank_dir).iterdir())
+        else []
+    )
+    coming = [(other, entry) for other in others for entry in materialize_all(other)]
     merged = [manifest for manifest, _ in there]
     for other, (manifest, _) in coming:
         if manifest.task in [each.task for each in merged]:
@@ -208,7 +212,7 @@ def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
     return [manifest.task for _, (manifest, _) in coming]
 
 
-def read_all(bank_dir: str | Path) -> list[tuple[Manifest, ExpertSource]]:
+def materialize_all(bank_dir: str | Path) -> list[tuple[Manifest, ExpertSource]]:
     """Every entry of a bank, checked."""
     return [read_entry(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
 

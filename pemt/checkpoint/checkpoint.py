@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pemt.checkpoint.names import checkpoint_folders, is_checkpoint_name, put_aside, step_of
+from pemt.checkpoint.names import checkpoint_folders, is_checkpoint_name, quarantine, step_of
 from pemt.checkpoint.progress import Progress, progress_of
 from pemt.checkpoint.writer import BackgroundWriter, Snapshot
-from pemt.config import NOT_THE_RUN, PemtError, RunConfig
-from pemt.model import put_value
+from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig
+from pemt.model import materialize
 from pemt.storage import (
     StorageError,
-    clear_leftovers,
     read_manifest,
     read_tensors,
     remove_folder,
+    remove_partial_writes,
     write_folder,
 )
 
@@ -129,8 +129,8 @@ class Checkpoints:
             self._remove_old(progress)
             return folder
 
-        waited = time.perf_counter() - began
-        snapshot = Snapshot(step=progress.step, write=write, waited=waited)
+        blocked_seconds = time.perf_counter() - began
+        snapshot = Snapshot(step=progress.step, write=write, blocked_seconds=blocked_seconds)
         self._writer.write(snapshot, needed=progress.best_step)
 
     def _vote(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
@@ -139,7 +139,7 @@ class Checkpoints:
         if self._engine.is_main:  # its copies are what is written
             bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
         # As text, in which NaN equals NaN: a metric may be one.
-        votes = self._engine.everyones((json.dumps(asdict(progress), sort_keys=True), bad))
+        votes = self._engine.all_gather_object((json.dumps(asdict(progress), sort_keys=True), bad))
         first, bad = votes[0]
         for rank, (theirs, _) in enumerate(votes):
             if theirs != first:
@@ -167,7 +167,7 @@ class Checkpoints:
         Raises:
             StorageError: the newest or the best checkpoint could not be written.
         """
-        self._engine.on_main(self._writer.finish)
+        self._engine.on_rank0(self._writer.finish)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -199,7 +199,7 @@ class Checkpoints:
                     f"{error}; start the same command again, which goes on without this checkpoint"
                 ) from None
 
-        return self._engine.on_main(read)
+        return self._engine.on_rank0(read)
 
     def resume(self, choice: str | bool, *, expected: int | None = None) -> Checkpoint | None:
         """The checkpoint to go on from, chosen and read by rank 0 for all (all ranks call).
@@ -213,10 +213,10 @@ class Checkpoints:
             CheckpointError: the chosen one is damaged or of another run, none of several is whole, or all
                 are gone.
         """
-        return self._engine.on_main(lambda: self._choose(choice, expected))
+        return self._engine.on_rank0(lambda: self._choose(choice, expected))
 
     def _choose(self, choice: str | bool, expected: int | None) -> Checkpoint | None:
-        clear_leftovers(self._output_dir, is_checkpoint_name)
+        remove_partial_writes(self._output_dir, is_checkpoint_name)
         if not choice:
             return None
         found = self._newest_usable() if choice is True else self._read(Path(str(choice)))
@@ -254,7 +254,7 @@ class Checkpoints:
         except (StorageError, CheckpointError) as error:
             lost = "it is not there"
             if folder.exists():
-                lost = f"{error}; it was put aside as {put_aside(folder).name}"
+                lost = f"{error}; it was put aside as {quarantine(folder).name}"
             note = f"checkpoint-{best} was the best so far, and is lost: {lost}; the best is chosen anew"
             alone = replace(found.progress, best_metric=None, best_step=None, validated_step=None)
             return replace(found, progress=alone, notes=(*found.notes, note))
@@ -271,7 +271,7 @@ class Checkpoints:
                 problems[folder] = error
                 continue
             notes = [
-                f"{error}; it was put aside as {put_aside(damaged).name}, going on from {folder.name}"
+                f"{error}; it was put aside as {quarantine(damaged).name}, going on from {folder.name}"
                 for damaged, error in problems.items()
             ]
             return replace(found, notes=(*notes, *found.notes))
@@ -323,7 +323,7 @@ class Checkpoints:
         changed = [
             f"{name} {before.get(name)} -> {value}"
             for name, value in self._config.items()
-            if before.get(name) != value and name not in NOT_THE_RUN
+            if before.get(name) != value and name not in NON_IDENTITY_FIELDS
         ]
         return (f"changed since the checkpoint: {', '.join(changed)}",) if changed else ()
 
@@ -342,7 +342,7 @@ def trained_count(folder: Path) -> int | None:
     return sum(prod(tensor["shape"]) for tensor in tensors.values())
 
 
-def match_trained(checkpoint: Checkpoint, trained: dict[str, torch.nn.Parameter]) -> None:
+def load_into_model(checkpoint: Checkpoint, trained: dict[str, torch.nn.Parameter]) -> None:
     """Copy a checkpoint's weights into the model, before it is prepared.
 
     Raises:
@@ -373,4 +373,4 @@ def load_trained(
             f"{wanted.get(name, 'not trained')} in this run; use the run's own configuration"
         )
     for name, parameter in trained.items():
-        put_value(parameter, weights[name].to(parameter, copy=True))
+        materialize(parameter, weights[name].to(parameter, copy=True))

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from pemt.checkpoint.names import UNUSABLE, checkpoint_folders
 from pemt.checkpoint.progress import Progress
-from pemt.config import NOT_THE_RUN, PemtError, RunConfig, load_yaml
+from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig, load_yaml
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
 from pemt.storage import write_text
 from pemt.tasks import Task, example_scores
@@ -66,7 +66,7 @@ def check_run_folder(config: RunConfig) -> None:
         )
 
 
-def goes_on(config: RunConfig) -> bool | str:
+def resume_target(config: RunConfig) -> bool | str:
     """What to resume: a checkpoint's folder, True for the newest one there may be, False for none."""
     if config.resume_from_checkpoint is None:
         return not config.overwrite_output_dir
@@ -91,7 +91,7 @@ def _differences(config: RunConfig, folder: Path) -> str:
     found = [
         f"{name} {theirs[name]}, not {value}"
         for name, value in ours.items()
-        if name not in NOT_THE_RUN and theirs[name] != value
+        if name not in NON_IDENTITY_FIELDS and theirs[name] != value
     ]
     return f" with {'; '.join(found)}" if found else ""
 

@@ -27,7 +27,7 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
-def put_aside(folder: Path) -> Path:
+def quarantine(folder: Path) -> Path:
     """Give a checkpoint that cannot be used another name: nothing is thrown away but an older one put aside."""
     aside = folder.with_name(f"{UNUSABLE}{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)

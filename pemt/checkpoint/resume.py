@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pemt.checkpoint.folder import goes_on, holds_run
+from pemt.checkpoint.folder import holds_run, resume_target
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.config import PemtError, RunConfig
 from pemt.storage import StorageError, read_manifest
@@ -19,7 +19,7 @@ class WorldSizeError(PemtError):
     """A number of ranks on which a run cannot go on."""
 
 
-def settled(config: Config) -> Config:
+def resolve_config(config: Config) -> Config:
     """The configuration with which to go on; every rank finds the same, before there are collectives.
 
     Raises:
@@ -75,7 +75,7 @@ def with_the_same_batch(config: Config, world_size: int) -> Config:
 
 def _begun(config: RunConfig) -> dict[str, Any] | None:
     """The manifest of the checkpoint to go on from; None where there is none that can be read."""
-    choice = goes_on(config)
+    choice = resume_target(config)
     folders = [Path(choice)] if isinstance(choice, str) else []
     if choice is True:
         folders = checkpoint_folders(Path(config.output_dir))[::-1]

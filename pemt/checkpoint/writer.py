@@ -24,7 +24,7 @@ class Snapshot:
 
     step: int
     write: Callable[[], Path]
-    waited: float
+    blocked_seconds: float
 
 
 class BackgroundWriter:
@@ -90,5 +90,5 @@ class BackgroundWriter:
             size = sum(path.stat().st_size for path in folder.iterdir())
             self._lines.append(
                 f"{folder.name}: {size / 1e6:,.2f} MB in {time.perf_counter() - began:.2f} s; "
-                f"the training waited {snapshot.waited:.2f} s"
+                f"the training waited {snapshot.blocked_seconds:.2f} s"
             )

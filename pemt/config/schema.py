@@ -47,7 +47,7 @@ class ConfigError(PemtError):
 
 # Fields that may change while a run goes on: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
-NOT_THE_RUN = (
+NON_IDENTITY_FIELDS = (
     "output_dir",
     "gradient_accumulation_steps",
     "logging_steps",

@@ -61,7 +61,7 @@ class Demo:
         register_tasks()
         engine = Engine(self.source(SOURCES[0]))
         self.is_main = engine.is_main
-        with engine.build_first():
+        with engine.local_main_first():
             self._make_files()
         engine.barrier()
 

@@ -28,13 +28,13 @@ from pemt.config import PemtError, RunConfig
 from pemt.engine.job import (
     EngineError,
     check_world_size,
+    cpu_group,
     deepspeed_plugin,
-    hosts_group,
     process_group_kwargs,
-    renewed_rendezvous,
+    re_rendezvous,
 )
 from pemt.engine.process import memory_in_use
-from pemt.engine.start import only_trained_are_sent, place, shard
+from pemt.engine.start import materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trained_state import TrainedState
 
 # One line per collective otherwise, from inside DeepSpeed.
@@ -64,7 +64,7 @@ class Engine:
         self._plugin = plugin
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
-        with renewed_rendezvous():
+        with re_rendezvous():
             self._accelerator = Accelerator(
                 # Under DeepSpeed the precision stands in its configuration.
                 mixed_precision=None
@@ -85,7 +85,7 @@ class Engine:
         self.is_main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
         check_world_size(self.world_size)
-        self._hosts = hosts_group()
+        self._hosts = cpu_group()
         self.zero_stage: int | None = plugin.zero_stage if plugin else None
         self._deepspeed_json = path
 
@@ -102,8 +102,8 @@ class Engine:
         """
         self.module = model
         self.base_optimizer = optimizer
-        self._place(model)
-        with only_trained_are_sent(model):
+        self._materialize(model)
+        with skip_frozen_broadcast(model):
             self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
         if self.zero_stage is not None:
             # Where moments are offloaded, accelerate has put DeepSpeed's CPU Adam in its place.
@@ -120,14 +120,14 @@ class Engine:
         if self.zero_stage is not None:
             self._check_deepspeed_agrees()
 
-    def _place(self, model: nn.Module) -> None:
+    def _materialize(self, model: nn.Module) -> None:
         if self._plugin and self.zero_stage == 3:
-            shard(model, self._plugin.deepspeed_config, self.device)
+            zero3_init(model, self._plugin.deepspeed_config, self.device)
             return
         # Without DeepSpeed fp16 autocasts, and T5 keeps parts of itself in fp32.
         half = torch.float16 if self._config.fp16 and self._plugin else torch.float32
         frozen_dtype = torch.bfloat16 if self._config.bf16 else half
-        place(model, frozen_dtype=frozen_dtype, device=self.device)
+        materialize_on_device(model, frozen_dtype=frozen_dtype, device=self.device)
 
     def _check_deepspeed_agrees(self) -> None:
         config = self._config
@@ -228,11 +228,11 @@ class Engine:
         rows = self.gather(torch.tensor([list(used.values())], device=self.device))
         return dict(zip(used, rows.amax(dim=0).tolist(), strict=True))
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         return broadcast_object_list([value])[0]
 
-    def on_main(self, function: Callable[[], T]) -> T:
+    def on_rank0(self, function: Callable[[], T]) -> T:
         """What a function gives on rank 0, on every rank; so is an error for the user, which all raise."""
         outcome: T | PemtError | None = None
         if self.is_main:
@@ -240,12 +240,12 @@ class Engine:
                 outcome = function()
             except PemtError as error:
                 outcome = error
-        outcome = self.from_main(outcome)
+        outcome = self.broadcast_object(outcome)
         if isinstance(outcome, PemtError):
             raise outcome
         return cast("T", outcome)
 
-    def highest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The highest of all ranks' values; from host to host, so that no device is waited for."""
         if self._hosts is None:
             return value
@@ -253,7 +253,7 @@ class Engine:
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._hosts)
         return int(values)
 
-    def everyones(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, rank 0's first; small ones, from host to host."""
         values = [value] * self.world_size
         if self._hosts is not None:
@@ -265,7 +265,7 @@ class Engine:
         self._accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
-    def build_first(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """One process a node runs the block first; the others then find what it built."""
         with self._accelerator.local_main_process_first():
             yield

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 
-def run_and_leave(program: Callable[[], object]) -> None:
+def run_and_exit(program: Callable[[], object]) -> None:
     """Run a program whose return, or `sys.exit`, is the end of the process; an exception ends it as ever.
 
     Threads are waited for, and exit functions run that are registered from here on: import in `program` what has some.

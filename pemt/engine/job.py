@@ -48,7 +48,7 @@ def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | 
 
 
 @contextlib.contextmanager
-def renewed_rendezvous() -> Iterator[None]:
+def re_rendezvous() -> Iterator[None]:
     """After `--max_restarts` has started the ranks anew, let them meet within the block where nobody has met before.
 
     The launcher's store lives on, and torch's static rendezvous, which is accelerate's, would give out
@@ -102,7 +102,7 @@ def process_group_kwargs(config: RunConfig) -> list[InitProcessGroupKwargs]:
 
 
 @functools.cache
-def hosts_group() -> torch.distributed.ProcessGroup | None:
+def cpu_group() -> torch.distributed.ProcessGroup | None:
     """All ranks over gloo, for a few numbers between hosts; one for the whole job, None where there is one rank."""
     if not torch.distributed.is_initialized():
         return None

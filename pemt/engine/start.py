@@ -17,10 +17,12 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pemt.model import is_unread, put_value, value_of
+from pemt.model import is_lazy, materialize, value_of
 
 
-def place(model: nn.Module, *, frozen_dtype: torch.dtype, device: torch.device) -> None:
+def materialize_on_device(
+    model: nn.Module, *, frozen_dtype: torch.dtype, device: torch.device
+) -> None:
     """Read what is unread, one parameter at a time, onto the device.
 
     Args:
@@ -29,12 +31,12 @@ def place(model: nn.Module, *, frozen_dtype: torch.dtype, device: torch.device) 
     for parameter in model.parameters():
         dtype = parameter.dtype if parameter.requires_grad else frozen_dtype
         # A mapped file's memory is no place for weights: copied even where nothing changes.
-        put_value(parameter, value_of(parameter).to(device, dtype, copy=is_unread(parameter)))
+        materialize(parameter, value_of(parameter).to(device, dtype, copy=is_lazy(parameter)))
     for buffer in model.buffers():
         buffer.data = buffer.to(device)
 
 
-def shard(model: nn.Module, deepspeed_config: dict[str, Any], device: torch.device) -> None:
+def zero3_init(model: nn.Module, deepspeed_config: dict[str, Any], device: torch.device) -> None:
     """Partition the parameters as ZeRO-3 wants them, reading one at a time: no rank ever holds the model.
 
     Args:
@@ -57,7 +59,7 @@ class ShardedInit(deepspeed.zero.Init):
         for parameter in param_list:
             if is_zero_param(parameter):
                 continue
-            put_value(parameter, value_of(parameter).to(self.local_device, self.dtype))
+            materialize(parameter, value_of(parameter).to(self.local_device, self.dtype))
             self._convert_to_deepspeed_param(parameter)
             if parameter.requires_grad:
                 dist.broadcast(parameter.data.view(torch.uint8), 0)
@@ -65,7 +67,7 @@ class ShardedInit(deepspeed.zero.Init):
 
 
 @contextlib.contextmanager
-def only_trained_are_sent(model: nn.Module) -> Iterator[None]:
+def skip_frozen_broadcast(model: nn.Module) -> Iterator[None]:
     """While DeepSpeed or DDP starts, keep its broadcast of the model to what is trained.
 
     DeepSpeed passes over parameters that have this mark, which is how its OptimizedLinear says that a

@@ -94,7 +94,7 @@ class Watchdog:
         for work in (self._talk, self._judge):
             threading.Thread(target=work, name=f"watchdog-{work.__name__}", daemon=True).start()
 
-    def came_by(self, step: int) -> None:
+    def heartbeat(self, step: int) -> None:
         """Tell that the main thread is alive."""
         self._step, self._place = step, self._place + 1
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from pemt.bank import refusal
 from pemt.config import PemtError, RunConfig
-from pemt.model.base_files import WeightFileError, unread_base, weight_files
+from pemt.model.base_files import WeightFileError, lazy_base, weight_files
 from pemt.model.shape import base_shape
 from pemt.model.tokenizer import load_tokenizer
 
@@ -73,7 +73,7 @@ def load_pretrained(
         )
     try:
         # DeepSpeed casts to the run's precision and keeps its masters; everything starts from fp32.
-        base = unread_base(name, model_config) if lazy else None
+        base = lazy_base(name, model_config) if lazy else None
         if base is None:
             weight_files(name)  # refuses an index that leads out of the folder
             with bars_on_terminals_alone():

@@ -29,7 +29,7 @@ from transformers.utils import (
 )
 
 from pemt.config import PemtError
-from pemt.model.lazy import unread_parameter
+from pemt.model.lazy import lazy_parameter
 
 
 class WeightFileError(PemtError):
@@ -40,7 +40,7 @@ class WeightFileError(PemtError):
 Entry = tuple[tuple[int, ...], Callable[[], Tensor]]
 
 
-def unread_base(name: str, config: PreTrainedConfig) -> PreTrainedModel | None:
+def lazy_base(name: str, config: PreTrainedConfig) -> PreTrainedModel | None:
     """The base model with all its parameters unread, fp32 by name, in evaluation mode.
 
     Args:
@@ -65,7 +65,7 @@ def unread_base(name: str, config: PreTrainedConfig) -> PreTrainedModel | None:
             return None
     with torch.device("meta"):
         base = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
-    _put_unread(base, entries, name)
+    _install_lazy(base, entries, name)
     base.generation_config = _generation_config(name)
     return base.eval()
 
@@ -116,7 +116,7 @@ def _read_safetensors(file: Path, key: str) -> Tensor:
         return opened.get_tensor(key)
 
 
-def _put_unread(base: PreTrainedModel, entries: dict[str, Entry], name: str) -> None:
+def _install_lazy(base: PreTrainedModel, entries: dict[str, Entry], name: str) -> None:
     """Exchange every parameter on `meta` for an unread one; tied ones stay tied where their values agree."""
     assert not list(base.buffers()), "a buffer on meta would need a value"
     tied: dict[int, list[str]] = {}
@@ -134,10 +134,10 @@ def _put_unread(base: PreTrainedModel, entries: dict[str, Entry], name: str) -> 
                     f"in its weight files, its config.json needs {list(shape)}; give a whole model"
                 )
             if key == stored[0]:
-                unread |= dict.fromkeys(keys, unread_parameter(shape, torch.float32, read))
+                unread |= dict.fromkeys(keys, lazy_parameter(shape, torch.float32, read))
             # transformers ties every T5, and unties those whose files hold two different tensors: T5 v1.1.
             elif not torch.equal(entries[stored[0]][1](), read()):
-                unread[key] = unread_parameter(shape, torch.float32, read)
+                unread[key] = lazy_parameter(shape, torch.float32, read)
                 base.all_tied_weights_keys.pop(key, None)
     for key, parameter in unread.items():
         owner, _, attribute = key.rpartition(".")

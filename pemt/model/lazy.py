@@ -14,7 +14,7 @@ from torch import Tensor, nn
 _READER = "pemt_reader"
 
 
-def unread_parameter(
+def lazy_parameter(
     shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], Tensor]
 ) -> nn.Parameter:
     """A parameter on the CPU whose value `read` gives, in whatever dtype its file holds."""
@@ -24,7 +24,7 @@ def unread_parameter(
     return parameter
 
 
-def is_unread(parameter: Tensor) -> bool:
+def is_lazy(parameter: Tensor) -> bool:
     """Whether the parameter's value still lies in its file."""
     return hasattr(parameter, _READER)
 
@@ -39,15 +39,15 @@ def value_of(parameter: Tensor) -> Tensor:
     return parameter.detach() if read is None else read()
 
 
-def put_value(parameter: nn.Parameter, value: Tensor) -> None:
+def materialize(parameter: nn.Parameter, value: Tensor) -> None:
     """Give the parameter a value, as it stands; it counts as read from now on."""
     parameter.data = value
-    if is_unread(parameter):
+    if is_lazy(parameter):
         delattr(parameter, _READER)
 
 
-def read_all(module: nn.Module) -> None:
+def materialize_all(module: nn.Module) -> None:
     """Read what is unread, each parameter in its own dtype."""
     for parameter in module.parameters():
-        if is_unread(parameter):
-            put_value(parameter, value_of(parameter).to(parameter.dtype, copy=True))
+        if is_lazy(parameter):
+            materialize(parameter, value_of(parameter).to(parameter.dtype, copy=True))

@@ -27,7 +27,7 @@ from pemt.publish.adapter_format import (
     write_adapter,
 )
 from pemt.publish.card import GATES, Card, base_licence, draw_gates, model_card
-from pemt.run import Finished, load_finished
+from pemt.run import LoadedRun, load_finished
 from pemt.tasks import longest_target
 
 README = "README.md"
@@ -96,7 +96,7 @@ def export_run(
 
 
 def _write_own(
-    folder: Path, finished: Finished, config: AdaptConfig, base_model: str, dtype: Dtype
+    folder: Path, finished: LoadedRun, config: AdaptConfig, base_model: str, dtype: Dtype
 ) -> None:
     base, task = finished.model.base, finished.task
     experts = []

@@ -67,8 +67,8 @@ def evaluate(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
-    doing: str = "evaluating",
-    between: Callable[[], None] = lambda: None,
+    description: str = "evaluating",
+    on_batch_end: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score the prepared model on a data set (all ranks call).
 
@@ -76,8 +76,8 @@ def evaluate(
         engine: holds the model, after `prepare`.
         dataset: tokenised examples, as `load_task_data` gives them.
         task: tells metrics and the longest answer.
-        doing: what the bar on rank 0 calls it.
-        between: called by all ranks after each batch; what it raises ends the evaluation.
+        description: what the bar on rank 0 calls it.
+        on_batch_end: called by all ranks after each batch; what it raises ends the evaluation.
     """
     started = time.perf_counter()
     longest = longest_target(task, config.max_target_length)
@@ -92,22 +92,22 @@ def evaluate(
         return _measure(engine, batch, longest=longest, num_beams=config.num_beams)
 
     batch_size = config.per_device_eval_batch_size
-    description = f"{doing} {task.name}"
+    description = f"{description} {task.name}"
     with EvaluationBar(total=len(dataset), description=description, shown=engine.is_main) as bar:
 
         def after_batch() -> None:
             bar.advance(batch_size * engine.world_size)
-            between()
+            on_batch_end()
 
         tokens_NT, loss_N, targets_N, *gates = over_ranks(
             engine,
             lengths_of(dataset),
             batch_size=batch_size,
             measure=measure,
-            between=after_batch,
+            on_batch_end=after_batch,
         )
     predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
-    metrics = engine.from_main(score(task, predictions, dataset) if engine.is_main else None)
+    metrics = engine.broadcast_object(score(task, predictions, dataset) if engine.is_main else None)
     return Evaluation(
         metrics=metrics,
         loss=float(loss_N.sum() / targets_N.sum().clamp(min=1)),
@@ -123,7 +123,7 @@ def over_ranks(
     *,
     batch_size: int,
     measure: Callable[[list[int]], list[Tensor]],
-    between: Callable[[], None] = lambda: None,
+    on_batch_end: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Measure every example on one of the ranks, without gradients and dropout (all ranks call).
 
@@ -132,7 +132,7 @@ def over_ranks(
         lengths: source tokens of each example, [N].
         batch_size: examples of a rank's batch.
         measure: takes a batch's indices and gives tensors [B,...], of the same shape for every batch but for B.
-        between: as in `evaluate`.
+        on_batch_end: as in `evaluate`.
 
     Returns:
         The same tensors for all examples, [N,...], in their order, on the CPU of every rank.
@@ -151,7 +151,7 @@ def over_ranks(
         # The last batch may be short on one rank alone, and gathering needs equal shapes.
         short = batch_size - len(indices)
         rows.append([engine.gather(_pad_rows(each, short)).cpu() for each in measured])
-        between()
+        on_batch_end()
     module.train(was_training)
     indices_N, *columns = (torch.cat(column) for column in zip(*rows, strict=True))
     order_N = _first_occurrences(indices_N, len(lengths))
@@ -180,7 +180,7 @@ def answer_batch(
     module = engine.module
     assert isinstance(module, TrainedT5)
     with engine.autocast():
-        tokens_BT, gates_BLK = module.answer(
+        tokens_BT, gates_BLK = module.generate_with_gates(
             batch["input_ids"],
             batch["attention_mask"],
             max_new_tokens=longest,

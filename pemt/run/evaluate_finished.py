@@ -51,7 +51,7 @@ def evaluate_run(
     # Trained on an answer a time, scored once an example.
     task = replace(finished.task, train_on_every_answer=False)
     examples, notes = load_split(
-        task, config, finished.tokenizer, split, build_first=engine.build_first
+        task, config, finished.tokenizer, split, local_main_first=engine.local_main_first
     )
     prepare_finished(finished, engine)
     scored = evaluate(engine, examples, task=task, tokenizer=finished.tokenizer, config=config)

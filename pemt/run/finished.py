@@ -30,7 +30,7 @@ class FinishedError(PemtError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
+class LoadedRun:
     """A run with its best weights.
 
     Args:
@@ -85,7 +85,7 @@ def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunCo
     return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
 
 
-def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finished:
+def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> LoadedRun:
     """A run's model with the weights of its best checkpoint; every rank reads the files.
 
     Args:
@@ -121,7 +121,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finis
     if task.max_target_length is None:  # open answers: what the run has measured
         length = manifest["run"].get("max_target_length")
         task = replace(task, max_target_length=longest_target(task, length))
-    return Finished(
+    return LoadedRun(
         folder=Path(run_dir),
         config=config,
         stage=stage,
@@ -134,7 +134,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Finis
     )
 
 
-def prepare_finished(finished: Finished, engine: Engine) -> None:
+def prepare_finished(finished: LoadedRun, engine: Engine) -> None:
     """Hand the model to the engine for evaluation.
 
     As in training, with an optimizer that takes no step: every DeepSpeed JSON that trains also evaluates.

@@ -16,9 +16,9 @@ from pemt.checkpoint import (
     Checkpoint,
     Checkpoints,
     Progress,
-    goes_on,
     holds_run,
-    match_trained,
+    load_into_model,
+    resume_target,
     start_run_folder,
 )
 from pemt.config import RunConfig
@@ -36,7 +36,7 @@ from pemt.monitor import GateNames, Monitor
 from pemt.run.build import Built
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.meter import Meter
-from pemt.run.nan_guard import NotFinite
+from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.session import Session
 from pemt.tasks import Task
 
@@ -123,7 +123,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     total_steps = _total_steps(config, batches)
     schedule = prepare(config, engine, model, resumed, total_steps=total_steps)
     progress = _restore(setup, schedule, resumed) if resumed else Progress()
-    session.reached(progress.step)
+    session.set_step(progress.step)
     model.train()
     with (
         Monitor(
@@ -146,17 +146,17 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             batches=batches,
             total_steps=total_steps,
         )
-        _introduce(run, resumed)
+        _log_config(run, resumed)
         if run.validates_at(progress.step) and progress.validated_step != progress.step:
             progress = _finish_step(run, progress)  # it was stopped before this validation
         meter = Meter(engine)
-        guard = NotFinite(config, engine, partial(_rows, setup), tell=monitor.message)
+        guard = NonFiniteGuard(config, engine, partial(_rows, setup), tell=monitor.message)
         for micro_batches in batches.steps(progress.step, total_steps):
             rates, losses = _take_step(setup, schedule, meter, micro_batches)
             step, norm = progress.step + 1, rates["train/grad_norm"]
             skipped = progress.skipped + guard.check(step, norm, micro_batches, losses)
             progress = replace(progress, step=step, skipped=skipped, position=batches.position())
-            session.reached(step)
+            session.set_step(step)
             if step % config.logging_steps == 0 or step == total_steps:
                 _report(run, meter, step, {**rates, "train/skipped_steps": skipped})
             with meter.paused():
@@ -179,11 +179,16 @@ def _begin(
     """The run's folder, ready to be written, and what to go on from."""
     engine = setup.engine
     checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
-    resumed = checkpoints.resume(goes_on(config), expected=session.saved_before)
-    session.follow(checkpoints)
-    if engine.is_main and goes_on(config) and not resumed and holds_run(Path(config.output_dir)):
+    resumed = checkpoints.resume(resume_target(config), expected=session.saved_before)
+    session.attach_checkpoints(checkpoints)
+    if (
+        engine.is_main
+        and resume_target(config)
+        and not resumed
+        and holds_run(Path(config.output_dir))
+    ):
         print(f"{config.output_dir}: the run begun here had saved no checkpoint yet", flush=True)
-    engine.on_main(lambda: start_run_folder(config))
+    engine.on_rank0(lambda: start_run_folder(config))
     return checkpoints, resumed
 
 
@@ -263,10 +268,10 @@ def _tell_of_saving(run: _Run) -> None:
         run.monitor.message(line)
 
 
-def _introduce(run: _Run, resumed: Checkpoint | None) -> None:
+def _log_config(run: _Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
     monitor, size = run.monitor, _size_line(run.built.model, run.setup.engine)
-    monitor.introduce(run.config, {"job": size, "device": str(run.setup.engine.device)})
+    monitor.log_config(run.config, {"job": size, "device": str(run.setup.engine.device)})
     for line in (*(resumed.notes if resumed else ()), *run.setup.data.notes, size):
         monitor.message(line)
     if resumed:
@@ -329,7 +334,7 @@ def prepare(
     """Optimizer over the trained parameters alone, schedule, and the model into the engine."""
     trained = dict(model.trainable_parameters())
     if resumed:
-        match_trained(resumed, trained)
+        load_into_model(resumed, trained)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.torch_compile:
@@ -376,8 +381,8 @@ def _validate(run: _Run, progress: Progress) -> Progress:
         task=setup.task,
         tokenizer=setup.tokenizer,
         config=run.config,
-        doing="validating",
-        between=run.session.check,
+        description="validating",
+        on_batch_end=run.session.check,
     )
     scores = {**validated.metrics, "loss": validated.loss}
     run.monitor.log(

@@ -19,7 +19,7 @@ class NotFiniteError(PemtError):
     """Too many steps in a row gave no finite loss and gradient."""
 
 
-class NotFinite:
+class NonFiniteGuard:
     """Counts skipped steps in a row, alike on all ranks, and stops the run at the limit.
 
     Args:

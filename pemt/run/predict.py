@@ -27,7 +27,7 @@ from pemt.data import collate, encode_sources, read_inputs, sources_of, unknown
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import answer_batch, ffn_names, over_ranks
-from pemt.run.finished import Finished, finished_config, load_finished, prepare_finished
+from pemt.run.finished import LoadedRun, finished_config, load_finished, prepare_finished
 from pemt.tasks import get_task, label_name, longest_target
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
@@ -70,7 +70,7 @@ class Predictor:
         engine: default: one of the run's configuration.
     """
 
-    def __init__(self, finished: Finished, engine: Engine | None = None) -> None:
+    def __init__(self, finished: LoadedRun, engine: Engine | None = None) -> None:
         self.finished = finished
         self.engine = engine or Engine(finished.config)
         prepare_finished(finished, self.engine)
@@ -162,7 +162,7 @@ def predict_file(
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     # Rank 0 alone reads: all share one stdin.
-    texts = engine.on_main(lambda: _read(config, input_file, output_file))
+    texts = engine.on_rank0(lambda: _read(config, input_file, output_file))
     predictor = Predictor(load_finished(run_dir, config), engine)
     if engine.is_main:
         _tell_cuts(predictor.finished, texts)
@@ -182,7 +182,7 @@ def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[s
     return read_inputs(get_task(config.task_name, config.task_file), input_file)
 
 
-def _tell_cuts(finished: Finished, texts: list[str]) -> None:
+def _tell_cuts(finished: LoadedRun, texts: list[str]) -> None:
     longest = finished.config.max_source_length
     ids, cut = encode_sources(texts, finished.tokenizer, max_length=longest)
     strange = unknown(ids, finished.tokenizer)

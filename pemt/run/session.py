@@ -37,7 +37,7 @@ class Session:
             rank=engine.rank,
             world_size=engine.world_size,
             timeout=config.ddp_timeout,
-            ended=lambda: self._tell("failed"),
+            ended=lambda: self._write_status("failed"),
         )
         self._watched = StopSignals()
         self._checkpoints: Checkpoints | None = None
@@ -47,10 +47,10 @@ class Session:
         self._step, self._told = 0, time.monotonic()
 
     def __enter__(self) -> Session:
-        self._engine.on_main(self._begin)
+        self._engine.on_rank0(self._begin)
         self._signals = self._watched.__enter__()
         # Chosen by one rank: machines may count the launcher's restarts differently.
-        self._watchdog.start(self._engine.from_main(uuid4().hex), self._engine.barrier)
+        self._watchdog.start(self._engine.broadcast_object(uuid4().hex), self._engine.barrier)
         return self
 
     def _begin(self) -> None:
@@ -63,25 +63,25 @@ class Session:
                 f"output_dir: {self._folder} cannot be written: {error.strerror}"
             ) from None
 
-    def reached(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """Note how many optimizer steps are done."""
         self._step = step
         if self._engine.is_main and time.monotonic() > self._told + STATUS_SECONDS:
             self._told = time.monotonic()
-            self._tell("running")
+            self._write_status("running")
 
-    def _tell(self, state: State) -> None:
+    def _write_status(self, state: State) -> None:
         with contextlib.suppress(OSError):  # what matters is saved elsewhere, and complains there
             saved = self._checkpoints.saved if self._checkpoints else self.saved_before
             write_status(self._folder, state, step=self._step, checkpoint=saved)
 
-    def follow(self, checkpoints: Checkpoints) -> None:
+    def attach_checkpoints(self, checkpoints: Checkpoints) -> None:
         """Tell in status.json what is saved from now on; let `check` end the run for a save that failed."""
         self._checkpoints = checkpoints
         if (
             self._engine.is_main
         ):  # an overwritten run's are not waited for if this one is killed now
-            self._tell("running")
+            self._write_status("running")
 
     def check(self) -> None:
         """Leave the run if any rank has been told to, or if it must end (all ranks call, and leave together).
@@ -92,11 +92,11 @@ class Session:
             StorageError: a checkpoint could not be written, and `save_errors` says stop.
         """
         engine, reason = self._engine, self._signals.reason()
-        self._watchdog.came_by(self._step)
+        self._watchdog.heartbeat(self._step)
         failed = engine.is_main and self._failure() is not None
-        told = engine.highest(_FAILED if failed else -1 if reason is None else engine.rank)
+        told = engine.all_reduce_max(_FAILED if failed else -1 if reason is None else engine.rank)
         if told == _FAILED:
-            engine.on_main(self._fail)
+            engine.on_rank0(self._fail)
         if told >= 0:
             raise Interrupted(reason or f"rank {told} was told to")
 
@@ -131,5 +131,5 @@ class Session:
                 else f"before its first step ({error.reason}); start the same command again"
             )
             print(f"stopped {where} (exit status {error.code})", flush=True)
-        self._tell(state)
+        self._write_status(state)
         self._lock.release()

@@ -19,9 +19,9 @@ from pemt.checkpoint import (
     check_lock,
     check_run_folder,
     finished_results,
+    resolve_config,
     results_block,
     results_of,
-    settled,
     write_predictions,
     write_results,
 )
@@ -49,7 +49,7 @@ def run_source(config: SourceConfig) -> Path:
     # refuses a name now, not after training
     entry = entry_folder(config.bank_dir, config.task_name)
     config, engine = begin(config)
-    if engine.on_main(lambda: finished_results(config) is not None and entry.exists()):
+    if engine.on_rank0(lambda: finished_results(config) is not None and entry.exists()):
         _say_finished(config)
         return entry
     setup = set_up(config, engine)
@@ -61,7 +61,7 @@ def run_source(config: SourceConfig) -> Path:
         fitted, tested = _fit_and_test(config, setup, built, session)
         model = built.model
         assert isinstance(model, PemtT5)
-        engine.on_main(
+        engine.on_rank0(
             lambda: write_entry(
                 config.bank_dir,
                 model.export_expert(task.name, state=fitted.weights),
@@ -89,7 +89,7 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
         PemtError: anything the user can mend; raised before anything is written.
     """
     config, engine = begin(config)
-    results = engine.on_main(lambda: finished_results(config))
+    results = engine.on_rank0(lambda: finished_results(config))
     if results is not None:
         _say_finished(config)
         return results
@@ -120,22 +120,22 @@ def begin(config: Config) -> tuple[Config, Engine]:
     The others look too, since there is no engine without a configuration; but a network disk may show
     them an older folder than rank 0 sees.
     """
-    own = settled(config)
+    own = resolve_config(config)
     engine = Engine(own)
-    config = engine.from_main(own)
+    config = engine.broadcast_object(own)
     return config, engine if config == own else Engine(config)
 
 
 def set_up(config: RunConfig, engine: Engine) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
     quiet_libraries(engine.is_main)
-    engine.on_main(lambda: check_run_folder(config))
-    engine.on_main(lambda: check_lock(Path(config.output_dir)))
+    engine.on_rank0(lambda: check_run_folder(config))
+    engine.on_rank0(lambda: check_lock(Path(config.output_dir)))
     task = get_task(config.task_name, config.task_file)
     base, tokenizer = load_base(config, lazy=True)
     if (warning := precision_warning(config, base)) and engine.is_main:
         print(f"pemt: {warning}", file=sys.stderr, flush=True)
-    data = load_task_data(task, config, tokenizer, build_first=engine.build_first)
+    data = load_task_data(task, config, tokenizer, local_main_first=engine.local_main_first)
     if data.is_measured:
         task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
@@ -164,8 +164,8 @@ def _fit_and_test(
         task=setup.task,
         tokenizer=setup.tokenizer,
         config=config,
-        doing="testing",
-        between=session.check,
+        description="testing",
+        on_batch_end=session.check,
     )
     return fitted, tested
 

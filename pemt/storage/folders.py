@@ -26,14 +26,14 @@ from pemt.storage.manifest import (
     check_tensors,
     listed_file,
     read_manifest,
-    sealed,
+    with_checksum,
 )
 
 __all__ = [
     "MANIFEST",
     "TEMPORARY",
     "StorageError",
-    "bring_back",
+    "recover_interrupted_replace",
     "read_manifest",
     "read_tensors",
     "remove_folder",
@@ -59,17 +59,17 @@ def write_folder(
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(folder.parent, lambda name: name == folder.name)
-        perform(os.mkdir, temporary)
+        remove_partial_writes(folder.parent, lambda name: name == folder.name)
+        fs_op(os.mkdir, temporary)
         listed = {}
         for name, tensors in files.items():
             whole = {key: value.contiguous() for key, value in tensors.items()}
-            perform(save_tensors, whole, temporary / name)
-            perform(_sync, temporary / name)
+            fs_op(save_tensors, whole, temporary / name)
+            fs_op(_sync, temporary / name)
             listed[name] = listed_file(temporary / name, tensors)
-        perform(_write, sealed({**manifest, "files": listed}), temporary / MANIFEST)
-        perform(_sync, temporary / MANIFEST)
-        perform(_sync, temporary)
+        fs_op(_write, with_checksum({**manifest, "files": listed}), temporary / MANIFEST)
+        fs_op(_sync, temporary / MANIFEST)
+        fs_op(_sync, temporary)
         _put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -78,7 +78,7 @@ def write_folder(
     return folder
 
 
-def perform(operation: Callable[..., Any], *arguments: Any) -> None:
+def fs_op(operation: Callable[..., Any], *arguments: Any) -> None:
     """Do one file operation of a write; every one goes through here, so that a test can die at each of them."""
     operation(*arguments)
 
@@ -100,8 +100,8 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder of tensors; a crash leaves it whole, or under a temporary name."""
     removed = folder.with_name(f"{TEMPORARY}removed-{folder.name}")
     with contextlib.suppress(OSError):  # what cannot be removed stays, and is no reason to stop
-        perform(os.rename, folder, removed)
-    perform(_remove_tree, removed)
+        fs_op(os.rename, folder, removed)
+    fs_op(_remove_tree, removed)
 
 
 def read_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -121,15 +121,15 @@ def read_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[s
     return tensors
 
 
-def bring_back(parent: Path) -> None:
+def recover_interrupted_replace(parent: Path) -> None:
     """Undo what a crash in the middle of replacing a folder left: the old one gets its name again."""
     for kind, name, path in _leftovers(parent):
         if kind == "replaced" and not (parent / name).exists():
             with contextlib.suppress(OSError):  # a disk that is read-only stays as it is
-                perform(os.rename, path, parent / name)
+                fs_op(os.rename, path, parent / name)
 
 
-def clear_leftovers(parent: Path, mine: Callable[[str], bool]) -> None:
+def remove_partial_writes(parent: Path, mine: Callable[[str], bool]) -> None:
     """Remove what a crash while writing left behind; a replaced folder that lost its successor comes back.
 
     Args:
@@ -139,9 +139,9 @@ def clear_leftovers(parent: Path, mine: Callable[[str], bool]) -> None:
         if not mine(name):
             continue
         if kind == "replaced" and not (parent / name).exists():
-            perform(os.rename, path, parent / name)
+            fs_op(os.rename, path, parent / name)
         else:
-            perform(_remove_tree, path)
+            fs_op(_remove_tree, path)
 
 
 def _leftovers(parent: Path) -> list[tuple[str, str, Path]]:
@@ -160,11 +160,11 @@ def _leftovers(parent: Path) -> list[tuple[str, str, Path]]:
 def _put_in_place(temporary: Path, folder: Path) -> None:
     replaced = folder.with_name(f"{TEMPORARY}replaced-{folder.name}")
     if folder.exists():
-        perform(os.rename, folder, replaced)
-    perform(os.rename, temporary, folder)
-    perform(_sync, folder.parent)
+        fs_op(os.rename, folder, replaced)
+    fs_op(os.rename, temporary, folder)
+    fs_op(_sync, folder.parent)
     if replaced.exists():
-        perform(_remove_tree, replaced)
+        fs_op(_remove_tree, replaced)
 
 
 def write_text(path: Path, text: str, *, synced: bool = True) -> None:

@@ -28,7 +28,7 @@ class StorageError(PemtError):
     """A folder that cannot be written, or is not what its manifest says."""
 
 
-def sealed(manifest: Mapping[str, Any]) -> str:
+def with_checksum(manifest: Mapping[str, Any]) -> str:
     """The text of a manifest's file, with its seal."""
     body = json.dumps(manifest, indent=2)
     seal = hashlib.sha256(body.encode("utf-8")).hexdigest()
@@ -47,7 +47,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StorageError(f"{path}: found no object with `files`; it is no manifest of pemt")
     if manifest.pop(SEAL, None) is None:
         raise StorageError(f"{path}: has no `{SEAL}` of its own; it was written by another version")
-    if sealed(manifest) != text:
+    if with_checksum(manifest) != text:
         raise StorageError(
             f"{path}: is not what was written (its own {SEAL} differs); it is damaged, or edited by hand"
         )

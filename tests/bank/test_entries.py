@@ -24,7 +24,7 @@ from pemt.bank.entries import (
 )
 from pemt.config.schema import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
-from pemt.storage.manifest import sealed
+from pemt.storage.manifest import with_checksum
 from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_source
 
 NAME = "google/tiny-t5"
@@ -202,7 +202,7 @@ def _drop_the_rank(entry: Path) -> None:
     path = entry / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["rank"], manifest["sha256"]
-    path.write_text(sealed(manifest))
+    path.write_text(with_checksum(manifest))
 
 
 def _change(**changes: Any) -> Callable[[Path], None]:
@@ -210,7 +210,7 @@ def _change(**changes: Any) -> Callable[[Path], None]:
         path = entry / "manifest.json"
         manifest = {**json.loads(path.read_text()), **changes}
         del manifest["sha256"]
-        path.write_text(sealed(manifest))
+        path.write_text(with_checksum(manifest))
 
     return apply
 

@@ -18,7 +18,7 @@ from pemt.checkpoint.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from pemt.checkpoint.names import checkpoint_folders, step_of
 from pemt.config.schema import ExpertConfig, SourceConfig
 from pemt.run.train import run_source
-from pemt.storage.manifest import MANIFEST, read_manifest, sealed
+from pemt.storage.manifest import MANIFEST, read_manifest, with_checksum
 from tests.support.damages import (
     DAMAGES,
     Damage,
@@ -176,7 +176,7 @@ def test_a_lost_best_checkpoint_is_told_of_and_the_best_chosen_anew(
     newest = run / "checkpoint-6"
     manifest = read_manifest(newest)
     manifest["progress"] |= {"best_step": 2, "best_metric": 100.0, "validated_step": 6}
-    (newest / MANIFEST).write_text(sealed(manifest))
+    (newest / MANIFEST).write_text(with_checksum(manifest))
     damage(run / "checkpoint-2", world / "other")
     longer = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": STEPS + 3}
     run_source(replace(resumed(world, run), **longer))
@@ -245,7 +245,7 @@ def test_other_base_weights_are_refused(world: Path, tmp_path: Path) -> None:
     for folder in checkpoint_folders(run):  # the name alone must not be what is noticed
         manifest = read_manifest(folder)
         manifest["run"]["model_name_or_path"] = str(base)
-        (folder / MANIFEST).write_text(sealed(manifest))
+        (folder / MANIFEST).write_text(with_checksum(manifest))
     with pytest.raises(CheckpointError, match="was saved with base_sha256"):
         run_source(config)
 

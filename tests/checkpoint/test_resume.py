@@ -105,12 +105,12 @@ def test_another_number_of_ranks_keeps_the_global_batch(
             with_the_same_batch(config, world_size)
         return
     config = replace(config, per_device_train_batch_size=batch)
-    settled = with_the_same_batch(config, world_size)
+    resolve_config = with_the_same_batch(config, world_size)
     told = capsys.readouterr().out
     if accumulation is None:  # another micro-batch is another run, and the checkpoint says so
-        assert settled == config
+        assert resolve_config == config
     else:
-        assert settled.gradient_accumulation_steps == accumulation
+        assert resolve_config.gradient_accumulation_steps == accumulation
         assert ("global batch stays 8" in told) == (world_size != 1)
 
 

@@ -21,7 +21,7 @@ from pemt.checkpoint.names import checkpoint_folders
 from pemt.config.parse import parse_config
 from pemt.config.schema import AdaptConfig, PemtError
 from pemt.engine import Engine
-from pemt.run.nan_guard import NotFinite
+from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.train import run_adapt
 from pemt.storage import StorageError
 from pemt.storage import folders as storage
@@ -108,15 +108,15 @@ def test_there_is_no_other_file_operation(world: World, tmp_path: Path) -> None:
 
 def refuse(monkeypatch: pytest.MonkeyPatch, number: int, *, times: int) -> None:
     """Let the disk refuse the first so many files of tensors."""
-    perform, refused = storage.perform, []
+    fs_op, refused = storage.fs_op, []
 
     def perform_or_refuse(operation: Callable[..., Any], *arguments: Any) -> None:
         if operation.__name__ == "save_tensors" and len(refused) < times:
             refused.append(operation)
             raise OSError(number, os.strerror(number))
-        perform(operation, *arguments)
+        fs_op(operation, *arguments)
 
-    monkeypatch.setattr(storage, "perform", perform_or_refuse)
+    monkeypatch.setattr(storage, "fs_op", perform_or_refuse)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EDQUOT, errno.EROFS])
@@ -187,20 +187,20 @@ def test_an_error_in_the_middle_of_a_save_lets_it_end(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process leaves by `os._exit` then, and what is being written would be gone with it."""
-    perform, slow = storage.perform, threading.Event()
+    fs_op, slow = storage.fs_op, threading.Event()
 
     def perform_slowly(operation: Callable[..., Any], *arguments: Any) -> None:
         if operation.__name__ == "save_tensors":
             slow.set()
             time.sleep(0.2)
-        perform(operation, *arguments)
+        fs_op(operation, *arguments)
 
     def broken(*_: Any) -> None:
         if slow.is_set():
             raise PemtError("broken while a checkpoint was being written")
 
-    monkeypatch.setattr(storage, "perform", perform_slowly)
-    monkeypatch.setattr(NotFinite, "check", lambda *_: broken() or False)
+    monkeypatch.setattr(storage, "fs_op", perform_slowly)
+    monkeypatch.setattr(NonFiniteGuard, "check", lambda *_: broken() or False)
     with pytest.raises(PemtError, match="broken while"):
         run_adapt(config_of(world, tmp_path / "run", max_steps="150"))
     assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == ["checkpoint-2"]
@@ -238,16 +238,16 @@ def test_steps_are_taken_while_a_checkpoint_is_written(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first file of the first checkpoint, of step 4, is written no sooner than step 6 is done."""
-    perform, reached = storage.perform, []
+    fs_op, reached = storage.fs_op, []
 
     def slow(operation: Callable[..., Any], *arguments: Any) -> None:
         deadline = time.monotonic() + 20
         while not reached and last_step(tmp_path / "run") < 6 and time.monotonic() < deadline:
             time.sleep(0.01)
         reached.append(last_step(tmp_path / "run"))
-        perform(operation, *arguments)
+        fs_op(operation, *arguments)
 
-    monkeypatch.setattr(storage, "perform", slow)
+    monkeypatch.setattr(storage, "fs_op", slow)
     run_adapt(config_of(world, tmp_path / "run", max_steps="8", save_steps="4"))
     assert reached[0] >= 6, "the training waited for the disk"
 

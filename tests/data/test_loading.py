@@ -221,14 +221,14 @@ def test_everything_is_built_inside_the_context(folder, tokenizer, monkeypatch):
     events = []
 
     @contextlib.contextmanager
-    def build_first():
+    def local_main_first():
         events.append("enter")
         yield
         events.append("exit")
 
     original = loading_module.build
     monkeypatch.setattr(loading_module, "build", lambda *a: events.append("build") or original(*a))
-    load_task_data(TASK, config(folder), tokenizer, build_first=build_first)
+    load_task_data(TASK, config(folder), tokenizer, local_main_first=local_main_first)
     assert events == ["enter", "build", "exit"]
 
 

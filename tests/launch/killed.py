@@ -23,7 +23,7 @@ def die_at(number: int) -> list[str]:
     """Let this process die at a file operation; the names of those that it has begun."""
     begun: list[str] = []
 
-    def perform(operation: Callable[..., Any], *arguments: Any) -> None:
+    def fs_op(operation: Callable[..., Any], *arguments: Any) -> None:
         begun.append(operation.__name__)
         if len(begun) <= number:
             operation(*arguments)
@@ -36,7 +36,7 @@ def die_at(number: int) -> list[str]:
             next(iter(Path(arguments[0]).iterdir())).unlink()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    storage.perform = perform
+    storage.fs_op = fs_op
     return begun
 
 

@@ -21,7 +21,7 @@ import torch
 
 from pemt.config.schema import ExpertConfig, MixtureConfig, RunConfig
 from pemt.engine import MOMENTS, Engine, shut_down
-from pemt.engine.exit import run_and_leave
+from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
 from pemt.run.build import build_model
 from pemt.run.loop import Setup, prepare, train_batches
@@ -191,4 +191,4 @@ def broadcast_bytes() -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

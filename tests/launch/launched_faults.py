@@ -28,11 +28,11 @@ from torch import Tensor
 from pemt.checkpoint.lock import LOCK, RunLock
 from pemt.config.schema import ExpertConfig, MixtureConfig, PemtError, SourceConfig
 from pemt.engine import Engine, shut_down
-from pemt.engine.exit import run_and_leave
+from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
-from pemt.monitor.board import Board
+from pemt.monitor.board import TensorBoardWriter
 from pemt.run import loop, train
-from pemt.run.nan_guard import NotFinite
+from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.train import run_adapt, run_source
 from pemt.storage import folders as storage
 from tests.support.damages import DAMAGES, Damage
@@ -107,7 +107,9 @@ def bad_numbers(world: Path, folder: Path) -> dict[str, Any]:
 def apart(config: SourceConfig) -> list[str]:
     """One rank believes that the second step was skipped."""
     skipped = dist.get_rank() == GUILTY
-    with mock.patch.object(NotFinite, "check", lambda _, step, *__: skipped and step == BAD_STEP):
+    with mock.patch.object(
+        NonFiniteGuard, "check", lambda _, step, *__: skipped and step == BAD_STEP
+    ):
         return error_of(lambda: run_source(config))
 
 
@@ -154,7 +156,7 @@ def stale_view(world: Path, folder: Path) -> dict[str, Any]:
 
     stale = dist.get_rank() == GUILTY
     with (
-        mock.patch.object(train, "settled", old if stale else train.settled),
+        mock.patch.object(train, "resolve_config", old if stale else train.resolve_config),
         mock.patch.object(train, "finished_results", unseen if stale else train.finished_results),
         mock.patch.object(train, "check_run_folder", unseen if stale else train.check_run_folder),
     ):
@@ -235,15 +237,15 @@ def error_of(act: Callable[[], Any]) -> list[str]:
         told = "none"
     except PemtError as error:
         told = f"{type(error).__name__}: {error}"
-    everyones: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(everyones, told)
-    return everyones
+    all_gather_object: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(all_gather_object, told)
+    return all_gather_object
 
 
 def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
     """The disk refuses TensorBoard's curves, and the first checkpoint (`warn`) or all of them (`stop`)."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    perform, told = storage.perform, {}
+    fs_op, told = storage.fs_op, {}
     for save_errors, most in (("warn", 1), ("stop", 99)):
         refusals = iter([full] * most)
 
@@ -252,12 +254,12 @@ def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
         ) -> None:
             if operation.__name__ == "save_tensors" and (error := next(refusals, None)):
                 raise error
-            perform(operation, *arguments)
+            fs_op(operation, *arguments)
 
         config = config_of(world, folder / save_errors, save_errors=save_errors, max_steps=9)
         with (
-            mock.patch.object(storage, "perform", refusing),
-            mock.patch.object(Board, "scalars", side_effect=full),
+            mock.patch.object(storage, "fs_op", refusing),
+            mock.patch.object(TensorBoardWriter, "scalars", side_effect=full),
         ):
             told[save_errors] = error_of(lambda config=config: run_source(config))
     return {"disk": told}
@@ -286,4 +288,4 @@ def main(world: Path, folder: Path, parts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))

@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from pemt.engine import shut_down
-from pemt.engine.exit import run_and_leave
+from pemt.engine.exit import run_and_exit
 from pemt.run.train import run_adapt
 from pemt.sweep.plan import Run
 from pemt.sweep.run import run_sweep
@@ -81,4 +81,4 @@ def main(world: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

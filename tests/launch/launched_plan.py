@@ -27,7 +27,7 @@ from pemt.bank.entries import write_entry
 from pemt.bench.model import random_sources, random_t5
 from pemt.config.schema import AdapterConfig, MixtureConfig, RunConfig
 from pemt.engine import Engine, shut_down
-from pemt.engine.exit import run_and_leave
+from pemt.engine.exit import run_and_exit
 from pemt.engine.process import peak, watch_peak
 from pemt.model import ExpertSource, PemtT5, base_shape
 from pemt.plan import Job
@@ -233,4 +233,4 @@ def large_model() -> PemtT5:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), large="large" in sys.argv[3:]))
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), large="large" in sys.argv[3:]))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pemt.config.schema import RunConfig
 from pemt.engine import Engine, shut_down
-from pemt.engine.exit import run_and_leave
+from pemt.engine.exit import run_and_exit
 
 WIDTH = 64
 
@@ -80,4 +80,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(Path(sys.argv[1])))
+    run_and_exit(lambda: main(Path(sys.argv[1])))

@@ -19,7 +19,7 @@ import datasets
 from pemt.config.schema import MixtureConfig
 from pemt.data import examples, loading
 from pemt.engine import shut_down
-from pemt.engine.exit import run_and_leave
+from pemt.engine.exit import run_and_exit
 from pemt.run.evaluate_finished import evaluate_run
 from pemt.run.predict import predict_file
 from pemt.run.train import run_adapt
@@ -87,4 +87,4 @@ def count(module: Any, name: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

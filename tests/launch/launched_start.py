@@ -17,7 +17,7 @@ import torch
 
 import pemt.run.train
 from pemt.engine import Engine, full_size, shut_down
-from pemt.engine.exit import run_and_leave
+from pemt.engine.exit import run_and_exit
 from pemt.engine.process import peak, watch_peak
 from pemt.model.base import load_base
 from pemt.run.build import build_model
@@ -77,4 +77,4 @@ def take_steps(config: Any, setup: Setup) -> list[float]:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

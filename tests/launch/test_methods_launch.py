@@ -41,8 +41,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_sweep(world: Path, folder: Path) -> None:
     """Two of METHODS once more, as a sweep's runs."""
     fields = {**run_fields(world / "base", world / TASK, folder, TASK), **SHARED}
-    for settled in ("output_dir", "task_name"):
-        del fields[settled]
+    for resolve_config in ("output_dir", "task_name"):
+        del fields[resolve_config]
     content = {
         "output_dir": str(folder / "sweep"),
         "fields": fields,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pemt.bank.entries import write_entry
-from pemt.engine.start import place
+from pemt.engine.start import materialize_on_device
 from pemt.model import ExpertSource, base_shape
 from pemt.model.base import load_pretrained
 from pemt.model.experts import expert_shapes
@@ -102,6 +102,6 @@ def test_a_gpu_never_holds_more_than_it_keeps(tmp_path: Path) -> None:
     base.requires_grad_(False)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    place(base, frozen_dtype=torch.bfloat16, device=torch.device("cuda"))
+    materialize_on_device(base, frozen_dtype=torch.bfloat16, device=torch.device("cuda"))
     peak = torch.cuda.max_memory_allocated() - before
     assert peak == pytest.approx(2 * sum(each.numel() for each in base.parameters()), rel=0.1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from pemt.config.parse import parse_config
 from pemt.config.schema import AdaptConfig
 from pemt.engine import shut_down
-from pemt.engine.exit import run_and_leave
+from pemt.engine.exit import run_and_exit
 from pemt.engine.signals import Interrupted
 from pemt.run.train import run_adapt
 from tests.support.jobs import World
@@ -59,4 +59,4 @@ def main(world: World) -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(lambda: main(World(folder=Path(sys.argv[1]))))
+    run_and_exit(lambda: main(World(folder=Path(sys.argv[1]))))

@@ -70,13 +70,13 @@ def measure(
         return time.perf_counter() - began
 
     seconds_of_a_round()  # kernels, moments
-    plain, waited, saving, lines = [], [], [], []
+    plain, blocked_seconds, saving, lines = [], [], [], []
     for number in range(1, rounds + 1):
         plain.append(seconds_of_a_round())
         began = time.perf_counter()
         checkpoints.save(Progress(step=number))
-        waited.append(time.perf_counter() - began)
-        saving.append(waited[-1] + seconds_of_a_round())
+        blocked_seconds.append(time.perf_counter() - began)
+        saving.append(blocked_seconds[-1] + seconds_of_a_round())
         checkpoints.finish()
         lines += checkpoints.lines()
     if not engine.is_main:
@@ -89,10 +89,10 @@ def measure(
     return {
         "size_mb": middle_and_most([size for size, _ in written]),
         "step_ms": middle_and_most([1e3 * each / steps for each in plain]),
-        "waits_ms": middle_and_most([1e3 * each for each in waited]),
+        "waits_ms": middle_and_most([1e3 * each for each in blocked_seconds]),
         "writing_ms": middle_and_most([1e3 * each for _, each in written]),
         "cost_ms": middle_and_most([1e3 * each for each in cost]),
-        "waits_in_steps": middle_and_most([each / step for each in waited]),
+        "waits_in_steps": middle_and_most([each / step for each in blocked_seconds]),
         "cost_in_steps": middle_and_most([each / step for each in cost]),
         "share_of_steps": middle_and_most([each / (step * steps) for each in cost]),
     }

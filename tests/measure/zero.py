@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pemt.bench.step import StepBench, build_model
 from pemt.config.schema import AdaptConfig
 from pemt.engine import Engine, shut_down
-from pemt.engine.start import only_trained_are_sent
+from pemt.engine.start import skip_frozen_broadcast
 from pemt.model import PemtT5
 from tests.conftest import ROOT
 
@@ -99,7 +99,7 @@ def deepspeed_step(name: str, bench: StepBench) -> Step:
 
 def ddp_step(model: PemtT5) -> Step:
     optimizer = optimizer_of(model)
-    with only_trained_are_sent(model):
+    with skip_frozen_broadcast(model):
         wrapped = DistributedDataParallel(model)
     trained = [parameter for _, parameter in model.trainable_parameters()]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from pemt.model import answering
-from pemt.model.answering import faster_answers
+from pemt.model.answering import fast_generate
 from pemt.model.baselines import FullT5
 from pemt.model.inject import ffn_sites
 from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_sources
@@ -44,12 +44,12 @@ def inputs() -> dict[str, Tensor]:
 def test_layers_are_afterwards_as_they_were(calls: list[int]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.ReLU(inplace=True))
     x = torch.randn(3, 4)
-    with torch.no_grad(), faster_answers(model):
+    with torch.no_grad(), fast_generate(model):
         hidden = model[0](x)
         assert model[1](hidden) is hidden
         model(x)
     assert len(calls) == 3
-    with pytest.raises(KeyboardInterrupt), faster_answers(model):
+    with pytest.raises(KeyboardInterrupt), fast_generate(model):
         raise KeyboardInterrupt
     assert not any("forward" in vars(module) for module in model.modules())
     assert not hasattr(model, "_reorder_cache")
@@ -62,7 +62,7 @@ def test_layers_are_afterwards_as_they_were(calls: list[int]) -> None:
 def test_what_is_compiled_is_left_alone() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2))
     model[0].compile()
-    with faster_answers(model):
+    with fast_generate(model):
         assert not any("forward" in vars(module) for module in model.modules())
         assert not model[1].inplace
 
@@ -71,7 +71,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(calls: list[int]) -> None:
     layer = nn.Linear(4, 2)
     own = layer.forward
     layer.forward = own  # type: ignore[method-assign]
-    with torch.no_grad(), faster_answers(nn.Sequential(layer)):
+    with torch.no_grad(), fast_generate(nn.Sequential(layer)):
         layer(torch.randn(3, 4))
     assert vars(layer)["forward"] is own
     assert calls == []
@@ -93,7 +93,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(calls: list[int]) -> None:
 def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -> None:
     model = make()
     fixed = {**LONG, "num_beams": num_beams}
-    tokens, gates = model.answer(**inputs(), **fixed)
+    tokens, gates = model.generate_with_gates(**inputs(), **fixed)
     weights = [each.weight for each in model.modules() if type(each) is nn.Linear]
     # the encoder's are the op's where LoRA experts are mixed
     weights += [site.dense.wo.weight for site in ffn_sites(model.base) if site.in_decoder]
@@ -105,7 +105,7 @@ def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -
             patched.setattr(f"pemt.model.{place}.linear", nn.functional.linear)
         patched.setattr("pemt.ops.linear.linear", nn.functional.linear)
         calls.clear()
-        expected = model.answer(**inputs(), **fixed)
+        expected = model.generate_with_gates(**inputs(), **fixed)
     assert calls == []
     assert torch.equal(tokens, expected[0])
     assert (gates is None) == (expected[1] is None)
@@ -118,10 +118,12 @@ def test_answers_under_autocast(kind: str) -> None:
     """As with fp16 and no DeepSpeed, where what is frozen stays in fp32."""
     model = target_model(tiny_sources(kind))
     with torch.autocast("cpu", torch.bfloat16):
-        tokens, gates = model.answer(**inputs(), **LONG)
+        tokens, gates = model.generate_with_gates(**inputs(), **LONG)
     assert tokens.shape == (3, 9)
     assert gates is not None
-    torch.testing.assert_close(gates, model.answer(**inputs(), **LONG)[1], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        gates, model.generate_with_gates(**inputs(), **LONG)[1], rtol=0.05, atol=0.05
+    )
 
 
 def states_of(cache: Any) -> list[Tensor]:

@@ -92,11 +92,11 @@ def test_the_gates_of_an_answer_are_those_of_a_forward_pass(kind: str, beams: in
     model = target_model(tiny_sources(kind))
     with torch.no_grad():
         expected = model(**tiny_batch(LENGTHS)).gates_LBK.transpose(0, 1)
-    tokens, gates = model.answer(**_inputs(), num_beams=beams, max_new_tokens=5)
+    tokens, gates = model.generate_with_gates(**_inputs(), num_beams=beams, max_new_tokens=5)
     assert torch.equal(tokens, model.generate(**_inputs(), num_beams=beams, max_new_tokens=5))
     torch.testing.assert_close(gates, expected, rtol=1e-6, atol=1e-7)
     assert (gates - gates[:1]).abs().max() > 1e-3, "the samples' gates must differ"
-    assert target_model([]).answer(**_inputs(), max_new_tokens=2)[1] is None
+    assert target_model([]).generate_with_gates(**_inputs(), max_new_tokens=2)[1] is None
 
 
 def test_what_a_request_keeps_is_not_the_next_ones() -> None:
@@ -105,12 +105,12 @@ def test_what_a_request_keeps_is_not_the_next_ones() -> None:
     first = {key: value[:1, :2] for key, value in _inputs().items()}
     second = {**first, "input_ids": first["input_ids"].flip(1) + 1}
     fixed = {"max_new_tokens": 6, "min_new_tokens": 6}
-    alone = target_model().answer(**second, **fixed)
-    model.answer(**first, **fixed)
-    again = model.answer(**second, **fixed)
+    alone = target_model().generate_with_gates(**second, **fixed)
+    model.generate_with_gates(**first, **fixed)
+    again = model.generate_with_gates(**second, **fixed)
     assert torch.equal(again[0], alone[0])
     assert torch.equal(again[1], alone[1])
-    assert not torch.equal(model.answer(**first, **fixed)[1], alone[1])
+    assert not torch.equal(model.generate_with_gates(**first, **fixed)[1], alone[1])
 
 
 def test_a_step_of_an_answer_is_the_op() -> None:

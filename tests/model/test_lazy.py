@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import T5ForConditionalGeneration
 
 from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.engine.start import place
+from pemt.engine.start import materialize_on_device
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from pemt.model.base import BaseModelError, load_pretrained
 from pemt.model.experts import expert_shapes
-from pemt.model.lazy import is_unread, put_value, read_all, value_of
+from pemt.model.lazy import is_lazy, materialize, materialize_all, value_of
 from pemt.model.mixture import MixtureProjection
 from tests.support.tiny import make_base
 
@@ -72,10 +72,10 @@ def test_the_same_model_from_every_kind_of_file(way, tied: bool, tmp_path: Path)
     (tmp_path / "model.safetensors").unlink()
     way(tmp_path, base)
     whole, lazy = both(tmp_path)
-    unread = [is_unread(each) for each in lazy.parameters()]
+    unread = [is_lazy(each) for each in lazy.parameters()]
     assert all(unread) == (way is not as_old_torch_file)
     assert base_digest(lazy) == base_digest(whole)
-    read_all(lazy)
+    materialize_all(lazy)
     ours, theirs = lazy.state_dict(), whole.state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -106,10 +106,10 @@ def test_placing_reads_what_is_frozen_in_half_precision(tmp_path: Path) -> None:
     whole, lazy = both(make_base(tmp_path))
     lazy.requires_grad_(False)
     norm = lazy.encoder.final_layer_norm.weight.requires_grad_(True)
-    place(lazy, frozen_dtype=torch.bfloat16, device=torch.device("cpu"))
+    materialize_on_device(lazy, frozen_dtype=torch.bfloat16, device=torch.device("cpu"))
     assert norm.dtype == torch.float32
     for name, parameter in lazy.named_parameters():
-        assert not is_unread(parameter)
+        assert not is_lazy(parameter)
         if parameter is not norm:
             assert parameter.dtype == torch.bfloat16
             assert torch.equal(parameter, whole.get_parameter(name).to(torch.bfloat16)), name
@@ -122,8 +122,8 @@ def test_modules_are_built_around_what_is_not_read_yet(tmp_path: Path) -> None:
         torch.manual_seed(0)
         prompt_PD = torch.randn(3, 16)
         model = PemtT5.source(base, expert=ExpertConfig(rank=4), prompt_PD=prompt_PD)
-        assert not any(is_unread(each) for _, each in model.trainable_parameters())
-        read_all(model)
+        assert not any(is_lazy(each) for _, each in model.trainable_parameters())
+        materialize_all(model)
         losses.append(model(**BATCH).loss)
     assert losses[0] == losses[1]
 
@@ -154,8 +154,8 @@ def test_experts_are_laid_side_by_side_where_the_base_is_read(kind: str, tmp_pat
         if name != "weight"
     ]
     assert len(packed) == 4 * (2 if kind == "lora" else 4)
-    assert all(is_unread(each) and each.untyped_storage().nbytes() == 4 for each in packed)
-    read_all(lazy)
+    assert all(is_lazy(each) and each.untyped_storage().nbytes() == 4 for each in packed)
+    materialize_all(lazy)
     for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
         ours = dict((*lazy.named_parameters(), *lazy.named_buffers()))[name]
         assert torch.equal(ours, tensor), name
@@ -180,8 +180,8 @@ def source_of(kind: str, rank: int, shape: dict[str, Any]) -> ExpertSource:
 def test_a_value_given_first_is_not_read_again(tmp_path: Path) -> None:
     _, lazy = both(make_base(tmp_path))
     norm = lazy.encoder.final_layer_norm.weight
-    put_value(norm, torch.full((16,), 3.0))
-    read_all(lazy)
+    materialize(norm, torch.full((16,), 3.0))
+    materialize_all(lazy)
     assert value_of(norm).tolist() == [3.0] * 16
 
 

@@ -15,7 +15,7 @@ from pemt.run.finished import finished_config, load_finished
 from pemt.run.train import run_adapt, run_source
 from pemt.storage import read_manifest
 from pemt.storage.folders import read_tensors
-from pemt.storage.manifest import sealed
+from pemt.storage.manifest import with_checksum
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
 SOURCE, TARGET = "tiny-finished-a", "tiny-finished-target"
@@ -63,7 +63,7 @@ def test_the_best_checkpoint_is_taken_and_not_the_newest(world: Path, tmp_path: 
     assert load_finished(run).checkpoint == first
     manifest = read_manifest(later)
     manifest["progress"] |= {"step": 999, "best_step": None, "best_metric": None}
-    (later / "manifest.json").write_text(sealed(manifest))
+    (later / "manifest.json").write_text(with_checksum(manifest))
     assert load_finished(run).checkpoint == later, "nothing was validated: the newest"
 
 
@@ -71,7 +71,9 @@ def test_a_bank_that_has_grown_changes_nothing(world: Path, tmp_path: Path) -> N
     bank = Path(shutil.copytree(world / "bank", tmp_path / "bank"))
     other = bank / "an-other"
     shutil.copytree(bank / SOURCE, other)
-    (other / "manifest.json").write_text(sealed({**read_manifest(other), "task": other.name}))
+    (other / "manifest.json").write_text(
+        with_checksum({**read_manifest(other), "task": other.name})
+    )
     config = finished_config(world / "adapt", ["--bank_dir", str(bank)])
     assert load_finished(world / "adapt", config).source_names == [SOURCE]
 

@@ -21,7 +21,7 @@ from pemt.config.parse import parse_config
 from pemt.config.schema import AdaptConfig, PemtError
 from pemt.engine.schema import check_schema
 from pemt.model import base_shape
-from pemt.storage.manifest import MANIFEST, read_manifest, sealed, sha256
+from pemt.storage.manifest import MANIFEST, read_manifest, sha256, with_checksum
 from pemt.tasks.task_file import load_task_file
 from tests.conftest import ROOT
 from tests.security.fuzzing import Outcomes, fuzz, mutated_tensors, mutated_text, mutated_values
@@ -77,7 +77,7 @@ def test_bank_whose_manifest_is_sealed_anew(bank: Path) -> None:
     @fuzz
     @given(mutated_values(original))
     def run(manifest: dict[str, Any]) -> None:
-        (entry / MANIFEST).write_text(sealed(manifest))
+        (entry / MANIFEST).write_text(with_checksum(manifest))
         outcomes.of(use)
 
     run()
@@ -100,7 +100,7 @@ def test_bank_whose_tensors_are_sealed_anew(bank: Path) -> None:
     def run(changed: bytes) -> None:
         path.write_bytes(changed)
         manifest["files"][path.name] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        (entry / MANIFEST).write_text(sealed(manifest))
+        (entry / MANIFEST).write_text(with_checksum(manifest))
         outcomes.of(lambda: read_entry(entry))
 
     run()

@@ -83,7 +83,7 @@ def test_a_crash_while_replacing_keeps_the_old(
 def test_a_crash_between_the_renames_brings_the_old_one_back(tmp_path: Path) -> None:
     folder = written(tmp_path / "entry", 1.0)
     folder.rename(tmp_path / f"{storage.TEMPORARY}replaced-entry")
-    storage.clear_leftovers(tmp_path, lambda name: name == "entry")
+    storage.remove_partial_writes(tmp_path, lambda name: name == "entry")
     assert read_tensors(folder, "a.safetensors", read_manifest(folder))["w"][0] == 1.0
 
 

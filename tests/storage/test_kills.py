@@ -53,7 +53,7 @@ def naive(root: Path, step: int) -> None:
         for name, content in tensors(step).items():
             save_file(content, folder / name)
             files[name] = listed_file(folder / name, content)
-        text = storage.sealed({"step": step, "files": files})
+        text = storage.with_checksum({"step": step, "files": files})
         (folder / MANIFEST).write_text(text)
 
 
@@ -99,7 +99,7 @@ def kill_while_writing(writer: Writer, root: Path, kills: int) -> dict[str, int]
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         found["cut short"] += any(path.name.startswith(".") for path in root.iterdir())
-        storage.bring_back(root)
+        storage.recover_interrupted_replace(root)
         found["lost"] += not (root / "entry").exists()
         for folder in published(root):
             bad = is_bad(folder)

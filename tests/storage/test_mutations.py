@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pemt.storage.folders import read_tensors, write_folder
-from pemt.storage.manifest import MANIFEST, StorageError, read_manifest, sealed
+from pemt.storage.manifest import MANIFEST, StorageError, read_manifest, with_checksum
 
 NAMES = ("trained.safetensors", "moments.safetensors")
 EACH = 100
@@ -128,7 +128,7 @@ def test_a_sealed_lie_about_the_tensors_is_found(whole: Path) -> None:
     for change in ({"shape": [3, 40]}, {"dtype": "float16"}, {"shape": [2**60]}):
         told = json.loads(json.dumps(manifest))
         told["files"][NAMES[0]]["tensors"]["a"] |= change
-        (whole / MANIFEST).write_text(sealed(told))
+        (whole / MANIFEST).write_text(with_checksum(told))
         with pytest.raises(StorageError, match="holds other tensors"):
             read(whole)
 
@@ -137,7 +137,7 @@ def test_a_sealed_lie_about_the_tensors_is_found(whole: Path) -> None:
 def test_names_in_a_manifest_are_no_paths(whole: Path, name: str) -> None:
     manifest = read_manifest(whole)
     manifest["files"][name] = manifest["files"][NAMES[0]]
-    (whole / MANIFEST).write_text(sealed(manifest))
+    (whole / MANIFEST).write_text(with_checksum(manifest))
     with pytest.raises(StorageError, match="no plain name"):
         read(whole)
     with pytest.raises(StorageError, match="no plain name"):

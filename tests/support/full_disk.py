@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from pemt.__main__ import main
-from pemt.run.nan_guard import NotFinite
+from pemt.run.nan_guard import NonFiniteGuard
 
 FULL_AFTER, FREE_AFTER = (
     3,
@@ -36,14 +36,14 @@ def run(folder: Path, megabytes: str) -> None:
     subprocess.run(disk, check=True)
     filler = folder / "filler"
 
-    def between_steps(_: NotFinite, step: int, *__: object) -> bool:
+    def between_steps(_: NonFiniteGuard, step: int, *__: object) -> bool:
         if FULL_AFTER <= step < FREE_AFTER:
             fill(filler)
         if step == FREE_AFTER:
             filler.unlink()
         return False
 
-    with mock.patch.object(NotFinite, "check", between_steps):
+    with mock.patch.object(NonFiniteGuard, "check", between_steps):
         main()
     shutil.copytree(folder, f"{folder}-left", ignore=lambda *_: ["filler"])
 
