@@ -12,7 +12,7 @@ import time
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
 from pemt.config import PemtError, nearest
-from pemt.engine import INTERRUPTED_STATUS, Interrupted, run_and_exit
+from pemt.engine import INTERRUPTED_STATUS, Interrupted, finish, run_and_exit
 
 
 def program() -> None:
@@ -50,8 +50,7 @@ def main() -> None:
         os._exit(2)
     except Interrupted:
         status = INTERRUPTED_STATUS
-    if "pemt.engine" in sys.modules:
-        sys.modules["pemt.engine"].shut_down()
+    finish()
     if status:
         sys.exit(status)
 

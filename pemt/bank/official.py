@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pemt.config import PemtError
-from pemt.model import ExpertSource
+from pemt.model import ExpertSource, refusal
 
 FILES: dict[Literal["lora", "bottleneck"], str] = {"lora": "lora.pt", "bottleneck": "adapter.pt"}
 PROMPT_FILE = "task_embedding.pt"
@@ -154,11 +154,3 @@ def _check_unpacked(path: Path) -> None:
 def _tensors(saved: Any) -> list[Tensor]:
     values = saved.values() if isinstance(saved, Mapping) else [saved]
     return [value for value in values if isinstance(value, Tensor)]
-
-
-def refusal(error: pickle.UnpicklingError) -> str:
-    """What the restricted unpickler objected to, out of its long advice."""
-    blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if blocked:
-        return f"it would call {blocked[1]} when loaded"
-    return "it is no file of tensors that torch.save wrote"

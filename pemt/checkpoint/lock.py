@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pemt.config import PemtError
+from pemt.engine import start_ticks
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
@@ -112,15 +113,6 @@ def check_lock(folder: Path) -> None:
         if holder is None or holder.host == socket.gethostname() or _touched(path) != first:
             raise _refusal(path)
         time.sleep(1.0)
-
-
-def start_ticks(pid: int) -> int | None:
-    """When a process of this host began, in ticks since boot; None if it is not alive."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])  # a zombie only waits to be counted
 
 
 def _is_stale(path: Path) -> bool:

@@ -249,7 +249,7 @@ def deepspeed_runs() -> Finding:
 def _probe_environment() -> dict[str, str]:
     """This process's, so that the ranks find pemt and ninja as it did, and one thread each."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     python_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "PYTHONPATH": python_path}
 

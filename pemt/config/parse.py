@@ -21,7 +21,7 @@ from pemt.config.command_line import nearest
 from pemt.config.schema import ConfigError, RunConfig
 from pemt.config.yaml_file import load_yaml
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
 _EXAMPLES = {
     "pemt source": "--config source --task_name mnli --output_dir runs/mnli --bank_dir bank",

@@ -6,6 +6,10 @@ Without one the same calls run in one plain process, or under DDP.
 
 from __future__ import annotations
 
+import pemt.engine.deepspeed_import  # noqa: F401
+
+# isort: split
+
 import contextlib
 import gc
 import math
@@ -13,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-import deepspeed
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pemt.config import PemtError, RunConfig
+from pemt.engine.exit import before_exit
 from pemt.engine.job import (
     EngineError,
     check_world_size,
@@ -32,15 +36,14 @@ from pemt.engine.job import (
     deepspeed_plugin,
     process_group_kwargs,
     re_rendezvous,
+    shut_down,
 )
 from pemt.engine.process import memory_in_use
-from pemt.engine.start import materialize_on_device, skip_frozen_broadcast, zero3_init
+from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trained_state import TrainedState
 
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-
-deepspeed.utils.logger.setLevel("WARNING")
 
 T = TypeVar("T")
 
@@ -85,6 +88,7 @@ class Engine:
         self.is_main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
         check_world_size(self.world_size)
+        before_exit(shut_down)
         self._hosts = cpu_group()
         self.zero_stage: int | None = plugin.zero_stage if plugin else None
         self._deepspeed_json = path
@@ -93,16 +97,23 @@ class Engine:
         """Seed every generator: alike on all ranks for initialisation, differently for dropout."""
         set_seed(seed, device_specific=per_rank)
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        read_lazy: ReadLazy = lambda _: None,
+    ) -> None:
         """Read the model's weights, hand it and the optimizer to DeepSpeed or DDP.
 
         Args:
             model: `requires_grad` is already set and the optimizer holds the trained parameters alone.
             optimizer: an AdamW in one parameter group.
+            read_lazy: gives the values of parameters that still lie in files.
         """
         self.module = model
         self.base_optimizer = optimizer
-        self._materialize(model)
+        self._materialize(model, read_lazy)
         with skip_frozen_broadcast(model):
             self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
         if self.zero_stage is not None:
@@ -120,14 +131,18 @@ class Engine:
         if self.zero_stage is not None:
             self._check_deepspeed_agrees()
 
-    def _materialize(self, model: nn.Module) -> None:
+    def _materialize(self, model: nn.Module, read_lazy: ReadLazy) -> None:
         if self._plugin and self.zero_stage == 3:
-            zero3_init(model, self._plugin.deepspeed_config, self.device)
+            zero3_init(
+                model, self._plugin.deepspeed_config, read_lazy=read_lazy, device=self.device
+            )
             return
         # Without DeepSpeed fp16 autocasts, and T5 keeps parts of itself in fp32.
         half = torch.float16 if self._config.fp16 and self._plugin else torch.float32
         frozen_dtype = torch.bfloat16 if self._config.bf16 else half
-        materialize_on_device(model, frozen_dtype=frozen_dtype, device=self.device)
+        materialize_on_device(
+            model, read_lazy=read_lazy, frozen_dtype=frozen_dtype, device=self.device
+        )
 
     def _check_deepspeed_agrees(self) -> None:
         config = self._config

@@ -12,6 +12,19 @@ import os
 import sys
 from collections.abc import Callable
 
+_before_exit: dict[Callable[[], None], None] = {}
+
+
+def before_exit(function: Callable[[], None]) -> None:
+    """Have `finish` call the function, once however often this is asked for."""
+    _before_exit[function] = None
+
+
+def finish() -> None:
+    """What this process owes the other ranks once its command has succeeded or was interrupted."""
+    for function in _before_exit:
+        function()
+
 
 def run_and_exit(program: Callable[[], object]) -> None:
     """Run a program whose return, or `sys.exit`, is the end of the process; an exception ends it as ever.

@@ -1,4 +1,4 @@
-"""Memory of this process, as the operating system and CUDA count it."""
+"""Processes as the operating system knows them: memory of this one, when another began."""
 
 from __future__ import annotations
 
@@ -56,3 +56,12 @@ def _resident() -> int:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
         return 0
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process of this host began, in ticks since boot; None if it is not alive."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])  # a zombie only waits to be counted

@@ -7,6 +7,10 @@ gives one line.
 
 from __future__ import annotations
 
+import pemt.engine.deepspeed_import  # noqa: F401
+
+# isort: split
+
 import json
 import math
 from collections.abc import Iterator

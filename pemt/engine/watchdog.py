@@ -21,7 +21,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from pemt.checkpoint import start_ticks
+from pemt.engine.process import start_ticks
 
 # The launcher ends the others as soon as one has died. Told so by SIGTERM, which a run takes for a wish
 # to save, they could wait for the dead one; after this long they end by themselves.

@@ -21,9 +21,8 @@ from transformers import (
     UMT5Config,
 )
 
-from pemt.bank import refusal
 from pemt.config import PemtError, RunConfig
-from pemt.model.base_files import WeightFileError, lazy_base, weight_files
+from pemt.model.base_files import WeightFileError, lazy_base, refusal, weight_files
 from pemt.model.shape import base_shape
 from pemt.model.tokenizer import load_tokenizer
 
@@ -50,7 +49,7 @@ def load_base(
 
     Raises:
         BaseModelError: the model cannot be loaded, is no T5, or embeds fewer tokens than there are.
-        DataError: the tokenizer cannot be loaded.
+        TokenizerError: the tokenizer cannot be loaded.
     """
     name = config.model_name_or_path
     return load_pretrained(name, config.tokenizer_name or name, lazy=lazy)
@@ -62,7 +61,7 @@ def load_pretrained(
     """Base model in fp32 and tokenizer, each by hub id or folder.
 
     Raises:
-        BaseModelError, DataError: as `load_base`.
+        BaseModelError, TokenizerError: as `load_base`.
     """
     model_config = load_config(name)
     tokenizer = load_tokenizer(tokenizer_name)

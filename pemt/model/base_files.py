@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -151,3 +152,11 @@ def _generation_config(name: str) -> GenerationConfig:
         return GenerationConfig.from_pretrained(
             name, config_file_name="config.json", _from_model_config=True
         )
+
+
+def refusal(error: pickle.UnpicklingError) -> str:
+    """What the restricted unpickler objected to, out of its long advice."""
+    blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if blocked:
+        return f"it would call {blocked[1]} when loaded"
+    return "it is no file of tensors that torch.save wrote"

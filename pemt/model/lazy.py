@@ -46,6 +46,15 @@ def materialize(parameter: nn.Parameter, value: Tensor) -> None:
         delattr(parameter, _READER)
 
 
+def read_lazy(parameter: nn.Parameter) -> Tensor | None:
+    """A lazy parameter's value out of its file, to be put in its place now; None for one that is in memory."""
+    if not is_lazy(parameter):
+        return None
+    value = value_of(parameter)
+    delattr(parameter, _READER)
+    return value
+
+
 def materialize_all(module: nn.Module) -> None:
     """Read what is unread, each parameter in its own dtype."""
     for parameter in module.parameters():

@@ -6,14 +6,21 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
-from pemt.data import DataError
+from pemt.config import PemtError
+
+
+class TokenizerError(PemtError):
+    """A tokenizer that cannot be loaded."""
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a hub name or a folder.
 
     A folder with `spiece.model` alone is read as T5's (with the 100 sentinels, no network), which
-    AutoTokenizer does not do. Raises DataError where nothing can be loaded.
+    AutoTokenizer does not do.
+
+    Raises:
+        TokenizerError: nothing can be loaded.
     """
     folder = Path(name_or_path)
     bare = (folder / "spiece.model").is_file() and not any(
@@ -25,7 +32,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         # Left unsaid, transformers asks on stdin whether to run code that a repository brings along.
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise DataError(
+        raise TokenizerError(
             f"tokenizer_name: nothing could be loaded from {name_or_path}: "
             f"{str(error).splitlines()[0]}; give a hub name or a folder with a tokenizer's files"
         ) from None

@@ -57,7 +57,7 @@ class PemtModel:
         Raises:
             HubError: neither such a folder nor such a repository.
             PublishError: what is there is no published adaptation, is damaged, or is another base's.
-            BaseModelError, DataError: base model or tokenizer cannot be loaded.
+            BaseModelError, TokenizerError: base model or tokenizer cannot be loaded.
         """
         folder = local_folder(str(path_or_id), files=(CONFIG, TENSORS), revision=revision)
         settings = read_settings(folder)

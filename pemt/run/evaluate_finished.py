@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.checkpoint import results_block, scores_of, write_results
 from pemt.config import PemtError
 from pemt.data import load_split
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import evaluate
 from pemt.run.finished import finished_config, load_finished, prepare_finished
+from pemt.run.results import results_block, scores_of, write_results
 from pemt.tasks import SPLITS
 
 

@@ -19,7 +19,7 @@ from pemt.checkpoint import (
 )
 from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config
 from pemt.engine import Engine
-from pemt.model import TrainedT5, base_digest, checked_base, load_base
+from pemt.model import TrainedT5, base_digest, checked_base, load_base, read_lazy
 from pemt.run.build import build_model
 from pemt.storage import read_manifest, read_tensors
 from pemt.tasks import Task, get_task, longest_target
@@ -140,7 +140,8 @@ def prepare_finished(finished: LoadedRun, engine: Engine) -> None:
     As in training, with an optimizer that takes no step: every DeepSpeed JSON that trains also evaluates.
     """
     trained = [parameter for _, parameter in finished.model.trainable_parameters()]
-    engine.prepare(finished.model, torch.optim.AdamW(trained, lr=finished.config.learning_rate))
+    optimizer = torch.optim.AdamW(trained, lr=finished.config.learning_rate)
+    engine.prepare(finished.model, optimizer, read_lazy=read_lazy)
 
 
 def _best_checkpoint(folder: Path) -> tuple[Path, Progress, str]:

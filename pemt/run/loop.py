@@ -31,7 +31,7 @@ from pemt.data import (
     lengths_of,
 )
 from pemt.engine import Engine, Interrupted, full_size
-from pemt.model import TrainedT5, base_digest, checked_base
+from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
 from pemt.monitor import GateNames, Monitor
 from pemt.run.build import Built
 from pemt.run.evaluate import Evaluation, evaluate
@@ -349,7 +349,7 @@ def prepare(
         num_warmup_steps=config.warmup_steps,
         num_training_steps=total_steps,
     )
-    engine.prepare(model, optimizer)
+    engine.prepare(model, optimizer, read_lazy=read_lazy)
     engine.seed(config.seed, per_rank=True)
     return schedule
 

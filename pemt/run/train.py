@@ -20,10 +20,6 @@ from pemt.checkpoint import (
     check_run_folder,
     finished_results,
     resolve_config,
-    results_block,
-    results_of,
-    write_predictions,
-    write_results,
 )
 from pemt.config import AdaptConfig, RunConfig, SourceConfig
 from pemt.data import load_task_data
@@ -33,6 +29,7 @@ from pemt.monitor import quiet_libraries, record_outcome
 from pemt.run.build import Built, build_model, check_method
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.loop import Fitted, Setup, fit, gate_names, mixture_seen
+from pemt.run.results import results_block, results_of, write_predictions, write_results
 from pemt.run.session import Session
 from pemt.tasks import get_task
 

@@ -23,8 +23,7 @@ from pemt.config.schema import AdaptConfig, PemtError
 from pemt.engine import Engine
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.train import run_adapt
-from pemt.storage import StorageError
-from pemt.storage import folders as storage
+from pemt.storage import StorageError, folders as storage
 from tests.launch.killed import die_at
 from tests.support.jobs import World, assert_same_end, last_step, status
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from pemt.commands import COMMANDS
-from pemt.commands import readiness as doctor
+from pemt.commands import COMMANDS, readiness as doctor
 from pemt.commands.overview import overview
 from pemt.config.schema import PemtError
 from tests.conftest import ROOT

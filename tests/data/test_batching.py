@@ -8,8 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pemt.data import EvalBatches, TrainBatches, collate
 from pemt.data.batching import MAX_KEPT, MAX_OVER_LEAST, MAX_WASTE, companions_kept

@@ -16,10 +16,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pemt.config.schema import SourceConfig
-from pemt.data import DataError, lengths_of, load_split, load_task_data
-from pemt.data import examples as examples_module
-from pemt.data import loading as loading_module
-from pemt.model.tokenizer import load_tokenizer
+from pemt.data import (
+    DataError,
+    examples as examples_module,
+    lengths_of,
+    load_split,
+    load_task_data,
+    loading as loading_module,
+)
+from pemt.model.tokenizer import TokenizerError, load_tokenizer
 from pemt.tasks import HubSource, Task
 
 WORDS = ["<pad>", "</s>", "<unk>", "text", ":", "no", "yes", *(f"w{i}" for i in range(20))]
@@ -341,7 +346,7 @@ def test_an_unreachable_hub_points_at_data_dir(tokenizer):
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match="tokenizer_name: nothing could be loaded from"):
+    with pytest.raises(TokenizerError, match="tokenizer_name: nothing could be loaded from"):
         load_tokenizer(str(tmp_path))
 
 
@@ -369,7 +374,7 @@ def test_reading_does_not_hold_the_data_in_memory(tmp_path):
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     result = subprocess.run(
         [sys.executable, "-c", READ_MANY, str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ import pytest
 from tests.launch.launched import RESUMED_STEP, SOURCES, TARGET
 from tests.support.tiny import losses, make_base, write_task_files
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STAGES = ("zero2", "zero0", "zero1", "zero3")  # zero2 makes the checkpoint that all resume from
 LAUNCHES = (*STAGES, "plain")
 OFFLOADS = ("zero2_offload", "zero3_offload")  # they resume, and do no more

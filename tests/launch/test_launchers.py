@@ -15,10 +15,14 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 YAMLS = sorted((ROOT / "launchers" / "accelerate").glob("*.yaml"))
 LAUNCHERS = sorted([*(ROOT / "launchers").glob("*.sh"), *(ROOT / "launchers").glob("*.sbatch")])
-SCRIPTS = [ROOT / ".ci" / "run", *LAUNCHERS, *sorted((ROOT / "tests" / "slurm").iterdir())]
+SCRIPTS = [
+    ROOT / ".ci" / "run",
+    *LAUNCHERS,
+    *sorted((ROOT / "tests" / "support" / "slurm").iterdir()),
+]
 SOURCED = ("slurm_common.sh",)
 
 TASKS = {"SOURCE_TASKS": "mnli qnli", "TARGET_TASK": "superglue-cb"}

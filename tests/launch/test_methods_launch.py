@@ -18,7 +18,7 @@ from pemt.sweep.plan import read_sweep
 from tests.launch.launched_methods import METHODS, RESUMED, RESUMED_STEP, SHARED, SWEEP, TASK
 from tests.support.tiny import losses, make_base, run_fields, tiny_task, write_task_files
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAUNCHES = ("plain", "zero2", "zero3")
 SWEPT, SWEPT_METHODS = "zero2", ["bitfit", "lora"]
 ROUNDING = 2e-6  # sums over micro-batches are taken in another order

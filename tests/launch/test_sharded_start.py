@@ -14,6 +14,7 @@ from pemt.engine.start import materialize_on_device
 from pemt.model import ExpertSource, base_shape
 from pemt.model.base import load_pretrained
 from pemt.model.experts import expert_shapes
+from pemt.model.lazy import read_lazy
 from tests.conftest import ROOT, Launch
 from tests.launch.launched_start import TASK
 from tests.support.tiny import make_base, write_task_files
@@ -102,6 +103,8 @@ def test_a_gpu_never_holds_more_than_it_keeps(tmp_path: Path) -> None:
     base.requires_grad_(False)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    materialize_on_device(base, frozen_dtype=torch.bfloat16, device=torch.device("cuda"))
+    materialize_on_device(
+        base, read_lazy=read_lazy, frozen_dtype=torch.bfloat16, device=torch.device("cuda")
+    )
     peak = torch.cuda.max_memory_allocated() - before
     assert peak == pytest.approx(2 * sum(each.numel() for each in base.parameters()), rel=0.1)

@@ -78,4 +78,4 @@ def in_eights(lengths: np.ndarray, micro_batches: Sequence[Sequence[int]]) -> fl
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[2] / "shared" / "data")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[3] / "shared" / "data")

@@ -16,7 +16,7 @@ from pemt.engine.start import materialize_on_device
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from pemt.model.base import BaseModelError, load_pretrained
 from pemt.model.experts import expert_shapes
-from pemt.model.lazy import is_lazy, materialize, materialize_all, value_of
+from pemt.model.lazy import is_lazy, materialize, materialize_all, read_lazy, value_of
 from pemt.model.mixture import MixtureProjection
 from tests.support.tiny import make_base
 
@@ -106,7 +106,9 @@ def test_placing_reads_what_is_frozen_in_half_precision(tmp_path: Path) -> None:
     whole, lazy = both(make_base(tmp_path))
     lazy.requires_grad_(False)
     norm = lazy.encoder.final_layer_norm.weight.requires_grad_(True)
-    materialize_on_device(lazy, frozen_dtype=torch.bfloat16, device=torch.device("cpu"))
+    materialize_on_device(
+        lazy, read_lazy=read_lazy, frozen_dtype=torch.bfloat16, device=torch.device("cpu")
+    )
     assert norm.dtype == torch.float32
     for name, parameter in lazy.named_parameters():
         assert not is_lazy(parameter)

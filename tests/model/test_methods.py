@@ -188,7 +188,7 @@ def complaint(make: Callable[[], TrainedT5]) -> str:
 
 
 def test_the_docs_name_every_type_of_peft() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     runs, refused = page.split("Types that run")[1].split("Types that are refused")
     refused = refused.split("CARTRIDGE and")[0]
     assert re.findall(r"[A-Z][A-Z_0-9]+", runs) == [kind for kind in TYPES if kind not in UNFIT]

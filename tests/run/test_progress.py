@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pemt.monitor import EvaluationBar
-from pemt.monitor import bars as bars_module
+from pemt.monitor import EvaluationBar, bars as bars_module
 from tests.conftest import ROOT, kill_session
 from tests.support.tiny import make_base, write_task_files
 

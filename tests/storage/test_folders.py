@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pemt.storage import StorageError, read_manifest
-from pemt.storage import folders as storage
+from pemt.storage import StorageError, folders as storage, read_manifest
 from pemt.storage.folders import read_tensors, write_folder, write_text
 
 

@@ -23,8 +23,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pemt.storage import StorageError, read_manifest
-from pemt.storage import folders as storage
+from pemt.storage import StorageError, folders as storage, read_manifest
 from pemt.storage.folders import read_tensors, write_folder
 from pemt.storage.manifest import MANIFEST, listed_file
 

@@ -27,7 +27,7 @@ from pemt.sweep.report import Cell, cells_of, write_report
 from pemt.sweep.run import run_sweep
 from tests.support.tiny import adapt_config, make_base, write_task_files
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = ("colours", "lids")
 SCORE = "test_average_metrics"
 
