@@ -159,7 +159,7 @@ def _job(options: argparse.Namespace) -> Job:
         from pemt.tasks import get_task
 
         task = get_task(options.task_name)
-        words, target = len(task.description.split()), task.max_target_length
+        words, target = len(task.description.split()), task.max_target_length or target
     prompt = options.prompt_tokens or math.ceil(TOKENS_A_WORD * words)
     job = Job(
         shape=read_shape(options.model_name_or_path),

@@ -142,7 +142,8 @@ class RunConfig:
             this many in all.
         skip_bad_rows: count and leave out malformed rows instead of stopping at the first.
         max_source_length: longest input, in tokens; longer ones are cut.
-        max_target_length: longest target, in tokens; default: the task's own.
+        max_target_length: longest target, in tokens; longer ones are cut. Default: the task's own; of open answers for
+            which a --task_file says nothing, the longest of its training and validation data, 16 to 256.
         pad_to_multiple_of: fill batches up to a multiple of so many tokens; default: to their longest row.
         preprocessing_num_workers: processes that tokenise; default: one, or up to 8 from 50 000 examples on.
         max_train_samples: keep only this many training examples.

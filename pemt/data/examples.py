@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
@@ -16,7 +16,17 @@ from pemt.data.errors import DataError
 from pemt.data.formats import note_on
 from pemt.data.local_files import columns_of, find_files, read_rows
 from pemt.data.tables import Record
-from pemt.tasks import SPLITS, HubSource, RowError, Task, example_of, has_label
+from pemt.tasks import (
+    SPLITS,
+    ClassId,
+    HubSource,
+    RowError,
+    Task,
+    example_of,
+    has_label,
+    has_numbers,
+    is_class_id,
+)
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
 # that what was left out can be told again when the cache is used.
@@ -28,6 +38,8 @@ EXAMPLE = Features(
         "references": List(Value("string")),
         "group": Value("string"),
         "problem": Value("string"),
+        # The label is a number that nothing but the order of the task's labels gives a meaning.
+        "class_id": Value("bool"),
     }
 )
 
@@ -136,7 +148,21 @@ def load_hub(task: Task, hub: HubSource, split: str, *, streaming: bool = False)
 def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
     """One split of the hub's copy."""
     rows = load_hub(task, hub, split)
-    return build(task, HubRows(rows, hub_name(hub, split)), rows._fingerprint)
+    return build(task, HubRows(task, rows, hub_name(hub, split)), rows._fingerprint)
+
+
+def named(task: Task, row: Record, features: Features | None) -> Record:
+    """A row in which a class id of the data set's own is the name that it has there, or is known to be an id.
+
+    A data set on the hub may number its classes in another order than the task's labels.
+    """
+    kind = (features or {}).get(task.label)
+    if not isinstance(kind, ClassLabel) or row[task.label] not in range(len(kind.names)):
+        return row
+    number = row[task.label]
+    is_known = set(kind.names) <= {*task.labels, *task.label_names}
+    by_name = is_known and not has_numbers(task.labels, task.label_names)
+    return {**row, task.label: kind.names[number] if by_name else ClassId(number)}
 
 
 def hub_name(hub: HubSource, split: str) -> str:
@@ -165,12 +191,12 @@ def _digest(path: Path) -> str:
 class HubRows:
     """Rows of a data set with their places."""
 
-    def __init__(self, rows: Dataset, name: str) -> None:
-        self.rows, self.name = rows, name
+    def __init__(self, task: Task, rows: Dataset, name: str) -> None:
+        self.task, self.rows, self.name = task, rows, name
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         for number, row in enumerate(self.rows, start=1):
-            yield f"{self.name}: row {number}", row
+            yield f"{self.name}: row {number}", named(self.task, row, self.rows.features)
 
 
 class LocalRows:
@@ -213,10 +239,11 @@ def example_row(task: Task, place: str, row: Record | RowError) -> dict[str, Any
             raise row
         example = example_of(task, row)
         problem = f"{place}: {UNLABELLED}" if example is None else ""
+        by_id = example is not None and is_class_id(task, row)
     except RowError as error:
-        example, problem = None, f"{place}: {error}"
+        example, problem, by_id = None, f"{place}: {error}", False
     empty = {"source": "", "target": "", "references": [], "group": ""}
-    return {**(example or empty), "problem": problem}
+    return {**(example or empty), "problem": problem, "class_id": by_id}
 
 
 def source_hash() -> str:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,7 +22,18 @@ from pemt.data import splits
 from pemt.data.errors import DataError
 from pemt.data.examples import Origin, origin_of
 from pemt.data.streaming import TrainStream
-from pemt.tasks import Task
+from pemt.data.vocabulary import (
+    FLAGS,
+    MOST_MEASURED,
+    Tally,
+    check_labels,
+    comparable,
+    encode_texts,
+    is_lost,
+    unknown,
+    written_back,
+)
+from pemt.tasks import DEFAULT_TARGET_LENGTH, Task, longest_target
 
 # Below this many examples one process (whose tokenizer has its own threads) is faster than several.
 PARALLEL_FROM = 50_000
@@ -34,10 +45,10 @@ class TaskData:
     """A task's three sets, tokenised.
 
     Columns: `input_ids` and `labels` (ids with the end of sequence, unpadded), `length` (of
-    input_ids), and what scoring needs: `source`, `target`, `references`, `group`.
-    `max_target_length` bounds the labels and what is to be generated, in tokens; `pad_to_multiple_of`
-    is the configuration's; `notes` says in one line each what was left out or cut; `origins` in a few words
-    what each set was made from.
+    input_ids), and what scoring needs: `source`, `target`, `references` (open answers as the vocabulary
+    writes them), `group`. `max_target_length` bounds the labels and what is to be generated, in tokens,
+    and was measured where `is_measured`; `pad_to_multiple_of` is the configuration's; `notes` says in one
+    line each what was left out, cut or guessed; `origins` in a few words what each set was made from.
     """
 
     train: Dataset | TrainStream
@@ -47,6 +58,7 @@ class TaskData:
     pad_to_multiple_of: int | None
     notes: tuple[str, ...]
     origins: dict[str, str]
+    is_measured: bool = False
 
 
 def load_task_data(
@@ -57,7 +69,7 @@ def load_task_data(
     """Loads, splits, draws and tokenises a task's data; who does it again finds all in the cache of `datasets`.
 
     Raises DataError for a missing or malformed file or row, a class with too few examples, or
-    labels longer than `max_target_length`.
+    labels longer than `max_target_length` or that the vocabulary cannot write.
     """
     with cache_faults():
         return build(task, config, tokenizer)
@@ -113,12 +125,16 @@ def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
     origin = origin_of(task, config.data_dir)
     share = config.validation_split or task.validation_split
     splits.check_splits(task, origin.splits, share)
-    notes = list(origin.notes)
+    notes = [*origin.notes, *order_note(task)]
     parts = {}
     for name in origin.splits:
         if name != "train" or not config.streaming:
             parts[name], left_out = usable(origin, name, config)
             notes += left_out
+    is_measured = not (config.max_target_length or task.max_target_length)
+    if is_measured:
+        task, note = measured(task, parts, tokenizer)
+        notes.append(note)
     encoder = Encoder(task, config, tokenizer)
     sets: dict[str, Any] = {}
     if config.streaming:
@@ -146,6 +162,7 @@ def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> 
         max_target_length=encoder.max_target_length,
         pad_to_multiple_of=config.pad_to_multiple_of,
         notes=tuple(notes),
+        is_measured=is_measured,
     )
 
 
@@ -158,6 +175,40 @@ def drawn(origin: str, split: str, examples: Dataset, config: RunConfig) -> str:
     return f"{field} {maximum} of the {len(examples)} of {origin}"
 
 
+def order_note(task: Task) -> list[str]:
+    """What to tell where labels are the numbers of other classes: ["1", "0"]."""
+    ids = [str(i) for i in range(len(task.labels))]
+    if list(task.labels) == ids or sorted(task.labels) != sorted(ids):
+        return []
+    return [
+        f"{task.name}: labels are {', '.join(task.labels)} in this order; a number in a row is the label of that "
+        "name, not the class id"
+    ]
+
+
+def measured(
+    task: Task, parts: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Task, str]:
+    """A task of open answers with the longest target of its data for `max_target_length`, and a note on it.
+
+    The test set is not looked at. A training set that is a stream is not among the parts.
+    """
+    known = {name: part for name, part in parts.items() if name != "test"} or dict(parts)
+    lengths = [0]
+    for part in known.values():
+        texts = part["references"] if task.train_on_every_answer else [[t] for t in part["target"]]
+        flat = list(dict.fromkeys(text for each in texts for text in each))
+        if flat:
+            lengths += encode_texts(flat, tokenizer, max_length=MOST_MEASURED)[1]
+    longest = max(lengths)
+    length = min(max(longest, DEFAULT_TARGET_LENGTH), MOST_MEASURED)
+    note = (
+        f"{task.name}: max_target_length is {length}; the longest target of {' and '.join(known)} has {longest} "
+        "tokens"
+    )
+    return replace(task, max_target_length=length), note
+
+
 def usable(origin: Origin, split: str, config: RunConfig) -> tuple[Dataset, list[str]]:
     """A split's well-formed examples, and notes on what was left out."""
     examples = origin.examples(split)
@@ -167,17 +218,17 @@ def usable(origin: Origin, split: str, config: RunConfig) -> tuple[Dataset, list
 def encode(
     examples: Dataset, split: str, encoder: Encoder, config: RunConfig
 ) -> tuple[Dataset, list[str]]:
-    """A split with token ids, no larger than the configuration wants it, and a note on what was cut."""
+    """A split with token ids, no larger than the configuration wants it, and notes on what is wrong with them."""
     task, is_train = encoder.task, split == "train"
     maximum = config.max_train_samples if is_train else config.max_eval_samples
     chosen = splits.at_most(task, examples, maximum, config.effective_data_seed)
     encoded = encoder.encode(chosen, every_answer=is_train and task.train_on_every_answer)
-    cut = sum(encoded["is_cut"][:])
-    note = (
-        f"{task.name}, {split}: {cut} of {len(encoded)} sources are longer than "
-        f"{config.max_source_length} tokens and were cut"
+    columns = [*FLAGS, "target_length"]
+    tally = encoder.tally(split)
+    tally.add(
+        {name: encoded[name][:] for name in columns}, lambda number, name: encoded[number][name]
     )
-    return encoded.remove_columns("is_cut"), [note] if cut else []
+    return encoded.remove_columns(columns), tally.notes()
 
 
 def streamed(
@@ -193,6 +244,7 @@ def streamed(
         origin,
         encode=partial(encode_batch, **encoder.settings(every_answer=task.train_on_every_answer)),
         skip_bad_rows=config.skip_bad_rows,
+        tally=encoder.tally("train"),
     )
     if len(parts) == 2:
         return stream, dict(parts)
@@ -232,18 +284,12 @@ class Encoder:
         self.task, self.tokenizer = task, tokenizer
         self.workers = config.preprocessing_num_workers
         self.max_source_length = config.max_source_length
-        self.max_target_length = config.max_target_length or task.max_target_length
+        self.max_target_length = longest_target(task, config.max_target_length)
         self.lengths = (self.max_source_length, self.max_target_length)
-        for label in task.labels:
-            length = len(tokenizer(label).input_ids)
-            if length > self.max_target_length:
-                raise DataError(
-                    f"max_target_length: found {self.max_target_length}, but label {label!r} of "
-                    f"task {task.name} has {length} tokens; give {length} or more"
-                )
+        check_labels(task, tokenizer, self.max_target_length)
 
     def encode(self, examples: Dataset, *, every_answer: bool) -> Dataset:
-        """Adds input_ids, labels, length and is_cut; with `every_answer` a row per reference."""
+        """Adds what `encode_batch` does; with `every_answer` a row per reference."""
         processes = self.workers or 1
         if self.workers is None and len(examples) >= PARALLEL_FROM:
             processes = min(MAX_PROCESSES, os.cpu_count() or 1)
@@ -261,7 +307,16 @@ class Encoder:
 
     def settings(self, *, every_answer: bool) -> dict[str, Any]:
         """What `encode_batch` is given besides a batch."""
-        return {"tokenizer": self.tokenizer, "lengths": self.lengths, "every_answer": every_answer}
+        return {
+            "tokenizer": self.tokenizer,
+            "lengths": self.lengths,
+            "every_answer": every_answer,
+            "open_answers": self.task.kind == "answer",
+        }
+
+    def tally(self, split: str) -> Tally:
+        """Counts what is wrong with the examples of a split."""
+        return Tally(self.task, split, self.tokenizer, self.lengths)
 
     @cached_property
     def identity(self) -> str:
@@ -280,23 +335,30 @@ def encode_batch(
     tokenizer: PreTrainedTokenizerBase,
     lengths: tuple[int, int],
     every_answer: bool,
+    open_answers: bool,
 ) -> dict[str, list[Any]]:
-    """A batch of examples with their token ids."""
+    """A batch of examples with their token ids, FLAGS, and the targets' lengths uncut."""
     columns = {name: list(values) for name, values in batch.items()}
     if every_answer:
         pairs = [(i, text) for i, texts in enumerate(columns["references"]) for text in texts]
         columns = {name: [values[i] for i, _ in pairs] for name, values in columns.items()}
         columns["target"] = [text for _, text in pairs]
     sources, cut = encode_sources(columns["source"], tokenizer, max_length=lengths[0])
-    targets = tokenizer(
-        text_target=columns["target"], max_length=lengths[1], truncation=True
-    ).input_ids
+    targets, target_lengths = encode_texts(columns["target"], tokenizer, max_length=lengths[1])
+    different = list(dict.fromkeys(columns["target"]))
+    backs = dict(zip(different, written_back(different, tokenizer), strict=True))
+    if open_answers:
+        columns["references"] = comparable(columns["references"], tokenizer)
     return {
         **columns,
         "input_ids": sources,
         "labels": targets,
         "length": [len(ids) for ids in sources],
-        "is_cut": cut,
+        "source_cut": cut,
+        "source_unknown": unknown(sources, tokenizer),
+        "target_cut": [length > lengths[1] for length in target_lengths],
+        "target_lost": [is_lost(text, backs[text]) for text in columns["target"]],
+        "target_length": target_lengths,
     }
 
 
@@ -304,14 +366,8 @@ def encode_sources(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> tuple[list[list[int]], list[bool]]:
     """Token ids of source texts, of at most `max_length` tokens, and which of them had to be cut."""
-    every = tokenizer(texts, add_special_tokens=True).input_ids
-    cut = [len(ids) > max_length for ids in every]
-    # The end of sequence stays when the text is cut.
-    kept = [
-        [*ids[: max_length - 1], ids[-1]] if is_cut else ids
-        for ids, is_cut in zip(every, cut, strict=True)
-    ]
-    return kept, cut
+    kept, uncut = encode_texts(texts, tokenizer, max_length=max_length)
+    return kept, [length > max_length for length in uncut]
 
 
 def lengths_of(dataset: Dataset) -> np.ndarray:

@@ -29,6 +29,7 @@ from pemt.publish.adapter_format import (
 )
 from pemt.publish.card import GATES, Card, base_licence, model_card
 from pemt.run import LoadedRun, load_finished
+from pemt.tasks import longest_target
 
 README = "README.md"
 
@@ -72,7 +73,10 @@ def export_run(
     with _whole(target) as temporary:
         # as it was scored, for whoever asks it by transformers alone
         answers = finished.model.base.generation_config
-        answers.num_beams, answers.max_new_tokens = config.num_beams, _longest(finished)
+        answers.num_beams, answers.max_new_tokens = (
+            config.num_beams,
+            longest_target(finished.task, config.max_target_length),
+        )
         if isinstance(finished.model, PeftT5):
             _write_peft(temporary, finished.model, name)
             answers.save_pretrained(temporary)
@@ -95,11 +99,6 @@ def export_run(
             save_gate_map(card.gates, temporary / GATES, title="Mean gate on the test set")
         (temporary / README).write_text(model_card(card), encoding="utf-8")
     return target
-
-
-def _longest(finished: LoadedRun) -> int:
-    """The longest answer that was scored, in tokens."""
-    return finished.config.max_target_length or finished.task.max_target_length
 
 
 def _write_own(
@@ -125,7 +124,7 @@ def _write_own(
         template=task.template,
         labels=list(task.labels),
         max_source_length=config.max_source_length,
-        max_new_tokens=_longest(finished),
+        max_new_tokens=longest_target(task, config.max_target_length),
         num_beams=config.num_beams,
         reduction_factor=config.adapter.reduction_factor,
         train_layer_norms=config.mixture.train_layer_norms,

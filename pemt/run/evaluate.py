@@ -21,7 +21,7 @@ from pemt.data import EvalBatches, collate, lengths_of
 from pemt.engine import Engine
 from pemt.model import PemtOutput, TrainedT5
 from pemt.monitor import EvaluationBar
-from pemt.tasks import Task, score
+from pemt.tasks import Task, longest_target, score
 
 IGNORED_LABEL = -100
 NO_EXAMPLE = -1
@@ -80,7 +80,7 @@ def evaluate(
         on_batch_end: called by all ranks after each batch; what it raises ends the evaluation.
     """
     started = time.perf_counter()
-    longest = config.max_target_length or task.max_target_length
+    longest = longest_target(task, config.max_target_length)
 
     def measure(indices: list[int]) -> list[Tensor]:
         batch = collate(

@@ -23,7 +23,7 @@ from pemt.model import TrainedT5, base_digest, checked_base, fetch_base, load_ba
 from pemt.monitor import GateNames
 from pemt.run.build import build_model, build_ops
 from pemt.storage import read_manifest, read_tensors
-from pemt.tasks import Task, get_task
+from pemt.tasks import Task, get_task, longest_target
 
 
 class FinishedError(PemtError):
@@ -128,11 +128,15 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     built = build_model(as_trained, base=base, tokenizer=tokenizer, description=description)
     weights = read_tensors(checkpoint, WEIGHTS, manifest)
     load_trained(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
+    task = get_task(config.task_name, config.task_file)
+    if task.max_target_length is None:  # open answers: what the run has measured
+        length = manifest["run"].get("max_target_length")
+        task = replace(task, max_target_length=longest_target(task, length))
     return LoadedRun(
         folder=run_dir,
         config=config,
         stage=stage,
-        task=get_task(config.task_name, config.task_file),
+        task=task,
         tokenizer=tokenizer,
         model=built.model.eval(),
         source_names=built.source_names,

@@ -197,8 +197,11 @@ def _begin(
 
 def _identity(setup: Setup, built: Built) -> dict[str, Any]:
     """What a checkpoint of this run belongs to, besides what the configuration tells."""
-    train = setup.data.train
+    train, data = setup.data.train, setup.data
+    # What a finished run answers with: its data may be gone by then.
+    measured = {"max_target_length": data.max_target_length} if data.is_measured else {}
     return {
+        **measured,
         "stage": built.stage,
         "sources": built.source_names,
         "train_examples": None if isinstance(train, TrainStream) else len(train),
@@ -238,7 +241,7 @@ def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None
         loss=scalars["train/loss"],
         samples_per_second=scalars["train/samples_per_second"],
     )
-    for line in run.batches.notes() if step == run.total_steps else []:
+    for line in run.batches.notes(at_end=step == run.total_steps):
         run.monitor.message(line)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pemt.config import PemtError, RunConfig
-from pemt.data import collate, encode_sources, note_on_inputs, read_inputs, sources_of
+from pemt.data import collate, encode_sources, note_on_inputs, read_inputs, sources_of, unknown
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import answer_batch, over_ranks
@@ -35,7 +35,7 @@ from pemt.run.finished import (
     load_on_all,
     prepare_finished,
 )
-from pemt.tasks import get_task, label_name
+from pemt.tasks import get_task, label_name, longest_target
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
 BATCHES = 32
@@ -106,7 +106,7 @@ class Predictor:
             RowError: a row lacks a field.
         """
         config, task = self.finished.config, self.finished.task
-        longest = max_new_tokens or config.max_target_length or task.max_target_length
+        longest = longest_target(task, max_new_tokens or config.max_target_length)
         beams = num_beams or config.num_beams
         texts = [
             text
@@ -196,12 +196,15 @@ def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[s
 
 def _tell_cuts(finished: LoadedRun, texts: list[str]) -> None:
     longest = finished.config.max_source_length
-    _, cut = encode_sources(texts, finished.tokenizer, max_length=longest)
-    if any(cut):
-        print(
-            f"{sum(cut)} of {len(cut)} inputs are longer than {longest} tokens and are cut",
-            file=sys.stderr,
-        )
+    ids, cut = encode_sources(texts, finished.tokenizer, max_length=longest)
+    strange = unknown(ids, finished.tokenizer)
+    for flags, told in (
+        (cut, f"are longer than {longest} tokens and are cut"),
+        (strange, "contain pieces unknown to this vocabulary"),
+    ):
+        if any(flags):
+            first = f"; the first: {texts[flags.index(True)]!r:.60}" if flags is strange else ""
+            print(f"{sum(flags)} of {len(flags)} inputs {told}{first}", file=sys.stderr)
 
 
 def _chunks(predictor: Predictor, texts: list[str]) -> Iterator[list[Prediction]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ def set_up(config: RunConfig, engine: Engine) -> Setup:
         print(f"pemt: {warning}", file=sys.stderr, flush=True)
     with engine.local_first(f"preparing the examples of {task.name}"):
         data = load_task_data(task, config, tokenizer)
+    if data.is_measured:
+        task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
     return Setup(engine=engine, task=task, tokenizer=tokenizer, base=base, data=data)
 

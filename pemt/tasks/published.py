@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from pemt.tasks.task import Row, RowError, field_of, text_of
+from pemt.tasks.task import Row, field_of, text_of
+from pemt.tasks.values import RowError
 
 NEAR = 3  # words between a WSC span and its index that are put right
 
