@@ -7,7 +7,7 @@ VENV        ?= .venv
 DEMO_DIR    ?= runs/demo
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
-SCRIPTS     := .ci/run $(wildcard launchers/*.sh launchers/*.sbatch tests/slurm/*)
+SCRIPTS     := .ci/run $(wildcard launchers/*.sh launchers/*.sbatch tests/support/slurm/*)
 NATIVE      := $(wildcard pemt/ops/csrc/*)
 
 BIN         := $(VENV)/bin
@@ -52,10 +52,10 @@ $(OLDEST)/constraints.txt: .ci/constraints.txt .ci/oldest.txt
 	sed -n 's/^\([^#]*==\).*/^\1/p' .ci/oldest.txt | grep -vif - .ci/constraints.txt | cat - .ci/oldest.txt >$@
 
 soak: $(STAMP)  ## faults tried on two ranks: kill -9 at 20 random steps and in a save, a machine that comes back
-	$(BIN)/pytest -m soak -rA tests/faults
+	$(BIN)/pytest -m soak -rA
 
 big: $(STAMP)  ## t5-3b and flan-t5-xl at full size on two ranks, ZeRO-3 (6 GB of disk, 20 GB of memory)
-	$(BIN)/pytest -m big -rA tests/test_full_size.py
+	$(BIN)/pytest -m big -rA tests/launch/test_full_size.py
 
 GPU_OP      := $(BIN)/pemt bench op --device cuda --dtype bfloat16 --shape t5-large flan-t5-xl t5-3b --batch 32
 

@@ -1,6 +1,6 @@
 """`make docs`: writes configuration.md from the dataclasses and tasks.md from the task table.
 
-`tests/test_docs.py` fails while a page is not what this would write.
+`tests/project/test_docs.py` fails while a page is not what this would write.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import docstring_parser
 
-from pemt.config import (
+from pemt.config.schema import (
     AdaptConfig,
     AdapterConfig,
     ExpertConfig,

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, set_seed
 
 from pemt import AdaptConfig, PemtModel, SourceConfig, export_run, run_adapt, run_source
-from pemt.config import ExpertConfig
+from pemt.config.schema import ExpertConfig
 from pemt.tasks import Task, register_task
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())

@@ -9,17 +9,15 @@ import signal
 import sys
 import time
 
-from pemt.command_line import nearest
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
-from pemt.config import PemtError
-from pemt.leaving import run_and_leave
-from pemt.signals import INTERRUPTED_STATUS, Interrupted
+from pemt.config import PemtError, nearest
+from pemt.engine import INTERRUPTED_STATUS, Interrupted, run_and_exit
 
 
 def program() -> None:
     """What `pemt` is on a command line."""
-    run_and_leave(main)
+    run_and_exit(main)
 
 
 def main() -> None:
@@ -52,8 +50,7 @@ def main() -> None:
         os._exit(2)
     except Interrupted:
         status = INTERRUPTED_STATUS
-    if "pemt.engine" in sys.modules:
-        sys.modules["pemt.engine"].shut_down()
+    finish()
     if status:
         sys.exit(status)
 

@@ -15,6 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The fixtures of a small world that faults are tried in, and of a run that nothing happens to.
+pytest_plugins = ["tests.support.faults_world"]
+
 # Nothing here may ask the network, and no rank may take all cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from pemt.bench.step import PROMPT_TOKENS, StepBench, build_model, plain_base
-from pemt.command_line import Parser, command_parser, count
-from pemt.plan.shapes import KNOWN
+from pemt.config import Parser, command_parser, count
+from pemt.plan import KNOWN
 
 VARIANTS = ("plain", "longer", "pemt")
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity, gelu, linear
 
 from pemt import ops
 from pemt.ops import reference
-from pemt.plan.shapes import KNOWN
+from pemt.plan import KNOWN
 
 EXPERTS, RANK, ADAPTER_REDUCTION, SPARSITY_WEIGHT = 6, 64, 16, 0.1
 

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from pemt.model import ExpertSource
-from pemt.model.experts import expert_shapes
-from pemt.plan.shapes import Shape
+from pemt.model import ExpertSource, expert_shapes
+from pemt.plan import Shape
 
 
 def t5_config(shape: Shape) -> T5Config:

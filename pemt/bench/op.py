@@ -34,9 +34,8 @@ from pemt.bench.layer import (
     step,
     step_ops,
 )
-from pemt.command_line import Parser, command_parser
-from pemt.config import PemtError
-from pemt.plan.shapes import KNOWN
+from pemt.config import Parser, PemtError, command_parser
+from pemt.plan import KNOWN
 
 RATIOS = (("fused", "floor"), ("loop", "fused"), ("stacked", "fused"), ("packed", "fused"),
           ("loop", "floor"), ("fused", "frozen"))  # fmt: skip

@@ -31,15 +31,11 @@ from transformers import T5ForConditionalGeneration
 from pemt.bench.layer import ADAPTER_REDUCTION, EXPERTS, RANK, forced
 from pemt.bench.model import random_sources, random_t5
 from pemt.bench.op import time_once
-from pemt.command_line import Parser, command_parser, count
-from pemt.config import AdapterConfig, MixtureConfig
-from pemt.memory import peak, watch_peak
-from pemt.model import PemtT5, base_shape
-from pemt.model.mixture import MIXTURES, LoraMixture
+from pemt.config import AdapterConfig, MixtureConfig, Parser, command_parser, count
+from pemt.engine import peak, watch_peak
+from pemt.model import MIXTURES, LoraMixture, PemtT5, base_shape
 from pemt.ops import reference
-from pemt.plan.job import CHIPS, Job
-from pemt.plan.shapes import KNOWN, Shape
-from pemt.plan.speed import flops
+from pemt.plan import CHIPS, KNOWN, Job, Shape, flops
 
 VARIANTS = ("adapter", "loop", "packed", "fused")
 PROMPT_TOKENS = 20

@@ -12,7 +12,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from pemt.command_line import Parser
+from pemt.config import Parser
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pemt.command_line import Parser
-from pemt.config import AdaptConfig
-from pemt.signals import StopSignals
+from pemt.config import AdaptConfig, Parser
+from pemt.engine import StopSignals
 
 
 def run(arguments: list[str]) -> None:
     """`pemt adapt`."""
     with StopSignals():  # from here on, since reading libraries and data takes minutes
-        from pemt.arguments import parse_config
+        from pemt.config import parse_config
 
         config = parse_config(AdaptConfig, arguments, prog="pemt adapt")
-        from pemt.train import run_adapt
+        from pemt.run import run_adapt
 
         run_adapt(config)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pemt.command_line import Parser, command_parser, verb_parser
-from pemt.config import PemtError
+from pemt.config import Parser, PemtError, command_parser, verb_parser
 
 OVERWRITE = "replace the bank's entry of that name, with its scores; default: refuse to"
 
@@ -144,7 +143,7 @@ def _show(*, bank_dir: str, task: str) -> None:
 
 
 def _verify(*, bank_dir: str, tasks: list[str]) -> None:
-    from pemt.bank_tools import verify
+    from pemt.bank import verify
 
     faults = verify(bank_dir, tasks or None)
     for task, fault in faults.items():
@@ -158,19 +157,19 @@ def _verify(*, bank_dir: str, tasks: list[str]) -> None:
 
 
 def _remove(*, bank_dir: str, tasks: list[str]) -> None:
-    from pemt.bank_tools import remove
+    from pemt.bank import remove
 
     print(f"removed {', '.join(remove(bank_dir, tasks))}")
 
 
 def _merge(*, bank_dir: str, others: list[str]) -> None:
-    from pemt.bank_tools import merge
+    from pemt.bank import merge
 
     print(f"{bank_dir}: added {', '.join(merge(bank_dir, others))}")
 
 
 def _add(*, path_or_id: str, bank_dir: str, task: str, **options: Any) -> None:
-    from pemt.bank_tools import add_peft
+    from pemt.bank import add_peft
 
     added = add_peft(path_or_id, bank_dir=bank_dir, task=task, **options)
     prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
@@ -180,7 +179,7 @@ def _add(*, path_or_id: str, bank_dir: str, task: str, **options: Any) -> None:
 
 
 def _export(*, bank_dir: str, peft: str, tasks: list[str] | None) -> None:
-    from pemt.bank_tools import export_peft
+    from pemt.bank import export_peft
 
     for folder in export_peft(bank_dir, peft, tasks=tasks):
         print(folder)
@@ -188,7 +187,7 @@ def _export(*, bank_dir: str, peft: str, tasks: list[str] | None) -> None:
 
 def _import(*, bank_dir: str, task: str, model_name_or_path: str, **options: Any) -> None:
     from pemt.bank import import_official
-    from pemt.base import load_shape
+    from pemt.model import load_shape
 
     base = {"name": model_name_or_path, **load_shape(model_name_or_path)}
     print(import_official(bank_dir=bank_dir, task=task, base=base, **options))

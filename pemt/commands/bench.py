@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pemt.command_line import Parser, command_parser
+from pemt.config import Parser, command_parser
 
 
 def run(arguments: list[str]) -> None:

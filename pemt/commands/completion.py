@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pemt.command_line import Parser, command_parser
 from pemt.commands import COMMANDS
+from pemt.config import Parser, command_parser
 
 SHELLS = ("bash", "zsh")
 # What completes `--config`: recipes and files (`RECIPE_OR_FILE` in fields.py names them).
@@ -34,7 +34,7 @@ def completion_script(shell: str) -> str:
     """The script for a shell, one of SHELLS."""
     import shtab
 
-    from pemt.arguments import recipe_names
+    from pemt.config import recipe_names
 
     root = Parser(prog="pemt", allow_abbrev=False)
     root.add_argument("--version", action="store_true", help="pemt's version")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pemt.command_line import Parser, command_parser
+from pemt.config import Parser, command_parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt demo`."""
     options = vars(make_parser().parse_args(arguments))
-    from pemt.demo.run import run_demo
+    from pemt.demo import run_demo
 
     run_demo(**options)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pemt.command_line import Parser, command_parser
-from pemt.config import PemtError
+from pemt.config import Parser, PemtError, command_parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt doctor`."""
     options = make_parser().parse_args(arguments)
-    from pemt.doctor import examine
+    from pemt.commands.readiness import examine
 
     missing = []
     for finding in examine(probe=not options.no_launch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pemt.command_line import Parser, command_parser
+from pemt.config import Parser, command_parser
 
 FIELDS = (
     "\nAny field of the run's configuration may be given too, as on the command line of `pemt adapt`:\n"
@@ -15,7 +15,7 @@ def run(arguments: list[str]) -> None:
     from pemt.commands.fields import split_fields
 
     options, overrides = split_fields(_own_parser(), arguments)
-    from pemt.evaluate_run import evaluate_run
+    from pemt.run import evaluate_run
 
     evaluate_run(**options, overrides=overrides)
 

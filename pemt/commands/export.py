@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from pemt.command_line import Parser, command_parser
+from pemt.config import Parser, command_parser
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def run(arguments: list[str]) -> None:
     """`pemt export`."""
     options = vars(make_parser().parse_args(arguments))
-    from pemt.publish.export import export_run
+    from pemt.publish import export_run
 
     folder = export_run(**options)
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> None:
 
 def warn_of_local_base(folder: Path) -> None:
     """Tell, on stderr, where an adapter sends others to a folder of this machine for its base model."""
-    from pemt.publish.adapter_format import CONFIG
+    from pemt.publish import CONFIG
 
     path = folder / CONFIG  # a whole model has none
     base = json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else ""

@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 import shtab
 
-from pemt.arguments import field_keys
-from pemt.command_line import Parser, command_parser
-from pemt.config import AdaptConfig, RunConfig
+from pemt.config import AdaptConfig, Parser, RunConfig, command_parser, field_keys
 
 FILES = {"task_file", "peft_config"}
 FOLDERS = {"data_dir", "output_dir", "bank_dir", "model_name_or_path", "tokenizer_name"}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pemt.command_line import Parser, command_parser
-from pemt.config import PemtError
+from pemt.config import Parser, PemtError, command_parser
 
 
 def run(arguments: list[str]) -> None:

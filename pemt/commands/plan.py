@@ -9,11 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.command_line import Parser, command_parser
-from pemt.config import AdapterConfig, ConfigError, ExpertConfig, RunConfig
-from pemt.plan.job import CHIPS, Cluster, Job, PlanError, read_zero
-from pemt.plan.report import describe, figures
-from pemt.plan.shapes import KNOWN, read_shape
+from pemt.config import AdapterConfig, ConfigError, ExpertConfig, Parser, RunConfig, command_parser
+from pemt.plan import (
+    CHIPS,
+    KNOWN,
+    Cluster,
+    Job,
+    PlanError,
+    describe,
+    figures,
+    read_shape,
+    read_zero,
+)
 
 TOKENS_A_WORD = 1.3  # of English descriptions in T5's vocabulary, about
 EXPERTS = 6

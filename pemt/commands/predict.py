@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pemt.command_line import Parser, command_parser, count
 from pemt.commands.evaluate import FIELDS
+from pemt.config import Parser, command_parser, count
 
 # Fields of the run, under the names that generation goes by.
 NAMES = {
@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> None:
     for name, field in NAMES.items():
         value = options.pop(name)
         overrides += [] if value is None else [f"--{field}", str(value)]
-    from pemt.predict import predict_file
+    from pemt.run import predict_file
 
     predict_file(**options, overrides=overrides)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pemt.command_line import Parser, command_parser
+from pemt.config import Parser, command_parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt pull`."""
     options = make_parser().parse_args(arguments)
-    from pemt.publish.transfer import pull_folder
+    from pemt.publish import pull_folder
 
     print(pull_folder(options.repo, options.folder, revision=options.revision))
 

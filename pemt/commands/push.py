@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pemt.command_line import Parser, command_parser
+from pemt.config import Parser, command_parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt push`."""
     options = make_parser().parse_args(arguments)
-    from pemt.publish.transfer import push_folder
+    from pemt.publish import push_folder
 
     print(
         push_folder(options.folder, options.repo, private=options.private, message=options.message)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pemt.command_line import Parser, command_parser
-from pemt.config import PemtError
+from pemt.config import Parser, PemtError, command_parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt report`."""
     options = make_parser().parse_args(arguments)
-    from pemt.report.page import write_report
+    from pemt.report import write_report
 
     folder: Path = options.output_dir or (options.runs[0] if len(options.runs) == 1 else Path())
     try:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pemt.command_line import Parser
-from pemt.config import SourceConfig
-from pemt.signals import StopSignals
+from pemt.config import Parser, SourceConfig
+from pemt.engine import StopSignals
 
 
 def run(arguments: list[str]) -> None:
     """`pemt source`."""
     with StopSignals():  # from here on, since reading libraries and data takes minutes
-        from pemt.arguments import parse_config
+        from pemt.config import parse_config
 
         config = parse_config(SourceConfig, arguments, prog="pemt source")
-        from pemt.train import run_source
+        from pemt.run import run_source
 
         run_source(config)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pemt.command_line import Parser, command_parser
+from pemt.config import Parser, command_parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt sweep`."""
     path = make_parser().parse_args(arguments).config
-    from pemt.sweep.run import run_sweep
+    from pemt.sweep import run_sweep
 
     run_sweep(path)
 

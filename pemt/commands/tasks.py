@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pemt.command_line import Parser, command_parser
+from pemt.config import Parser, command_parser
 
 if TYPE_CHECKING:
     from pemt.tasks import Task

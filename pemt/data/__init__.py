@@ -1,25 +1,5 @@
 """Data: files or the hub in, tokenised sets and batches out."""
 
-from pemt.data.batching import EvalBatches, TrainBatches, collate
-from pemt.data.errors import DataError
-from pemt.data.loading import TaskData, encode_sources, lengths_of, load_split, load_task_data
-from pemt.data.streaming import StreamBatches, TrainStream
-from pemt.data.to_predict import read_inputs, sources_of
-from pemt.data.tokenizer import load_tokenizer
+import lazy_loader
 
-__all__ = [
-    "DataError",
-    "EvalBatches",
-    "StreamBatches",
-    "TaskData",
-    "TrainBatches",
-    "TrainStream",
-    "collate",
-    "encode_sources",
-    "lengths_of",
-    "load_split",
-    "load_task_data",
-    "load_tokenizer",
-    "read_inputs",
-    "sources_of",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

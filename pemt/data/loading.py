@@ -51,17 +51,17 @@ def load_task_data(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    build_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> TaskData:
     """Loads, splits, draws and tokenises a task's data.
 
-    `build_first` is entered once around everything: a context in which one process of a node runs
+    `local_main_first` is entered once around everything: a context in which one process of a node runs
     before the others, which then find all files in the cache of `datasets`.
 
     Raises DataError for a missing or malformed file or row, a class with too few examples, or
     labels longer than `max_target_length`.
     """
-    with build_first():
+    with local_main_first():
         return build(task, config, tokenizer)
 
 
@@ -71,7 +71,7 @@ def load_split(
     tokenizer: PreTrainedTokenizerBase,
     split: str,
     *,
-    build_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Dataset, tuple[str, ...]]:
     """One of the sets that `load_task_data` gives, and its notes; no other split has to be there,
     unless `few_shot` draws the training set.
@@ -79,7 +79,7 @@ def load_split(
     Where there is nothing to train on, a split is what its files or the hub give: the split rule
     needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
     """
-    with build_first():
+    with local_main_first():
         origin = origin_of(task, config.data_dir)
         is_drawn = split == "train" and config.few_shot is not None
         if is_drawn or not stands_alone(split, origin.splits):

@@ -9,14 +9,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pemt.arguments import parse_config
-from pemt.config import AdaptConfig, RunConfig, SourceConfig
+from pemt.config import AdaptConfig, RunConfig, SourceConfig, parse_config
 from pemt.demo.report import Row, write_report
 from pemt.demo.tasks import SOURCES, TARGETS, register_tasks, write_task_files
 from pemt.demo.tiny_t5 import cached_base
 from pemt.demo.world import World
 from pemt.engine import Engine
-from pemt.train import run_adapt, run_source
+from pemt.run import run_adapt, run_source
 
 METHODS = ("pemt", "adapter")
 
@@ -62,7 +61,7 @@ class Demo:
         register_tasks()
         engine = Engine(self.source(SOURCES[0]))
         self.is_main = engine.is_main
-        with engine.build_first():
+        with engine.local_main_first():
             self._make_files()
         engine.barrier()
 

@@ -1,20 +1,5 @@
-"""A job's processes: the only package that imports accelerate or deepspeed."""
+"""A job's processes: the only package that imports accelerate or deepspeed; signals, watchdog, exit."""
 
-import contextlib
-import sys
+import lazy_loader
 
-# DeepSpeed logs to what stdout is when it is first imported, for ever; ours is for results.
-with contextlib.redirect_stdout(sys.stderr):
-    from pemt.engine.engine import Engine
-    from pemt.engine.job import EngineError, check_world_size, shut_down
-    from pemt.engine.trained_state import MOMENTS, TrainedState, full_size
-
-__all__ = [
-    "MOMENTS",
-    "Engine",
-    "EngineError",
-    "TrainedState",
-    "check_world_size",
-    "full_size",
-    "shut_down",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

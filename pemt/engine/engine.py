@@ -6,6 +6,10 @@ Without one the same calls run in one plain process, or under DDP.
 
 from __future__ import annotations
 
+import pemt.engine.deepspeed_import  # noqa: F401
+
+# isort: split
+
 import contextlib
 import gc
 import math
@@ -13,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-import deepspeed
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -25,22 +28,22 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pemt.config import PemtError, RunConfig
+from pemt.engine.exit import before_exit
 from pemt.engine.job import (
     EngineError,
     check_world_size,
+    cpu_group,
     deepspeed_plugin,
-    hosts_group,
     process_group_kwargs,
-    renewed_rendezvous,
+    re_rendezvous,
+    shut_down,
 )
-from pemt.engine.start import only_trained_are_sent, place, shard
+from pemt.engine.process import memory_in_use
+from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trained_state import TrainedState
-from pemt.memory import memory_in_use
 
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-
-deepspeed.utils.logger.setLevel("WARNING")
 
 T = TypeVar("T")
 
@@ -64,7 +67,7 @@ class Engine:
         self._plugin = plugin
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
-        with renewed_rendezvous():
+        with re_rendezvous():
             self._accelerator = Accelerator(
                 # Under DeepSpeed the precision stands in its configuration.
                 mixed_precision=None
@@ -85,7 +88,8 @@ class Engine:
         self.is_main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
         check_world_size(self.world_size)
-        self._hosts = hosts_group()
+        before_exit(shut_down)
+        self._hosts = cpu_group()
         self.zero_stage: int | None = plugin.zero_stage if plugin else None
         self._deepspeed_json = path
 
@@ -93,17 +97,24 @@ class Engine:
         """Seed every generator: alike on all ranks for initialisation, differently for dropout."""
         set_seed(seed, device_specific=per_rank)
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        read_lazy: ReadLazy = lambda _: None,
+    ) -> None:
         """Read the model's weights, hand it and the optimizer to DeepSpeed or DDP.
 
         Args:
             model: `requires_grad` is already set and the optimizer holds the trained parameters alone.
             optimizer: an AdamW in one parameter group.
+            read_lazy: gives the values of parameters that still lie in files.
         """
         self.module = model
         self.base_optimizer = optimizer
-        self._place(model)
-        with only_trained_are_sent(model):
+        self._materialize(model, read_lazy)
+        with skip_frozen_broadcast(model):
             self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
         if self.zero_stage is not None:
             # Where moments are offloaded, accelerate has put DeepSpeed's CPU Adam in its place.
@@ -120,14 +131,18 @@ class Engine:
         if self.zero_stage is not None:
             self._check_deepspeed_agrees()
 
-    def _place(self, model: nn.Module) -> None:
+    def _materialize(self, model: nn.Module, read_lazy: ReadLazy) -> None:
         if self._plugin and self.zero_stage == 3:
-            shard(model, self._plugin.deepspeed_config, self.device)
+            zero3_init(
+                model, self._plugin.deepspeed_config, read_lazy=read_lazy, device=self.device
+            )
             return
         # Without DeepSpeed fp16 autocasts, and T5 keeps parts of itself in fp32.
         half = torch.float16 if self._config.fp16 and self._plugin else torch.float32
         frozen_dtype = torch.bfloat16 if self._config.bf16 else half
-        place(model, frozen_dtype=frozen_dtype, device=self.device)
+        materialize_on_device(
+            model, read_lazy=read_lazy, frozen_dtype=frozen_dtype, device=self.device
+        )
 
     def _check_deepspeed_agrees(self) -> None:
         config = self._config
@@ -228,11 +243,11 @@ class Engine:
         rows = self.gather(torch.tensor([list(used.values())], device=self.device))
         return dict(zip(used, rows.amax(dim=0).tolist(), strict=True))
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         return broadcast_object_list([value])[0]
 
-    def on_main(self, function: Callable[[], T]) -> T:
+    def on_rank0(self, function: Callable[[], T]) -> T:
         """What a function gives on rank 0, on every rank; so is an error for the user, which all raise."""
         outcome: T | PemtError | None = None
         if self.is_main:
@@ -240,12 +255,12 @@ class Engine:
                 outcome = function()
             except PemtError as error:
                 outcome = error
-        outcome = self.from_main(outcome)
+        outcome = self.broadcast_object(outcome)
         if isinstance(outcome, PemtError):
             raise outcome
         return cast("T", outcome)
 
-    def highest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The highest of all ranks' values; from host to host, so that no device is waited for."""
         if self._hosts is None:
             return value
@@ -253,7 +268,7 @@ class Engine:
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._hosts)
         return int(values)
 
-    def everyones(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, rank 0's first; small ones, from host to host."""
         values = [value] * self.world_size
         if self._hosts is not None:
@@ -265,7 +280,7 @@ class Engine:
         self._accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
-    def build_first(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """One process a node runs the block first; the others then find what it built."""
         with self._accelerator.local_main_process_first():
             yield

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pemt.engine.deepspeed_import  # noqa: F401
+
+# isort: split
+
 import contextlib
 import functools
 import os
@@ -15,8 +19,13 @@ from uuid import uuid4
 import torch
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
-from pemt.config import PemtError, RunConfig
-from pemt.deepspeed_json import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
+from pemt.config import (
+    DeepSpeedConfigError,
+    PemtError,
+    RunConfig,
+    fill_deepspeed_json,
+    read_deepspeed_json,
+)
 from pemt.engine.schema import check_schema
 
 
@@ -43,7 +52,7 @@ def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | 
 
 
 @contextlib.contextmanager
-def renewed_rendezvous() -> Iterator[None]:
+def re_rendezvous() -> Iterator[None]:
     """After `--max_restarts` has started the ranks anew, let them meet within the block where nobody has met before.
 
     The launcher's store lives on, and torch's static rendezvous, which is accelerate's, would give out
@@ -97,7 +106,7 @@ def process_group_kwargs(config: RunConfig) -> list[InitProcessGroupKwargs]:
 
 
 @functools.cache
-def hosts_group() -> torch.distributed.ProcessGroup | None:
+def cpu_group() -> torch.distributed.ProcessGroup | None:
     """All ranks over gloo, for a few numbers between hosts; one for the whole job, None where there is one rank."""
     if not torch.distributed.is_initialized():
         return None

@@ -12,8 +12,8 @@ from torch import nn
 
 from pemt.config import RunConfig
 from pemt.engine.engine import Engine
+from pemt.engine.exit import run_and_exit
 from pemt.engine.job import EngineError, shut_down
-from pemt.leaving import run_and_leave
 
 
 def main() -> None:
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

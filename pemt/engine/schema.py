@@ -7,6 +7,10 @@ gives one line.
 
 from __future__ import annotations
 
+import pemt.engine.deepspeed_import  # noqa: F401
+
+# isort: split
+
 import json
 import math
 from collections.abc import Iterator
@@ -22,8 +26,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from pemt.command_line import nearest
-from pemt.deepspeed_json import DeepSpeedConfigError
+from pemt.config import DeepSpeedConfigError, nearest
 
 MODELS: dict[str, type[DeepSpeedConfigModel]] = {
     "bf16": DeepSpeedBF16Config,

@@ -6,42 +6,62 @@ weights are the same on every rank already, since all read the same files; only 
 
 from __future__ import annotations
 
+import pemt.engine.deepspeed_import  # noqa: F401
+
+# isort: split
+
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.partition_parameters import is_zero_param
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pemt.lazy_weights import is_unread, put_value, value_of
+# The value of a parameter that still lies in its file, as the file has it; None for one in memory.
+ReadLazy = Callable[[nn.Parameter], "Tensor | None"]
 
 
-def place(model: nn.Module, *, frozen_dtype: torch.dtype, device: torch.device) -> None:
-    """Read what is unread, one parameter at a time, onto the device.
+def materialize_on_device(
+    model: nn.Module, *, read_lazy: ReadLazy, frozen_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Read lazy parameters, one at a time, onto the device.
 
     Args:
         model: changed in place; its frozen parameters get `frozen_dtype`, trained ones keep theirs.
+        read_lazy: gives the values that still lie in files.
     """
     for parameter in model.parameters():
         dtype = parameter.dtype if parameter.requires_grad else frozen_dtype
+        value = read_lazy(parameter)
         # A mapped file's memory is no place for weights: copied even where nothing changes.
-        put_value(parameter, value_of(parameter).to(device, dtype, copy=is_unread(parameter)))
+        parameter.data = (
+            parameter.data.to(device, dtype)
+            if value is None
+            else value.to(device, dtype, copy=True)
+        )
     for buffer in model.buffers():
         buffer.data = buffer.to(device)
 
 
-def shard(model: nn.Module, deepspeed_config: dict[str, Any], device: torch.device) -> None:
+def zero3_init(
+    model: nn.Module,
+    deepspeed_config: dict[str, Any],
+    *,
+    read_lazy: ReadLazy,
+    device: torch.device,
+) -> None:
     """Partition the parameters as ZeRO-3 wants them, reading one at a time: no rank ever holds the model.
 
     Args:
         model: changed in place.
+        read_lazy: gives the values that still lie in files.
         deepspeed_config: with nothing left to `"auto"`.
     """
-    ShardedInit(module=model, config_dict_or_path=deepspeed_config)
+    ShardedInit(read_lazy, module=model, config_dict_or_path=deepspeed_config)
     for buffer in model.buffers():  # DeepSpeed leaves them alone where weights are sharded already
         buffer.data = buffer.to(device)
 
@@ -50,14 +70,21 @@ class ShardedInit(deepspeed.zero.Init):
     """DeepSpeed's `zero.Init(module=...)`, which reads what is unread and does not send what is frozen.
 
     Its own would copy each parameter whole to the device and broadcast it from rank 0. This is a private
-    corner of DeepSpeed 0.19; tests/test_sharded_start.py counts memory and bytes.
+    corner of DeepSpeed 0.19; tests/launch/test_sharded_start.py counts memory and bytes.
     """
+
+    def __init__(self, read_lazy: ReadLazy, **kwargs: Any) -> None:
+        self._read_lazy = read_lazy  # the base class converts the module while it is made
+        super().__init__(**kwargs)
 
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
         for parameter in param_list:
             if is_zero_param(parameter):
                 continue
-            put_value(parameter, value_of(parameter).to(self.local_device, self.dtype))
+            value = self._read_lazy(parameter)
+            parameter.data = (parameter.data if value is None else value).to(
+                self.local_device, self.dtype
+            )
             self._convert_to_deepspeed_param(parameter)
             if parameter.requires_grad:
                 dist.broadcast(parameter.data.view(torch.uint8), 0)
@@ -65,7 +92,7 @@ class ShardedInit(deepspeed.zero.Init):
 
 
 @contextlib.contextmanager
-def only_trained_are_sent(model: nn.Module) -> Iterator[None]:
+def skip_frozen_broadcast(model: nn.Module) -> Iterator[None]:
     """While DeepSpeed or DDP starts, keep its broadcast of the model to what is trained.
 
     DeepSpeed passes over parameters that have this mark, which is how its OptimizedLinear says that a

@@ -6,6 +6,10 @@ it wraps the optimizer; without it they lie in the optimizer itself. All of that
 
 from __future__ import annotations
 
+import pemt.engine.deepspeed_import  # noqa: F401
+
+# isort: split
+
 from typing import Any, cast
 
 import deepspeed

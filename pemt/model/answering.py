@@ -15,7 +15,7 @@ from pemt.ops.linear import linear
 
 
 @contextmanager
-def faster_answers(base: nn.Module) -> Iterator[None]:
+def fast_generate(base: nn.Module) -> Iterator[None]:
     """Within the block, `generate` of the base model, and of what is built around it, is faster.
 
     Linear layers call `pemt.ops.linear`, and a ReLU overwrites what it is given. A model with compiled

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pemt.model.answering import faster_answers
+from pemt.model.answering import fast_generate
 from pemt.model.inject import LAYER_NORMS, Base, checked_base
 from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import PemtOutput, TrainedT5, mean_cross_entropy
@@ -50,7 +50,7 @@ class BaselineT5(TrainedT5):
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> Tensor:
         given = {**self.generation_cache(), **generation_kwargs}
-        with faster_answers(self.base):
+        with fast_generate(self.base):
             return self.called.generate(input_ids=input_ids, attention_mask=attention_mask, **given)
 
 
@@ -59,7 +59,7 @@ class FullT5(BaselineT5):
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__(base)
-        self.settle()
+        self.freeze_untrained()
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.parameters()
@@ -92,7 +92,7 @@ class BitFitT5(BaselineT5):
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__(base)
         _put_biases(self.base)
-        self.settle()
+        self.freeze_untrained()
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         for module in self.modules():

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pemt.config import AdapterConfig
-from pemt.lazy_weights import is_unread, unread_parameter, value_of
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
 from pemt.model.gate import Gate
 from pemt.model.inject import FfnSite
+from pemt.model.lazy import is_lazy, lazy_parameter, value_of
 from pemt.model.trainable import Trainable
 from pemt.ops import expert_mixture, gram_matrix, prompt_mean, task_sparsity
 from pemt.ops.linear import add_linear, linear
@@ -251,11 +251,11 @@ def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int)
     Unread where the base is: they are laid side by side as they are placed, and no rank holds them all.
     """
     tensors = [source.weights[key] for source in sources]
-    if not is_unread(like):
+    if not is_lazy(like):
         return nn.Parameter(torch.cat(tensors, dim=dim).to(like), requires_grad=False)
     shape = list(tensors[0].shape)
     shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
-    return unread_parameter(tuple(shape), like.dtype, partial(torch.cat, tensors, dim=dim))
+    return lazy_parameter(tuple(shape), like.dtype, partial(torch.cat, tensors, dim=dim))
 
 
 MIXTURES: dict[str, type[LoraMixture] | type[BottleneckMixture]] = {

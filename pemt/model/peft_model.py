@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import PemtError
-from pemt.lazy_weights import read_all
 from pemt.model.baselines import BaselineT5
 from pemt.model.experts import ModelError
 from pemt.model.inject import Base
+from pemt.model.lazy import materialize_all
 
 # What `--method lora` and `--method prompt` stand for; `peft_config` overrides single fields.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ class PeftT5(BaselineT5):
 
         super().__init__(base)
         del self.base  # it lives on inside `peft`; twice in the tree, ZeRO-3 would gather it twice
-        read_all(base)  # some of peft's ways to start look at the weights
+        materialize_all(base)  # some of peft's ways to start look at the weights
         kind = settings.peft_type.value
         if kind in PREFIXES:
             _fit_prefix(settings, base)
@@ -138,7 +138,7 @@ class PeftT5(BaselineT5):
             raise PeftError(f"peft_config: {kind} leaves nothing to train")
         if prompt_PD is not None:
             self._start_prompt(prompt_PD)
-        self.settle()
+        self.freeze_untrained()
 
     def _try(self) -> None:
         """One pass over two tokens: some of peft's types fail only here, and not after the data is read."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.model.answering import faster_answers
+from pemt.model.answering import fast_generate
 from pemt.model.context import PassContext, Record
 from pemt.model.experts import (
     ExpertSource,
@@ -53,7 +53,7 @@ class PemtT5(TrainedT5):
         self.expert = expert
         self.mixture = mixture
         self.base_sha256 = base_digest(base)  # now, while no ZeRO-3 has partitioned the weights
-        self.settle()
+        self.freeze_untrained()
 
     @classmethod
     def source(cls, base: PreTrainedModel, *, expert: ExpertConfig, prompt_PD: Tensor) -> PemtT5:
@@ -136,16 +136,16 @@ class PemtT5(TrainedT5):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> Tensor:
-        return self.answer(input_ids, attention_mask, **generation_kwargs)[0]
+        return self.generate_with_gates(input_ids, attention_mask, **generation_kwargs)[0]
 
     @torch.no_grad()
-    def answer(
+    def generate_with_gates(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         base: Any = self.base  # the union of the three has no common type for `generate`
         given = {**self.generation_cache(), **generation_kwargs}
-        with self.context.answering() as gates, faster_answers(base):
+        with self.context.answering() as gates, fast_generate(base):
             tokens_BT = base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **given)
         if not gates:
             return tokens_BT, None

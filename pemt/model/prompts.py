@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pemt.lazy_weights import value_of
 from pemt.model.experts import ModelError
+from pemt.model.lazy import value_of
 from pemt.model.trainable import Trainable
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pemt.lazy_weights import value_of
 from pemt.model.inject import Base
+from pemt.model.lazy import value_of
 
 _KEYS = (
     "model_type",

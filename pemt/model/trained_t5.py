@@ -45,7 +45,7 @@ class PemtOutput(ModelOutput):
 class TrainedT5(nn.Module, ABC):
     """A T5, mT5 or UMT5 of which a method trains a part, or all.
 
-    A subclass changes the base model in place, then calls `settle`.
+    A subclass changes the base model in place, then calls `freeze_untrained`.
     """
 
     base: Base
@@ -65,7 +65,7 @@ class TrainedT5(nn.Module, ABC):
     ) -> Tensor:
         """Token ids [B,T] (times `num_return_sequences`) from the base model's own `generate`."""
 
-    def answer(
+    def generate_with_gates(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """What `generate` gives, and the gates [B,L,K], fp32, of that same pass; None where none are."""
@@ -82,7 +82,7 @@ class TrainedT5(nn.Module, ABC):
         """
         return None
 
-    def settle(self) -> None:
+    def freeze_untrained(self) -> None:
         """Freeze everything that is not declared; once, before an engine sees the model."""
         trained = {id(parameter) for parameter in self.declared_parameters()}
         for parameter in self.parameters():

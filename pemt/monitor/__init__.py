@@ -1,19 +1,5 @@
 """What a run tells while it trains, from rank 0: TensorBoard, log.jsonl and one progress bar."""
 
-from pemt.monitor.bars import EvaluationBar, quiet_libraries
-from pemt.monitor.board import TENSORBOARD_FOLDER, record_outcome
-from pemt.monitor.gates import GateNames, entropy_NL
-from pemt.monitor.log_file import LOG_FILE, read_log
-from pemt.monitor.monitor import Monitor
+import lazy_loader
 
-__all__ = [
-    "LOG_FILE",
-    "TENSORBOARD_FOLDER",
-    "EvaluationBar",
-    "GateNames",
-    "Monitor",
-    "entropy_NL",
-    "quiet_libraries",
-    "read_log",
-    "record_outcome",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

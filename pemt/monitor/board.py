@@ -23,7 +23,7 @@ DRAWING_SHARE = 0.01  # of a run's time, at most
 COMPARED = ("test/average_metrics", "test/loss")
 
 
-class Board:
+class TensorBoardWriter:
     """Writes one run's TensorBoard (rank 0 makes one).
 
     Args:
@@ -39,7 +39,7 @@ class Board:
         self._started = time.monotonic()
         self._drawing, self._last_drawing = 0.0, 0.0
 
-    def introduce(self, task: str, texts: Mapping[str, str]) -> None:
+    def log_config(self, task: str, texts: Mapping[str, str]) -> None:
         """Lay out the page of custom scalars and write Markdown texts by tag."""
         self._writer.add_custom_scalars(layout(task, self._gates))
         for tag, text in texts.items():
@@ -123,7 +123,7 @@ def record_outcome(
     """
     folder = output_dir / TENSORBOARD_FOLDER
     try:
-        board = Board(folder, gates=gates)
+        board = TensorBoardWriter(folder, gates=gates)
         if mixture is not None:
             title = f"{config.task_name}, test"
             board.gates(step, *mixture, part="test", title=title)

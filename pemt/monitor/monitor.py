@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pemt.config import PemtError, RunConfig
 from pemt.monitor.bars import ProgressBar
-from pemt.monitor.board import TENSORBOARD_FOLDER, Board
+from pemt.monitor.board import TENSORBOARD_FOLDER, TensorBoardWriter
 from pemt.monitor.gates import GateNames
 from pemt.monitor.log_file import LOG_FILE, LogFile
 from pemt.monitor.provenance import config_text, environment_text
@@ -73,7 +73,7 @@ class Monitor:
     def _open(self) -> None:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         self._log = LogFile(self._output_dir / LOG_FILE, initial_step=self._initial_step)
-        self._board = Board(
+        self._board = TensorBoardWriter(
             self._output_dir / TENSORBOARD_FOLDER,
             gates=self._gates,
             purge_step=self._initial_step + 1,
@@ -109,7 +109,7 @@ class Monitor:
                 )
                 self.message(f"{name}: {error.strerror or error}; the training goes on, {later}")
 
-    def introduce(self, config: RunConfig, facts: Mapping[str, str]) -> None:
+    def log_config(self, config: RunConfig, facts: Mapping[str, str]) -> None:
         """Write what the run is: configuration, environment and git state, and lay out TensorBoard.
 
         Args:
@@ -120,7 +120,7 @@ class Monitor:
             environment = environment_text(facts, folder=Path.cwd())
             texts = {"config": config_text(config), "environment": environment}
             with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
-                self._board.introduce(config.task_name, texts)
+                self._board.log_config(config.task_name, texts)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record values under flat tags such as `train/loss`, in TensorBoard and log.jsonl."""

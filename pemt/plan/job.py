@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pemt.config import PemtError
-from pemt.deepspeed_json import read_deepspeed_json
+from pemt.config import PemtError, read_deepspeed_json
 from pemt.plan.shapes import Shape
 
 

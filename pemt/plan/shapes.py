@@ -95,7 +95,7 @@ def read_shape(name: str) -> Shape:
     known = KNOWN.get(name.rstrip("/").rsplit("/", maxsplit=1)[-1])
     if known is not None and not Path(name).is_dir():
         return known
-    from pemt.base import load_config
+    from pemt.model import load_config
 
     config = load_config(name)
     return Shape(

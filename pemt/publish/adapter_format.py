@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, MixtureConfig, PemtError
-from pemt.json_values import Count, Positive, checked
 from pemt.model import BitFitT5, ExpertSource, PemtT5, TrainedT5, base_digest, checked_base
+from pemt.storage import Count, Positive, checked
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE, FORMAT = "PEMT", 1

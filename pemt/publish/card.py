@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pemt.config import PEFT_METHODS, AdaptConfig
-from pemt.hub import HubError, local_folder
+from pemt.storage import HubError, local_folder
 from pemt.tasks import Task, label_name
 
 GATES = "gates.png"

@@ -13,10 +13,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pemt.bank import read_bank
-from pemt.base import bars_on_terminals_alone
+from pemt.checkpoint import RESULTS
 from pemt.config import AdaptConfig
-from pemt.finished import Finished, load_finished
-from pemt.model import FullT5, PeftT5, base_digest, base_shape
+from pemt.model import FullT5, PeftT5, bars_on_terminals_alone, base_digest, base_shape
 from pemt.publish.adapter_format import (
     CONFIG,
     FORMAT,
@@ -28,7 +27,7 @@ from pemt.publish.adapter_format import (
     write_adapter,
 )
 from pemt.publish.card import GATES, Card, base_licence, draw_gates, model_card
-from pemt.run_folder import RESULTS
+from pemt.run import LoadedRun, load_finished
 
 README = "README.md"
 
@@ -96,7 +95,7 @@ def export_run(
 
 
 def _write_own(
-    folder: Path, finished: Finished, config: AdaptConfig, base_model: str, dtype: Dtype
+    folder: Path, finished: LoadedRun, config: AdaptConfig, base_model: str, dtype: Dtype
 ) -> None:
     base, task = finished.model.base, finished.task
     experts = []

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pemt.base import load_pretrained
 from pemt.data import EvalBatches, collate, encode_sources
-from pemt.hub import local_folder
-from pemt.model import TrainedT5
+from pemt.model import TrainedT5, load_pretrained
 from pemt.publish.adapter_format import CONFIG, TENSORS, Settings, read_model, read_settings
+from pemt.storage import local_folder
 
 
 class PemtModel:
@@ -58,7 +57,7 @@ class PemtModel:
         Raises:
             HubError: neither such a folder nor such a repository.
             PublishError: what is there is no published adaptation, is damaged, or is another base's.
-            BaseModelError, DataError: base model or tokenizer cannot be loaded.
+            BaseModelError, TokenizerError: base model or tokenizer cannot be loaded.
         """
         folder = local_folder(str(path_or_id), files=(CONFIG, TENSORS), revision=revision)
         settings = read_settings(folder)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pemt.hub import download, upload
 from pemt.publish.adapter_format import CONFIG, PublishError
+from pemt.storage import download, upload
 
 WHOLE_MODEL = "config.json"
 

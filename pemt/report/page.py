@@ -18,7 +18,7 @@ from markupsafe import Markup
 from pemt.report import findings
 from pemt.report.charts import Series, line_chart
 from pemt.report.record import Record, read_records
-from pemt.run_folder import write_text
+from pemt.storage import write_text
 
 HTML, MARKDOWN = "report.html", "report.md"
 NOTHING = "(nothing)"

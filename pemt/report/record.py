@@ -10,12 +10,9 @@ from typing import Any
 
 import yaml
 
-from pemt.checkpoint import trained_count
-from pemt.checkpoint_names import checkpoint_folders
+from pemt.checkpoint import CONFIG, PREDICTIONS, RESULTS, STATUS, checkpoint_folders, trained_count
 from pemt.config import PemtError
 from pemt.monitor import LOG_FILE, read_log
-from pemt.run_folder import CONFIG, PREDICTIONS, RESULTS
-from pemt.status import STATUS
 
 
 class ReportError(PemtError):

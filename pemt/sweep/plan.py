@@ -12,10 +12,17 @@ from typing import Any
 
 import yaml
 
-from pemt.arguments import field_keys, nearest, parse_config, read_yaml_mapping
-from pemt.build import check_method
-from pemt.config import AdaptConfig, ConfigError, PemtError
-from pemt.run_folder import CONFIG, RESULTS
+from pemt.checkpoint import CONFIG, RESULTS
+from pemt.config import (
+    AdaptConfig,
+    ConfigError,
+    PemtError,
+    field_keys,
+    nearest,
+    parse_config,
+    read_yaml_mapping,
+)
+from pemt.run import check_method
 from pemt.tasks import get_task
 
 KEYS = ("output_dir", "recipe", "fields", "methods", "tasks", "seeds")

@@ -12,8 +12,7 @@ from statistics import mean, stdev
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pemt.checkpoint import trained_count
-from pemt.run_folder import RESULTS
+from pemt.checkpoint import RESULTS, trained_count
 from pemt.storage import write_text
 from pemt.sweep.plan import Sweep
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pemt.config import PemtError
 from pemt.engine import Engine
+from pemt.run import run_adapt
 from pemt.storage import write_text
 from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
 from pemt.sweep.report import write_report
-from pemt.train import run_adapt
 
 ERROR = "error.txt"
 
@@ -76,7 +76,7 @@ def _waiting(sweep: Sweep, *, alone: bool) -> list[Run]:
         return sorted(numbers, key=lambda number: (sweep.runs[number].folder / ERROR).is_file())
 
     # Each run has an engine of its own; this one, of any run, connects the ranks.
-    numbers = look() if alone else Engine(sweep.runs[0].config).on_main(look)
+    numbers = look() if alone else Engine(sweep.runs[0].config).on_rank0(look)
     return [sweep.runs[number] for number in numbers]
 
 

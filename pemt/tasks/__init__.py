@@ -1,40 +1,5 @@
 """The tasks: what each reads, what the model is asked, what counts as right."""
 
-from pemt.tasks.registry import register_task, task_names
-from pemt.tasks.scoring import example_scores, score
-from pemt.tasks.task import (
-    SPLITS,
-    Example,
-    HubSource,
-    RowError,
-    Task,
-    TaskError,
-    class_name,
-    encodable,
-    example_of,
-    has_label,
-    label_name,
-    source_of,
-)
-from pemt.tasks.task_file import get_task, load_task_file
+import lazy_loader
 
-__all__ = [
-    "SPLITS",
-    "Example",
-    "HubSource",
-    "RowError",
-    "Task",
-    "TaskError",
-    "class_name",
-    "encodable",
-    "example_of",
-    "example_scores",
-    "get_task",
-    "has_label",
-    "label_name",
-    "load_task_file",
-    "register_task",
-    "score",
-    "source_of",
-    "task_names",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

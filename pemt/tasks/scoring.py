@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pemt.metrics import best, compute, exact_match, token_f1
+from pemt.tasks.metrics import best, compute, exact_match, token_f1
 from pemt.tasks.task import Task, TaskError
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from pemt.config import PemtError
-from pemt.metrics import METRICS
+from pemt.tasks.metrics import METRICS
 
 Row = Mapping[str, Any]
 LONGEST_ERROR = 500
@@ -67,7 +67,7 @@ class Task:
 
     Required: `name`, `description` (one sentence; the embeddings of its tokens start the task
     prompt), `template` (the source text, `{field}` for a field of the row) and `metrics` (names in
-    `pemt.metrics.METRICS`). A task with `labels` is a classification: `labels` are the target texts
+    `pemt.tasks.metrics.METRICS`). A task with `labels` is a classification: `labels` are the target texts
     in the order of the data set's class ids, `label_names` what files may call the same classes.
     Without labels it is an open answer (`label` holds a string or a list of them, the first is the
     target) or, with `score_step`, a regression whose target is `label` rounded to that step.

@@ -28,9 +28,9 @@ from typing import Any
 
 import yaml
 
+from pemt.config import load_yaml
 from pemt.tasks.registry import known_task
 from pemt.tasks.task import SPLITS, HubSource, Task, TaskError
-from pemt.yaml_file import load_yaml
 
 
 class WrongType(ValueError):

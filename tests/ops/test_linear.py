@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pemt.ops import OpsError, select
-from pemt.ops import linear as module
+from pemt.ops import OpsError, linear as module, select
 from pemt.ops.library import CSRC
 from pemt.ops.linear import FEW_ROWS, add_linear, linear
 

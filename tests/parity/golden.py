@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5
 from pemt.model.inject import ffn_sites
 

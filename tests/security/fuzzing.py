@@ -7,10 +7,9 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 
-from pemt.config import PemtError
+from pemt.config.schema import PemtError
 
 INPUTS = 1000
 fuzz = settings(

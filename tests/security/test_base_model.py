@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from pemt.base import BaseModelError, load_pretrained
 from pemt.data import DataError
-from tests.tiny import make_base
+from pemt.model.base import BaseModelError, load_pretrained
+from tests.support.tiny import make_base
 
 
 class Evil:

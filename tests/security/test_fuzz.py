@@ -9,28 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from pemt.arguments import parse_config
-from pemt.bank import read_bank, read_entry
-from pemt.bank_tools import verify
-from pemt.checkpoint import CheckpointError, Progress, progress_of
-from pemt.config import AdaptConfig, PemtError
-from pemt.deepspeed_json import fill_deepspeed_json, read_deepspeed_json
+from pemt.bank.entries import read_bank, read_entry
+from pemt.bank.tools import verify
+from pemt.checkpoint import Progress, progress_of
+from pemt.checkpoint.checkpoint import CheckpointError
+from pemt.config.deepspeed import fill_deepspeed_json, read_deepspeed_json
+from pemt.config.parse import parse_config
+from pemt.config.schema import AdaptConfig, PemtError
 from pemt.engine.schema import check_schema
-from pemt.manifest import MANIFEST, read_manifest, sealed, sha256
 from pemt.model import base_shape
+from pemt.storage.manifest import MANIFEST, read_manifest, sha256, with_checksum
 from pemt.tasks.task_file import load_task_file
 from tests.conftest import ROOT
 from tests.security.fuzzing import Outcomes, fuzz, mutated_tensors, mutated_text, mutated_values
-from tests.tiny import adapt_config
-from tests.tiny_t5 import tiny_base, tiny_source
+from tests.support.tiny import adapt_config
+from tests.support.tiny_t5 import tiny_base, tiny_source
 
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from pemt.bank import write_entry
+    from pemt.bank.entries import write_entry
 
     shape = base_shape(tiny_base().config)
     folder = tmp_path_factory.mktemp("fuzz") / "bank"
@@ -76,7 +76,7 @@ def test_bank_whose_manifest_is_sealed_anew(bank: Path) -> None:
     @fuzz
     @given(mutated_values(original))
     def run(manifest: dict[str, Any]) -> None:
-        (entry / MANIFEST).write_text(sealed(manifest))
+        (entry / MANIFEST).write_text(with_checksum(manifest))
         outcomes.of(use)
 
     run()
@@ -99,7 +99,7 @@ def test_bank_whose_tensors_are_sealed_anew(bank: Path) -> None:
     def run(changed: bytes) -> None:
         path.write_bytes(changed)
         manifest["files"][path.name] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        (entry / MANIFEST).write_text(sealed(manifest))
+        (entry / MANIFEST).write_text(with_checksum(manifest))
         outcomes.of(lambda: read_entry(entry))
 
     run()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from pemt.config import PemtError
+from pemt.bank.peft_format import read_base_name, read_peft, write_peft
+from pemt.config.schema import PemtError
 from pemt.model import PemtT5, base_digest, base_shape
-from pemt.peft_format import read_base_name, read_peft, write_peft
 from pemt.publish.adapter_format import (
     CONFIG,
     FORMAT,
@@ -24,7 +24,7 @@ from pemt.publish.adapter_format import (
     write_adapter,
 )
 from tests.security.fuzzing import Outcomes, fuzz, mutated_tensors, mutated_values
-from tests.tiny_t5 import target_model, tiny_base, tiny_source, tiny_sources
+from tests.support.tiny_t5 import target_model, tiny_base, tiny_source, tiny_sources
 
 SHAPE = base_shape(tiny_base().config)
 

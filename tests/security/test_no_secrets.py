@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pemt.config import ExpertConfig, PemtError
-from pemt.manifest import read_manifest
-from pemt.train import run_adapt, run_source
-from tests.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
+from pemt.config.schema import ExpertConfig, PemtError
+from pemt.run.train import run_adapt, run_source
+from pemt.storage.manifest import read_manifest
+from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
 TASK = "tiny-secrets"
 SECRETS = {

@@ -17,18 +17,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pemt.arguments import read_yaml_mapping
-from pemt.bank import BankError, entry_folder, read_entry, write_entry
-from pemt.config import ConfigError, PemtError
-from pemt.manifest import MANIFEST, read_manifest, sealed, sha256
+from pemt.bank.entries import BankError, entry_folder, read_entry, write_entry
+from pemt.bank.official import OfficialError, read_official
+from pemt.bank.peft_format import PeftFormatError, read_peft
+from pemt.config.parse import read_yaml_mapping
+from pemt.config.schema import ConfigError, PemtError
 from pemt.model import base_shape
-from pemt.official import OfficialError, read_official
-from pemt.peft_format import PeftFormatError, read_peft
-from pemt.storage import bring_back
+from pemt.storage.folders import recover_interrupted_replace
+from pemt.storage.manifest import MANIFEST, read_manifest, sha256, with_checksum
 from pemt.tasks import TaskError
 from pemt.tasks.task_file import load_task_file
 from tests.conftest import ROOT
-from tests.tiny_t5 import tiny_base, tiny_source
+from tests.support.tiny_t5 import tiny_base, tiny_source
 
 SOURCES = sorted((ROOT / "pemt").rglob("*.py"))
 SHAPE = base_shape(tiny_base().config)
@@ -195,7 +195,7 @@ def test_a_header_that_lies(tmp_path: Path, name: str) -> None:
     path, manifest = entry / "expert.safetensors", read_manifest(entry)
     path.write_bytes(data)
     manifest["files"][path.name] |= {"bytes": len(data), "sha256": sha256(path)}
-    (entry / MANIFEST).write_text(sealed(manifest))
+    (entry / MANIFEST).write_text(with_checksum(manifest))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(PemtError, match=r"expert\.safetensors: cannot be read"):
         read_entry(entry)
@@ -237,7 +237,7 @@ def test_what_a_crash_left_is_brought_back_into_its_folder_alone(tmp_path: Path)
     """The name of a left folder becomes a name in the same folder, whatever it is."""
     (tmp_path / "bank").mkdir()
     (tmp_path / "bank" / ".writing-replaced-..").mkdir()
-    bring_back(tmp_path / "bank")
+    recover_interrupted_replace(tmp_path / "bank")
     assert [path.name for path in tmp_path.iterdir()] == ["bank"]
 
 

@@ -1,0 +1,156 @@
+"""Reads what the published PEMT code saves of a source task: `lora.pt` or `adapter.pt`, and
+`task_embedding.pt`. They are pickles: only plain tensors are taken from them, no code is run.
+
+Shapes: P prompt tokens, D d_model.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pemt.config import PemtError
+from pemt.model import ExpertSource, refusal
+
+FILES: dict[Literal["lora", "bottleneck"], str] = {"lora": "lora.pt", "bottleneck": "adapter.pt"}
+PROMPT_FILE = "task_embedding.pt"
+_FFN = r"(?P<stack>encoder|decoder)\.block\.(?P<layer>\d+)\.layer\.[12]\.DenseReluDense\."
+_KEYS = {
+    "lora": re.compile(_FFN + r"wo\.lora_(?P<factor>[AB])$"),
+    "bottleneck": re.compile(
+        _FFN
+        + r"adapter_controller\.adapters\.(?P<task>[^.]+)\."
+        + r"(?P<factor>down|up)_sampler\.(?P<part>weight|bias)$"
+    ),
+}
+_LORA = {"A": "down", "B": "up"}
+
+
+class OfficialError(PemtError):
+    """A file that is not what the published code saves, or that would run code."""
+
+
+def read_official(
+    folder: Path, *, name: str, kind: str | None = None, alpha: float = 64.0
+) -> ExpertSource:
+    """One source task as the published code left it.
+
+    Args:
+        folder: holds `task_embedding.pt`, and `lora.pt` or `adapter.pt`.
+        name: the source task.
+        kind: `lora` or `bottleneck`; default: that of the one file which is there.
+        alpha: the LoRA expert's alpha.
+
+    Raises:
+        OfficialError: a file is missing, would run code, or holds something else.
+    """
+    chosen = _choose(folder, kind)
+    path = folder / FILES[chosen]
+    weights = _expert(path, chosen)
+    down = weights.get("encoder.0.down", weights.get("encoder.0.down.weight"))
+    if down is None or down.dim() != 2:
+        raise OfficialError(f"{path}: has no expert for the first encoder layer's FFN")
+    return ExpertSource(
+        name=name,
+        kind=chosen,
+        rank=down.shape[0],
+        alpha=alpha,
+        weights=weights,
+        prompt_PD=_prompt(folder / PROMPT_FILE),
+    )
+
+
+def _choose(folder: Path, kind: str | None) -> Literal["lora", "bottleneck"]:
+    there = [key for key, file in FILES.items() if (folder / file).is_file()]
+    if kind is not None:
+        there = [key for key in there if key == kind]
+    if len(there) == 1:
+        return there[0]
+    if there:
+        names = " and ".join(FILES.values())
+        raise OfficialError(f"{folder}: holds both {names}; choose with kind lora or bottleneck")
+    wanted = f" of kind {kind}" if kind is not None else ""
+    raise OfficialError(
+        f"{folder}: holds no expert{wanted}; needed is {' or '.join(FILES.values())}"
+    )
+
+
+def _expert(path: Path, kind: Literal["lora", "bottleneck"]) -> dict[str, Tensor]:
+    saved = _load(path)
+    if not isinstance(saved, Mapping):
+        raise OfficialError(f"{path}: found a {type(saved).__name__}, needed is a dict of tensors")
+    weights: dict[str, Tensor] = {}
+    tasks = set()
+    for key, value in saved.items():
+        match = _KEYS[kind].search(str(key))
+        if match is None or not isinstance(value, Tensor):
+            raise OfficialError(f"{path}: `{key}` is no part of a {kind} expert on an FFN's output")
+        site = f"{match['stack']}.{match['layer']}"
+        if kind == "lora":
+            ours = f"{site}.{_LORA[match['factor']]}"
+        else:
+            ours = f"{site}.{match['factor']}.{match['part']}"
+            tasks.add(match["task"])
+        weights[ours] = value.detach().float()
+    if len(tasks) > 1:
+        raise OfficialError(
+            f"{path}: holds experts of {len(tasks)} tasks; needed is one: {sorted(tasks)}"
+        )
+    return weights
+
+
+def _prompt(path: Path) -> Tensor:
+    """The prompt [P,D]: the file's tensor, or the only one in its dict."""
+    saved = _load(path)
+    tensors = _tensors(saved)
+    if len(tensors) != 1 or tensors[0].dim() != 2:
+        found = [list(tensor.shape) for tensor in tensors]
+        raise OfficialError(
+            f"{path}: found tensors {found}, needed is one prompt [tokens, d_model]"
+        )
+    return tensors[0].detach().float()
+
+
+def _load(path: Path) -> Any:
+    try:
+        _check_unpacked(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise OfficialError(f"{path}: does not exist") from None
+    except pickle.UnpicklingError as error:
+        raise OfficialError(
+            f"{path}: refused: {refusal(error)}; only plain tensors are taken"
+        ) from None
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().split("\n")[0] or "it ends too early"
+        raise OfficialError(f"{path}: cannot be read: {reason}") from None
+    for tensor in _tensors(saved):
+        if tensor.numel() * tensor.element_size() > path.stat().st_size:
+            raise OfficialError(
+                f"{path}: a tensor of shape {list(tensor.shape)} claims more numbers than the file holds"
+            )
+    return saved
+
+
+def _check_unpacked(path: Path) -> None:
+    """torch.save compresses nothing; what unpacks to more than the file was made to fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > path.stat().st_size:
+        raise OfficialError(
+            f"{path}: would unpack to {size} bytes, and torch.save packs nothing; it is refused"
+        )
+
+
+def _tensors(saved: Any) -> list[Tensor]:
+    values = saved.values() if isinstance(saved, Mapping) else [saved]
+    return [value for value in values if isinstance(value, Tensor)]

@@ -1,0 +1,245 @@
+"""What `pemt bank` does to a bank beside listing it: add from PEFT, export, verify, remove, merge."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pemt.bank.entries import (
+    TENSORS,
+    BankError,
+    Manifest,
+    check_free,
+    entry_folder,
+    entry_names,
+    read_entry,
+    same_base,
+    write_entry,
+)
+from pemt.bank.peft_format import FILES, PeftFormatError, read_base_name, read_peft, write_peft
+from pemt.config import PemtError
+from pemt.model import (
+    ExpertSource,
+    base_digest,
+    base_shape,
+    checked_base,
+    description_prompt,
+    load_pretrained,
+)
+from pemt.storage import MANIFEST, TEMPORARY, local_folder
+from pemt.tasks import get_task, task_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """What `add_peft` made.
+
+    Args:
+        folder: the new entry.
+        base_name: the base model it belongs to.
+        rank: of the expert.
+        prompt: `its own`, or the description that the prompt was made from.
+        absent: FFNs that the adapter does not touch: the expert gives zero there.
+    """
+
+    folder: Path
+    base_name: str
+    rank: int
+    prompt: str
+    absent: list[str]
+
+
+def add_peft(
+    path_or_id: str,
+    *,
+    bank_dir: str | Path,
+    task: str,
+    model_name_or_path: str | None = None,
+    tokenizer_name: str | None = None,
+    description: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Added:
+    """Put a LoRA adapter in PEFT's format, on T5's `wo`, into a bank.
+
+    Args:
+        path_or_id: the adapter's folder, or a hub id.
+        bank_dir, task: where it goes.
+        model_name_or_path: its base model; default: the one its configuration names.
+        tokenizer_name: where the tokenizer lies elsewhere.
+        description: one sentence; its tokens' embeddings become the prompt, where the adapter has none.
+            Default: the description of the task of that name.
+        revision: of the hub repository.
+        overwrite: replace an entry of that name.
+
+    Raises:
+        BankError: the bank has such an entry.
+        PeftFormatError: it is no plain LoRA on `wo`, or fits another base model.
+        PemtError: the base model or the hub cannot be read, or the bank cannot be written.
+    """
+    check_free(bank_dir, task, overwrite=overwrite)
+    folder = local_folder(path_or_id, files=FILES, revision=revision)
+    name = model_name_or_path or read_base_name(folder)
+    if not name:
+        raise PeftFormatError(
+            f"{folder}: does not name its base model; give it with --model_name_or_path"
+        )
+    base, tokenizer = load_pretrained(name, tokenizer_name or name, lazy=True)
+    shape = base_shape(base.config)
+    lora = read_peft(folder, shape)
+    if description is None and task in task_names():
+        description = get_task(task).description
+    prompt_PD, origin = lora.prompt_PD, "its own"
+    if prompt_PD is None:
+        if description is None:
+            raise _no_description(path_or_id, task)
+        prompt_PD, origin = description_prompt(tokenizer, base, description), description
+    source = ExpertSource(
+        name=task,
+        kind="lora",
+        rank=lora.rank,
+        alpha=lora.alpha,
+        weights=lora.weights,
+        prompt_PD=prompt_PD,
+        base_sha256=base_digest(checked_base(base)),
+    )
+    entry = write_entry(
+        bank_dir, source, base={"name": name, **shape}, description=description, metrics={}
+    )
+    return Added(folder=entry, base_name=name, rank=lora.rank, prompt=origin, absent=lora.absent)
+
+
+def _no_description(path_or_id: str, task: str) -> BankError:
+    return BankError(
+        f"description: missing; {path_or_id} has no task prompt and `{task}` is no task that "
+        "`pemt tasks` lists: say in one sentence what it does, --description '...'"
+    )
+
+
+def export_peft(
+    bank_dir: str | Path, folder: str | Path, *, tasks: Sequence[str] | None = None
+) -> list[Path]:
+    """Write LoRA sources of a bank so that `peft.PeftModel.from_pretrained` loads each.
+
+    Args:
+        bank_dir: the bank.
+        folder: receives one folder per source, by its name.
+        tasks: which; default: every LoRA source.
+
+    Raises:
+        BankError: no such entry, or the bank has no LoRA source.
+        PeftFormatError: a named one is no LoRA, or its folder is not empty.
+    """
+    entries = [read_entry(path) for path in _entries(bank_dir, tasks)]
+    if tasks is None:
+        entries = [entry for entry in entries if entry[0].kind == "lora"]
+    if not entries:
+        raise BankError(f"{bank_dir}: has no lora source, and PEFT knows no other kind of ours")
+    return [
+        write_peft(Path(folder) / source.name, source, base_name=str(manifest.base["name"]))
+        for manifest, source in entries
+    ]
+
+
+def verify(bank_dir: str | Path, tasks: Sequence[str] | None = None) -> dict[str, str | None]:
+    """By entry what is wrong with it, or None: checksums, shapes, and that every value is finite."""
+    return {folder.name: _fault(folder) for folder in _entries(bank_dir, tasks)}
+
+
+def remove(bank_dir: str | Path, tasks: Sequence[str]) -> list[str]:
+    """Take entries out of a bank; nothing is removed unless all of them are there.
+
+    Returns:
+        Their names, each once.
+
+    Raises:
+        BankError: no such entry.
+    """
+    folders = _entries(bank_dir, tasks)
+    for folder in folders:
+        # first out of sight in one step: a removal that is cut short leaves no half entry
+        hidden = folder.with_name(f"{TEMPORARY}removed-{folder.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+    return [folder.name for folder in folders]
+
+
+def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
+    """Copy every entry of other banks into one, which is made if it does not exist.
+
+    Nothing is written unless every entry is whole, no name occurs twice, and all are for one base model.
+
+    Returns:
+        The names of the entries that were added.
+
+    Raises:
+        BankError: a name occurs twice, or base models differ.
+    """
+    there = (
+        materialize_all(bank_dir)
+        if Path(bank_dir).is_dir() and any(Path(bank_dir).iterdir())
+        else []
+    )
+    coming = [(other, entry) for other in others for entry in materialize_all(other)]
+    merged = [manifest for manifest, _ in there]
+    for other, (manifest, _) in coming:
+        if manifest.task in [each.task for each in merged]:
+            raise BankError(
+                f"{other}: has an entry `{manifest.task}`, and so has {bank_dir} or another of these banks; "
+                "remove one of the two with `pemt bank remove`"
+            )
+        for each in merged:
+            if not same_base(each, manifest):
+                raise BankError(
+                    f"{other}: `{manifest.task}` is for {_base_of(manifest)}, `{each.task}` is for "
+                    f"{_base_of(each)}; a bank is for one base model"
+                )
+        merged.append(manifest)
+    for _, (manifest, source) in coming:
+        write_entry(
+            bank_dir,
+            source,
+            base=manifest.base,
+            description=manifest.description,
+            metrics=manifest.metrics,
+            dtype=manifest.dtype,
+        )
+    return [manifest.task for _, (manifest, _) in coming]
+
+
+def materialize_all(bank_dir: str | Path) -> list[tuple[Manifest, ExpertSource]]:
+    """Every entry of a bank, checked."""
+    return [read_entry(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
+
+
+def _entries(bank_dir: str | Path, tasks: Sequence[str] | None) -> list[Path]:
+    names = entry_names(bank_dir)
+    for task in tasks or ():
+        if task not in names:
+            raise BankError(f"{bank_dir}: has no entry `{task}`; it has: {', '.join(names)}")
+    return [entry_folder(bank_dir, name) for name in dict.fromkeys(tasks or names)]
+
+
+def _fault(folder: Path) -> str | None:
+    try:
+        manifest, source = read_entry(folder)
+        source.check(manifest.base)
+    except PemtError as error:
+        return str(error)
+    except KeyError as error:
+        return f"{folder / MANIFEST}: base: lacks {error}"
+    for key, tensor in source.weights.items():
+        if not torch.isfinite(tensor).all():
+            return f"{folder / TENSORS}: tensor `{key}` has infinite or NaN values"
+    return None
+
+
+def _base_of(manifest: Manifest) -> str:
+    digest = manifest.base_sha256
+    weights = "weights not known" if digest is None else f"weights {digest[:8]}"
+    return f"{manifest.base.get('name')} (d_model {manifest.base.get('d_model')}, {weights})"

@@ -1,0 +1,29 @@
+from .checkpoint import (
+    WEIGHTS as WEIGHTS,
+    Checkpoint as Checkpoint,
+    Checkpoints as Checkpoints,
+    load_into_model as load_into_model,
+    load_trained as load_trained,
+    trained_count as trained_count,
+)
+from .folder import (
+    CONFIG as CONFIG,
+    PREDICTIONS as PREDICTIONS,
+    RESULTS as RESULTS,
+    RunFolderError as RunFolderError,
+    check_run_folder as check_run_folder,
+    finished_results as finished_results,
+    holds_run as holds_run,
+    resume_target as resume_target,
+    start_run_folder as start_run_folder,
+)
+from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
+from .names import checkpoint_folders as checkpoint_folders
+from .progress import Progress as Progress, progress_of as progress_of
+from .resume import Config as Config, resolve_config as resolve_config
+from .status import (
+    STATUS as STATUS,
+    State as State,
+    saved_checkpoint as saved_checkpoint,
+    write_status as write_status,
+)

@@ -1,0 +1,157 @@
+"""The folder of a run: whether it may be used, and its configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pemt.checkpoint.names import UNUSABLE, checkpoint_folders
+from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig, load_yaml
+from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
+from pemt.storage import write_text
+
+CONFIG, RESULTS, PREDICTIONS = "config.yaml", "all_results.json", "predictions.jsonl"
+
+
+class RunFolderError(PemtError):
+    """An output folder that already holds a run, or is no folder."""
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse to write over a run, and to go on with another one than it holds; nothing is touched here.
+
+    Raises:
+        RunFolderError: `output_dir` holds a run of another configuration, or this one and going on was
+            refused by `resume_from_checkpoint: false`; and overwriting was not asked for.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"output_dir: {folder} is a file; give a folder")
+    if (
+        isinstance(config.resume_from_checkpoint, str)
+        and not Path(config.resume_from_checkpoint).is_dir()
+    ):
+        raise RunFolderError(
+            f"resume_from_checkpoint: no folder {config.resume_from_checkpoint}; give a checkpoint-<step> "
+            "folder, or `true` for the newest one in output_dir"
+        )
+    elsewhere = (
+        isinstance(config.resume_from_checkpoint, str)
+        and Path(config.resume_from_checkpoint).resolve().parent != folder.resolve()
+    )
+    if elsewhere and holds_run(folder):
+        raise RunFolderError(
+            f"output_dir: {folder} already holds a run, and {config.resume_from_checkpoint} is a checkpoint "
+            "of another; give a new output_dir"
+        )
+    if not holds_run(folder) or config.overwrite_output_dir or config.resume_from_checkpoint:
+        return
+    differences = _differences(config, folder)
+    if differences or config.resume_from_checkpoint is False:
+        raise RunFolderError(
+            f"output_dir: {folder} already holds a run{differences}; give --resume_from_checkpoint true to go on "
+            "with it all the same, --overwrite_output_dir true to delete it, or another folder"
+        )
+
+
+def resume_target(config: RunConfig) -> bool | str:
+    """What to resume: a checkpoint's folder, True for the newest one there may be, False for none."""
+    if config.resume_from_checkpoint is None:
+        return not config.overwrite_output_dir
+    return config.resume_from_checkpoint
+
+
+def _differences(config: RunConfig, folder: Path) -> str:
+    """In which fields the run in this folder is another one, for the error; empty if in none."""
+    path = folder / CONFIG
+    if not path.exists():
+        return ""  # the checkpoints tell themselves whose they are
+    try:
+        theirs = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        theirs = None
+    if not isinstance(theirs, dict):
+        return f", whose {CONFIG} cannot be read"
+    ours = _flat(yaml.safe_load(_config_text(config)))
+    # A field that was not there when the run began had the default.
+    defaults = {each.name: each.default for each in fields(config)}
+    theirs = {**{name: defaults.get(name, value) for name, value in ours.items()}, **_flat(theirs)}
+    found = [
+        f"{name} {theirs[name]}, not {value}"
+        for name, value in ours.items()
+        if name not in NON_IDENTITY_FIELDS and theirs[name] != value
+    ]
+    return f" with {'; '.join(found)}" if found else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, its keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def finished_results(config: RunConfig) -> dict[str, Any] | None:
+    """What the run that this very configuration describes has left; None if it is not finished.
+
+    Raises:
+        RunFolderError: as `check_run_folder`.
+    """
+    check_run_folder(config)
+    path = Path(config.output_dir) / RESULTS
+    if config.resume_from_checkpoint or config.overwrite_output_dir or not path.is_file():
+        return None
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # the checkpoint is still there, and the test is made again
+    return results
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    return (folder / CONFIG).exists() or bool(checkpoint_folders(folder))
+
+
+def start_run_folder(config: RunConfig) -> None:
+    """Make the folder and write the configuration into it (rank 0 calls).
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    folder = Path(config.output_dir)
+    try:
+        if config.overwrite_output_dir:
+            _remove_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULTS).unlink(missing_ok=True)
+        write_text(folder / CONFIG, _config_text(config))
+    except OSError as error:
+        raise RunFolderError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+
+
+def _config_text(config: RunConfig) -> str:
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run writes, and nothing else that may lie in its folder."""
+    for path in (
+        *(folder / name for name in (CONFIG, LOG_FILE, PREDICTIONS)),
+        *folder.glob("*_results.json"),
+        *folder.glob("not-finite-*.jsonl"),
+    ):
+        path.unlink(missing_ok=True)
+    unusable = folder.glob(f"{UNUSABLE}checkpoint-*")
+    for path in (folder / TENSORBOARD_FOLDER, *checkpoint_folders(folder), *unusable):
+        if path.exists():
+            shutil.rmtree(path)

@@ -1,0 +1,94 @@
+"""Checkpoints written beside the training: by a thread on rank 0, one after another, from copies on the host."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pemt.storage import StorageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A checkpoint that is to be written.
+
+    Args:
+        step: optimizer steps done; its name.
+        write: writes it from copies of its own, and gives the folder.
+        waited: seconds for which the training stood still while the copies were made.
+    """
+
+    step: int
+    write: Callable[[], Path]
+    blocked_seconds: float
+
+
+class BackgroundWriter:
+    """Writes snapshots in a thread; `write` waits for the one before.
+
+    What could not be written is kept, if it is still needed, and tried again with the next one.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._lines: deque[str] = deque()
+        self._unwritten: dict[int, Snapshot] = {}
+        self.error: StorageError | None = None  # of the last attempt; None after a success
+
+    def write(self, snapshot: Snapshot, *, needed: int | None) -> None:
+        """Begin to write a snapshot.
+
+        Args:
+            needed: the step of an earlier one that must not be lost, if that could not be written.
+        """
+        self.wait()
+        self._unwritten = {step: old for step, old in self._unwritten.items() if step == needed}
+        self._unwritten[snapshot.step] = snapshot
+        # Not a daemon: Python waits for it at exit. Before `os._exit`, which does not, somebody must `wait`.
+        self._thread = threading.Thread(target=self._write_all, name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Wait, and try once more what could not be written.
+
+        Raises:
+            StorageError: it still cannot.
+        """
+        self.wait()
+        self._write_all()
+        if self.error:
+            raise self.error
+
+    def lines(self) -> list[str]:
+        """What is to be told about the writing since the last call."""
+        return [self._lines.popleft() for _ in range(len(self._lines))]
+
+    def _write_all(self) -> None:
+        for step, snapshot in list(self._unwritten.items()):
+            began = time.perf_counter()
+            try:
+                folder = snapshot.write()
+            except StorageError as error:
+                self.error = error
+                self._lines.append(f"checkpoint-{step} was not saved: {error}")
+                return
+            except BaseException as error:
+                self.error = StorageError(f"checkpoint-{step} was not saved: {error!r}")
+                raise
+            self.error = None
+            del self._unwritten[step]
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            self._lines.append(
+                f"{folder.name}: {size / 1e6:,.2f} MB in {time.perf_counter() - began:.2f} s; "
+                f"the training waited {snapshot.blocked_seconds:.2f} s"
+            )

@@ -1,0 +1,31 @@
+from .command_line import (
+    Parser as Parser,
+    command_parser as command_parser,
+    count as count,
+    nearest as nearest,
+    verb_parser as verb_parser,
+)
+from .deepspeed import (
+    DeepSpeedConfigError as DeepSpeedConfigError,
+    fill_deepspeed_json as fill_deepspeed_json,
+    read_deepspeed_json as read_deepspeed_json,
+)
+from .parse import (
+    field_keys as field_keys,
+    parse_config as parse_config,
+    read_yaml_mapping as read_yaml_mapping,
+    recipe_names as recipe_names,
+)
+from .schema import (
+    NON_IDENTITY_FIELDS as NON_IDENTITY_FIELDS,
+    PEFT_METHODS as PEFT_METHODS,
+    AdaptConfig as AdaptConfig,
+    AdapterConfig as AdapterConfig,
+    ConfigError as ConfigError,
+    ExpertConfig as ExpertConfig,
+    MixtureConfig as MixtureConfig,
+    PemtError as PemtError,
+    RunConfig as RunConfig,
+    SourceConfig as SourceConfig,
+)
+from .yaml_file import load_yaml as load_yaml

@@ -1,0 +1,11 @@
+from .batching import EvalBatches as EvalBatches, TrainBatches as TrainBatches, collate as collate
+from .errors import DataError as DataError
+from .loading import (
+    TaskData as TaskData,
+    encode_sources as encode_sources,
+    lengths_of as lengths_of,
+    load_split as load_split,
+    load_task_data as load_task_data,
+)
+from .streaming import StreamBatches as StreamBatches, TrainStream as TrainStream
+from .to_predict import read_inputs as read_inputs, sources_of as sources_of

@@ -1,0 +1,67 @@
+"""Processes as the operating system knows them: memory of this one, when another began."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def memory_in_use(device: torch.device) -> dict[str, float]:
+    """GB (1e9 bytes): resident now, the most resident so far, and of a GPU the most allocated so far."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    now = _resident() or peak
+    # The kernel takes down a new peak a little late.
+    used = {"memory/rss_gb": now / 1e9, "memory/peak_rss_gb": max(now, peak) / 1e9}
+    if device.type == "cuda":
+        used["memory/peak_cuda_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return used
+
+
+def watch_peak(device: torch.device) -> int:
+    """Bytes held now, after all that can be returned has been; `peak` counts from here.
+
+    Of a GPU what PyTorch has allocated, of a CPU what is resident (Linux alone).
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident()
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes held since `watch_peak`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    (kilobytes,) = re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return 1024 * int(kilobytes)
+
+
+def _resident() -> int:
+    """Bytes; 0 where there is no /proc."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process of this host began, in ticks since boot; None if it is not alive."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])  # a zombie only waits to be counted

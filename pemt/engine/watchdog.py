@@ -1,0 +1,215 @@
+"""Ends a job in which a rank hangs or has died, and names it.
+
+The ranks of a job tell one another every second that they live and how far they are, through the
+store at which the launcher brought them together. Collective calls would wait for a rank that is
+stopped; DeepSpeed's do so whatever timeout their process group was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+from pemt.engine.process import start_ticks
+
+# The launcher ends the others as soon as one has died. Told so by SIGTERM, which a run takes for a wish
+# to save, they could wait for the dead one; after this long they end by themselves.
+DEATH_SECONDS = 2.0
+FAILED_STATUS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """What a rank tells about itself.
+
+    Args:
+        number: beats so far; it stands still while the process does.
+        place: how often the main thread has come by; it stands still in a hanging call.
+        step: optimizer steps done.
+        started: as in `lock.Holder`.
+    """
+
+    number: int
+    place: int
+    step: int
+    host: str
+    pid: int
+    started: int
+    left: bool = False
+
+    def is_here(self) -> bool:
+        """Whether its process is on this host."""
+        return self.host == socket.gethostname()
+
+    def is_alive_here(self) -> bool:
+        """Whether its process is on this host and still the one that started."""
+        return self.is_here() and start_ticks(self.pid) == self.started
+
+
+class Watchdog:
+    """One rank's watch over all; in a job of one process it does nothing.
+
+    Args:
+        rank, world_size: which this is, and of how many.
+        timeout: seconds after which a rank without a sign of life ends the job.
+        ended: called with the reason before this process ends, on one rank.
+    """
+
+    def __init__(
+        self, *, rank: int, world_size: int, timeout: float, ended: Callable[[], None]
+    ) -> None:
+        self._rank, self._world_size, self._ended = rank, world_size, ended
+        self._interval = min(1.0, timeout / 20)
+        self._patience = timeout - 3 * self._interval  # so that the end comes within the timeout
+        self._step = self._place = 0
+        self._stopped = threading.Event()
+        self._beats: dict[int, Beat] = {}
+        self._talked = time.monotonic()
+
+    def start(self, name: str, barrier: Callable[[], None]) -> None:
+        """Begin to watch (all ranks call).
+
+        Args:
+            name: the same on all ranks, and of no other run: the launcher's store outlives a restart of the
+                ranks, and a job may hold several runs.
+            barrier: waits for all ranks.
+        """
+        if self._world_size == 1 or "MASTER_ADDR" not in os.environ:
+            return
+        self._prefix = f"pemt/{name}"
+        self._store = _connected()
+        self._tell(0)
+        barrier()  # from now on every rank has a beat to be read
+        for work in (self._talk, self._judge):
+            threading.Thread(target=work, name=f"watchdog-{work.__name__}", daemon=True).start()
+
+    def heartbeat(self, step: int) -> None:
+        """Tell that the main thread is alive."""
+        self._step, self._place = step, self._place + 1
+
+    def stop(self, *, together: bool) -> None:
+        """End the watch.
+
+        Args:
+            together: all ranks leave the run here, so that this one's silence means nothing any more.
+        """
+        self._stopped.set()
+        if together and hasattr(self, "_store"):
+            with contextlib.suppress(RuntimeError):
+                self._tell(-1, left=True)
+
+    def _tell(self, number: int, *, left: bool = False) -> None:
+        pid = os.getpid()
+        beat = Beat(
+            number=number,
+            place=self._place,
+            step=self._step,
+            host=socket.gethostname(),
+            pid=pid,
+            started=start_ticks(pid) or 0,
+            left=left,
+        )
+        self._store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(beat)))
+
+    def _talk(self) -> None:
+        keys = [f"{self._prefix}/{rank}" for rank in range(self._world_size)]
+        number = 0
+        while not self._stopped.wait(self._interval):
+            number += 1
+            try:
+                self._tell(number)
+                told = self._store.multi_get(keys)
+                self._beats = {rank: Beat(**json.loads(text)) for rank, text in enumerate(told)}
+                self._talked = time.monotonic()
+            except RuntimeError:
+                # It may be a cable; `_judge` minds how long it lasts. Of the old connection a late answer could
+                # be taken for the next one's.
+                with contextlib.suppress(RuntimeError):
+                    self._store = _connected()
+
+    def _judge(self) -> None:
+        """Compare what the ranks tell with what they told before."""
+        alive: dict[int, tuple[int, float]] = {}
+        moved: dict[int, tuple[int, float]] = {}
+        died: dict[int, float] = {}
+        while not self._stopped.wait(self._interval):
+            now = time.monotonic()
+            for rank, beat in self._beats.items():
+                if beat.left:
+                    return  # the run is over
+                if alive.get(rank, (-1, now))[0] != beat.number:
+                    alive[rank] = (beat.number, now)
+                if moved.get(rank, (-1, now))[0] != beat.place:
+                    moved[rank] = (beat.place, now)
+                if beat.is_here() and not beat.is_alive_here():
+                    died.setdefault(rank, now)
+            if lost := [rank for rank, since in died.items() if now - since > DEATH_SECONDS]:
+                self._end(lost, "has died")
+            if now - self._talked > self._patience:
+                self._end(
+                    self._beside_the_store(),
+                    f"cannot be reached: the ranks' store on that machine has not answered for {self._patience:.0f} s",
+                )
+            if silent := [r for r, (_, since) in alive.items() if now - since > self._patience]:
+                self._end(silent, f"has shown no sign of life for {self._patience:.0f} s")
+            begun = [(place, since) for place, since in moved.values() if place > 0]
+            if begun and all(now - since > self._patience for _, since in moved.values()):
+                last = min(place for place, _ in moved.values())
+                hanging = [rank for rank, (place, _) in moved.items() if place == last]
+                self._end(hanging, f"hangs: no rank has got on for {self._patience:.0f} s")
+
+    def _beside_the_store(self) -> list[int]:
+        """The ranks of rank 0's machine, where the store is; seen from there, rank 0 alone."""
+        first = self._beats.get(0)
+        if first is None or first.is_here():
+            return [0]
+        return [rank for rank, beat in self._beats.items() if beat.host == first.host]
+
+    def _end(self, ranks: list[int], what: str) -> None:
+        if self._stopped.is_set():
+            return
+        others = [rank for rank in range(self._world_size) if rank not in ranks] or ranks
+        if self._rank != others[0]:
+            time.sleep(3)  # one tells for all
+            os._exit(FAILED_STATUS)
+        named = ", ".join(self._name(rank) for rank in ranks)
+        print(
+            f"pemt: error: {named} {what}; the job ends here (ddp_timeout), and the same command goes on from its "
+            "newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._ended()
+        for rank in ranks:
+            beat = self._beats.get(rank)
+            # A stopped process would hold the launcher up for another half a minute.
+            if rank != self._rank and beat and beat.is_alive_here():
+                os.kill(beat.pid, signal.SIGKILL)
+        os._exit(FAILED_STATUS)
+
+    def _name(self, rank: int) -> str:
+        beat = self._beats.get(rank)
+        if beat is None:
+            return f"rank {rank}"
+        return f"rank {rank} (host {beat.host}, process {beat.pid}, after step {beat.step})"
+
+
+def _connected() -> TCPStore:
+    """The store at which the launcher brought the ranks together."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=60),
+    )

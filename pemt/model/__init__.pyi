@@ -1,0 +1,28 @@
+from .base import (
+    bars_on_terminals_alone as bars_on_terminals_alone,
+    load_base as load_base,
+    load_config as load_config,
+    load_pretrained as load_pretrained,
+    load_shape as load_shape,
+    precision_warning as precision_warning,
+)
+from .base_files import refusal as refusal
+from .baselines import BitFitT5 as BitFitT5, FullT5 as FullT5
+from .experts import (
+    ExpertSource as ExpertSource,
+    ModelError as ModelError,
+    expert_shapes as expert_shapes,
+)
+from .inject import checked_base as checked_base
+from .lazy import materialize as materialize, read_lazy as read_lazy
+from .mixture import MIXTURES as MIXTURES, LoraMixture as LoraMixture
+from .peft_model import (
+    PREFIXES as PREFIXES,
+    PeftT5 as PeftT5,
+    peft_settings as peft_settings,
+    starts_from_text as starts_from_text,
+)
+from .pemt_t5 import PemtT5 as PemtT5
+from .prompts import description_prompt as description_prompt
+from .shape import base_digest as base_digest, base_shape as base_shape
+from .trained_t5 import PemtOutput as PemtOutput, TrainedT5 as TrainedT5

@@ -1,0 +1,153 @@
+"""The frozen base model and its tokenizer, from the hub or a local folder."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    MT5Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    UMT5Config,
+)
+
+from pemt.config import PemtError, RunConfig
+from pemt.model.base_files import WeightFileError, lazy_base, refusal, weight_files
+from pemt.model.shape import base_shape
+from pemt.model.tokenizer import load_tokenizer
+
+MODEL_TYPES: dict[str, type[PreTrainedConfig]] = {
+    "t5": T5Config,
+    "mt5": MT5Config,
+    "umt5": UMT5Config,
+}
+OVERFLOWS_FROM = 1024  # d_model of t5-large, t5-3b and their v1.1
+
+
+class BaseModelError(PemtError):
+    """A base model that cannot be loaded, is no T5, or does not go with the tokenizer."""
+
+
+def load_base(
+    config: RunConfig, *, lazy: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Base model in fp32 and tokenizer of a run.
+
+    Args:
+        config: `model_name_or_path`, and `tokenizer_name` where the tokenizer lies elsewhere.
+        lazy: leave the weights in their files, where these can be mapped; `Engine.prepare` reads them.
+
+    Raises:
+        BaseModelError: the model cannot be loaded, is no T5, or embeds fewer tokens than there are.
+        TokenizerError: the tokenizer cannot be loaded.
+    """
+    name = config.model_name_or_path
+    return load_pretrained(name, config.tokenizer_name or name, lazy=lazy)
+
+
+def load_pretrained(
+    name: str, tokenizer_name: str, *, lazy: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Base model in fp32 and tokenizer, each by hub id or folder.
+
+    Raises:
+        BaseModelError, TokenizerError: as `load_base`.
+    """
+    model_config = load_config(name)
+    tokenizer = load_tokenizer(tokenizer_name)
+    if len(tokenizer) > model_config.vocab_size:
+        raise BaseModelError(
+            f"tokenizer_name: `{tokenizer_name}` has {len(tokenizer)} tokens, the base model "
+            f"`{name}` embeds {model_config.vocab_size}; give the tokenizer it was trained with"
+        )
+    try:
+        # DeepSpeed casts to the run's precision and keeps its masters; everything starts from fp32.
+        base = lazy_base(name, model_config) if lazy else None
+        if base is None:
+            weight_files(name)  # refuses an index that leads out of the folder
+            with bars_on_terminals_alone():
+                base = AutoModelForSeq2SeqLM.from_pretrained(
+                    name, config=model_config, dtype=torch.float32
+                )
+    except WeightFileError as error:
+        raise BaseModelError(str(error)) from None
+    except pickle.UnpicklingError as error:
+        raise BaseModelError(
+            f"model_name_or_path: `{name}`: its weights are refused: {refusal(error)}; "
+            "give a model in safetensors"
+        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _not_loaded(name, error) from None
+    return base, tokenizer
+
+
+def precision_warning(config: RunConfig, base: PreTrainedModel) -> str | None:
+    """A line on fp16 where the base model is known to overflow in it: T5 from size large on, by its width."""
+    if not config.fp16 or base.config.d_model < OVERFLOWS_FROM:
+        return None
+    return (
+        f"warning: fp16: activations of a T5 as wide as {config.model_name_or_path} (d_model "
+        f"{base.config.d_model}) exceed fp16's 65,504, and steps are lost; train with --fp16 false --bf16 true"
+    )
+
+
+def load_shape(name: str) -> dict[str, Any]:
+    """`base_shape` of a base model, from its configuration alone.
+
+    Raises:
+        BaseModelError: it cannot be read, or is no T5.
+    """
+    return base_shape(load_config(name))
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """A base model's config.json, by hub id or folder.
+
+    Raises:
+        BaseModelError: it cannot be read, or is no T5's.
+    """
+    try:
+        # Looked at before a class is chosen: of a type that it does not know, transformers' AutoConfig would
+        # offer to run the repository's own code.
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        if model_type not in tuple(MODEL_TYPES):  # it may be anything that JSON can hold
+            raise BaseModelError(
+                f"model_name_or_path: `{name}` is a {model_type} model; PEMT needs one of {', '.join(MODEL_TYPES)}"
+            )
+        return MODEL_TYPES[model_type].from_pretrained(name, name_or_path=name)
+    except BaseModelError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from None
+
+
+@contextmanager
+def bars_on_terminals_alone() -> Iterator[None]:
+    """transformers' bars over weights read and written, which go to stderr, are noise in a file."""
+    bars = transformers.logging
+    shown = bars.is_progress_bar_enabled()
+    if shown and not sys.stderr.isatty():
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _not_loaded(name: str, error: Exception) -> BaseModelError:
+    first_line = str(error).strip().split("\n")[0]
+    return BaseModelError(
+        f"model_name_or_path: `{name}` cannot be loaded ({first_line}); "
+        "give a hub id, or a folder with config.json and weights"
+    )

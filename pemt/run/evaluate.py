@@ -1,0 +1,224 @@
+"""Evaluation: generate, score, and measure loss and gates, each example exactly once.
+
+Shapes: B batch, T target tokens, V vocabulary, N examples, L all FFNs (encoder first), K experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pemt.config import RunConfig
+from pemt.data import EvalBatches, collate, lengths_of
+from pemt.engine import Engine
+from pemt.model import PemtOutput, TrainedT5
+from pemt.monitor import EvaluationBar
+from pemt.tasks import Task, score
+
+IGNORED_LABEL = -100
+NO_EXAMPLE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one pass over a data set gave; equal on every rank but for the time it took.
+
+    Args:
+        metrics: the task's metrics in percent, and their mean as `average_metrics`.
+        loss: cross-entropy per target token, teacher forced.
+        gates_NLK: every example's gates, in the data set's order; None without experts to mix.
+        predictions: decoded generations, in the data set's order.
+        runtime: seconds.
+    """
+
+    metrics: dict[str, float]
+    loss: float
+    gates_NLK: Tensor | None
+    predictions: list[str]
+    runtime: float
+
+    @property
+    def gates_LK(self) -> Tensor | None:
+        """The mean gate of every FFN and expert."""
+        return None if self.gates_NLK is None else self.gates_NLK.mean(dim=0)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Examples answered per second, of all ranks together."""
+        return len(self.predictions) / self.runtime
+
+    def moe_weights(self) -> list[float]:
+        """Each expert's gate, averaged over all FFNs and examples: the published `moe_weight_k`."""
+        return [] if self.gates_LK is None else self.gates_LK.mean(dim=0).tolist()
+
+
+def evaluate(
+    engine: Engine,
+    dataset: Dataset,
+    *,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    description: str = "evaluating",
+    on_batch_end: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Score the prepared model on a data set (all ranks call).
+
+    Args:
+        engine: holds the model, after `prepare`.
+        dataset: tokenised examples, as `load_task_data` gives them.
+        task: tells metrics and the longest answer.
+        description: what the bar on rank 0 calls it.
+        on_batch_end: called by all ranks after each batch; what it raises ends the evaluation.
+    """
+    started = time.perf_counter()
+    longest = config.max_target_length or task.max_target_length
+
+    def measure(indices: list[int]) -> list[Tensor]:
+        batch = collate(
+            list(dataset.select(indices)),
+            pad_token_id=tokenizer.pad_token_id,
+            pad_to_multiple_of=config.pad_to_multiple_of,
+        )
+        batch = {key: value.to(engine.device) for key, value in batch.items()}
+        return _measure(engine, batch, longest=longest, num_beams=config.num_beams)
+
+    batch_size = config.per_device_eval_batch_size
+    description = f"{description} {task.name}"
+    with EvaluationBar(total=len(dataset), description=description, shown=engine.is_main) as bar:
+
+        def after_batch() -> None:
+            bar.advance(batch_size * engine.world_size)
+            on_batch_end()
+
+        tokens_NT, loss_N, targets_N, *gates = over_ranks(
+            engine,
+            lengths_of(dataset),
+            batch_size=batch_size,
+            measure=measure,
+            on_batch_end=after_batch,
+        )
+    predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
+    metrics = engine.broadcast_object(score(task, predictions, dataset) if engine.is_main else None)
+    return Evaluation(
+        metrics=metrics,
+        loss=float(loss_N.sum() / targets_N.sum().clamp(min=1)),
+        gates_NLK=gates[0] if gates else None,
+        predictions=predictions,
+        runtime=time.perf_counter() - started,
+    )
+
+
+def over_ranks(
+    engine: Engine,
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    batch_size: int,
+    measure: Callable[[list[int]], list[Tensor]],
+    on_batch_end: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """Measure every example on one of the ranks, without gradients and dropout (all ranks call).
+
+    Args:
+        engine: holds the model, after `prepare`.
+        lengths: source tokens of each example, [N].
+        batch_size: examples of a rank's batch.
+        measure: takes a batch's indices and gives tensors [B,...], of the same shape for every batch but for B.
+        on_batch_end: as in `evaluate`.
+
+    Returns:
+        The same tensors for all examples, [N,...], in their order, on the CPU of every rank.
+    """
+    module = engine.module
+    was_training = module.training
+    module.eval()
+    batches = EvalBatches(
+        lengths, batch_size=batch_size, world_size=engine.world_size, rank=engine.rank
+    )
+    rows: list[list[Tensor]] = []
+    for indices in batches:
+        # Blocks that are compiled for training run as written here: generation has too many shapes.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            measured = [torch.tensor(indices, device=engine.device), *measure(indices)]
+        # The last batch may be short on one rank alone, and gathering needs equal shapes.
+        short = batch_size - len(indices)
+        rows.append([engine.gather(_pad_rows(each, short)).cpu() for each in measured])
+        on_batch_end()
+    module.train(was_training)
+    indices_N, *columns = (torch.cat(column) for column in zip(*rows, strict=True))
+    order_N = _first_occurrences(indices_N, len(lengths))
+    return [column[order_N] for column in columns]
+
+
+def _measure(
+    engine: Engine, batch: dict[str, Tensor], *, longest: int, num_beams: int
+) -> list[Tensor]:
+    """Of one batch: generated ids [B,T], summed loss [B], counted targets [B], and gates [B,L,K] if any."""
+    labels_BT = batch["labels"]
+    out = engine.model(**batch)
+    loss_BT = F.cross_entropy(
+        out.logits.float().transpose(1, 2), labels_BT, ignore_index=IGNORED_LABEL, reduction="none"
+    )
+    tokens_BT, *_ = answer_batch(engine, batch, longest=longest, num_beams=num_beams)
+    counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
+    return [tokens_BT, loss_BT.sum(dim=1), counted_B, *gates_of(out)]
+
+
+def answer_batch(
+    engine: Engine, batch: dict[str, Tensor], *, longest: int, num_beams: int
+) -> list[Tensor]:
+    """The answers to a batch: ids [B, longest + 1], the decoder's start first, padded on the right; and gates
+    [B,L,K] where there are experts, those of the same pass."""
+    module = engine.module
+    assert isinstance(module, TrainedT5)
+    with engine.autocast():
+        tokens_BT, gates_BLK = module.generate_with_gates(
+            batch["input_ids"],
+            batch["attention_mask"],
+            max_new_tokens=longest,
+            num_beams=num_beams,
+            do_sample=False,
+            # Under ZeRO-3 every step of generation gathers weights: ranks must take equally many.
+            synced_gpus=engine.zero_stage == 3 and engine.world_size > 1,
+        )
+    padding = longest + 1 - tokens_BT.shape[1]
+    padded_BT = F.pad(tokens_BT, (0, padding), value=module.base.config.pad_token_id)
+    return [padded_BT] if gates_BLK is None else [padded_BT, gates_BLK.float()]
+
+
+def gates_of(out: PemtOutput) -> list[Tensor]:
+    """The gates [B,L,K] of a forward pass, in a list; an empty one where there are none."""
+    return [] if out.gates_LBK is None else [out.gates_LBK.float().transpose(0, 1)]
+
+
+def ffn_names(model: TrainedT5) -> list[str]:
+    """`encoder/0` …, `decoder/0` …: the FFNs in the gates' order, by stack and layer."""
+    config = model.base.config
+    assert config.num_decoder_layers is not None
+    return [
+        *(f"encoder/{layer}" for layer in range(config.num_layers)),
+        *(f"decoder/{layer}" for layer in range(config.num_decoder_layers)),
+    ]
+
+
+def _pad_rows(tensor: Tensor, count: int) -> Tensor:
+    filler = tensor.new_full((count, *tensor.shape[1:]), NO_EXAMPLE)
+    return torch.cat([tensor, filler])
+
+
+def _first_occurrences(indices_N: Tensor, count: int) -> Tensor:
+    """Positions of examples 0 … count-1: ranks repeat examples to stay in step, each counts once."""
+    positions: dict[int, int] = {}
+    for position, index in enumerate(indices_N.tolist()):
+        if index != NO_EXAMPLE:
+            positions.setdefault(index, position)
+    assert len(positions) == count, "the ranks' batches do not cover the data set"
+    return torch.tensor([positions[index] for index in range(count)])

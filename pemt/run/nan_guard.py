@@ -1,0 +1,118 @@
+"""Steps that all ranks skip because a loss or gradient is not finite on one: told, counted, and an end to them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pemt.config import PemtError, RunConfig
+from pemt.engine import Engine
+
+
+class NotFiniteError(PemtError):
+    """Too many steps in a row gave no finite loss and gradient."""
+
+
+class NonFiniteGuard:
+    """Counts skipped steps in a row, alike on all ranks, and stops the run at the limit.
+
+    Args:
+        config: `max_skipped_steps`; `output_dir` receives `not-finite-step-<step>-rank-<rank>.jsonl`.
+        engine: the run's ranks.
+        rows_of: the examples of a micro-batch, which are saved for inspection.
+        tell: prints a line.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        rows_of: Callable[[list[Any]], list[dict[str, Any]]],
+        *,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._output_dir = Path(config.output_dir)
+        self._limit = config.max_skipped_steps
+        self._engine = engine
+        self._rows_of = rows_of
+        self._tell = tell
+        self._in_a_row = 0
+
+    def check(
+        self, step: int, grad_norm: float, micro_batches: list[list[Any]], losses: list[Tensor]
+    ) -> bool:
+        """Look at a step that was taken (all ranks call).
+
+        Args:
+            grad_norm: what `Engine.step` gave, the same on every rank.
+            micro_batches, losses: this rank's share of the step.
+
+        Returns:
+            Whether it was skipped.
+
+        Raises:
+            NotFiniteError: the limit is reached; every rank has saved its batch.
+        """
+        if math.isfinite(grad_norm):
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        if self._in_a_row >= self._limit:
+            raise self._end(step, micro_batches, losses)
+        self._tell(
+            f"step {step}: loss or gradient is not finite, nothing was updated "
+            f"({self._in_a_row} in a row, {self._limit} end the run)"
+        )
+        return True
+
+    def _end(
+        self, step: int, micro_batches: list[list[Any]], losses: list[Tensor]
+    ) -> NotFiniteError:
+        values = torch.stack(losses).float()
+        # gloo and NCCL gather equal shapes, and every rank has equally many micro-batches
+        everyones_RM = self._engine.gather(values[None].contiguous()).cpu()
+        self._save(step, micro_batches, values.tolist())
+        self._engine.barrier()
+        guilty = [rank for rank, row_M in enumerate(everyones_RM) if not row_M.isfinite().all()]
+        if guilty:
+            what = f"the loss is {_worst(everyones_RM[guilty[0]])} on rank {', '.join(map(str, guilty))}"
+        else:
+            what = "every rank's loss is finite, but not the gradient"
+        path = self._path(step, guilty[0] if guilty else 0)
+        return NotFiniteError(
+            f"{path}: holds the batch of step {step}, which was the last of {self._in_a_row} in a row "
+            f"(max_skipped_steps) that changed nothing: {what}; look into the file, lower learning_rate, "
+            "or train in fp32"
+        )
+
+    def _path(self, step: int, rank: int) -> Path:
+        return self._output_dir / f"not-finite-step-{step}-rank-{rank}.jsonl"
+
+    def _save(self, step: int, micro_batches: list[list[Any]], losses: list[float]) -> None:
+        """This rank's share of the step, a line an example."""
+        lines = []
+        for number, (micro_batch, loss) in enumerate(zip(micro_batches, losses, strict=True)):
+            for index, row in zip(micro_batch, self._rows_of(micro_batch), strict=True):
+                line: dict[str, Any] = {
+                    "micro_batch": number,
+                    "loss": loss if math.isfinite(loss) else str(loss),
+                    "index": index if isinstance(index, int) else None,  # a stream's rows have none
+                    **{key: row[key] for key in ("source", "target", "input_ids", "labels")},
+                }
+                lines.append(json.dumps(line) + "\n")
+        path = self._path(step, self._engine.rank)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:  # the run ends anyway, and with the true reason
+            print(f"{path}: cannot be written: {error.strerror}", flush=True)
+
+
+def _worst(losses_M: Tensor) -> str:
+    return str(float(losses_M[~losses_M.isfinite()][0]))

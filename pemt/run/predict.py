@@ -1,0 +1,226 @@
+"""`pemt predict`: what a finished run answers, and how its gates weigh the experts for each input.
+
+From Python:
+
+    predictor = Predictor.load("runs/cb")
+    predictor(["premise: It rains. hypothesis: It is wet."])[0].prediction
+
+Shapes: N inputs, B batch, L all FFNs (encoder first), K experts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from pemt.config import PemtError, RunConfig
+from pemt.data import collate, encode_sources, read_inputs, sources_of
+from pemt.engine import Engine
+from pemt.monitor import quiet_libraries
+from pemt.run.evaluate import answer_batch, ffn_names, over_ranks
+from pemt.run.finished import LoadedRun, finished_config, load_finished, prepare_finished
+from pemt.tasks import get_task, label_name
+
+# So many batches a rank are put in order of length together, and written before the next are begun.
+BATCHES = 32
+DIGITS = 4  # of a gate weight, in a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a run answers to one input.
+
+    Args:
+        input: the source text, as the task's template makes it.
+        prediction: the decoded answer.
+        label: what the task calls the class that was answered; None where it has no names, or this is no class.
+        gates: FFN (`encoder/0` …, `decoder/0` …) -> source task -> weight; a row sums to 1. Empty without experts.
+    """
+
+    input: str
+    prediction: str
+    label: str | None = None
+    gates: dict[str, dict[str, float]]
+
+    def line(self) -> str:
+        """One line of jsonl."""
+        gates = {
+            ffn: {source: round(weight, DIGITS) for source, weight in row.items()}
+            for ffn, row in self.gates.items()
+        }
+        label = {} if self.label is None else {"label": self.label}
+        values = {"input": self.input, "prediction": self.prediction, **label, "gates": gates}
+        return json.dumps(values, ensure_ascii=False)
+
+
+class Predictor:
+    """Answers inputs with a finished run's model, on all ranks of this job.
+
+    Args:
+        finished: the run; its model is handed to the engine.
+        engine: default: one of the run's configuration.
+    """
+
+    def __init__(self, finished: LoadedRun, engine: Engine | None = None) -> None:
+        self.finished = finished
+        self.engine = engine or Engine(finished.config)
+        prepare_finished(finished, self.engine)
+        self._ffns = ffn_names(finished.model)
+
+    @classmethod
+    def load(cls, run_dir: str | Path, overrides: Sequence[str] = ()) -> Predictor:
+        """A run by its folder; `overrides` and errors as for `finished_config` and `load_finished`."""
+        return cls(load_finished(run_dir, finished_config(run_dir, overrides)))
+
+    def __call__(
+        self,
+        inputs: Sequence[str | Mapping[str, Any]],
+        *,
+        batch_size: int | None = None,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[Prediction]:
+        """A prediction for every input, in their order (all ranks call, with the same inputs).
+
+        Args:
+            inputs: source texts, or rows with the fields of the task's template.
+            batch_size: inputs of a rank's batch; default: per_device_eval_batch_size.
+            num_beams, max_new_tokens: default: as the run was scored.
+
+        Raises:
+            RowError: a row lacks a field.
+        """
+        config, task = self.finished.config, self.finished.task
+        longest = max_new_tokens or config.max_target_length or task.max_target_length
+        beams = num_beams or config.num_beams
+        texts = [
+            text
+            for each in inputs
+            for text in ([each] if isinstance(each, str) else sources_of(task, each))
+        ]
+        if not texts:
+            return []
+        ids, _ = encode_sources(texts, self.finished.tokenizer, max_length=config.max_source_length)
+        tokens_NT, *gates = over_ranks(
+            self.engine,
+            [len(each) for each in ids],
+            batch_size=batch_size or config.per_device_eval_batch_size,
+            measure=lambda indices: self._measure([ids[i] for i in indices], longest, beams),
+        )
+        answers = self.finished.tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
+        named = [self._named(gates_LK) for gates_LK in gates[0]] if gates else [{} for _ in texts]
+        return [
+            Prediction(input=text, prediction=answer, label=label_name(task, answer), gates=weights)
+            for text, answer, weights in zip(texts, answers, named, strict=True)
+        ]
+
+    def _measure(self, ids: list[list[int]], longest: int, num_beams: int) -> list[Tensor]:
+        """Of one batch: generated ids [B,T], and gates [B,L,K] where there are experts."""
+        tokenizer, engine = self.finished.tokenizer, self.engine
+        batch = collate(
+            [{"input_ids": each, "labels": []} for each in ids],
+            pad_token_id=tokenizer.pad_token_id,
+            pad_to_multiple_of=self.finished.config.pad_to_multiple_of,
+        )
+        batch = {key: value.to(engine.device) for key, value in batch.items()}
+        return answer_batch(engine, batch, longest=longest, num_beams=num_beams)
+
+    def _named(self, gates_LK: Tensor) -> dict[str, dict[str, float]]:
+        rows = zip(self._ffns, gates_LK.tolist(), strict=True)
+        return {ffn: dict(zip(self.finished.source_names, row, strict=True)) for ffn, row in rows}
+
+
+def predict_file(
+    run_dir: str | Path,
+    *,
+    input_file: str = "-",
+    output_file: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Answer the rows of a file, in their order (all ranks call; rank 0 reads and writes).
+
+    Args:
+        run_dir: a finished run.
+        input_file: jsonl with the task's fields or `{"input": text}`; `-` is stdin. Read whole and
+            checked before anything is predicted.
+        output_file: jsonl, written whole or not at all; default: stdout, as it comes.
+        overrides: as for `finished_config`.
+
+    Raises:
+        PemtError: the run, the input or the output cannot be used.
+    """
+    config = finished_config(run_dir, overrides)
+    engine = Engine(config)
+    quiet_libraries(engine.is_main)
+    # Rank 0 alone reads: all share one stdin.
+    texts = engine.on_rank0(lambda: _read(config, input_file, output_file))
+    predictor = Predictor(load_finished(run_dir, config), engine)
+    if engine.is_main:
+        _tell_cuts(predictor.finished, texts)
+    with _opened(output_file if engine.is_main else None) as file:
+        for predictions in _chunks(predictor, texts):
+            if engine.is_main:
+                file.writelines(f"{each.line()}\n" for each in predictions)
+                file.flush()
+    engine.release()
+
+
+def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[str]:
+    """The inputs; raises PemtError as well where the output could not be written."""
+    folder = Path(output_file or ".").parent
+    if not folder.is_dir():
+        raise PemtError(f"output_file: there is no folder {folder}; make it first")
+    return read_inputs(get_task(config.task_name, config.task_file), input_file)
+
+
+def _tell_cuts(finished: LoadedRun, texts: list[str]) -> None:
+    longest = finished.config.max_source_length
+    _, cut = encode_sources(texts, finished.tokenizer, max_length=longest)
+    if any(cut):
+        print(
+            f"{sum(cut)} of {len(cut)} inputs are longer than {longest} tokens and are cut",
+            file=sys.stderr,
+        )
+
+
+def _chunks(predictor: Predictor, texts: list[str]) -> Iterator[list[Prediction]]:
+    """The predictions in their order, some batches at a time, with a bar where someone looks."""
+    engine = predictor.engine
+    size = BATCHES * predictor.finished.config.per_device_eval_batch_size * engine.world_size
+    hidden = None if engine.is_main else True  # None: shown on a terminal alone
+    with tqdm(total=len(texts), desc="predicting", unit="input", disable=hidden) as bar:
+        for start in range(0, len(texts), size):
+            chunk = texts[start : start + size]
+            yield predictor(chunk)
+            bar.update(len(chunk))
+
+
+@contextmanager
+def _opened(name: str | None) -> Iterator[IO[str]]:
+    """stdout, or a file that gets its name when it is whole.
+
+    Raises:
+        PemtError: it cannot be written.
+    """
+    if name is None:
+        yield sys.stdout
+        return
+    path = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        raise PemtError(f"output_file: {path} cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,199 @@
+"""Folders of tensors that are whole or not there: written aside, checksummed, synced, renamed.
+
+A folder holds safetensors files and a `manifest.json` that lists each file's size and sha256. The
+manifest is written last and the folder gets its name after that, so a crash leaves a folder with a
+temporary name and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pemt.storage.manifest import (
+    MANIFEST,
+    StorageError,
+    check_file,
+    check_name,
+    check_tensors,
+    listed_file,
+    read_manifest,
+    with_checksum,
+)
+
+__all__ = [
+    "MANIFEST",
+    "TEMPORARY",
+    "StorageError",
+    "read_manifest",
+    "read_tensors",
+    "recover_interrupted_replace",
+    "remove_folder",
+    "save_tensors",
+    "write_folder",
+]
+TEMPORARY = ".writing-"
+
+
+def write_folder(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+) -> Path:
+    """Write tensors and manifest as one folder, whole or not at all; an older folder of that name is replaced.
+
+    Args:
+        folder: its final name.
+        files: per file name (`*.safetensors`) its tensors, on the CPU.
+        manifest: JSON values; `files` is added to them.
+
+    Raises:
+        StorageError: the disk refused; what stood there before still stands.
+    """
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial_writes(folder.parent, lambda name: name == folder.name)
+        fs_op(os.mkdir, temporary)
+        listed = {}
+        for name, tensors in files.items():
+            whole = {key: value.contiguous() for key, value in tensors.items()}
+            fs_op(save_tensors, whole, temporary / name)
+            fs_op(_sync, temporary / name)
+            listed[name] = listed_file(temporary / name, tensors)
+        fs_op(_write, with_checksum({**manifest, "files": listed}), temporary / MANIFEST)
+        fs_op(_sync, temporary / MANIFEST)
+        fs_op(_sync, temporary)
+        _put_in_place(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{folder}: cannot be written: {reason}") from None
+    return folder
+
+
+def fs_op(operation: Callable[..., Any], *arguments: Any) -> None:
+    """Do one file operation of a write; every one goes through here, so that a test can die at each of them."""
+    operation(*arguments)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file for whom the umask says; safetensors alone writes it for its owner only.
+
+    Args:
+        tensors: on the CPU, contiguous.
+        path: no such file is there yet.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of tensors; a crash leaves it whole, or under a temporary name."""
+    removed = folder.with_name(f"{TEMPORARY}removed-{folder.name}")
+    with contextlib.suppress(OSError):  # what cannot be removed stays, and is no reason to stop
+        fs_op(os.rename, folder, removed)
+    fs_op(_remove_tree, removed)
+
+
+def read_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one file, after its size and checksum have been found right.
+
+    Raises:
+        StorageError: the manifest does not list the file, or the file is missing, a link, cut or altered.
+    """
+    check_name(folder / MANIFEST, name)
+    path = folder / name
+    try:
+        check_file(path, manifest["files"].get(name))
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from None
+    check_tensors(path, manifest["files"][name], tensors)
+    return tensors
+
+
+def recover_interrupted_replace(parent: Path) -> None:
+    """Undo what a crash in the middle of replacing a folder left: the old one gets its name again."""
+    for kind, name, path in _leftovers(parent):
+        if kind == "replaced" and not (parent / name).exists():
+            with contextlib.suppress(OSError):  # a disk that is read-only stays as it is
+                fs_op(os.rename, path, parent / name)
+
+
+def remove_partial_writes(parent: Path, mine: Callable[[str], bool]) -> None:
+    """Remove what a crash while writing left behind; a replaced folder that lost its successor comes back.
+
+    Args:
+        mine: tells by a folder's name whether it is the caller's; another's may be being written right now.
+    """
+    for kind, name, path in _leftovers(parent):
+        if not mine(name):
+            continue
+        if kind == "replaced" and not (parent / name).exists():
+            fs_op(os.rename, path, parent / name)
+        else:
+            fs_op(_remove_tree, path)
+
+
+def _leftovers(parent: Path) -> list[tuple[str, str, Path]]:
+    """Folders under temporary names: what was being done to it, its name, and the path."""
+    found = []
+    for path in parent.glob(f"{TEMPORARY}*"):
+        rest = path.name.removeprefix(TEMPORARY)
+        kind, _, name = rest.partition("-")
+        if kind in ("replaced", "removed"):
+            found.append((kind, name, path))
+        else:  # ends with the process that wrote it
+            found.append(("written", rest.rpartition("-")[0], path))
+    return found
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    replaced = folder.with_name(f"{TEMPORARY}replaced-{folder.name}")
+    if folder.exists():
+        fs_op(os.rename, folder, replaced)
+    fs_op(os.rename, temporary, folder)
+    fs_op(_sync, folder.parent)
+    if replaced.exists():
+        fs_op(_remove_tree, replaced)
+
+
+def write_text(path: Path, text: str, *, synced: bool = True) -> None:
+    """Write a text file whole: aside, then renamed; one process at a time.
+
+    Args:
+        synced: it is to survive a power failure, for which the disk is waited for.
+    """
+    # One name for all attempts, so that what a crash left is written over by the next.
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    if synced:
+        _sync(temporary)
+    temporary.replace(path)
+    if synced:
+        _sync(path.parent)
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _remove_tree(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

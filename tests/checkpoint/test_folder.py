@@ -1,0 +1,137 @@
+"""What a run may write over, remove and go on from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pemt.checkpoint.checkpoint import CheckpointError
+from pemt.checkpoint.names import checkpoint_folders
+from pemt.config.schema import ExpertConfig, PemtError
+from pemt.run.train import run_adapt, run_source
+from pemt.storage import StorageError
+from tests.support.tiny import (
+    adapt_config,
+    losses,
+    make_base,
+    source_config,
+    tiny_task,
+    write_task_files,
+)
+
+TASK, OTHER = "tiny-folder", "tiny-other"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a task's files, a bank of two sources, and a run with checkpoints 2, 3 (best or not), 4, 5."""
+    folder = tmp_path_factory.mktemp("folders")
+    make_base(folder / "base")
+    write_task_files(folder / "data", seed=0)
+    for name in (TASK, OTHER):
+        tiny_task(name)
+        paths = (folder / "base", folder / "data", folder / name, folder / "bank")
+        run_source(source_config(*paths, name, expert=ExpertConfig(rank=2), max_steps=1))
+    return folder
+
+
+def names(output_dir: Path) -> list[str]:
+    return [path.name for path in checkpoint_folders(output_dir)]
+
+
+def test_resume_from_an_earlier_step_drops_the_later_ones_and_keeps_its_own(
+    world: Path, tmp_path: Path
+) -> None:
+    paths = (world / "base", world / "data", tmp_path / "run", world / "bank")
+    config = adapt_config(*paths, TASK, eval_strategy="no", save_steps=2, save_total_limit=9)
+    run_adapt(config)
+    assert names(tmp_path / "run") == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-8",
+        "checkpoint-10",
+    ]
+    whole = losses(tmp_path / "run")
+    again = replace(
+        config, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"), save_total_limit=1
+    )
+    run_adapt(again)
+    assert names(tmp_path / "run") == ["checkpoint-10"]
+    assert losses(tmp_path / "run") == whole
+
+
+def test_no_checkpoint_of_steps_that_were_given_up_stays(world: Path, tmp_path: Path) -> None:
+    paths = (world / "base", world / "data", tmp_path / "run", world / "bank")
+    config = adapt_config(*paths, TASK, eval_strategy="no", save_steps=2, save_total_limit=9)
+    run_adapt(config)
+    earlier = str(tmp_path / "run" / "checkpoint-4")
+    run_adapt(replace(config, resume_from_checkpoint=earlier, max_steps=5, save_total_limit=1))
+    assert names(tmp_path / "run") == ["checkpoint-5"]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(world: Path, tmp_path: Path) -> None:
+    paths = (world / "base", world / "data", tmp_path / "run", world / "bank")
+    config = adapt_config(*paths, TASK, eval_strategy="no", save_steps=4, save_total_limit=9)
+    run_adapt(config)
+    whole = losses(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint-10" / "trained.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    run_adapt(replace(config, resume_from_checkpoint=True))
+    assert losses(tmp_path / "run") == whole
+    for name in names(tmp_path / "run"):
+        (tmp_path / "run" / name / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="none of 3 checkpoints is whole"):
+        run_adapt(replace(config, resume_from_checkpoint=True))
+
+
+def test_another_runs_checkpoint_is_refused(world: Path, tmp_path: Path) -> None:
+    paths = (world / "base", world / "data", tmp_path / "run", world / "bank")
+    config = adapt_config(*paths, TASK, max_steps=1)
+    run_adapt(config)
+    resumed = replace(config, resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match=r"sources .* make them agree"):
+        run_adapt(replace(resumed, source_tasks=[OTHER, TASK]))
+    with pytest.raises(CheckpointError, match="global_batch_size 4, this run has 8"):
+        run_adapt(replace(resumed, gradient_accumulation_steps=2))
+    elsewhere = replace(config, output_dir=str(tmp_path / "other"))
+    run_adapt(elsewhere)
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(PemtError, match=r"already holds a run, and .* is a checkpoint of another"):
+        run_adapt(replace(elsewhere, resume_from_checkpoint=checkpoint))
+
+
+def test_a_source_run_is_finished_when_its_expert_is_in_the_bank(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an older entry of that name there, results without the new one would be taken for the end."""
+    paths = (world / "base", world / "data", tmp_path / "run", tmp_path / "bank")
+    config = source_config(*paths, TASK, expert=ExpertConfig(rank=2), max_steps=1)
+    entry = run_source(replace(config, output_dir=str(tmp_path / "older"), seed=7))
+    older = (entry / "manifest.json").read_text()
+
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("the bank's disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pemt.run.train.write_entry", full)
+        with pytest.raises(StorageError, match="the bank's disk is full"):
+            run_source(config)
+    assert (entry / "manifest.json").read_text() == older
+    run_source(config)
+    assert (entry / "manifest.json").read_text() != older
+
+
+def test_overwriting_removes_the_run_alone(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    paths = (world / "base", world / "data", run, world / "bank")
+    config = adapt_config(*paths, TASK, max_steps=2)
+    run_adapt(config)
+    (run / "bank").mkdir()
+    (run / "bank" / "mine.txt").write_text("mine")
+    run_adapt(replace(config, max_steps=1, overwrite_output_dir=True))
+    assert (run / "bank" / "mine.txt").exists()
+    assert names(run) == ["checkpoint-1"]
+    assert list(losses(run)) == [1]

@@ -1,0 +1,57 @@
+"""A disk that is really full for five steps: the training goes on, and all but TensorBoard's curves is made up for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pemt.config.parse import parse_config
+from pemt.config.schema import AdaptConfig
+from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
+from pemt.run.train import run_adapt
+from tests.conftest import ROOT
+from tests.support.full_disk import FREE_AFTER
+from tests.support.jobs import World, assert_same_end, logged
+
+FIELDS = {"max_steps": 32, "save_steps": 4, "eval_strategy": "no", "save_errors": "warn"}
+UNSHARE = ["unshare", "--mount", "--map-root-user"]
+
+
+def may_mount() -> bool:
+    try:
+        return subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_mount(), reason="may not mount a disk of its own (unshare is refused)")
+def test_a_disk_that_is_full_for_a_while(world: World, tmp_path: Path) -> None:
+    disk, left = tmp_path / "disk", tmp_path / "disk-left"
+    disk.mkdir()
+
+    def words(run: Path) -> list[str]:
+        return world.arguments("unused", **{**FIELDS, "output_dir": run})
+
+    whole = tmp_path / "whole"
+    run_adapt(parse_config(AdaptConfig, words(whole)[1:], prog="pemt adapt"))
+    program = [sys.executable, "-m", "tests.support.full_disk", str(disk), "1"]
+    done = subprocess.run(
+        [*UNSHARE, *program, *words(disk / "run")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    full = "No space left on device"
+    for step in range(4, FREE_AFTER, 4):
+        assert f"checkpoint-{step} was not saved" in done.stdout
+    assert done.stdout.count(f"{LOG_FILE}: {full}; the training goes on") == 1
+    assert done.stdout.count(f"{TENSORBOARD_FOLDER}: {full}; the training goes on") == 1
+    assert_same_end(left / "run", whole)
+    assert [step for step, *_ in logged(left / "run")] == list(range(1, 33)), "a line is lost"

@@ -1,0 +1,122 @@
+"""The same command goes on by itself, from every step; a finished run is not trained again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pemt.checkpoint.resume import WorldSizeError, with_the_same_batch
+from pemt.config.parse import parse_config
+from pemt.config.schema import AdaptConfig, PemtError
+from pemt.run.train import run_adapt
+from tests.support.jobs import World, assert_same_end, logged, results, status
+from tests.support.stopped import stopped_at_every_step
+
+SHORT = {"num_train_epochs": "2", "gradient_accumulation_steps": "2"}  # two epochs of five steps
+
+
+def config_of(world: World, run: Path, **fields: object) -> AdaptConfig:
+    arguments = world.arguments("unused", **{**SHORT, "output_dir": run, **fields})
+    return parse_config(AdaptConfig, arguments[1:], prog="pemt adapt")
+
+
+@pytest.fixture(scope="module")
+def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    run_adapt(config_of(world, run))
+    return run
+
+
+def test_a_run_stopped_in_every_step_and_validation_ends_with_the_same_bits(
+    world: World, whole: Path, tmp_path: Path
+) -> None:
+    stops = stopped_at_every_step(config_of(world, tmp_path / "run"))
+    assert stops == 2 * [*["step"] * 5, "validation"]
+    assert_same_end(tmp_path / "run", whole)
+    assert status(tmp_path / "run")["state"] == "finished"
+
+
+def test_a_finished_run_says_so_and_trains_no_more(
+    world: World, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr("pemt.run.train.set_up", never)
+    assert run_adapt(config_of(world, whole)) == results(whole)
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused_and_told(world: World, whole: Path) -> None:
+    other = config_of(world, whole, learning_rate="0.02", **{"mixture.prompt_dropout": "0.3"})
+    with pytest.raises(
+        PemtError,
+        match=r"learning_rate 0.01, not 0.02; mixture.prompt_dropout 0.1, not 0.3; give .*true",
+    ):
+        run_adapt(other)
+    with pytest.raises(PemtError, match="already holds a run; give"):
+        run_adapt(config_of(world, whole, resume_from_checkpoint="false"))
+
+
+def test_how_often_to_log_and_save_may_change_on_the_way(
+    world: World, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unfinished = shutil.copytree(whole, tmp_path / "run")
+    (unfinished / "all_results.json").unlink()
+    shutil.rmtree(unfinished / "checkpoint-10")
+    run_adapt(config_of(world, unfinished, save_steps="3", save_total_limit="9"))
+    assert "going on after step 5 of 10" in capsys.readouterr().out
+    assert (unfinished / "checkpoint-9").is_dir()
+    assert_same_end(unfinished, whole)
+
+
+def test_a_restart_by_the_launcher_does_not_overwrite(
+    world: World, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(unfinished / "checkpoint-10")
+    begun = (unfinished / "log.jsonl").read_text().splitlines()[0]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run_adapt(config_of(world, unfinished, overwrite_output_dir="true"))
+    assert (unfinished / "log.jsonl").read_text().splitlines()[0] == begun
+    assert_same_end(unfinished, whole)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch", "accumulation"),
+    [(1, 4, 2), (2, 4, 1), (2, 2, None), (4, 4, WorldSizeError)],
+)
+def test_another_number_of_ranks_keeps_the_global_batch(
+    world: World,
+    whole: Path,
+    world_size: int,
+    batch: int,
+    accumulation: object,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Begun on one rank that accumulates two micro-batches of four."""
+    config = config_of(world, whole)
+    if accumulation is WorldSizeError:
+        with pytest.raises(WorldSizeError, match=r"global batch of 8, which 4 rank\(s\)"):
+            with_the_same_batch(config, world_size)
+        return
+    config = replace(config, per_device_train_batch_size=batch)
+    resolve_config = with_the_same_batch(config, world_size)
+    told = capsys.readouterr().out
+    if accumulation is None:  # another micro-batch is another run, and the checkpoint says so
+        assert resolve_config == config
+    else:
+        assert resolve_config.gradient_accumulation_steps == accumulation
+        assert ("global batch stays 8" in told) == (world_size != 1)
+
+
+def test_an_extended_run_is_unfinished_again(world: World, whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    longer = config_of(world, run, num_train_epochs="3", resume_from_checkpoint="true")
+    run_adapt(longer)
+    assert [step for step, loss, _ in logged(run) if loss is not None] == list(range(1, 16))
+    assert json.loads((run / "all_results.json").read_text())["epoch"] == 3

@@ -1,0 +1,194 @@
+"""What every launched rank runs: both stages, resumes, and what only the ranks can see of the optimizer.
+
+    accelerate launch ... -m tests.launch.launched WORLD FOLDER
+
+WORLD holds base models and task files, and `zero2/`, the folder of the launch that goes first. Runs
+and report.json go to FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pemt.config.schema import ExpertConfig, MixtureConfig, RunConfig
+from pemt.engine import MOMENTS, Engine, shut_down
+from pemt.engine.exit import run_and_exit
+from pemt.model import PemtT5
+from pemt.run.build import build_model
+from pemt.run.loop import Setup, prepare, train_batches
+from pemt.run.train import run_adapt, run_source, set_up
+from tests.support.tiny import adapt_config, source_config, tiny_task
+
+SOURCES = ("tiny-a", "tiny-b")
+TARGET = "tiny-target"
+EXPERT = ExpertConfig(rank=4)
+RESUMED_STEP = 3
+
+
+def main(world: Path, folder: Path) -> None:
+    for task in (*SOURCES, TARGET):
+        tiny_task(task)
+    base, bank = world / "base", folder / "bank"
+    plain = MixtureConfig(prompt_dropout=0.0)
+    # One process over the same global batches takes two micro-batches a step where two ranks take one each.
+    fields: dict[str, Any] = {
+        "gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1))
+    }
+    # Ranks draw dropout of their own, so the runs that are held against each other have none.
+    saving = {**fields, "save_steps": RESUMED_STEP, "save_total_limit": 9, "mixture": plain}
+    if folder.name.endswith("_offload"):
+        resume(world, folder, saving)
+        shut_down()
+        return
+    for task in SOURCES:
+        run_source(
+            source_config(base, world / task, folder / task, bank, task, expert=EXPERT, **fields)
+        )
+
+    data = world / TARGET
+    results = run_adapt(adapt_config(base, data, folder / "adapt", bank, TARGET, **saving))
+    resume(world, folder, saving)
+    report = {
+        "results": results,
+        "source": inspect_run(
+            source_config(base, data, folder / "x", bank, TARGET, expert=EXPERT, **fields)
+        ),
+        "adapt": inspect_run(adapt_config(base, data, folder / "y", bank, TARGET, **fields)),
+    }
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / "report.json").write_text(json.dumps(report))
+    shut_down()
+
+
+def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
+    """Go on from what ZeRO-2 saved; then save, and go on, with dropout and in bf16."""
+    base, data, first = world / "base", world / TARGET, world / "zero2"
+    bank = first / "bank"
+    saved = adapt_config(
+        base,
+        data,
+        folder / "resumed",
+        bank,
+        TARGET,
+        resume_from_checkpoint=str(first / "adapt" / f"checkpoint-{RESUMED_STEP}"),
+        **saving,
+    )
+    run_adapt(saved)
+    saving = {**saving, "mixture": MixtureConfig(prompt_dropout=0.5)}
+    dropped = adapt_config(base, data, folder / "dropout", bank, TARGET, **saving)
+    run_adapt(dropped)
+    checkpoint = str(folder / "dropout" / f"checkpoint-{RESUMED_STEP}")
+    run_adapt(
+        replace(
+            dropped, output_dir=str(folder / "dropout-resumed"), resume_from_checkpoint=checkpoint
+        )
+    )
+
+    halved = replace(dropped, output_dir=str(folder / "bf16"), bf16=True)
+    run_adapt(halved)
+    checkpoint = str(folder / "bf16" / f"checkpoint-{RESUMED_STEP}")
+    run_adapt(
+        replace(halved, output_dir=str(folder / "bf16-resumed"), resume_from_checkpoint=checkpoint)
+    )
+
+
+def inspect_run(config: Any) -> dict[str, Any]:
+    setup = set_up(config, Engine(config))
+    built = build_model(
+        config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description
+    )
+    return inspect(config, setup, built.model)
+
+
+def inspect(config: RunConfig, setup: Setup, model: PemtT5) -> dict[str, Any]:
+    """Names and sizes of what is trained, every rank's optimizer bytes and first batches."""
+    engine = setup.engine
+    trained = {name: parameter.numel() for name, parameter in model.trainable_parameters()}
+    with broadcast_bytes() as sent, agreements() as checked:
+        prepare(config, engine, model, None, total_steps=1)
+    batches = train_batches(config, setup)
+    shares = [indices for step in batches.epoch(0) for indices in step]
+    take_one_step(config, setup)
+    found = {
+        "trained": trained,
+        "broadcast_bytes": sum(sent),
+        "agreements": len(checked),
+        "moment_bytes": every_rank(engine, moment_bytes(engine)),
+        "shares": every_rank(engine, shares),
+        "examples": len(setup.data.train),
+    }
+    engine.release()
+    return found
+
+
+def take_one_step(config: RunConfig, setup: Setup) -> None:
+    from pemt.run.loop import _batch
+
+    engine = setup.engine
+    for number, indices in enumerate(next(train_batches(config, setup).epoch(0))):
+        last = number == config.gradient_accumulation_steps - 1
+        engine.backward(engine.model(**_batch(setup, indices)).loss, last=last)
+    engine.step()
+
+
+def moment_bytes(engine: Engine) -> int:
+    """Bytes of Adam moments that this rank holds."""
+    states = engine.base_optimizer.state.values()
+    return sum(
+        state[key].numel() * state[key].element_size() for state in states for key in MOMENTS
+    )
+
+
+def every_rank(engine: Engine, value: Any) -> list[Any]:
+    if engine.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * engine.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def agreements() -> Iterator[list[Engine]]:
+    """Engines that the block asks whether DeepSpeed agrees with the run."""
+    checked: list[Engine] = []
+    check = Engine._check_deepspeed_agrees
+
+    def counting(engine: Engine) -> None:
+        checked.append(engine)
+        check(engine)
+
+    Engine._check_deepspeed_agrees = counting  # type: ignore[method-assign]
+    try:
+        yield checked
+    finally:
+        Engine._check_deepspeed_agrees = check  # type: ignore[method-assign]
+
+
+@contextmanager
+def broadcast_bytes() -> Iterator[list[int]]:
+    """Bytes of every tensor that the block broadcasts, before they are sent."""
+    sent: list[int] = []
+    broadcast = torch.distributed.broadcast
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return broadcast(tensor, *args, **kwargs)
+
+    torch.distributed.broadcast = counting
+    try:
+        yield sent
+    finally:
+        torch.distributed.broadcast = broadcast
+
+
+if __name__ == "__main__":
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,80 @@
+"""What every launched rank runs: a base model larger than a rank may hold, sharded as it is read; then read whole.
+
+    accelerate launch ... -m tests.launch.launched_start WORLD FOLDER
+
+WORLD holds the base model, the bank and the task's files. report.json goes to FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pemt.run.train
+from pemt.engine import Engine, full_size, shut_down
+from pemt.engine.exit import run_and_exit
+from pemt.engine.process import peak, watch_peak
+from pemt.model.base import load_base
+from pemt.run.build import build_model
+from pemt.run.loop import Setup, _batch, prepare, train_batches
+from tests.launch.launched import broadcast_bytes, every_rank
+from tests.support.tiny import adapt_config, tiny_task
+
+TASK = "tiny-start"
+STEPS = 2
+CPU = torch.device("cpu")
+
+
+def main(world: Path, folder: Path) -> None:
+    tiny_task(TASK)
+    report = {"sharded": started(world, folder)}
+    # The control: read whole by every rank, and handed to DeepSpeed like that.
+    pemt.run.train.load_base = lambda config, lazy: load_base(config)  # type: ignore[assignment]
+    Engine._place = lambda engine, model: None  # type: ignore[method-assign]
+    report["whole"] = started(world, folder)
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / "report.json").write_text(json.dumps(report))
+    shut_down()
+
+
+def started(world: Path, folder: Path) -> dict[str, Any]:
+    """How much resident memory each rank takes at most, what is broadcast, and the losses."""
+    config = adapt_config(world / "base", world / TASK, folder / "run", world / "bank", TASK)
+    before = watch_peak(CPU)
+    with broadcast_bytes() as sent:
+        setup = pemt.run.train.set_up(config, Engine(config))
+        built = build_model(
+            config, base=setup.base, tokenizer=setup.tokenizer, description="the lid"
+        )
+        prepare(config, setup.engine, built.model, None, total_steps=STEPS)
+    trained = sum(full_size(each) for _, each in built.model.trainable_parameters())
+    at_start = peak(CPU) - before
+    losses = take_steps(config, setup)
+    found = {
+        "start_bytes": every_rank(setup.engine, at_start),
+        "peak_bytes": every_rank(setup.engine, peak(CPU) - before),
+        "broadcast_bytes": sum(sent),
+        "trained_bytes": 4 * trained,
+        "losses": losses,
+    }
+    setup.engine.release()
+    return found
+
+
+def take_steps(config: Any, setup: Setup) -> list[float]:
+    losses = []
+    for (indices,) in list(train_batches(config, setup).epoch(0))[:STEPS]:
+        loss = setup.engine.model(**_batch(setup, indices)).loss
+        setup.engine.backward(loss, last=True)
+        setup.engine.step()
+        losses.append(float(setup.engine.mean(loss.detach())))
+    return losses
+
+
+if __name__ == "__main__":
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,39 @@
+"""A rank that is stopped dead: the job ends in time, names it, and a restart by the launcher goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.jobs import World, assert_same_end, clean, last_step
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
+TIMEOUT = 20
+
+
+@pytest.mark.parametrize("frozen", [1, 0])
+def test_a_stopped_rank_is_named_and_the_job_goes_on_by_itself(
+    world: World, undisturbed: Path, frozen: int
+) -> None:
+    run = f"hang-{frozen}"
+    job = world.start(run, ddp_timeout=TIMEOUT, launcher=("--max_restarts", "1"))
+    with clean(job):
+        job.until_step(7)
+        rank = job.ranks()[frozen]
+        rank.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        job.until(lambda: "pemt: error: " in job.output, timeout=TIMEOUT + 5)
+        named = time.monotonic() - stopped
+        assert job.end() == 0, job.output
+    (line,) = [each for each in job.output.splitlines() if each.startswith("pemt: error: ")]
+    assert f"rank {frozen} (host {os.uname().nodename}, process {rank.pid}, after step " in line
+    assert "no sign of life" in line
+    print(f"named after {named:.1f} s of {TIMEOUT}")
+    assert named < TIMEOUT
+    assert "going on after step" in job.output
+    assert last_step(job.run) == 150
+    assert_same_end(job.run, undisturbed)

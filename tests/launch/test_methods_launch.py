@@ -1,0 +1,196 @@
+"""Every baseline on the one trainer: one plain process, and two ranks under ZeRO-2 and ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pemt.config.schema import AdaptConfig, RunConfig
+from pemt.run.finished import load_finished
+from pemt.sweep.plan import read_sweep
+from tests.launch.launched_methods import METHODS, RESUMED, RESUMED_STEP, SHARED, SWEEP, TASK
+from tests.support.tiny import losses, make_base, run_fields, tiny_task, write_task_files
+
+ROOT = Path(__file__).parents[2]
+LAUNCHES = ("plain", "zero2", "zero3")
+SWEPT, SWEPT_METHODS = "zero2", ["bitfit", "lora"]
+ROUNDING = 2e-6  # sums over micro-batches are taken in another order
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.xdist_group("launch")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    make_base(folder / "base")
+    tiny_task(TASK)
+    write_task_files(folder / TASK, seed=0)
+    write_sweep(folder, folder / SWEPT)
+    for name in LAUNCHES:
+        launch(folder, name)
+    return folder
+
+
+def write_sweep(world: Path, folder: Path) -> None:
+    """Two of METHODS once more, as a sweep's runs."""
+    fields = {**run_fields(world / "base", world / TASK, folder, TASK), **SHARED}
+    for resolve_config in ("output_dir", "task_name"):
+        del fields[resolve_config]
+    content = {
+        "output_dir": str(folder / "sweep"),
+        "fields": fields,
+        "methods": {name: METHODS[name] for name in SWEPT_METHODS},
+        "tasks": [TASK],
+        "seeds": [RunConfig.seed],
+    }
+    folder.mkdir()
+    (folder / SWEEP).write_text(yaml.safe_dump(content))
+
+
+def launch(world: Path, name: str) -> None:
+    command = [sys.executable]
+    if name != "plain":
+        content = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        # Without this ZeRO-3 keeps parameters as small as these whole, and shows nothing.
+        content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (world / f"{name}.json").write_text(json.dumps(content))
+        command += ["-m", "accelerate.commands.launch"]
+        command += ["--config_file", "launchers/accelerate/cpu.yaml"]
+        command += ["--deepspeed_config_file", str(world / f"{name}.json")]
+    command += ["-m", "tests.launch.launched_methods", str(world), str(world / name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_agree(world: Path, name: str, method: str) -> None:
+    ours, reference = losses(world / name / method), losses(world / "plain" / method)
+    assert len(ours) == 5
+    assert len(set(ours.values())) == 5, "a loss that never changes shows nothing"
+    if method == "full-bf16":  # autocast here, bf16 weights there: alike, not equal
+        assert ours == pytest.approx(reference, rel=0.05)
+    else:
+        assert ours == pytest.approx(reference, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("method", RESUMED)
+def test_resume_is_bit_for_bit(world: Path, name: str, method: str) -> None:
+    resumed, whole = losses(world / name / f"{method}-resumed"), losses(world / name / method)
+    assert resumed == {step: whole[step] for step in (RESUMED_STEP + 1, RESUMED_STEP + 2)}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_trained(world: Path, name: str, method: str) -> None:
+    manifest = json.loads((world / name / method / "checkpoint-5" / "manifest.json").read_text())
+    listed = manifest["files"]["trained.safetensors"]["tensors"]
+    trained = {name: tensor["shape"] for name, tensor in listed.items()}
+    assert trained == EXPECTED[method.removesuffix("-bf16")]
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_results_and_logs_are_those_of_every_run(world: Path, name: str) -> None:
+    for method in METHODS:
+        results: dict[str, Any] = json.loads(
+            (world / name / method / "all_results.json").read_text()
+        )
+        assert results["sources"] == results["gates"] == []
+        assert not any("moe_weight" in key for key in results)
+        plain = json.loads((world / "plain" / method / "all_results.json").read_text())
+        if method != "full-bf16":
+            for key in ("test_accuracy", "test_average_metrics", "test_loss"):
+                assert results[key] == pytest.approx(plain[key], rel=1e-5)
+        logged = (world / name / method / "log.jsonl").read_text()
+        assert "train/sparsity_loss" not in logged
+        assert "gate/" not in logged
+
+
+def test_a_sweep_on_two_ranks_trains_its_runs_and_writes_its_table(world: Path) -> None:
+    folder = world / SWEPT / "sweep"
+    table = (folder / "sweep.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:4]] == [f"| {name}" for name in SWEPT_METHODS]
+    for name in SWEPT_METHODS:
+        run = folder / TASK / name / f"seed-{RunConfig.seed}"
+        assert losses(run) == losses(world / SWEPT / name), "not as the same run by itself"
+        score = json.loads((run / "all_results.json").read_text())["test_average_metrics"]
+        assert f"{score:.1f}" in table[2 + SWEPT_METHODS.index(name)]
+    sweep = read_sweep(world / SWEPT / SWEEP)
+    assert all(run.finished for run in sweep.runs)
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "lora", "prompt"])
+def test_a_finished_run_is_taken_up_again(world: Path, method: str) -> None:
+    finished = load_finished(world / "zero3" / method)
+    assert isinstance(finished.config, AdaptConfig)
+    assert finished.config.method == METHODS[method]["method"]
+    assert finished.source_names == []
+
+
+ATTENTIONS = [
+    f"{stack}.block.{block}.layer.{layer}.{kind}"
+    for stack, layers in (
+        ("encoder", [(0, "SelfAttention")]),
+        ("decoder", [(0, "SelfAttention"), (1, "EncDecAttention")]),
+    )
+    for block in (0, 1)
+    for layer, kind in layers
+]
+FFNS = [
+    f"{stack}.block.{block}.layer.{layer}.DenseReluDense"
+    for stack, layer in (("encoder", 1), ("decoder", 2))
+    for block in (0, 1)
+]
+NORMS = [
+    f"{stack}.block.{block}.layer.{layer}.layer_norm"
+    for stack, layers in (("encoder", (0, 1)), ("decoder", (0, 1, 2)))
+    for block in (0, 1)
+    for layer in layers
+] + ["encoder.final_layer_norm", "decoder.final_layer_norm"]
+D, F, INNER, VOCABULARY, HEADS = 16, 33, 8, 32, 2
+RELATIVE = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+EXPECTED: dict[str, dict[str, list[int]]] = {
+    "full": {
+        "base.shared.weight": [VOCABULARY, D],
+        **{f"base.{site}.{side}.weight": [INNER, D] for site in ATTENTIONS for side in "qkv"},
+        **{f"base.{site}.o.weight": [D, INNER] for site in ATTENTIONS},
+        **{f"base.{stack}.{RELATIVE}": [32, HEADS] for stack in ("encoder", "decoder")},
+        **{f"base.{site}.wi.weight": [F, D] for site in FFNS},
+        **{f"base.{site}.wo.weight": [D, F] for site in FFNS},
+        **{f"base.{site}.weight": [D] for site in NORMS},
+    },
+    "bitfit": {
+        "base.lm_head.bias": [VOCABULARY],
+        **{f"base.{site}.{side}.bias": [INNER] for site in ATTENTIONS for side in "qkv"},
+        **{f"base.{site}.o.bias": [D] for site in ATTENTIONS},
+        **{f"base.{site}.wi.bias": [F] for site in FFNS},
+        **{f"base.{site}.wo.bias": [D] for site in FFNS},
+        **{f"base.{site}.bias": [D] for site in NORMS},
+    },
+    "lora": {
+        f"peft.base_model.model.{site}.{side}.lora_{factor}.default.weight": shape
+        for site in ATTENTIONS
+        for side in "qv"
+        for factor, shape in (("A", [3, D]), ("B", [INNER, 3]))
+    },
+    "prompt": {"peft.prompt_encoder.default.embedding.weight": [5, D]},
+    "ia3": {
+        **{
+            f"peft.base_model.model.{site}.{side}.ia3_l.default": [INNER, 1]
+            for site in ATTENTIONS
+            for side in "kv"
+        },
+        **{f"peft.base_model.model.{site}.wo.ia3_l.default": [1, F] for site in FFNS},
+    },
+}

@@ -1,0 +1,65 @@
+"""SLURM's warning to the batch script of a real run over two "nodes": saved, queued again, finished."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, kill_session
+from tests.support.jobs import World, assert_same_end, last_step, status
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
+
+
+def test_a_warned_job_goes_back_into_the_queue_and_ends_with_the_same_bits(
+    world: World, undisturbed: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    run = tmp_path / "runs" / "adapt-colours"
+    environment = {
+        **os.environ,
+        "PATH": f"{ROOT / 'tests' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "FAKE_SLURM": str(tmp_path),
+        "TARGET_TASK": "colours",
+        "BANK_DIR": str(tmp_path / "bank"),
+        "OUTPUT_DIR": str(tmp_path / "runs"),
+        "RANKS_PER_NODE": "1",
+        "MASTER_PORT": port,
+    }
+    fields = world.arguments("unused", output_dir=run)[1:]
+    out = tmp_path / "out"
+    with out.open("w") as file:
+        job = subprocess.Popen(
+            ["sbatch", "--nodes=2", "launchers/slurm_adapt.sbatch", *fields],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while last_step(run) < 5:
+            assert job.poll() is None, out.read_text()
+            assert time.monotonic() < deadline, out.read_text()
+            time.sleep(0.01)
+        os.kill(int((tmp_path / "pid.1000").read_text()), signal.SIGUSR1)
+        assert job.wait(timeout=180) == 0, out.read_text()
+    finally:
+        if job.poll() is None:
+            kill_session(job)
+    told = out.read_text()
+    assert told.count("interrupted, back into the queue") == 1, told
+    assert "going on after step" in told
+    assert status(run)["state"] == "finished"
+    assert_same_end(run, undisturbed)

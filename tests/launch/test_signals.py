@@ -1,0 +1,53 @@
+"""SIGTERM and SIGUSR1 to a real launcher and to one of its ranks: saved, and on by the same command."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from pemt.engine.signals import INTERRUPTED_STATUS
+from tests.support.jobs import Job, World, assert_same_end, clean, last_step, status
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
+
+
+def stopped(job: Job, told: str, number: signal.Signals) -> int:
+    """Send a signal after a few more steps; the step at which all ranks stopped."""
+    with clean(job):
+        begun = last_step(job.run)
+        job.until_step(begun + 3)
+        ranks = job.ranks()
+        os.kill(job.process.pid if told == "launcher" else ranks[1].pid, number)
+        job.end()
+        # SIGUSR1 kills the launcher and leaves the ranks, who find out.
+        for rank in ranks:
+            rank.wait(timeout=60)
+    found = status(job.run)
+    assert found["state"] == "interrupted", job.output
+    step = found["step"]
+    assert (job.run / f"checkpoint-{step}").is_dir()
+    assert last_step(job.run) == step, "the step was finished, logged, and no further one taken"
+    assert "it is saved" in job.output
+    assert not (job.run / "run.lock").exists()
+    return step
+
+
+def test_told_to_stop_in_every_way_and_gone_on_by_itself(world: World, undisturbed: Path) -> None:
+    steps = []
+    for told, number in (
+        ("launcher", signal.SIGTERM),
+        ("rank 1", signal.SIGUSR1),
+        ("launcher", signal.SIGUSR1),
+    ):
+        job = world.start("stopped")
+        steps.append(stopped(job, told, number))
+        if told == "rank 1":
+            assert f"exitcode  : {INTERRUPTED_STATUS}" in job.output, job.output
+    assert steps == sorted(set(steps)), "no progress from one to the next"
+    job = world.start("stopped").finish()
+    assert f"going on after step {steps[-1]} of" in job.output
+    assert_same_end(job.run, undisturbed)
+    assert status(job.run)["state"] == "finished"

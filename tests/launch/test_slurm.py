@@ -1,0 +1,184 @@
+"""The SLURM scripts for real: small stand-ins for sbatch, srun and scontrol on PATH, tiny tasks, two "nodes"."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pemt.bank.entries import entry_names
+from tests.conftest import ROOT, kill_session
+from tests.support.tiny import losses, make_base
+
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
+SOURCES = ("cola", "sst2")
+TARGET = "mrpc"
+FIELDS = {
+    "bf16": "false",
+    "max_source_length": "24",
+    "per_device_train_batch_size": "4",
+    "per_device_eval_batch_size": "4",
+    "num_train_epochs": "1",
+    "logging_steps": "1",
+    "seed": "0",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, one folder of data that all three tasks can read, and the stand-in's own folder."""
+    folder = tmp_path_factory.mktemp("slurm")
+    make_base(folder / "base")
+    (folder / "data").mkdir()
+    words = ("the", "box", "is", "red", "and", "a", "lid", "that", "was")
+    for split in ("train", "validation", "test"):
+        rows = [
+            {"sentence1": word, "sentence2": "the lid", "sentence": f"{word} box", "label": i % 2}
+            for i, word in enumerate(words)
+        ]
+        (folder / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (folder / "fake").mkdir()
+    return folder
+
+
+def submit(
+    world: Path,
+    script: str,
+    *options: str,
+    arguments: tuple[str, ...] = (),
+    **variables: str,
+) -> str:
+    """What `sbatch OPTIONS launchers/SCRIPT ...` prints."""
+    environment = {
+        **os.environ,
+        **variables,
+        "PATH": f"{ROOT / 'tests' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "FAKE_SLURM": str(world / "fake"),
+        "MODEL": str(world / "base"),
+        "BANK_DIR": str(world / "bank"),
+        "OUTPUT_DIR": str(world / "runs"),
+        "RANKS_PER_NODE": "1",
+    }
+    fields = [word for key, value in FIELDS.items() for word in (f"--{key}", value)]
+    command = ["sbatch", *options, f"launchers/{script}", *fields, *arguments]
+    command += ["--data_dir", str(world / "data")]
+    job = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = job.communicate(timeout=200)
+    except BaseException:
+        kill_session(job)
+        raise
+    assert job.returncode == 0, output
+    return output
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def bank(world: Path) -> Path:
+    """Stage 1 as an array of two elements, one source task each."""
+    submit(
+        world,
+        "slurm_source.sbatch",
+        "--array=0-1",
+        arguments=("--expert.rank", "2"),
+        SOURCE_TASKS=" ".join(SOURCES),
+        ACCELERATE_YAML="launchers/accelerate/cpu.yaml",
+    )
+    return world / "bank"
+
+
+def test_an_array_fills_a_bank(world: Path, bank: Path) -> None:
+    assert entry_names(bank) == sorted(SOURCES)
+    again = submit(world, "slurm_source.sbatch", "--array=0-1", SOURCE_TASKS=" ".join(SOURCES))
+    assert again.count("is there already") == 2
+
+
+def test_two_nodes_adapt_together(world: Path, bank: Path) -> None:
+    output = submit(
+        world, "slurm_adapt.sbatch", "--nodes=2", TARGET_TASK=TARGET, MASTER_PORT=free_port()
+    )
+    run = world / "runs" / f"adapt-{TARGET}"
+    assert "2 rank(s), ZeRO-2" in output
+    assert json.loads((run / "all_results.json").read_text())["sources"] == list(SOURCES)
+    assert list(losses(run)) == [1, 2]  # nine examples, of which both ranks take four
+
+
+CHILD = """
+import json, pathlib, signal, sys, time
+folder, told, then = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def stop(*_):
+    time.sleep(1)  # a checkpoint takes its time
+    if told != "nothing":
+        (folder / "status.json").write_text(json.dumps({"state": told, "step": 3}))
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+seen = folder / "seen"
+times = len(seen.read_text()) if seen.exists() else 0
+seen.write_text("x" * (times + 1))
+if times == 0:
+    time.sleep(60)
+sys.exit(then)
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "then", "queued"),
+    [
+        ("interrupted", 0, True),
+        ("interrupted", 7, True),
+        ("running", 0, True),  # killed while it saved
+        ("nothing", 0, True),  # before it began
+        ("failed", 0, False),
+    ],
+)
+def test_an_interrupted_job_is_queued_again_and_a_failed_one_is_not(
+    tmp_path: Path, told: str, then: int, queued: bool
+) -> None:
+    """SIGUSR1 to the batch script alone, as SLURM sends it before the time limit."""
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "status.json").write_text('{"state": "failed"}')  # of the job before
+    os.utime(tmp_path / "status.json", (0, 0))
+    script = tmp_path / "work.sbatch"
+    script.write_text(
+        "set -euo pipefail\nsource launchers/slurm_common.sh\nJOB_NAME=job\n"
+        f"run_and_requeue {tmp_path} {sys.executable} {tmp_path}/child.py {tmp_path} {told} {then}\n"
+    )
+    environment = {**os.environ, "FAKE_SLURM": str(tmp_path)}
+    environment["PATH"] = f"{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}"
+    job = subprocess.Popen(
+        ["sbatch", str(script)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seen, deadline = tmp_path / "seen", time.monotonic() + 30
+    while not (seen.exists() and seen.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "pid.1000").read_text()), signal.SIGUSR1)
+    output, _ = job.communicate(timeout=60)
+    assert output.count("back into the queue") == queued, output
+    assert seen.read_text() == ("xx" if queued else "x")
+    assert job.returncode == (then if queued else 1), output

@@ -1,0 +1,125 @@
+"""Generation: prompt, gates and cache agree with teacher forcing; padding changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pemt.model import PemtT5
+from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_sources
+
+LENGTHS = (7, 4, 2)
+
+
+def _inputs(extra_padding: int = 0) -> dict[str, Tensor]:
+    batch = tiny_batch(LENGTHS, extra_padding=extra_padding)
+    del batch["labels"]
+    return batch
+
+
+MODELS: dict[str, Callable[[], PemtT5]] = {
+    "target t5": target_model,
+    "target t5-v1.1": lambda: target_model(base=tiny_base("t5-v1.1")),
+    "target mt5": lambda: target_model(base=tiny_base("mt5")),
+    "target umt5": lambda: target_model(base=tiny_base("umt5")),
+    "target bottleneck": lambda: target_model(tiny_sources("bottleneck")),
+    "adapter alone": lambda: target_model([]),
+    "source": source_model,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_padding_and_batch_change_nothing(name: str, beams: int) -> None:
+    model = MODELS[name]()
+    fixed = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6}
+    together = model.generate(**_inputs(extra_padding=5), **fixed)
+    for row, length in enumerate(LENGTHS):
+        alone = {key: value[row : row + 1, :length] for key, value in _inputs().items()}
+        assert torch.equal(model.generate(**alone, **fixed)[0], together[row])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_the_likeliest_of_the_forward_pass(name: str) -> None:
+    model = MODELS[name]()
+    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "eos_token_id": None}
+    ids = model.generate(**_inputs(), **fixed)[:, 1:]
+    with torch.no_grad():
+        logits = model(**_inputs(), labels=ids).logits
+    assert torch.equal(logits.argmax(-1), ids)
+
+
+def test_several_sequences_from_beams() -> None:
+    model = target_model()
+    ids = model.generate(**_inputs(), num_beams=4, num_return_sequences=2, max_new_tokens=5)
+    assert ids.shape[0] == 2 * len(LENGTHS)
+
+
+def test_generation_leaves_training_as_it_was() -> None:
+    """Between a forward pass and its backward, a validation may run."""
+    models = [target_model().train() for _ in range(2)]
+    for model in models:
+        model.enable_gradient_checkpointing()
+    losses = [model(**tiny_batch()).loss for model in models]
+    models[1].eval()
+    models[1].generate(**_inputs(), num_beams=2, max_new_tokens=3)
+    models[1].train()
+    for loss in losses:
+        loss.backward()
+    for (_, one), (_, other) in zip(
+        models[0].trainable_parameters(), models[1].trainable_parameters(), strict=True
+    ):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("generation needs no sparsity loss")
+
+    monkeypatch.setattr("pemt.model.mixture.task_sparsity", refuse)
+    model = target_model()
+    model.generate(**_inputs(), max_new_tokens=3)
+    with pytest.raises(AssertionError, match="no sparsity loss"):
+        model(**tiny_batch())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_the_gates_of_an_answer_are_those_of_a_forward_pass(kind: str, beams: int) -> None:
+    model = target_model(tiny_sources(kind))
+    with torch.no_grad():
+        expected = model(**tiny_batch(LENGTHS)).gates_LBK.transpose(0, 1)
+    tokens, gates = model.generate_with_gates(**_inputs(), num_beams=beams, max_new_tokens=5)
+    assert torch.equal(tokens, model.generate(**_inputs(), num_beams=beams, max_new_tokens=5))
+    torch.testing.assert_close(gates, expected, rtol=1e-6, atol=1e-7)
+    assert (gates - gates[:1]).abs().max() > 1e-3, "the samples' gates must differ"
+    assert target_model([]).generate_with_gates(**_inputs(), max_new_tokens=2)[1] is None
+
+
+def test_what_a_request_keeps_is_not_the_next_ones() -> None:
+    """Same shape, another input: nothing of the first request's gates may be left."""
+    model = target_model()
+    first = {key: value[:1, :2] for key, value in _inputs().items()}
+    second = {**first, "input_ids": first["input_ids"].flip(1) + 1}
+    fixed = {"max_new_tokens": 6, "min_new_tokens": 6}
+    alone = target_model().generate_with_gates(**second, **fixed)
+    model.generate_with_gates(**first, **fixed)
+    again = model.generate_with_gates(**second, **fixed)
+    assert torch.equal(again[0], alone[0])
+    assert torch.equal(again[1], alone[1])
+    assert not torch.equal(model.generate_with_gates(**first, **fixed)[1], alone[1])
+
+
+def test_a_step_of_an_answer_is_the_op() -> None:
+    """The decoder's way around the op gives the op's values."""
+    model = target_model()
+    mixture = model.base.decoder.block[1].layer[-1].DenseReluDense.wo
+    x_BSF = torch.randn(3, 1, mixture.weight.shape[1])
+    gates_BK = torch.softmax(torch.randn(3, 3), dim=-1)
+    with torch.no_grad():
+        expected, _ = mixture.mix(x_BSF, gates_BK)
+        found = mixture.answer(x_BSF, mixture.prepare_answer(gates_BK))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,78 @@
+"""What `pip install .` gives: the command, recipes and C++ sources, outside of any clone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD_INPUTS = ("pemt", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The package's wheel, built from a copy, since building leaves folders behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in BUILD_INPUTS:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    built = subprocess.run(
+        [*command, "--wheel-dir", "dist", "."],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = (folder / "dist").glob("pemt-*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile) -> None:
+    package = [path for path in (ROOT / "pemt").rglob("*") if path.is_file()]
+    expected = {
+        path.relative_to(ROOT).as_posix() for path in package if "__pycache__" not in path.parts
+    }
+    assert {"pemt/py.typed", "pemt/recipes/source.yaml", "pemt/recipes/adapt.yaml"} <= expected
+    assert expected - set(wheel.namelist()) == set()
+
+
+def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"pemt"}
+
+
+def test_metadata(wheel: zipfile.ZipFile) -> None:
+    (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    metadata = HeaderParser().parsestr(wheel.read(f"{folder}/METADATA").decode())
+    assert metadata["Name"] == "pemt"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    entry_points = wheel.read(f"{folder}/entry_points.txt").decode()
+    assert "pemt = pemt.__main__:program" in entry_points
+    licence = wheel.read(f"{folder}/licenses/LICENSE").decode()
+    assert "Apache License" in licence
+
+
+def test_the_command_runs_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path / "site")
+    run = subprocess.run(
+        [sys.executable, "-m", "pemt", "source", "--config", "source", "--print_config"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "per_device_train_batch_size: 128" in run.stdout, run.stderr

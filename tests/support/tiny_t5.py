@@ -1,0 +1,151 @@
+"""Tiny random T5s of every family, experts for them, and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
+
+from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.model import ExpertSource, PemtT5, TrainedT5, base_shape
+from pemt.model.experts import expert_shapes
+
+VOCABULARY = 64
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
+}
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**SIZES)),
+    "t5-v1.1": lambda: T5ForConditionalGeneration(
+        T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    ),
+    "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**SIZES)),
+    "umt5": lambda: UMT5ForConditionalGeneration(UMT5Config(**SIZES)),
+}
+FFNS = SIZES["num_layers"] + SIZES["num_decoder_layers"]
+EXPERT = {
+    "lora": ExpertConfig(kind="lora", rank=4, alpha=8.0),
+    "bottleneck": ExpertConfig(kind="bottleneck", reduction_factor=12),
+}
+MIXTURE = MixtureConfig(prompt_dropout=0.0)
+ADAPTER = AdapterConfig(reduction_factor=4)
+
+
+def tiny_base(family: str = "t5", seed: int = 0) -> Any:
+    """A random base whose layer norms and embeddings are no ones or near-zeros."""
+    torch.manual_seed(seed)
+    base = FAMILIES[family]()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    return base.eval()
+
+
+def tiny_source(
+    name: str = "rte", kind: Any = "lora", *, rank: int = 4, prompt: int = 3, seed: int = 1
+) -> ExpertSource:
+    """A random source task for `tiny_base`."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = expert_shapes(kind, rank, base_shape(tiny_base().config))
+    return ExpertSource(
+        name=name,
+        kind=kind,
+        rank=rank,
+        alpha=8.0,
+        weights={key: torch.randn(shape, generator=generator) for key, shape in shapes.items()},
+        prompt_PD=torch.randn(prompt, SIZES["d_model"], generator=generator),
+    )
+
+
+def tiny_sources(kind: str = "lora", experts: int = 3) -> list[ExpertSource]:
+    """Sources with prompts of different lengths, LoRA ones of different ranks."""
+    return [
+        tiny_source(
+            f"task{k}", kind, rank=4 + k if kind == "lora" else 4, prompt=2 + k, seed=10 + k
+        )
+        for k in range(experts)
+    ]
+
+
+def source_model(kind: str = "lora", base: Any = None) -> PemtT5:
+    """Stage 1 in evaluation mode."""
+    base = tiny_base() if base is None else base
+    return PemtT5.source(base, expert=EXPERT[kind], prompt_PD=tiny_prompt()).eval()
+
+
+def target_model(
+    sources: Sequence[ExpertSource] | None = None,
+    base: Any = None,
+    mixture: MixtureConfig = MIXTURE,
+) -> PemtT5:
+    """Stage 2 in evaluation mode, with gates and adapters away from their zeros."""
+    model = PemtT5.target(
+        tiny_base() if base is None else base,
+        sources=tiny_sources() if sources is None else sources,
+        mixture=mixture,
+        adapter=ADAPTER,
+        prompt_PD=tiny_prompt(),
+    )
+    return randomised(model).eval()
+
+
+def randomised(model: PemtT5) -> PemtT5:
+    """The same model with random trained matrices, so that no part of it is without effect."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, parameter in model.trainable_parameters():
+            if parameter.dim() == 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.3 * noise.to(parameter.dtype))
+    return model
+
+
+def tiny_prompt() -> Tensor:
+    return torch.randn(5, SIZES["d_model"], generator=torch.Generator().manual_seed(2))
+
+
+def tiny_batch(lengths: Sequence[int] = (7, 4, 2), *, extra_padding: int = 0) -> dict[str, Tensor]:
+    """Inputs of these lengths, padded on the right; labels of 4, some of them -100."""
+    generator = torch.Generator().manual_seed(3)
+    width = max(lengths)
+    ids = torch.randint(2, VOCABULARY, (len(lengths), width), generator=generator)
+    labels = torch.randint(2, VOCABULARY, (len(lengths), 4), generator=generator)
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    labels[-1, 2:] = -100
+    pad = (0, extra_padding)
+    return {
+        "input_ids": nn.functional.pad(ids * mask, pad),
+        "attention_mask": nn.functional.pad(mask, pad),
+        "labels": nn.functional.pad(labels, pad, value=-100),
+    }
+
+
+def gradients(model: TrainedT5) -> dict[str, Tensor]:
+    """Gradients of all trained parameters, taken out of the model."""
+    taken = {}
+    for name, parameter in model.trainable_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        taken[name] = parameter.grad
+        parameter.grad = None
+    return taken
