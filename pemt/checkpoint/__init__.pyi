@@ -1,10 +1,8 @@
 from .checkpoint import (
-    WEIGHTS as WEIGHTS,
     Checkpoint as Checkpoint,
     Checkpoints as Checkpoints,
     load_into_model as load_into_model,
     load_trained as load_trained,
-    trained_count as trained_count,
 )
 from .folder import (
     CONFIG as CONFIG,
@@ -19,7 +17,12 @@ from .folder import (
 )
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
 from .names import checkpoint_folders as checkpoint_folders
-from .progress import Progress as Progress, progress_of as progress_of
+from .progress import (
+    WEIGHTS as WEIGHTS,
+    Progress as Progress,
+    progress_of as progress_of,
+    trained_count as trained_count,
+)
 from .resume import Config as Config, resolve_config as resolve_config
 from .status import (
     STATUS as STATUS,

@@ -1,11 +1,15 @@
-"""How far a run is: what a checkpoint's manifest tells of it."""
+"""What a checkpoint's manifest tells without its tensors: how far the run is, how much it trains."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
-from pemt.storage import StorageError
+from pemt.storage import StorageError, read_manifest
+
+WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,15 @@ def progress_of(manifest: dict[str, Any]) -> Progress:
                 f"manifest.json: progress.{name}: found {value!r}, expected a number"
             )
     return Progress(**found)
+
+
+def trained_count(folder: Path) -> int | None:
+    """How many parameters a checkpoint's run trains; None where it is gone or damaged."""
+    try:
+        tensors = read_manifest(folder)["files"][WEIGHTS]["tensors"]
+    except (StorageError, KeyError):
+        return None
+    return sum(prod(tensor["shape"]) for tensor in tensors.values())
 
 
 def _is_position(value: Any) -> bool:

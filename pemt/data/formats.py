@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow.parquet as parquet
-
 from pemt.data.errors import DataError
 from pemt.tasks import RowError
 
@@ -231,6 +229,8 @@ def row_of(header: Sequence[str], values: Sequence[str]) -> Record | RowError:
 
 def read_parquet(path: Path) -> Iterator[Located]:
     """The rows of a parquet file, read in batches."""
+    from pyarrow import parquet  # not above: the names of files are found without it
+
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

@@ -18,5 +18,6 @@ from .json_values import Count as Count, Positive as Positive, checked as checke
 from .manifest import (
     MANIFEST as MANIFEST,
     StorageError as StorageError,
+    check_file as check_file,
     read_manifest as read_manifest,
 )

@@ -13,15 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from pemt.bank.entries import (
-    BankError,
-    Manifest,
-    entry_names,
-    read_bank,
-    read_entry,
-    read_manifests,
-    write_entry,
-)
+from pemt.bank.entries import read_bank, read_entry, write_entry
+from pemt.bank.manifests import BankError, Manifest, entry_names, read_manifests
 from pemt.config.schema import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
 from pemt.storage.manifest import with_checksum
