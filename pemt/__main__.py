@@ -12,7 +12,7 @@ import time
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
 from pemt.config import PemtError, nearest
-from pemt.engine import INTERRUPTED_STATUS, Interrupted, run_and_exit
+from pemt.engine import INTERRUPTED_STATUS, Interrupted, finish, run_and_exit
 
 
 def program() -> None:

@@ -1,5 +1,5 @@
 from .engine import Engine as Engine
-from .exit import run_and_exit as run_and_exit
+from .exit import finish as finish, run_and_exit as run_and_exit
 from .job import (
     EngineError as EngineError,
     check_world_size as check_world_size,

@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pemt.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_LINES_A_FILE = 400
-MOST_LINES_A_FUNCTION = 60
+MOST_LINES = {"a file of pemt": 410, "a file of the tests": 400, "a function": 60}
 
-PYTHON_FILES = sorted([*(ROOT / "pemt").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+PACKAGE = sorted((ROOT / "pemt").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 SOURCES = ROOT / "pemt" / "ops" / "csrc"
 NATIVE_FILES = sorted(path for path in SOURCES.rglob("*") if path.is_file())
 
@@ -36,50 +35,55 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", [*PYTHON_FILES, *NATIVE_FILES], ids=name_of)
-def test_a_file_does_one_thing(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES_A_FILE
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.parametrize("path", [p for p in PYTHON_FILES if "pemt" in p.parts[:-1]], ids=name_of)
-def test_a_function_fits_a_screen(path: Path) -> None:
-    long = [
-        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.end_lineno is not None
-        and node.end_lineno - node.lineno + 1 > MOST_LINES_A_FUNCTION
-    ]
-    assert long == []
+def test_files_and_functions_are_short() -> None:
+    limit = MOST_LINES["a file of pemt"]
+    long = {name_of(p): n for p in [*PACKAGE, *NATIVE_FILES] if (n := lines_of(p)) > limit}
+    limit = MOST_LINES["a file of the tests"]
+    long |= {name_of(p): n for p in TESTS if (n := lines_of(p)) > limit}
+    for path in PACKAGE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                count = node.end_lineno - node.lineno + 1
+                if count > MOST_LINES["a function"]:
+                    long[f"{name_of(path)}::{node.name}"] = count
+    assert long == {}
 
 
-@pytest.mark.parametrize("path", NATIVE_FILES, ids=name_of)
-def test_native_sources_are_finished(path: Path) -> None:
+def test_native_sources_are_finished() -> None:
     """ruff looks for these words in Python only."""
-    text = path.read_text(encoding="utf-8")
-    assert [word for word in ("TODO", "FIXME", "XXX") if word in text] == []
+    words = ("TODO", "FIXME", "XXX")
+    assert [name_of(p) for p in NATIVE_FILES if any(word in p.read_text() for word in words)] == []
 
 
-def drawn() -> set[str]:
-    """Files and folders in CONTRIBUTING's picture of the house, below the root."""
+def test_the_picture_of_the_house_shows_every_room() -> None:
     text = (ROOT / "docs" / "CONTRIBUTING.md").read_text()
-    (picture,) = re.findall(r"^```text\n(.*?)^```", text, re.M | re.S)
-    folders: list[str] = []
-    paths = set()
-    for line in picture.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
-            if name.endswith("/"):
-                folders[depth:] = [name]
-            paths.add("".join(folders[:depth]) + name)
-    return paths
+    picture, floors = re.findall(r"^```text\n(.*?)^```", text, re.M | re.S)
+    drawn = set(re.findall(r"^  (\w+)(?:/|\.py)", picture, re.M))
+    rooms = {each.name for each in (ROOT / "pemt").iterdir() if (each / "__init__.py").is_file()}
+    loose = {path.stem for path in (ROOT / "pemt").glob("*.py")}
+    assert loose == {"__init__", "__main__"}
+    assert drawn == rooms | loose | {"recipes"}
+    (layers,) = re.findall(
+        r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    assert floors.splitlines() == re.findall(r'"(.+)"', layers)
 
 
-def test_the_picture_of_the_house_shows_every_file() -> None:
-    files = {name_of(path) for path in (ROOT / "pemt").rglob("*.py") if path.name != "__init__.py"}
-    shown = {path for path in drawn() if path.startswith("pemt/") and path.endswith(".py")}
-    assert files == shown
-    assert [path for path in drawn() if not (ROOT / path).exists()] == []
+def test_rooms_are_imported_by_their_package() -> None:
+    """From another room a name comes from the package that hands it out, not from one of its files."""
+    inner = []
+    for path in PACKAGE:
+        room = path.relative_to(ROOT / "pemt").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pemt."):
+                of = str(node.module).split(".")
+                if len(of) > 2 and of[1] not in (room, "ops", "commands"):
+                    inner.append(f"{name_of(path)}: {node.module}")
+    assert inner == []
 
 
 def declared(section: str, key: str) -> set[str]:
@@ -119,7 +123,7 @@ def test_pemt_imports_without_its_extras() -> None:
     commands = ", ".join(f"pemt.commands.{name}" for name in COMMANDS)
     every = f"import {commands}"
     blocked = "".join(f"sys.modules['{name}'] = None; " for name in OPTIONAL)
-    program = f"import sys; {blocked}import pemt.run.train, pemt.model; {every}"
+    program = f"import sys; {blocked}import pemt.run.train, pemt.model.pemt_t5; {every}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -95,7 +95,7 @@ def test_a_checker_knows_what_there_is_to_import(tmp_path: Path) -> None:
     client.write_text("from pemt import PemtModel, run_adapt\nfrom pemt import Nonsense\n")
     # alone with the front door: what the names behind it are, `make typecheck` sees to
     command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=skip"]
-    command += ["--cache-dir", str(tmp_path / "cache"), "pemt/__init__.py", str(client)]
+    command += ["--cache-dir", str(tmp_path / "cache"), "pemt/__init__.pyi", str(client)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert [line.split(": ", 1)[1] for line in done.stdout.splitlines()[:-1]] == [
         'error: Module "pemt" has no attribute "Nonsense"  [attr-defined]'
