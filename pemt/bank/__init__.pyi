@@ -1,7 +1,6 @@
 from .entries import (
     import_official as import_official,
     read_bank as read_bank,
-    read_entry as read_entry,
     write_entry as write_entry,
 )
 from .manifests import (
@@ -9,6 +8,7 @@ from .manifests import (
     chosen_entries as chosen_entries,
     entry_folder as entry_folder,
     entry_names as entry_names,
+    manifest_of as manifest_of,
     read_manifests as read_manifests,
     read_shapes as read_shapes,
 )

@@ -23,7 +23,11 @@ from .progress import (
     progress_of as progress_of,
     trained_count as trained_count,
 )
-from .resume import Config as Config, resolve_config as resolve_config
+from .resume import (
+    Config as Config,
+    after_restart as after_restart,
+    resolve_config as resolve_config,
+)
 from .status import (
     STATUS as STATUS,
     State as State,

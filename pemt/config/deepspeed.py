@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             "`zero_quantized_weights` alone sends them in int8"
         )
     return content
+
+
+def launched_deepspeed_json(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
+    """The JSON that `accelerate launch` was given, filled in for this run, and its file; None without DeepSpeed.
+
+    Raises:
+        DeepSpeedConfigError: there is none, or as `read_deepspeed_json` and `fill_deepspeed_json`.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return None
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if name is None:
+        raise DeepSpeedConfigError(
+            "accelerate launch: no DeepSpeed JSON; give one with --deepspeed_config_file ds_configs/zero2.json"
+        )
+    path = Path(name)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    content = read_deepspeed_json(path)
+    return fill_deepspeed_json(content, config, world_size=world_size, path=path), path
 
 
 def fill_deepspeed_json(

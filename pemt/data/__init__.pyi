@@ -7,5 +7,6 @@ from .loading import (
     load_split as load_split,
     load_task_data as load_task_data,
 )
+from .local_files import task_files as task_files
 from .streaming import StreamBatches as StreamBatches, TrainStream as TrainStream
 from .to_predict import read_inputs as read_inputs, sources_of as sources_of

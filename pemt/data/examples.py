@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 
 from pemt.data.errors import DataError
 from pemt.data.formats import Record
-from pemt.data.local_files import find_files, read_rows
+from pemt.data.local_files import read_rows, task_files
 from pemt.tasks import SPLITS, HubSource, RowError, Task, example_of, has_label
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
@@ -75,11 +75,7 @@ def origin_of(task: Task, data_dir: str | None) -> Origin:
     if data_dir is None and not task.files:
         hub_of(task)
         return Origin(task=task, files=None)
-    found = own_files(task) if data_dir is None else find_files(task, data_dir)
-    files = {split: tuple(paths) for split, paths in found.items()}
-    for file in (path for paths in files.values() for path in paths):
-        if not file.is_file():
-            raise DataError(f"{file}: no such file, which task {task.name} reads")
+    files = {split: tuple(paths) for split, paths in task_files(task, data_dir).items()}
     # The published test file has no labels, one's own may.
     is_published = task.hub is not None and task.hub.test is None and "test" in files
     if is_published and not any(
@@ -92,14 +88,6 @@ def origin_of(task: Task, data_dir: str | None) -> Origin:
             notes=(f"{task.name}, test: left out {file}, which has no label",),
         )
     return Origin(task=task, files=files)
-
-
-def own_files(task: Task) -> dict[str, list[Path]]:
-    """The files of each split that a task names."""
-    files: dict[str, list[Path]] = {}
-    for split, path in task.files:
-        files.setdefault(split, []).append(Path(path))
-    return files
 
 
 def is_labelled(task: Task, row: Record | RowError) -> bool:

@@ -29,6 +29,26 @@ VARIANTS = (
 )
 
 
+def task_files(task: Task, data_dir: str | Path | None) -> dict[str, list[Path]]:
+    """The files of each split: in `data_dir`, else those that the task names; none where it is read from the hub.
+
+    Raises DataError where the folder or a file is missing.
+    """
+    found = own_files(task) if data_dir is None else find_files(task, data_dir)
+    for file in (path for paths in found.values() for path in paths):
+        if not file.is_file():
+            raise DataError(f"{file}: no such file, which task {task.name} reads")
+    return found
+
+
+def own_files(task: Task) -> dict[str, list[Path]]:
+    """The files of each split that a task names."""
+    files: dict[str, list[Path]] = {}
+    for split, path in task.files:
+        files.setdefault(split, []).append(Path(path))
+    return files
+
+
 def find_files(task: Task, data_dir: str | Path) -> dict[str, list[Path]]:
     """The files of each split in a folder, by the names told in STEMS and VARIANTS.
 

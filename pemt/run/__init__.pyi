@@ -1,5 +1,6 @@
-from .build import check_method as check_method
+from .early import check_early as check_early, check_method as check_method
 from .evaluate_finished import evaluate_run as evaluate_run
 from .finished import LoadedRun as LoadedRun, load_finished as load_finished
+from .finished_config import check_finished as check_finished
 from .predict import predict_file as predict_file
 from .train import run_adapt as run_adapt, run_source as run_source

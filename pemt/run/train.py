@@ -25,7 +25,8 @@ from pemt.data import load_task_data
 from pemt.engine import Engine
 from pemt.model import PemtT5, base_shape, load_base, precision_warning
 from pemt.monitor import quiet_libraries, record_outcome
-from pemt.run.build import Built, build_model, check_method
+from pemt.run.build import Built, build_model
+from pemt.run.early import check_base_place, check_method
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.loop import Fitted, Setup, fit, gate_names, mixture_seen
 from pemt.run.results import results_block, results_of, write_predictions, write_results
@@ -127,6 +128,7 @@ def set_up(config: RunConfig, engine: Engine) -> Setup:
     quiet_libraries(engine.is_main)
     engine.on_rank0(lambda: check_run_folder(config))
     engine.on_rank0(lambda: check_lock(Path(config.output_dir)))
+    engine.on_rank0(lambda: check_base_place(config))
     task = get_task(config.task_name, config.task_file)
     base, tokenizer = load_base(config, lazy=True)
     if (warning := precision_warning(config, base)) and engine.is_main:

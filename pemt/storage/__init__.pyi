@@ -10,6 +10,7 @@ from .folders import (
 )
 from .hub import (
     HubError as HubError,
+    check_hub as check_hub,
     download as download,
     local_folder as local_folder,
     upload as upload,
