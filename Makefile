@@ -39,12 +39,9 @@ test: lint typecheck imports pytest  ## all checks: ruff, mypy, import direction
 pytest: $(STAMP)
 	$(BIN)/pytest $(PYTEST_ARGS) $(TESTS)
 
-OLDEST_TESTS := tests/ops $(wildcard tests/test_model*.py) tests/test_methods_model.py tests/test_compile.py \
-  tests/test_lazy_base.py tests/test_ds_schema.py tests/test_engine_agrees.py \
-  tests/test_sharded_start.py tests/test_launch.py tests/test_methods_launch.py
-
 test-oldest: $(OLDEST)/constraints.txt  ## ops, model, engine, launches with the oldest torch and transformers (5 GB)
-	$(MAKE) pytest VENV=$(OLDEST) CONSTRAINTS=$< TESTS="$(OLDEST_TESTS)"
+	$(MAKE) pytest VENV=$(OLDEST) CONSTRAINTS=$< \
+	  TESTS="tests/ops tests/model tests/engine $(addprefix tests/launch/test_,launch.py methods_launch.py sharded_start.py)"
 
 # The pinned versions, with the oldest that setup.cfg accepts in place of some.
 $(OLDEST)/constraints.txt: .ci/constraints.txt .ci/oldest.txt

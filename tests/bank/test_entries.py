@@ -97,7 +97,7 @@ def test_a_failed_write_leaves_the_older_entry(bank: Path, monkeypatch: pytest.M
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pemt.storage.save_tensors", full)
+    monkeypatch.setattr("pemt.storage.folders.save_tensors", full)
     with pytest.raises(PemtError, match="No space left on device"):
         put(bank, tiny_source("rte", seed=99))
     monkeypatch.undo()
