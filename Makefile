@@ -13,6 +13,7 @@ NATIVE      := $(wildcard pemt/ops/csrc/*)
 
 BIN         := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
+OLDEST      := .venv-oldest
 STAMP       := $(VENV)/.installed
 LAUNCH      := $(BIN)/accelerate launch --config_file launchers/accelerate/cpu.yaml \
                  --deepspeed_config_file ds_configs/zero2.json
@@ -23,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test soak big gpu lint typecheck imports docs clean
+.PHONY: help demo demo-quick test pytest test-oldest soak big gpu lint typecheck imports docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -34,8 +35,19 @@ demo: $(STAMP)  ## the main job on a small world: both stages, 2 ranks, ZeRO-2 (
 demo-quick: $(STAMP)  ## the same with one target and one seed (3 min 57 s on 2 idle cores)
 	$(LAUNCH) -m pemt demo --quick --output_dir $(DEMO_DIR)-quick --cache_dir $(DEMO_CACHE)
 
-test: lint typecheck imports  ## all checks: ruff, mypy, import directions, pytest
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: lint typecheck imports pytest  ## all checks: ruff, mypy, import directions, pytest
+
+pytest: $(STAMP)
+	$(BIN)/pytest $(PYTEST_ARGS) $(TESTS)
+
+test-oldest: $(OLDEST)/constraints.txt  ## ops, model, engine, launches with the oldest torch and transformers (5 GB)
+	$(MAKE) pytest VENV=$(OLDEST) CONSTRAINTS=$< \
+	  TESTS="tests/ops tests/model tests/engine $(addprefix tests/launch/test_,launch.py methods_launch.py sharded_start.py)"
+
+# The pinned versions, with the oldest that setup.cfg accepts in place of some.
+$(OLDEST)/constraints.txt: .ci/constraints.txt .ci/oldest.txt
+	mkdir -p $(@D)
+	sed -n 's/^\([^#]*==\).*/^\1/p' .ci/oldest.txt | grep -vif - .ci/constraints.txt | cat - .ci/oldest.txt >$@
 
 soak: $(STAMP)  ## faults tried on two ranks: kill -9 at 20 random steps and in a save, a machine that comes back
 	$(BIN)/pytest -m soak -rA
@@ -69,7 +81,7 @@ docs: $(STAMP)  ## renew the pages that are generated: configuration, tasks
 	$(BIN)/python -m docs.generate
 
 clean:  ## remove .venv and every cache; results under runs/ stay
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find pemt tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)

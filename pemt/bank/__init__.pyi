@@ -1,11 +1,16 @@
 from .entries import (
-    entry_folder as entry_folder,
-    entry_names as entry_names,
     import_official as import_official,
     read_bank as read_bank,
-    read_entry as read_entry,
-    read_manifests as read_manifests,
     write_entry as write_entry,
+)
+from .manifests import (
+    PROMPT as PROMPT,
+    chosen_entries as chosen_entries,
+    entry_folder as entry_folder,
+    entry_names as entry_names,
+    manifest_of as manifest_of,
+    read_manifests as read_manifests,
+    read_shapes as read_shapes,
 )
 from .tools import (
     add_peft as add_peft,

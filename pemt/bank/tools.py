@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch
 
-from pemt.bank.entries import (
+from pemt.bank.entries import read_entry, write_entry
+from pemt.bank.manifests import (
     TENSORS,
     BankError,
     Manifest,
     check_free,
     entry_folder,
     entry_names,
-    read_entry,
     same_base,
-    write_entry,
 )
 from pemt.bank.peft_format import FILES, PeftFormatError, read_base_name, read_peft, write_peft
 from pemt.config import PemtError

@@ -1,13 +1,6 @@
 """`pemt bench generate`: answering with PEMT beside the base model's own `generate`.
 
-    plain    the base model alone on the same tokens
-    longer   the base model alone on as many more tokens as PEMT's prompt has
-    pemt     prompt, experts, gates and target adapter in it; on a CPU in float32 its linear layers are
-             ours and oneDNN's (`pemt.ops.linear`)
-
-A random T5 of the named size, random experts and tokens, answers of a fixed length; greedy or beams.
-All variants run in every round, in turn; the ratios are medians over the rounds, of the time on the
-clock and of the time that the process's threads computed.
+`pemt bench generate --help` (commands/bench.py) tells what is compared, and how.
 """
 
 from __future__ import annotations
@@ -23,8 +16,6 @@ import torch
 from torch import Tensor
 
 from pemt.bench.step import PROMPT_TOKENS, StepBench, build_model, plain_base
-from pemt.config import Parser, command_parser, count
-from pemt.plan import KNOWN
 
 VARIANTS = ("plain", "longer", "pemt")
 
@@ -111,25 +102,10 @@ def _median_ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
-def make_parser() -> Parser:
-    """The command line of `pemt bench generate`."""
-    parser = command_parser(
-        "bench generate", __doc__, "pemt bench generate --size t5-small --batch 8 --num_beams 4"
-    )
-    parser.add_argument("--size", choices=list(KNOWN), default=GenerateBench.size)
-    parser.add_argument("--layers", type=count, help="of each stack; by default the size's own")
-    for name in ("batch", "source", "target", "num_beams", "rounds"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(GenerateBench, name))
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=GenerateBench.device)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=GenerateBench.dtype)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    return parser
-
-
-def run(*, threads: int, json: bool, **options: Any) -> None:
-    """Measure and print; the options are those of `make_parser`."""
-    torch.set_num_threads(threads)
+def run(*, threads: int | None = None, json: bool = False, **options: Any) -> None:
+    """Measure and print; the options are those of `pemt bench generate`, and what is left out has its default."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     result = measure(GenerateBench(**options))
     print(dumps(result) if json else table(result))
 

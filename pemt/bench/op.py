@@ -2,14 +2,7 @@
 
 N tokens, F d_ff, D d_model, K experts, R rank, T = K R, H the target adapter's inner width.
 
-    loop     the reference: a loop over experts, again for the cosines, autograd's own backward
-    stacked  the same with the K outputs made once and kept
-    packed   concatenated matrix products and the Gram identity in plain PyTorch
-    fused    the compiled kernels
-    floor    bare matrix products of the FLOPs that packed and fused do, outputs preallocated
-    frozen   no experts: wo and the target adapter alone
-
-All variants run in every round, in turn, and a ratio is the median of the rounds' ratios.
+`pemt bench op --help` (commands/bench.py) tells what is compared, and how.
 """
 
 from __future__ import annotations
@@ -34,8 +27,7 @@ from pemt.bench.layer import (
     step,
     step_ops,
 )
-from pemt.config import Parser, PemtError, command_parser
-from pemt.plan import KNOWN
+from pemt.config import PemtError
 
 RATIOS = (("fused", "floor"), ("loop", "fused"), ("stacked", "fused"), ("packed", "fused"),
           ("loop", "floor"), ("fused", "frozen"))  # fmt: skip
@@ -109,35 +101,14 @@ def measure(bench: OpBench) -> dict[str, object]:
     }
 
 
-def make_parser() -> Parser:
-    """The command line of `pemt bench op`."""
-    parser = command_parser(
-        "bench op", __doc__, "pemt bench op --shape t5-base t5-large --rounds 20"
-    )
-    parser.add_argument("--shape", nargs="+", choices=list(KNOWN), default=["t5-large"])
-    parser.add_argument("--batch", type=int, default=OpBench.batch)
-    parser.add_argument("--tokens", type=int, default=OpBench.tokens, help="per sample")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=OpBench.device)
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default=OpBench.dtype
-    )
-    parser.add_argument("--rounds", type=int, default=OpBench.rounds)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--forward_only", action="store_true", help="no gradients, no sparsity loss"
-    )
-    parser.add_argument(
-        "--cuda_graph", action="store_true", help="each variant as a graph: the device's time alone"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object per shape")
-    return parser
-
-
-def run(*, shape: Sequence[str], threads: int, json: bool, **options: Any) -> None:
-    """Measure and print; the options are those of `make_parser`."""
-    if options["cuda_graph"] and options["device"] != "cuda":
+def run(
+    *, shape: Sequence[str], threads: int | None = None, json: bool = False, **options: Any
+) -> None:
+    """Measure and print; the options are those of `pemt bench op`, and what is left out has its default."""
+    if options.get("cuda_graph") and options.get("device") != "cuda":
         raise PemtError("pemt bench op: --cuda_graph needs --device cuda")
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     for each in shape:
         result = measure(OpBench(shape=each, **options))
         print(dumps(result) if json else table(result))

@@ -2,17 +2,7 @@
 
 B batch, S tokens, F d_ff, D d_model, K experts, R rank.
 
-    adapter  the same model without experts: target adapter, prompt and layer norms alone
-    loop     a loop over the K experts (`pemt.ops.reference`), by autograd
-    packed   few matrix products in plain PyTorch
-    fused    the compiled kernels
-
-A random T5 of the named size, K random experts, random tokens; forward, backward and AdamW, in half
-precision on fp32 masters. On a CPU all variants run in every round, in turn; what the mixture costs
-is the median of the rounds' differences to `adapter`. On a GPU they run one after another, so that it
-holds one model at a time. FLOPs are those of `pemt plan`'s formula, matrix products that the step
-needs, the same for all that mix experts; `--chip` holds them against the chip's dense bf16 rate on its
-data sheet. Peak is what a step takes above what is held between steps; total is both.
+`pemt bench step --help` (commands/bench.py) tells what is compared, and how.
 """
 
 from __future__ import annotations
@@ -31,7 +21,7 @@ from transformers import T5ForConditionalGeneration
 from pemt.bench.layer import ADAPTER_REDUCTION, EXPERTS, RANK, forced
 from pemt.bench.model import random_sources, random_t5
 from pemt.bench.op import time_once
-from pemt.config import AdapterConfig, MixtureConfig, Parser, command_parser, count
+from pemt.config import AdapterConfig, MixtureConfig
 from pemt.engine import peak, watch_peak
 from pemt.model import MIXTURES, LoraMixture, PemtT5, base_shape
 from pemt.ops import reference
@@ -273,24 +263,10 @@ def measure(bench: StepBench) -> dict[str, Any]:
     return result
 
 
-def make_parser() -> Parser:
-    """The command line of `pemt bench step`."""
-    parser = command_parser("bench step", __doc__, "pemt bench step --size t5-base --rounds 10")
-    parser.add_argument("--size", choices=list(KNOWN), default=StepBench.size)
-    parser.add_argument("--layers", type=count, help="of each stack; by default the size's own")
-    for name in ("batch", "source", "target", "rounds"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(StepBench, name))
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=StepBench.device)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=StepBench.dtype)
-    parser.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    return parser
-
-
-def run(*, threads: int, json: bool, **options: Any) -> None:
-    """Measure and print; the options are those of `make_parser`."""
-    torch.set_num_threads(threads)
+def run(*, threads: int | None = None, json: bool = False, **options: Any) -> None:
+    """Measure and print; the options are those of `pemt bench step`, and what is left out has its default."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     result = measure(StepBench(**options))
     print(dumps(result) if json else table(result))
 

@@ -1,10 +1,8 @@
 from .checkpoint import (
-    WEIGHTS as WEIGHTS,
     Checkpoint as Checkpoint,
     Checkpoints as Checkpoints,
     load_into_model as load_into_model,
     load_trained as load_trained,
-    trained_count as trained_count,
 )
 from .folder import (
     CONFIG as CONFIG,
@@ -19,11 +17,21 @@ from .folder import (
 )
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
 from .names import checkpoint_folders as checkpoint_folders
-from .resume import Config as Config, resolve_config as resolve_config, warmup_notes as warmup_notes
+from .resume import (
+    Config as Config,
+    after_restart as after_restart,
+    resolve_config as resolve_config,
+    warmup_notes as warmup_notes,
+)
 from .status import (
     STATUS as STATUS,
     State as State,
     saved_checkpoint as saved_checkpoint,
     write_status as write_status,
 )
-from .train_state import TrainState as TrainState, train_state_of as train_state_of
+from .train_state import (
+    WEIGHTS as WEIGHTS,
+    TrainState as TrainState,
+    train_state_of as train_state_of,
+    trained_count as trained_count,
+)

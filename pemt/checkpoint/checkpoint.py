@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,13 @@ import torch
 from torch import Tensor
 
 from pemt.checkpoint.names import checkpoint_folders, is_checkpoint_name, quarantine, step_of
-from pemt.checkpoint.train_state import TrainState, train_state_of
+from pemt.checkpoint.train_state import (
+    MOMENTS,
+    RANDOM,
+    WEIGHTS,
+    TrainState,
+    train_state_of,
+)
 from pemt.checkpoint.writer import BackgroundWriter, Snapshot
 from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig
 from pemt.model import make_lazy, materialize
@@ -38,7 +43,6 @@ from pemt.storage import (
 if TYPE_CHECKING:  # who only reads a run needs no engine
     from pemt.engine import Engine
 
-WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
 FORMAT = 2
 
 
@@ -359,15 +363,6 @@ class Checkpoints:
 def plain_values(config: RunConfig) -> dict[str, Any]:
     """A configuration as JSON gives it back."""
     return json.loads(json.dumps(asdict(config)))
-
-
-def trained_count(folder: Path) -> int | None:
-    """How many parameters a checkpoint's run trains; None where it is gone or damaged."""
-    try:
-        tensors = read_manifest(folder)["files"][WEIGHTS]["tensors"]
-    except (StorageError, KeyError):
-        return None
-    return sum(prod(tensor["shape"]) for tensor in tensors.values())
 
 
 def load_into_model(checkpoint: Checkpoint, trained: dict[str, torch.nn.Parameter]) -> None:

@@ -25,11 +25,11 @@ def resolve_config(config: Config) -> Config:
     Raises:
         WorldSizeError: the global batch that the run began with cannot be had on this number of ranks.
     """
-    config = with_the_same_precision(_restarted(config))
+    config = with_the_same_precision(after_restart(config))
     return with_the_same_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def _restarted(config: Config) -> Config:
+def after_restart(config: Config) -> Config:
     """After `--max_restarts` has started the ranks anew, what the first start has done is not undone."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return config

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
-from pemt.storage import StorageError
+from pemt.storage import StorageError, read_manifest
+
+WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
 
 # Fields that older checkpoints of this format lack.
 _ADDED = ("best_loss", "validations")
@@ -99,6 +103,15 @@ def train_state_of(manifest: dict[str, Any]) -> TrainState:
                 f"manifest.json: progress.{name}: found {value!r}, expected a number"
             )
     return TrainState(**found)
+
+
+def trained_count(folder: Path) -> int | None:
+    """How many parameters a checkpoint's run trains; None where it is gone or damaged."""
+    try:
+        tensors = read_manifest(folder)["files"][WEIGHTS]["tensors"]
+    except (StorageError, KeyError):
+        return None
+    return sum(prod(tensor["shape"]) for tensor in tensors.values())
 
 
 def _is_position(value: Any) -> bool:

@@ -12,7 +12,10 @@ def run(arguments: list[str]) -> None:
         from pemt.config import parse_config
 
         config = parse_config(AdaptConfig, arguments, prog="pemt adapt")
-        from pemt.run import run_adapt
+        from pemt.run import check_early
+
+        check_early(config)
+        from pemt.run import run_adapt  # with all the libraries
 
         run_adapt(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -118,24 +119,25 @@ def _list(*, bank_dir: str) -> None:
 
 
 def _show(*, bank_dir: str, task: str) -> None:
-    from pemt.bank import entry_folder, read_entry
+    from pemt.bank import PROMPT, entry_folder, read_shapes
 
     folder = entry_folder(bank_dir, task)
-    manifest, source = read_entry(folder)
+    manifest, shapes = read_shapes(folder)
+    prompt_length, _ = shapes.pop(PROMPT)
     size = sum(path.stat().st_size for path in folder.iterdir())
     shape = {key: value for key, value in manifest.base.items() if key != "name"}
     rows = {
         "entry": str(folder),
         "description": manifest.description or "not known",
         "expert": f"{manifest.kind}, rank {manifest.rank}, alpha {manifest.alpha:g}",
-        "prompt": f"{len(source.prompt_PD)} tokens",
+        "prompt": f"{prompt_length} tokens",
         "base model": manifest.base.get("name"),
         "its shape": ", ".join(f"{key} {value}" for key, value in shape.items()),
         "its weights": manifest.base_sha256 or "not known",
         "test metrics": ", ".join(f"{key} {value:.2f}" for key, value in manifest.metrics.items())
         or "none",
         "size": f"{size / 2**20:.1f} MiB, {manifest.dtype}, "
-        f"{sum(tensor.numel() for tensor in source.weights.values()):,} parameters in the expert",
+        f"{sum(map(math.prod, shapes.values())):,} parameters in the expert",
         "written by": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
     }
     for key, value in rows.items():

@@ -1,40 +1,128 @@
-"""`pemt bench`: the fused op, a training step and answering, timed."""
+"""`pemt bench`: the fused op, a training step and answering, timed.
+
+The command lines stand here and not beside what they time, which takes seconds to import: a shell completes
+them at once. An option that is left out has the default of `OpBench`, `StepBench` or `GenerateBench`.
+"""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from pemt.config import Parser, command_parser
+from pemt.config import Parser, command_parser, count, verb_parser
+from pemt.plan import CHIPS, KNOWN
+
+OP = """
+    loop     the reference: a loop over experts, again for the cosines, autograd's own backward
+    stacked  the same with the K outputs made once and kept
+    packed   concatenated matrix products and the Gram identity in plain PyTorch
+    fused    the compiled kernels
+    floor    bare matrix products of the FLOPs that packed and fused do, outputs preallocated
+    frozen   no experts: wo and the target adapter alone
+
+All variants run in every round, in turn, and a ratio is the median of the rounds' ratios."""
+STEP = """
+    adapter  the same model without experts: target adapter, prompt and layer norms alone
+    loop     a loop over the K experts (`pemt.ops.reference`), by autograd
+    packed   few matrix products in plain PyTorch
+    fused    the compiled kernels
+
+A random T5 of the named size, K random experts, random tokens; forward, backward and AdamW, in half
+precision on fp32 masters. On a CPU all variants run in every round, in turn; what the mixture costs
+is the median of the rounds' differences to `adapter`. On a GPU they run one after another, so that it
+holds one model at a time. FLOPs are those of `pemt plan`'s formula, matrix products that the step
+needs, the same for all that mix experts; `--chip` holds them against the chip's dense bf16 rate on its
+data sheet. Peak is what a step takes above what is held between steps; total is both."""
+GENERATE = """
+    plain    the base model alone on the same tokens
+    longer   the base model alone on as many more tokens as PEMT's prompt has
+    pemt     prompt, experts, gates and target adapter in it; on a CPU in float32 its linear layers are
+             ours and oneDNN's (`pemt.ops.linear`)
+
+A random T5 of the named size, random experts and tokens, answers of a fixed length; greedy or beams.
+All variants run in every round, in turn; the ratios are medians over the rounds, of the time on the
+clock and of the time that the process's threads computed."""
 
 
 def run(arguments: list[str]) -> None:
     """`pemt bench op`, `pemt bench step` and `pemt bench generate`."""
     options = vars(make_parser().parse_args(arguments))
-    options.pop("run")(**options)
+    verb = options.pop("verb")
+    from pemt.bench import generate, op, step
+
+    {"op": op.run, "step": step.run, "generate": generate.run}[verb](**options)
 
 
 def make_parser() -> Parser:
     """The command line of `pemt bench`."""
-    from pemt.bench import generate, op, step
-
     parser = command_parser(
         "bench",
         "Time the fused op, a whole training step, or answering.",
         "pemt bench step --size t5-small",
         "pemt bench op --help",
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for verb, bench in (("op", op), ("step", step), ("generate", generate)):
-        own = bench.make_parser()
-        about = (own.description or verb).split("\n")[0]
-        verbs.add_parser(
-            verb,
-            parents=[own],
-            add_help=False,
-            allow_abbrev=False,
-            help=about.partition(": ")[2].rstrip("."),
-            description=own.description,
-            epilog=own.epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        ).set_defaults(run=bench.run)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_op(verbs)
+    step = _verb(
+        verbs,
+        "step",
+        "a whole training step of stage 2, with the experts mixed in three ways and without any",
+        STEP,
+        "pemt bench step --size t5-base --rounds 10",
+    )
+    _add_sizes(step, "batch", "source", "target", "rounds")
+    step.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
+    step.add_argument("--json", action="store_true", help="one JSON object")
+    generate = _verb(
+        verbs,
+        "generate",
+        "answering with PEMT beside the base model's own",
+        GENERATE,
+        "pemt bench generate --size t5-small --batch 8 --num_beams 4",
+    )
+    _add_sizes(generate, "batch", "source", "target", "num_beams", "rounds")
+    generate.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def _add_op(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "op",
+        "one FFN's mixture, target adapter and sparsity loss, forward and backward",
+        OP,
+        "pemt bench op --shape t5-base t5-large --rounds 20",
+    )
+    parser.add_argument("--shape", nargs="+", choices=list(KNOWN), default=["t5-large"])
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--tokens", type=int, help="per sample")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--forward_only", action="store_true", help="no gradients, no sparsity loss"
+    )
+    parser.add_argument(
+        "--cuda_graph", action="store_true", help="each variant as a graph: the device's time alone"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per shape")
+
+
+def _add_sizes(parser: Parser, *numbers: str) -> None:
+    """What a step and an answer have in common."""
+    parser.add_argument("--size", choices=list(KNOWN))
+    parser.add_argument("--layers", type=count, help="of each stack; by default the size's own")
+    for name in numbers:
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int)
+
+
+def _verb(verbs: Any, name: str, about: str, method: str, example: str) -> Parser:
+    """A verb's parser, which leaves out of its result what is not given."""
+    parser = verb_parser(verbs, name, about, example)
+    parser.description = f"{parser.description}\n{method}"
+    parser.argument_default = argparse.SUPPRESS
     return parser

@@ -15,7 +15,10 @@ def run(arguments: list[str]) -> None:
     from pemt.commands.fields import split_fields
 
     options, overrides = split_fields(_own_parser(), arguments)
-    from pemt.run import evaluate_run
+    from pemt.run import check_finished
+
+    check_finished(options["run_dir"], overrides)
+    from pemt.run import evaluate_run  # with all the libraries
 
     evaluate_run(**options, overrides=overrides)
 

@@ -14,7 +14,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 def run(arguments: list[str]) -> None:
     """`pemt export`."""
     options = vars(make_parser().parse_args(arguments))
-    from pemt.publish import export_run
+    from pemt.run import check_finished
+
+    check_finished(options["run_dir"])
+    from pemt.publish import export_run  # with all the libraries
 
     folder = export_run(**options)
     size = sum(path.stat().st_size for path in folder.iterdir())

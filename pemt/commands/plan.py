@@ -185,18 +185,18 @@ def _job(options: argparse.Namespace) -> Job:
 
 def _bank(bank_dir: str) -> dict[str, Any]:
     """Ranks and prompt lengths of a bank's entries."""
-    from pemt.bank import entry_folder, entry_names, read_entry
+    from pemt.bank import PROMPT, entry_folder, entry_names, read_shapes
 
     ranks, prompts = [], 0
     for task in entry_names(bank_dir):
-        manifest, expert = read_entry(entry_folder(bank_dir, task))
+        manifest, shapes = read_shapes(entry_folder(bank_dir, task))
         if manifest.kind != "lora":
             raise PlanError(
                 f"{bank_dir}: the expert `{task}` is a {manifest.kind}; "
                 "only LoRA experts can be planned with"
             )
         ranks.append(manifest.rank)
-        prompts += len(expert.prompt_PD)
+        prompts += shapes[PROMPT][0]
     return {"ranks": tuple(ranks), "source_prompt_tokens": prompts}
 
 

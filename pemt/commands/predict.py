@@ -21,7 +21,10 @@ def run(arguments: list[str]) -> None:
     for name, field in NAMES.items():
         value = options.pop(name)
         overrides += [] if value is None else [f"--{field}", str(value)]
-    from pemt.run import predict_file
+    from pemt.run import check_finished
+
+    check_finished(options["run_dir"], overrides)
+    from pemt.run import predict_file  # with all the libraries
 
     predict_file(**options, overrides=overrides)
 

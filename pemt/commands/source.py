@@ -12,7 +12,10 @@ def run(arguments: list[str]) -> None:
         from pemt.config import parse_config
 
         config = parse_config(SourceConfig, arguments, prog="pemt source")
-        from pemt.run import run_source
+        from pemt.run import check_early
+
+        check_early(config)
+        from pemt.run import run_source  # with all the libraries
 
         run_source(config)
 

@@ -10,7 +10,10 @@ from pemt.config import Parser, command_parser
 def run(arguments: list[str]) -> None:
     """`pemt sweep`."""
     path = make_parser().parse_args(arguments).config
-    from pemt.sweep import run_sweep
+    from pemt.sweep import read_sweep
+
+    read_sweep(path)
+    from pemt.sweep import run_sweep  # with all the libraries
 
     run_sweep(path)
 

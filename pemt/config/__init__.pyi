@@ -7,7 +7,7 @@ from .command_line import (
 )
 from .deepspeed import (
     DeepSpeedConfigError as DeepSpeedConfigError,
-    fill_deepspeed_json as fill_deepspeed_json,
+    launched_deepspeed_json as launched_deepspeed_json,
     read_deepspeed_json as read_deepspeed_json,
 )
 from .distribution import (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,25 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def launched_deepspeed_json(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
+    """The JSON that `accelerate launch` was given, filled in for this run, and its file; None without DeepSpeed.
+
+    Raises:
+        DeepSpeedConfigError: there is none, or as `read_deepspeed_json` and `fill_deepspeed_json`.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return None
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if name is None:
+        raise DeepSpeedConfigError(
+            "accelerate launch: no DeepSpeed JSON; give one with --deepspeed_config_file ds_configs/zero2.json"
+        )
+    path = Path(name).expanduser()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    content = read_deepspeed_json(path)
+    return fill_deepspeed_json(content, config, world_size=world_size, path=path), path
+
+
 def fill_deepspeed_json(
     content: dict[str, Any], config: RunConfig, *, world_size: int, path: Path
 ) -> dict[str, Any]:
@@ -144,6 +164,8 @@ def fill_deepspeed_json(
         *parents, last = key.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
+        if value is None:  # bf16, before the ranks have told what their devices compute in
+            continue
         found = section.get(last, "auto")
         if found not in ("auto", value):
             raise DeepSpeedConfigError(

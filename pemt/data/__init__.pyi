@@ -7,6 +7,7 @@ from .loading import (
     load_split as load_split,
     load_task_data as load_task_data,
 )
+from .local_files import task_files as task_files
 from .streaming import StreamBatches as StreamBatches, TrainStream as TrainStream
 from .to_predict import (
     note_on_inputs as note_on_inputs,

@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 
 from pemt.data.errors import DataError
 from pemt.data.formats import note_on
-from pemt.data.local_files import columns_of, find_files, read_rows
+from pemt.data.local_files import columns_of, read_rows, task_files
 from pemt.data.tables import Record
 from pemt.tasks import (
     SPLITS,
@@ -88,11 +88,8 @@ def origin_of(task: Task, data_dir: str | None) -> Origin:
     if data_dir is None and not task.files:
         hub_of(task)
         return Origin(task=task, files=None)
-    found, notes = (own_files(task), []) if data_dir is None else find_files(task, data_dir)
+    found, notes = task_files(task, data_dir)
     files = {split: tuple(paths) for split, paths in found.items()}
-    for file in (path for paths in files.values() for path in paths):
-        if not file.is_file():
-            raise DataError(f"{file}: no such file, which task {task.name} reads")
     every = dict.fromkeys(path for paths in files.values() for path in paths)
     decided = [note for path in every if (note := note_on(path, columns_of(task)))]
     notes += [f"{task.name}: {note}" for note in decided]
@@ -108,14 +105,6 @@ def origin_of(task: Task, data_dir: str | None) -> Origin:
             notes=(*notes, f"{task.name}, test: left out {file}, which has no label"),
         )
     return Origin(task=task, files=files, notes=tuple(notes))
-
-
-def own_files(task: Task) -> dict[str, list[Path]]:
-    """The files of each split that a task names."""
-    files: dict[str, list[Path]] = {}
-    for split, path in task.files:
-        files.setdefault(split, []).append(Path(path))
-    return files
 
 
 def is_labelled(task: Task, row: Record | RowError) -> bool:

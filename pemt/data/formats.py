@@ -14,9 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
-
 from pemt.data.errors import DataError
 from pemt.data.tables import Columns, Located, Record, layout_of, read_table
 from pemt.data.text import open_bytes, text_lines
@@ -244,6 +241,8 @@ def behind_gap(text: str, at: int) -> int:
 
 def read_parquet(path: Path) -> Iterator[Located]:
     """The rows of a parquet file, read in batches."""
+    from pyarrow import parquet  # not above: the names of files are found without it
+
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -258,12 +257,15 @@ def read_parquet(path: Path) -> Iterator[Located]:
 
 def read_arrow(path: Path) -> Iterator[Located]:
     """The rows of a file that `datasets` saved to disk: a stream of arrow batches, or a file of them."""
+    import pyarrow
+    from pyarrow import ipc
+
     number = 0
     try:
-        with pa.memory_map(str(path)) as file:
+        with pyarrow.memory_map(str(path)) as file:
             is_stream = file.read(6) != b"ARROW1"
             file.seek(0)
-            open_batches = pa.ipc.open_stream if is_stream else pa.ipc.open_file
+            open_batches = ipc.open_stream if is_stream else ipc.open_file
             reader = open_batches(file)
             checked_names(path, reader.schema.names)
             count = None if is_stream else reader.num_record_batches

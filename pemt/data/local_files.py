@@ -42,6 +42,27 @@ OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "
 DEPTH = 3  # folders within folders: glue_data/MNLI, data/train
 
 
+def task_files(task: Task, data_dir: str | Path | None) -> tuple[dict[str, list[Path]], list[str]]:
+    """The files of each split: in `data_dir`, else those that the task names; none where it is read from the hub.
+    In one line each what else was decided.
+
+    Raises DataError where the folder or a file is missing.
+    """
+    found, notes = (own_files(task), []) if data_dir is None else find_files(task, data_dir)
+    for file in (path for paths in found.values() for path in paths):
+        if not file.is_file():
+            raise DataError(f"{file}: no such file, which task {task.name} reads")
+    return found, notes
+
+
+def own_files(task: Task) -> dict[str, list[Path]]:
+    """The files of each split that a task names."""
+    files: dict[str, list[Path]] = {}
+    for split, path in task.files:
+        files.setdefault(split, []).append(Path(path))
+    return files
+
+
 def find_files(task: Task, data_dir: str | Path) -> tuple[dict[str, list[Path]], list[str]]:
     """The files of each split in a folder, by the names told in WORDS and VARIANTS, and in one line
     each what else was decided: files that look like a split and are not read, names that were guessed.

@@ -20,13 +20,7 @@ from uuid import uuid4
 import torch
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
-from pemt.config import (
-    DeepSpeedConfigError,
-    PemtError,
-    RunConfig,
-    fill_deepspeed_json,
-    read_deepspeed_json,
-)
+from pemt.config import PemtError, RunConfig, launched_deepspeed_json
 from pemt.engine.precision import bf16_is_native
 from pemt.engine.schema import check_schema
 from pemt.engine.waiting import waiting_of_job
@@ -38,18 +32,10 @@ class EngineError(PemtError):
 
 def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | None]:
     """accelerate's DeepSpeed plugin from the JSON it was launched with, and that file; None without one."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+    launched = launched_deepspeed_json(config)
+    if launched is None:
         return None, None
-    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if name is None:
-        raise DeepSpeedConfigError(
-            "accelerate launch: no DeepSpeed JSON; give one with --deepspeed_config_file ds_configs/zero2.json"
-        )
-    path = Path(name).expanduser()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    filled = fill_deepspeed_json(
-        read_deepspeed_json(path), config, world_size=world_size, path=path
-    )
+    filled, path = launched
     check_schema(filled, path)
     return DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=False), path
 

@@ -8,8 +8,12 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if (
+    TYPE_CHECKING
+):  # who asks when a process began has no torch yet; imported below where a GPU is asked
+    import torch
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:
@@ -20,6 +24,8 @@ def memory_in_use(device: torch.device) -> dict[str, float]:
     # The kernel takes down a new peak a little late.
     used = {"memory/rss_gb": now / 1e9, "memory/peak_rss_gb": max(now, peak) / 1e9}
     if device.type == "cuda":
+        import torch
+
         used["memory/peak_cuda_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return used
 
@@ -31,6 +37,8 @@ def watch_peak(device: torch.device) -> int:
     """
     gc.collect()
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -42,6 +50,8 @@ def watch_peak(device: torch.device) -> int:
 def peak(device: torch.device) -> int:
     """The most bytes held since `watch_peak`."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()

@@ -116,9 +116,11 @@ class TrainedT5(nn.Module, ABC):
         Not reentrant: the sparsity losses are no outputs of the blocks, and that way would cut
         them off from their gradients.
         """
-        self.base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        options = {"use_reentrant": False}
+        if hasattr(self.base, "activation_checkpointing_enable"):
+            self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:  # transformers 5.17 has it under the older name alone, of which later ones warn
+            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def compile_blocks(self) -> None:
         """Compile every T5 block in place (torch.compile); their names and parameters stay.

@@ -3,7 +3,7 @@ from .bars import (
     ProgressBar as ProgressBar,
     quiet_libraries as quiet_libraries,
 )
-from .board import TENSORBOARD_FOLDER as TENSORBOARD_FOLDER, record_outcome as record_outcome
+from .board import record_outcome as record_outcome
 from .figures import gate_map as gate_map, save_gate_map as save_gate_map
 from .gates import (
     STACKS as STACKS,
@@ -14,5 +14,9 @@ from .gates import (
     mean_by_source as mean_by_source,
     of_stack as of_stack,
 )
-from .log_file import LOG_FILE as LOG_FILE, read_log as read_log
+from .log_file import (
+    LOG_FILE as LOG_FILE,
+    TENSORBOARD_FOLDER as TENSORBOARD_FOLDER,
+    read_log as read_log,
+)
 from .monitor import Monitor as Monitor

@@ -17,8 +17,8 @@ from pemt.config import RunConfig
 from pemt.monitor.gates import STACKS, GateNames, entropy_NL, of_stack
 from pemt.monitor.hparams import hparams_summaries
 from pemt.monitor.layout import layout
+from pemt.monitor.log_file import TENSORBOARD_FOLDER
 
-TENSORBOARD_FOLDER = "tensorboard"
 DRAWING_SHARE = 0.01  # of a run's time, at most
 COMPARED = ("test/average_metrics", "test/loss")
 

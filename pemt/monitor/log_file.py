@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 LOG_FILE = "log.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"  # beside it; not in board.py, which takes seconds to import
 
 
 class LogFile:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pemt.config import PemtError, RunConfig
 from pemt.monitor.bars import ProgressBar
-from pemt.monitor.board import TENSORBOARD_FOLDER, TensorBoardWriter
+from pemt.monitor.board import TensorBoardWriter
 from pemt.monitor.gates import GateNames
-from pemt.monitor.log_file import LOG_FILE, LogFile
+from pemt.monitor.log_file import LOG_FILE, TENSORBOARD_FOLDER, LogFile
 from pemt.monitor.provenance import config_text, environment_text
 
 NO_GATES = GateNames(sources=(), sites=())

@@ -168,7 +168,8 @@ def _direct(tensor: Tensor) -> Kernels | None:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast would hand them to a matrix product."""
     kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # Meta tensors know no autocast. `torch.amp.is_autocast_available` would tell, and breaks a graph of torch 2.11.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

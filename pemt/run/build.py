@@ -6,18 +6,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pemt.bank import entry_names, read_bank
-from pemt.config import (
-    PEFT_METHODS,
-    AdaptConfig,
-    ConfigError,
-    PemtError,
-    RunConfig,
-    SourceConfig,
-)
+from pemt.bank import read_bank
+from pemt.config import PEFT_METHODS, AdaptConfig, PemtError, RunConfig, SourceConfig
 from pemt.engine import Engine
 from pemt.model import (
-    PREFIXES,
     BitFitT5,
     FullT5,
     PeftT5,
@@ -103,26 +95,6 @@ def build_ops(config: RunConfig, engine: Engine) -> None:
             select.prepare(engine.device.type)
         except OpsError as error:
             raise PemtError(str(error)) from None
-
-
-def check_method(config: AdaptConfig) -> None:
-    """Find out, before anything is loaded, whether a method lacks its library or its bank.
-
-    Raises:
-        PeftError: peft is not installed, or `peft_config` is wrong.
-        ConfigError: the method does not go with gradient_checkpointing.
-        BankError: there is no bank.
-    """
-    if config.method in PEFT_METHODS:
-        kind = peft_settings(config.method, config.peft_config).peft_type.value
-        if config.gradient_checkpointing and kind in PREFIXES:
-            # transformers would drop the prefix from every block that is recomputed
-            raise ConfigError(
-                f"gradient_checkpointing: does not go with {kind}; leave one of them out"
-            )
-    elif config.method == "pemt":
-        assert config.bank_dir is not None
-        entry_names(config.bank_dir)
 
 
 def _target_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,24 +9,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pemt.checkpoint import (
-    CONFIG,
     WEIGHTS,
     TrainState,
-    checkpoint_folders,
     load_trained,
-    train_state_of,
 )
-from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config, value_sources
+from pemt.config import AdaptConfig, RunConfig
 from pemt.engine import Engine
 from pemt.model import TrainedT5, base_digest, checked_base, fetch_base, load_base, read_lazy
 from pemt.monitor import GateNames
 from pemt.run.build import build_model, build_ops
+from pemt.run.finished_config import FinishedError, best_checkpoint, finished_config
 from pemt.storage import read_manifest, read_tensors
 from pemt.tasks import Task, get_task, longest_target
-
-
-class FinishedError(PemtError):
-    """A folder that holds no run to take up again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,39 +55,6 @@ class LoadedRun:
         return GateNames(sources=self.source_names, sites=self.model.gate_sites)
 
 
-def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration that a run left in its folder.
-
-    Args:
-        run_dir: the run's output folder.
-        overrides: `--field value` pairs, as on the command line: another task or data, where base
-            model and bank lie now, batch size, beams. Another task does not inherit the run's
-            `data_dir` and `task_file`.
-
-    Raises:
-        FinishedError: the folder holds no run, or none that has a checkpoint yet.
-        ConfigError: `config.yaml` or an override is wrong.
-        StorageError: the checkpoint's manifest is damaged.
-    """
-    run_dir = Path(run_dir).expanduser()
-    path = run_dir / CONFIG
-    if not path.is_file():
-        raise FinishedError(
-            f"{run_dir}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
-        )
-    _, _, stage = _best_checkpoint(run_dir)
-    kind: type[RunConfig] = SourceConfig if stage == "source" else AdaptConfig
-    own = ["--config", str(path)]
-    config = parse_config(kind, [*own, *overrides], prog="pemt evaluate")
-    if config.task_name != parse_config(kind, own, prog="pemt evaluate").task_name:
-        sources = value_sources(kind, [*own, *overrides])
-        if sources["data_dir"] == str(path):
-            config = replace(config, data_dir=None)
-        if sources["task_file"] == str(path):
-            config = replace(config, task_file=None)
-    return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
-
-
 def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> LoadedRun:
     """A run's model with the weights of its best checkpoint; every rank reads the files.
 
@@ -109,7 +69,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     run_dir = Path(run_dir).expanduser()
     own = finished_config(run_dir)
     config = config or own
-    checkpoint, progress, stage = _best_checkpoint(run_dir)
+    checkpoint, progress, stage = best_checkpoint(run_dir)
     manifest = read_manifest(checkpoint)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
     same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
@@ -162,18 +122,3 @@ def prepare_finished(finished: LoadedRun, engine: Engine) -> None:
     trained = [parameter for _, parameter in finished.model.trainable_parameters()]
     optimizer = torch.optim.AdamW(trained, lr=finished.config.learning_rate)
     engine.prepare(finished.model, optimizer, read_lazy=read_lazy)
-
-
-def _best_checkpoint(folder: Path) -> tuple[Path, TrainState, str]:
-    """The best validated checkpoint (the newest where nothing was validated), its progress and stage."""
-    folders = checkpoint_folders(folder)
-    if not folders:
-        raise FinishedError(f"{folder}: holds a run without a checkpoint; train it first")
-    newest = train_state_of(read_manifest(folders[-1]))
-    best = folder / f"checkpoint-{newest.best_step}"
-    chosen = best if newest.best_step is not None and best.is_dir() else folders[-1]
-    manifest = read_manifest(chosen)
-    run = manifest.get("run")
-    if not isinstance(run, dict) or run.get("stage") not in ("source", "adapt"):
-        raise FinishedError(f"{chosen}: tells no stage; it was written by another version")
-    return chosen, train_state_of(manifest), run["stage"]

@@ -26,7 +26,8 @@ from pemt.data import load_task_data
 from pemt.engine import Engine
 from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
 from pemt.monitor import quiet_libraries, record_outcome
-from pemt.run.build import Built, build_model, build_ops, check_method
+from pemt.run.build import Built, build_model, build_ops
+from pemt.run.early import check_base_place, check_method
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.loop import Fitted, Setup, fit, mixture_seen
 from pemt.run.results import results_block, results_of, write_predictions, write_results
@@ -136,6 +137,7 @@ def set_up(config: RunConfig, engine: Engine) -> Setup:
         lambda: check_lock(Path(config.output_dir)),
         f"watching for another run in {config.output_dir}",
     )
+    engine.on_rank0(lambda: check_base_place(config), f"looking for {config.model_name_or_path}")
     task = get_task(config.task_name, config.task_file)
     build_ops(config, engine)
     with engine.local_first(f"fetching {config.model_name_or_path}"):

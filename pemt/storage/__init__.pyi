@@ -10,6 +10,7 @@ from .folders import (
 )
 from .hub import (
     HubError as HubError,
+    check_hub as check_hub,
     download as download,
     local_folder as local_folder,
     upload as upload,
@@ -18,6 +19,7 @@ from .json_values import Count as Count, Positive as Positive, checked as checke
 from .manifest import (
     MANIFEST as MANIFEST,
     StorageError as StorageError,
+    check_file as check_file,
     read_manifest as read_manifest,
 )
 from .tensor_file import TensorFile as TensorFile, open_tensors as open_tensors

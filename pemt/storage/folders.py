@@ -12,11 +12,9 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pemt.storage.manifest import (
     MANIFEST,
@@ -28,6 +26,9 @@ from pemt.storage.manifest import (
     read_manifest,
     with_checksum,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "MANIFEST",
@@ -90,6 +91,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         tensors: on the CPU, contiguous.
         path: no such file is there yet.
     """
+    from safetensors.torch import save_file  # not above: whoever writes a text needs no torch
+
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -110,6 +113,8 @@ def read_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[s
     Raises:
         StorageError: the manifest does not list the file, or the file is missing, a link, cut or altered.
     """
+    from safetensors.torch import load_file
+
     check_name(folder / MANIFEST, name)
     path = folder / name
     try:

@@ -2,17 +2,68 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from pemt.config import PemtError
+
+# How long a hub that does not answer is waited for before that is told.
+ANSWER_SECONDS = 10.0
 
 
 class HubError(PemtError):
     """A repository of the hub that cannot be read or written."""
+
+
+@cache
+def check_hub(name: str, *, file: str) -> None:
+    """Say that a model is loaded from the hub, and find out at once whether it can be: once a process.
+
+    Libraries try a hub out of reach again and again, for half a minute, and tell nothing meanwhile.
+
+    Args:
+        name: a hub id; of a folder nothing is said.
+        file: one that the repository must have.
+
+    Raises:
+        HubError: `file` is not in the cache, and HF_HUB_OFFLINE is set or the hub does not answer.
+    """
+    if Path(name).is_dir():
+        return
+    try:
+        cached = isinstance(try_to_load_from_cache(name, file), str)
+    except ValueError:
+        return  # no hub id: whoever loads it tells what it is
+    if constants.HF_HUB_OFFLINE:
+        if cached:
+            return
+        raise HubError(
+            f"{name}: is no folder here and not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids "
+            "to ask the hub; give a folder, or fetch it once without HF_HUB_OFFLINE"
+        )
+    print(f"pemt: loading {name} from the hub ...", file=sys.stderr, flush=True)
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=ANSWER_SECONDS)
+    except HfHubHTTPError:
+        return  # it answers, and whoever loads it tells what
+    except (OSError, HTTPError) as error:
+        if not cached:
+            raise HubError(
+                f"{name}: is no folder here, and the hub ({constants.ENDPOINT}) is out of reach ({_reason(error)}); "
+                "give a folder, or try again with a network"
+            ) from None
 
 
 def local_folder(path_or_id: str, *, files: Sequence[str], revision: str | None = None) -> Path:

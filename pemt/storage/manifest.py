@@ -11,11 +11,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pemt.config import PemtError
+
+if TYPE_CHECKING:  # a manifest is read without torch
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 SEAL = "sha256"

@@ -3,7 +3,8 @@
 Every metric compares texts. `predictions` are generated texts, `references` lists of accepted
 texts per example (the first is the gold label where there is only one right answer), `groups` the
 question an example belongs to. Empty input, constant input and text that is no number give the
-defined values told below, never NaN and never a warning. A metric says which tasks it can score.
+defined values told below, never NaN and never a warning. `metric_kinds.py`
+says which tasks each can score.
 """
 
 from __future__ import annotations
@@ -25,25 +26,9 @@ Labels = Sequence[str]
 
 
 class TextMetric(evaluate.Metric):
-    """Base: predictions, references, groups as text; `labels` are the task's target texts.
-
-    What a metric asks of a task: its kind, its number of labels, and that it has a group; None and
-    False ask nothing.
-    """
+    """Base: predictions, references, groups as text; `labels` are the task's target texts."""
 
     about = ""
-    kind: str | None = None
-    label_count: int | None = None
-    by_group = False
-
-    @classmethod
-    def fits(cls, kind: str, *, label_count: int, by_group: bool) -> bool:
-        """Whether it can score such a task."""
-        return (
-            cls.kind in (None, kind)
-            and cls.label_count in (None, label_count)
-            and (by_group or not cls.by_group)
-        )
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -86,8 +71,6 @@ class BinaryF1(TextMetric):
     """F1 of the second label. A prediction that is neither label counts as the wrong one."""
 
     about = "F1 of the positive class; an invalid prediction counts as the wrong class"
-    kind = "classification"
-    label_count = 2
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -101,7 +84,6 @@ class MacroF1(TextMetric):
     """Mean of the F1 of every label, 0 for a label that is neither gold nor predicted."""
 
     about = "unweighted mean of the F1 of all labels"
-    kind = "classification"
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -118,7 +100,6 @@ class Matthews(TextMetric):
     """
 
     about = "Matthews correlation coefficient times 100"
-    kind = "classification"
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -137,7 +118,6 @@ class PearsonSpearman(TextMetric):
     """
 
     about = "Pearson and Spearman correlation times 100"
-    kind = "regression"
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -154,7 +134,6 @@ class Squad(TextMetric):
     """Exact match and token F1 after SQuAD's normalisation, the best over all references."""
 
     about = "exact match and token F1, maximum over the references"
-    kind = "answer"
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]
@@ -173,9 +152,6 @@ class MultiRC(TextMetric):
     """
 
     about = "F1a over answers and exact match over questions"
-    kind = "classification"
-    label_count = 2
-    by_group = True
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], groups: list[str]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from pemt.config import PemtError
-from pemt.tasks.metrics import METRICS
+from pemt.tasks.metric_kinds import METRIC_KINDS
 from pemt.tasks.values import (
     RowError,
     class_of,
@@ -65,7 +65,7 @@ class Task:
 
     Required: `name`, `description` (one sentence; the embeddings of its tokens start the task
     prompt), `template` (the source text, `{field}` for a field of the row) and `metrics` (names in
-    `pemt.tasks.metrics.METRICS`). A task with `labels` is a classification: `labels` are the target texts
+    METRIC_KINDS). A task with `labels` is a classification: `labels` are the target texts
     in the order of the data set's class ids, `label_names` what files may call the same classes.
     Without labels it is an open answer (`label` holds a string or a list of them, the first is the
     target) or, with `score_step`, a regression whose target is `label` rounded to that step.
@@ -104,10 +104,10 @@ class Task:
     prepare_label: Callable[[Row], Row] | None = None
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.metrics if name not in METRICS]
+        unknown = [name for name in self.metrics if name not in METRIC_KINDS]
         if unknown or not self.metrics:
             found = ", ".join(unknown) or "none"
-            allowed = ", ".join(sorted(METRICS))
+            allowed = ", ".join(sorted(METRIC_KINDS))
             raise TaskError(f"task {self.name}: metrics: found {found}; allowed: {allowed}")
         self._check_metrics()
         if self.max_target_length is None and self.kind != "answer":
@@ -123,12 +123,12 @@ class Task:
         labels, grouped = len(self.labels), bool(self.group)
         fitting = [
             name
-            for name, metric in METRICS.items()
+            for name, metric in METRIC_KINDS.items()
             if metric.fits(self.kind, label_count=labels, by_group=grouped)
         ]
         for name in self.metrics:
             if name not in fitting:
-                metric = METRICS[name]
+                metric = METRIC_KINDS[name]
                 needed = told(metric.kind, metric.label_count, by_group=metric.by_group)
                 found = told(self.kind, labels, by_group=grouped)
                 raise TaskError(

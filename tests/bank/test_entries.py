@@ -13,15 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from pemt.bank.entries import (
-    BankError,
-    Manifest,
-    entry_names,
-    read_bank,
-    read_entry,
-    read_manifests,
-    write_entry,
-)
+from pemt.bank.entries import read_bank, read_entry, write_entry
+from pemt.bank.manifests import BankError, Manifest, entry_names, read_manifests
 from pemt.config.schema import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
 from pemt.storage.manifest import with_checksum
@@ -104,7 +97,7 @@ def test_a_failed_write_leaves_the_older_entry(bank: Path, monkeypatch: pytest.M
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pemt.storage.save_tensors", full)
+    monkeypatch.setattr("pemt.storage.folders.save_tensors", full)
     with pytest.raises(PemtError, match="No space left on device"):
         put(bank, tiny_source("rte", seed=99))
     monkeypatch.undo()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pemt.bank.entries import BankError, import_official, read_bank
+from pemt.bank.entries import import_official, read_bank
+from pemt.bank.manifests import BankError
 from pemt.bank.official import OfficialError
 from pemt.config.schema import PemtError
 from pemt.model import ModelError, base_shape

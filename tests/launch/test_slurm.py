@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pemt.bank.entries import entry_names
+from pemt.bank.manifests import entry_names
 from tests.conftest import ROOT, kill_session
 from tests.support.tiny import losses, make_base
 

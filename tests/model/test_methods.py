@@ -29,7 +29,7 @@ from pemt.model import (
     starts_from_text,
 )
 from pemt.model.peft_model import UNFIT, PeftError
-from pemt.run.build import check_method
+from pemt.run.early import check_method
 from tests.support.tiny import adapt_config
 from tests.support.tiny_t5 import SIZES, gradients, tiny_base, tiny_batch, tiny_prompt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_INPUTS = ("pemt", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
@@ -76,3 +79,22 @@ def test_the_command_runs_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path:
         check=False,
     )
     assert "per_device_train_batch_size: 128" in run.stdout, run.stderr
+
+
+def test_the_oldest_releases_are_those_that_are_accepted() -> None:
+    """What `make test-oldest` installs is the lower end of each range in setup.cfg."""
+    options = configparser.ConfigParser()
+    options.read(ROOT / "setup.cfg")
+    lines = options["options"]["install_requires"] + options["options.extras_require"]["peft"]
+    wanted = [Requirement(line) for line in lines.split("\n") if line and line[0] != "#"]
+    pins = (ROOT / ".ci" / "oldest.txt").read_text().split("\n")
+    oldest = dict(line.split("==") for line in pins if "==" in line)
+    lowest = {
+        each.name: specifier.version.removesuffix(".*")
+        for each in wanted
+        for specifier in each.specifier
+        if specifier.operator in (">=", "==")
+    }
+    assert {"torch", "transformers", "accelerate", "deepspeed"} <= lowest.keys()
+    for name, version in lowest.items():
+        assert Version(oldest[name]) == Version(version), name

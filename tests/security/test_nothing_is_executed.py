@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pemt.bank.entries import BankError, entry_folder, read_entry, write_entry
+from pemt.bank.entries import read_entry, write_entry
+from pemt.bank.manifests import BankError, entry_folder
 from pemt.bank.official import OfficialError, read_official
 from pemt.bank.peft_format import PeftFormatError, read_peft
 from pemt.config.parse import read_yaml_mapping

@@ -9,7 +9,7 @@ import huggingface_hub.constants
 import pytest
 
 from pemt.commands import COMMANDS
-from pemt.storage.hub import HubError, download, local_folder, upload
+from pemt.storage.hub import HubError, check_hub, download, local_folder, upload
 from tests.support.hub import COMMIT, Hub, hub
 
 TENSORS = bytes(range(256)) * 40
@@ -128,3 +128,15 @@ def test_a_token_that_is_refused(
     with pytest.raises(HubError, match=r"Repository Not Found .*for a private one `hf auth login`"):
         download("me/tiny", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+
+
+def test_what_is_loaded_from_the_hub_is_said_once(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hub that answers, if only that there is no such model, leaves the rest to whoever loads it."""
+    (root / "me" / "said").mkdir(parents=True)
+    (root / "me" / "said" / "config.json").write_text("{}")
+    for name in ("me/said", "me/nowhere", "me/said", str(root), "no hub id"):
+        check_hub(name, file="config.json")
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"pemt: loading me/{name} from the hub ..." for name in ("said", "nowhere")]

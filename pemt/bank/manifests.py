@@ -1,0 +1,206 @@
+"""What a bank tells of its entries without their tensors: names, manifests, shapes.
+
+Nothing here needs torch, so that a bank is listed, and a wrong name in `source_tasks` refused, at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pemt.config import PemtError
+from pemt.storage import (
+    MANIFEST,
+    StorageError,
+    check_file,
+    read_manifest,
+    recover_interrupted_replace,
+)
+
+TENSORS = "expert.safetensors"
+PROMPT = "prompt"
+FORMAT = 1
+KINDS = ("lora", "bottleneck")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class BankError(PemtError):
+    """A bank, or an entry of it, that cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What is known of an entry without its tensors.
+
+    Args:
+        format: version of this layout.
+        task: the source task, also the folder's name.
+        description: the sentence that the prompt started from; None where it is not known.
+        base: `name` of the base model, and its `base_shape`.
+        base_sha256: of its weights, as in `ExpertSource`; None for an imported entry.
+        kind, rank, alpha: the expert, as in `ExpertSource`.
+        dtype: the tensors' dtype.
+        metrics: the source task's test metrics, in percent.
+        versions: of the software that wrote it.
+    """
+
+    format: int
+    task: str
+    description: str | None
+    base: dict[str, Any]
+    base_sha256: str | None
+    kind: str
+    rank: int
+    alpha: float
+    dtype: str
+    metrics: dict[str, float]
+    versions: dict[str, str]
+
+
+def entry_names(bank_dir: str | Path) -> list[str]:
+    """The tasks that a bank has an entry for, sorted.
+
+    Raises:
+        BankError: there is no such bank, or it is empty.
+    """
+    bank = Path(bank_dir)
+    if not bank.is_dir():
+        raise BankError(f"bank_dir: {bank} is no folder; fill it with `pemt source`")
+    recover_interrupted_replace(bank)
+    names = sorted(
+        path.parent.name for path in bank.glob(f"*/{MANIFEST}") if _is_name(path.parent.name)
+    )
+    if not names:
+        raise BankError(f"bank_dir: {bank} has no entry; fill it with `pemt source`")
+    return names
+
+
+def read_manifests(bank_dir: str | Path) -> list[Manifest]:
+    """All entries' manifests, sorted by task: what a listing of the bank shows.
+
+    Raises:
+        BankError: no such bank, or a manifest that lacks a key.
+        StorageError: a manifest is malformed.
+    """
+    return [manifest_of(entry_folder(bank_dir, name))[0] for name in entry_names(bank_dir)]
+
+
+def chosen_entries(bank_dir: str | Path, tasks: Sequence[str] | None) -> list[str]:
+    """Which entries are mixed: `source_tasks` in its order, or all by name.
+
+    Raises:
+        BankError: no such bank or entry, none is named, or one twice.
+    """
+    entries = entry_names(bank_dir)
+    for task in tasks if tasks is not None else ():
+        if task not in entries:
+            raise BankError(
+                f"source_tasks: `{task}` is not in {bank_dir}; {_nearest(task, entries)}"
+            )
+    chosen = entries if tasks is None else list(tasks)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise BankError(f"source_tasks: found {chosen}; name at least one entry, each once")
+    return chosen
+
+
+def read_shapes(folder: Path) -> tuple[Manifest, dict[str, list[int]]]:
+    """An entry without its tensors: the manifest, and the shape of each tensor by name.
+
+    The file's size and checksum are compared with the manifest's.
+
+    Raises:
+        BankError, StorageError: as `read_entry`.
+    """
+    manifest, raw = manifest_of(folder)
+    path, listed = folder / TENSORS, raw["files"].get(TENSORS)
+    try:
+        check_file(path, listed)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from None
+    shapes = {name: list(tensor["shape"]) for name, tensor in listed["tensors"].items()}
+    if PROMPT not in shapes:
+        raise BankError(f"{path}: has no tensor `{PROMPT}`; the entry must be made anew")
+    return manifest, shapes
+
+
+def check_free(bank_dir: str | Path, task: str, *, overwrite: bool) -> None:
+    """Keep what comes from elsewhere from taking a trained entry's place unasked.
+
+    Raises:
+        BankError: there is such an entry and `overwrite` is false, or the name is no folder's.
+    """
+    folder = entry_folder(bank_dir, task)
+    if not overwrite and (folder / MANIFEST).exists():
+        raise BankError(
+            f"{folder}: there is an entry of that name; give another with --task, or replace it with --overwrite"
+        )
+
+
+def same_base(one: Manifest, other: Manifest) -> bool:
+    """Whether two entries belong to one base model: by its weights where both know them, else by its name."""
+    shapes = [{**each.base, "name": None} for each in (one, other)]
+    if one.base_sha256 is not None and other.base_sha256 is not None:
+        return shapes[0] == shapes[1] and one.base_sha256 == other.base_sha256
+    names = [last_part(str(each.base.get("name"))) for each in (one, other)]
+    return shapes[0] == shapes[1] and names[0] == names[1]
+
+
+def last_part(name: str) -> str:
+    """`flan-t5-base` of a hub id or of a local folder: a copy on disk is the same model."""
+    return name.rstrip("/").rsplit("/", maxsplit=1)[-1]
+
+
+def entry_folder(bank_dir: str | Path, task: str) -> Path:
+    """Where a task's entry lies.
+
+    Raises:
+        BankError: the name is no plain folder name, so it could lie outside of the bank.
+    """
+    if not _is_name(task):
+        raise BankError(
+            f"source task `{task}`: no name for a folder of the bank; allowed are letters, digits "
+            "and . _ + - after a first letter or digit"
+        )
+    return Path(bank_dir) / task
+
+
+def _is_name(task: str) -> bool:
+    return _NAME.fullmatch(task) is not None
+
+
+def manifest_of(folder: Path) -> tuple[Manifest, dict[str, Any]]:
+    """An entry's manifest, checked, and the JSON object it was read from.
+
+    Raises:
+        BankError: it lacks a key, or a value is none that can be.
+        StorageError: it is missing, malformed or damaged.
+    """
+    path = folder / MANIFEST
+    raw = read_manifest(folder)
+    names = [field.name for field in fields(Manifest)]
+    missing = [name for name in names if name not in raw]
+    if missing:
+        raise BankError(f"{path}: lacks `{missing[0]}`; it is no entry of an expert bank")
+    manifest = Manifest(**{name: raw[name] for name in names})
+    rank, alpha = manifest.rank, manifest.alpha
+    rules = {
+        "format": (manifest.format == FORMAT, str(FORMAT)),
+        "task": (manifest.task == folder.name, f"`{folder.name}`, the folder's name"),
+        "base": (isinstance(manifest.base, dict), "an object"),
+        "kind": (manifest.kind in KINDS, " or ".join(KINDS)),
+        "rank": (type(rank) is int and rank > 0, "a whole number above 0"),
+        "alpha": (type(alpha) in (int, float) and alpha > 0, "a number above 0"),
+    }
+    for key, (fine, allowed) in rules.items():
+        if not fine:
+            raise BankError(f"{path}: {key}: found {raw[key]!r}, allowed is {allowed}")
+    return manifest, raw
+
+
+def _nearest(task: str, entries: Sequence[str]) -> str:
+    near = difflib.get_close_matches(task, entries, n=3, cutoff=0.4)
+    return f"nearest: {', '.join(near)}" if near else f"it has: {', '.join(entries)}"

@@ -1,0 +1,78 @@
+"""What a finished run's folder tells without its weights: its configuration, and which checkpoint is the best."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pemt.checkpoint import CONFIG, TrainState, checkpoint_folders, train_state_of
+from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config, value_sources
+from pemt.run.early import check_base_place
+from pemt.storage import read_manifest
+from pemt.tasks import get_task
+
+
+class FinishedError(PemtError):
+    """A folder that holds no run to take up again."""
+
+
+def check_finished(run_dir: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Refuse a run that cannot be taken up again, as far as it shows without torch.
+
+    Raises:
+        PemtError: as `finished_config`; or there is no such task or base model.
+    """
+    config = finished_config(run_dir, overrides)
+    get_task(config.task_name, config.task_file)
+    if os.environ.get("RANK", "0") == "0":
+        check_base_place(config)
+
+
+def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a run left in its folder.
+
+    Args:
+        run_dir: the run's output folder.
+        overrides: `--field value` pairs, as on the command line: another task or data, where base
+            model and bank lie now, batch size, beams. Another task does not inherit the run's
+            `data_dir` and `task_file`.
+
+    Raises:
+        FinishedError: the folder holds no run, or none that has a checkpoint yet.
+        ConfigError: `config.yaml` or an override is wrong.
+        StorageError: the checkpoint's manifest is damaged.
+    """
+    run_dir = Path(run_dir).expanduser()
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise FinishedError(
+            f"{run_dir}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
+        )
+    _, _, stage = best_checkpoint(run_dir)
+    kind: type[RunConfig] = SourceConfig if stage == "source" else AdaptConfig
+    own = ["--config", str(path)]
+    config = parse_config(kind, [*own, *overrides], prog="pemt evaluate")
+    if config.task_name != parse_config(kind, own, prog="pemt evaluate").task_name:
+        sources = value_sources(kind, [*own, *overrides])
+        if sources["data_dir"] == str(path):
+            config = replace(config, data_dir=None)
+        if sources["task_file"] == str(path):
+            config = replace(config, task_file=None)
+    return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
+
+
+def best_checkpoint(folder: Path) -> tuple[Path, TrainState, str]:
+    """The best validated checkpoint (the newest where nothing was validated), its progress and stage."""
+    folders = checkpoint_folders(folder)
+    if not folders:
+        raise FinishedError(f"{folder}: holds a run without a checkpoint; train it first")
+    newest = train_state_of(read_manifest(folders[-1]))
+    best = folder / f"checkpoint-{newest.best_step}"
+    chosen = best if newest.best_step is not None and best.is_dir() else folders[-1]
+    manifest = read_manifest(chosen)
+    run = manifest.get("run")
+    if not isinstance(run, dict) or run.get("stage") not in ("source", "adapt"):
+        raise FinishedError(f"{chosen}: tells no stage; it was written by another version")
+    return chosen, train_state_of(manifest), run["stage"]
