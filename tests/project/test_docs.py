@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import pemt
 from pemt.config.schema import AdaptConfig
 from pemt.sweep.plan import KEYS
 from pemt.tasks import get_task, load_task_file
@@ -20,7 +21,7 @@ from tests.support.docs_pages import PAGES, blocks, name_of
 
 def test_a_task_registered_as_told_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[AdaptConfig] = []
-    monkeypatch.setattr("pemt.run.train.run_adapt", ran.append)
+    monkeypatch.setattr(pemt, "run_adapt", ran.append)
     monkeypatch.setattr("pemt.tasks.registry._TASKS", {})  # it shall be forgotten again
     (text,) = (text for _, text in blocks("python") if "register_task" in text)
     exec(text, {})
