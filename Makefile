@@ -37,7 +37,7 @@ demo-quick: $(STAMP)  ## the same with one target and one seed (3 min 57 s on 2 
 
 test: lint typecheck imports pytest  ## all checks: ruff, mypy, import directions, pytest
 
-pytest: $(STAMP)
+pytest: $(STAMP)  ## pytest alone
 	$(BIN)/pytest $(PYTEST_ARGS) $(TESTS)
 
 test-oldest: $(OLDEST)/constraints.txt  ## ops, model, engine, launches with the oldest torch and transformers (5 GB)
