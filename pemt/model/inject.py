@@ -84,7 +84,7 @@ def _keep_ffn_input(dense: Any, args: tuple[Tensor, ...]) -> None:
 
 
 def checked_base(base: PreTrainedModel) -> Base:
-    """The base model, if it is one that PEMT can be put into.
+    """The base model, if it is one that PEMT can be put into; its decoder is made causal where it is not.
 
     Raises:
         ModelError: it is no stock T5, mT5 or UMT5 with a language-model head.
@@ -99,6 +99,9 @@ def checked_base(base: PreTrainedModel) -> Base:
             "model_name_or_path: its config.json has no decoder_start_token_id; "
             "set it to what the decoder was trained to start from, for T5 the pad id"
         )
+    for block in base.decoder.block:
+        # transformers 5.17 forgets it for UMT5, whose decoder then reads the very tokens that it is to predict.
+        block.layer[0].SelfAttention.is_causal = True
     return base
 
 
