@@ -165,14 +165,15 @@ def divided(
     order = generator(seed, Purpose.SPLIT).permutation(number)
     chosen = order[:size]
     if stratified and task.kind == "classification" and not task.group:
-        # In order of class, at random within one; then every so-and-so-maniest.
+        # In order of class, at random within one; then every so-and-so-maniest. A class of one stays in the first.
         classes = np.unique(column(dataset, "target"), return_inverse=True)[1]
         by_class = order[np.argsort(classes[order], kind="stable")]
-        steps = np.arange(number + 1) * size // number
-        alone = (
-            np.bincount(classes)[classes[by_class]] == 1
-        )  # a class of one stays in the first part
-        chosen = by_class[(np.diff(steps) > 0) | alone]
+        alone = np.bincount(classes)[classes[by_class]] == 1
+        others = by_class[~alone]
+        if len(others):
+            rest = min(max(size - int(alone.sum()), 0), len(others) - 1)
+            steps = np.arange(len(others) + 1) * rest // len(others)
+            chosen = np.concatenate([by_class[alone], others[np.diff(steps) > 0]])
     is_first = np.isin(units, chosen)
     return dataset.select(np.flatnonzero(is_first)), dataset.select(np.flatnonzero(~is_first))
 

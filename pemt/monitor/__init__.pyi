@@ -4,12 +4,12 @@ from .bars import (
     quiet_libraries as quiet_libraries,
 )
 from .board import record_outcome as record_outcome
+from .entropy import entropy_NL as entropy_NL
 from .figures import gate_map as gate_map, save_gate_map as save_gate_map
 from .gates import (
     STACKS as STACKS,
     GateNames as GateNames,
     NamedGates as NamedGates,
-    entropy_NL as entropy_NL,
     gates_in as gates_in,
     mean_by_source as mean_by_source,
     of_stack as of_stack,

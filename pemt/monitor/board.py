@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pemt.config import RunConfig
-from pemt.monitor.gates import STACKS, GateNames, entropy_NL, of_stack
+from pemt.monitor.entropy import entropy_NL
+from pemt.monitor.gates import STACKS, GateNames, of_stack
 from pemt.monitor.hparams import hparams_summaries
 from pemt.monitor.layout import layout
 from pemt.monitor.log_file import TENSORBOARD_FOLDER

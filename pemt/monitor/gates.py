@@ -1,18 +1,17 @@
-"""Gates by name, `{"encoder/0": {source: weight}}`, and how decided they are.
+"""Gates by name: `{"encoder/0": {source: weight}}`.
 
-Shapes: N examples, L sites (a gate each: the FFNs, the encoder's first), K sources, M = 1 + K prompts.
+Shapes: L sites (a gate each: the FFNs, the encoder's first), K sources.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a report needs no torch
+    from torch import Tensor
 
 STACKS = ("encoder", "decoder")
 
@@ -48,17 +47,6 @@ class GateNames:
         means = mean_by_source(named)
         return each | {f"gate_mean/{source}": weight for source, weight in means.items()}
 
-    def decisions(self, gates_NLK: Tensor, similarity_MM: Tensor) -> dict[str, float]:
-        """`gate_entropy/<encoder|decoder>`, a mean over examples and layers, and `prompt_similarity/<source>`.
-
-        Args:
-            similarity_MM: cosines between the mean prompts of the target, first, and the K sources.
-        """
-        entropy = self.by_stack(entropy_NL(gates_NLK), dim=1)
-        found = {f"gate_entropy/{stack}": float(each.mean()) for stack, each in entropy.items()}
-        cosines = zip(self.sources, similarity_MM[0, 1:].tolist(), strict=True)
-        return found | {f"prompt_similarity/{source}": cosine for source, cosine in cosines}
-
     def by_stack(self, gates_LK: Tensor, *, dim: int = 0) -> dict[str, Tensor]:
         """Encoder and decoder apart; `dim` is where the sites lie."""
         stacks = [site.partition("/")[0] for site in self.sites]
@@ -91,15 +79,5 @@ def gates_in(results: Mapping[str, Any]) -> NamedGates:
     half = len(gates) // 2
     sites = [f"{stack}/{layer}" for stack in STACKS for layer in range(half)]
     sites += [f"decoder/{layer}" for layer in range(half, len(gates) - half)]
-    return GateNames(sources=results["sources"], sites=sites).named(torch.tensor(gates))
-
-
-def entropy_NL(gates_NLK: Tensor) -> Tensor:
-    """Entropy of every example's gates at every FFN [N,L], over its maximum log K.
-
-    0: one source has it all; 1: all weigh the same. With a single source there is nothing to
-    decide: 0.
-    """
-    if gates_NLK.shape[-1] == 1:
-        return gates_NLK.new_zeros(gates_NLK.shape[:-1])
-    return torch.special.entr(gates_NLK).sum(dim=-1) / math.log(gates_NLK.shape[-1])
+    rows = zip(sites, gates, strict=True)
+    return {site: dict(zip(results["sources"], row, strict=True)) for site, row in rows}

@@ -15,6 +15,7 @@ from torch import Tensor
 from pemt.config import PemtError, RunConfig
 from pemt.monitor.bars import ProgressBar
 from pemt.monitor.board import TensorBoardWriter
+from pemt.monitor.entropy import decisions
 from pemt.monitor.gates import GateNames
 from pemt.monitor.log_file import LOG_FILE, TENSORBOARD_FOLDER, LogFile
 from pemt.monitor.provenance import config_text, environment_text
@@ -138,7 +139,7 @@ class Monitor:
             similarity_MM: cosines between the mean prompts of the target, first, and the sources.
         """
         if self._is_main:
-            self.log(step, self._gates.decisions(gates_NLK, similarity_MM))
+            self.log(step, decisions(self._gates, gates_NLK, similarity_MM))
             title = f"{self._description}, step {step}"
             with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
                 self._board.gates(step, gates_NLK, similarity_MM, part="validation", title=title)

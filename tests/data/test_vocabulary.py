@@ -165,7 +165,7 @@ def test_the_longest_answer_is_measured_from_train_and_validation(tmp_path, toke
     assert [longest_target(OPEN, given) for given in (None, 7)] == [16, 7]
     # A split alone, as `pemt evaluate` scores it, has what the run has measured.
     finished = dataclasses.replace(OPEN, max_target_length=37)
-    _, notes = load_split(finished, config(tmp_path), tokenizer, "test")
+    _, notes, _ = load_split(finished, config(tmp_path), tokenizer, "test")
     assert notes == (
         f"open, test: 1 of 1 targets {CUT} 37 tokens and were cut; the longest has 55: {RAISE}",
     )
