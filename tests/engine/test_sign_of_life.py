@@ -71,11 +71,11 @@ def test_a_line_needs_no_bar_and_minds_one_that_is_there(
     assert capsys.readouterr().err == "pemt: no bar\n"
     above: list[str] = []
     bar = SimpleNamespace(write=lambda line, file: above.append(line))
-    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=bar))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=bar))
     say("a bar")
     assert above == ["pemt: a bar"]
     # another thread is importing it
-    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace())
     say("half a bar")
     assert capsys.readouterr().err == "pemt: half a bar\n"
 

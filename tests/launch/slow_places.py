@@ -39,10 +39,9 @@ PLACES = {
     "op": ("pemt.run.build.select.prepare", 0),
     "pre-training": ("pemt.demo.pretraining.write_state", 0),
     "fetching": ("pemt.run.train.fetch_base", 0),
-    "reading": ("pemt.run.train.load_base", 1),
     "examples": ("pemt.data.loading.encode", 0),
     "digest": ("pemt.run.loop.base_digest", 1),
-    "weights": ("pemt.engine.engine.materialize_on_device", 1),
+    "reading": ("pemt.engine.engine.materialize_on_device", 1),
     "scoring": ("pemt.run.evaluate.score", 0),
     "pictures": ("pemt.monitor.monitor.Monitor.mixture", 0),
     "writing": ("pemt.run.train.write_predictions", 0),
@@ -84,7 +83,7 @@ def demo_parts(folder: Path) -> None:
         seed=0,
         accuracy=1.0,
         gate_weights={"diet": 1.0},
-        gates_LK=[[1.0]] * 2,
+        gates={"encoder/0": {"diet": 1.0}, "decoder/0": {"diet": 1.0}},
     )
     rows = [row, demo.Row(**{**vars(row), "method": "adapter"})]
     made.report(rows)

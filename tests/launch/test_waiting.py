@@ -46,11 +46,11 @@ def test_work_of_three_timeouts_is_waited_for_wherever_one_rank_does_it(
         "compiling the fused op",
         "saving the state of pre-training",
         f"fetching {folder / 'base'}",
-        f"reading {folder / 'base'}",
         "preparing the examples of tiny-a",
         "reading the digest of the base model's weights",
         "reading the model's weights",
         "scoring 11 answers",
+        "drawing gates and prompts",
         "writing results and pictures",
         "writing the demo's report",
     ):
