@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pemt.config import AdaptConfig, Parser
 from pemt.engine import StopSignals
+from pemt.engine.sign_of_life import LIBRARIES, telling
 
 
 def run(arguments: list[str]) -> None:
@@ -15,7 +16,8 @@ def run(arguments: list[str]) -> None:
         from pemt.run import check_early
 
         check_early(config)
-        from pemt.run import run_adapt  # with all the libraries
+        with telling(LIBRARIES):
+            from pemt.run import run_adapt
 
         run_adapt(config)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pemt.config import Parser, PemtError, command_parser
 from pemt.engine import StopSignals, own_cache
+from pemt.engine.sign_of_life import LIBRARIES, telling
 
 
 def run(arguments: list[str]) -> None:
@@ -18,9 +19,10 @@ def run(arguments: list[str]) -> None:
             f"--world_seed: found {options['world_seed']}, a number from 0 on is needed"
         )
     with StopSignals():
-        if os.environ.get("RANK", "0") == "0":  # 10 s on a slow machine
-            print("--- reading PyTorch, transformers and DeepSpeed", flush=True)
-        from pemt.demo import run_demo
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--- {LIBRARIES}", flush=True)
+        with telling(LIBRARIES):
+            from pemt.demo import run_demo
 
         run_demo(**options)
 

@@ -42,6 +42,7 @@ from pemt.engine.job import (
 )
 from pemt.engine.precision import precision_text, resolve_precision, warn_of_emulation
 from pemt.engine.process import memory_in_use
+from pemt.engine.sign_of_life import telling
 from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trained_state import TrainedState
 from pemt.engine.waiting import waiting_of_job
@@ -69,7 +70,8 @@ class Engine:
     def __init__(self, config: RunConfig) -> None:
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
-        with re_rendezvous():
+        # DeepSpeed compiles something of its own the first time.
+        with re_rendezvous(), telling("opening the process group"):
             # The process group first: the ranks agree on the precision, which DeepSpeed's configuration holds.
             job = PartialState(
                 cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_kwargs(config)

@@ -21,10 +21,10 @@ from uuid import uuid4
 
 import torch
 from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
 
 from pemt.config import PemtError
 from pemt.engine.process import start_ticks
+from pemt.engine.sign_of_life import is_due, say
 from pemt.engine.signals import Interrupted, StopSignals
 from pemt.engine.watchdog import DEATH_SECONDS, FAILED_STATUS, Beat, connected
 
@@ -33,8 +33,6 @@ WAITING = "waiting"  # what a rank does that waits
 # Of a process on this machine the kernel tells whether it lives. Of another machine's only its thread does, and a
 # library may keep that from running for a while.
 SILENT_SECONDS = 30.0
-# A sign of life at least every 10 s where someone looks, every 30 s in a file.
-TELL_SECONDS, TELL_SECONDS_IN_FILE = 8.0, 25.0
 
 
 class Waiting:
@@ -136,11 +134,11 @@ class Waiting:
             if (
                 self._me.doing not in ("", WAITING)
                 and self._rank == self._local_main
-                and _is_due(told)
+                and is_due(told)
             ):
                 told = time.monotonic()
                 if not self._is_waited_for():  # who waits says so
-                    _say(f"{self._me.doing}: {told - self._doing_since:.0f} s so far")
+                    say(f"{self._me.doing}: {told - self._doing_since:.0f} s so far")
 
     def _is_waited_for(self) -> bool:
         self._look()
@@ -183,7 +181,7 @@ class Waiting:
                     # The launcher ends the others when one has died.
                     self.name_the_dead()
                     raise Interrupted(reason)
-                if _is_due(told):
+                if is_due(told):
                     told = time.monotonic()
                     self._say_for_what(late, told - began)
 
@@ -192,7 +190,7 @@ class Waiting:
             return
         doing = self._beats[late[0]].doing or "on its way"
         who = ", ".join(map(str, late[:4])) + (" …" if len(late) > 4 else "")
-        _say(f"rank {self._rank} waits for rank {who}: {doing}, {seconds:.0f} s so far")
+        say(f"rank {self._rank} waits for rank {who}: {doing}, {seconds:.0f} s so far")
 
     def _waiting(self, *, here: bool) -> list[int]:
         """The ranks that wait, on this machine or on all; this one among them."""
@@ -248,13 +246,3 @@ def waiting_of_job() -> Waiting:
     if world_size > 1:
         torch.distributed.barrier()  # from now on every rank has told something
     return made
-
-
-def _is_due(told: float) -> bool:
-    return time.monotonic() - told > (TELL_SECONDS if sys.stderr.isatty() else TELL_SECONDS_IN_FILE)
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # its reader may have gone
-        tqdm.write(f"pemt: {line}", file=sys.stderr)
-        sys.stderr.flush()

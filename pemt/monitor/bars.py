@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 
@@ -21,8 +22,13 @@ def quiet_libraries(is_main: bool) -> None:
 
 
 def _on_terminal() -> bool:
-    """Whether somebody looks; a service without a console has no stdout at all."""
-    return sys.stdout is not None and sys.stdout.isatty()
+    """Whether a bar can be seen; a service without a console has no stdout at all."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return False
+    with contextlib.suppress(OSError, ValueError):  # none of the system's
+        # tqdm draws nothing, and says nothing, where a terminal tells no width: some containers' do not
+        return os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    return True
 
 
 class ProgressBar:

@@ -41,6 +41,14 @@ try:
 finally:
     note()
 """
+# Ends `pemt` at its first line, and leaves what PROBE would.
+FIRST_LINE = """
+import builtins, sys
+def first(line, **_):
+    sys.stdout.write(line)
+    sys.exit()
+builtins.print = first
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +77,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world
 
 
-def run(world: Path, *arguments: str, **environment: str) -> tuple[set[str], str, int]:
+def run(
+    world: Path, *arguments: str, before: str = "", **environment: str
+) -> tuple[set[str], str, int]:
     """`pemt ARGUMENTS` in a process of its own: what it imported, what it said, how it ended."""
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, "imported", *arguments],
+        [sys.executable, "-c", before + PROBE, "imported", *arguments],
         cwd=world,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
@@ -110,6 +120,12 @@ def test_an_answer_needs_no_heavy_library(world: Path, command: str) -> None:
     arguments = command.format(zero2=ROOT / "ds_configs" / "zero2.json").split()
     imported, said, status = run(world, *arguments)
     assert (status, ANSWERS[command] in said) == (0, True), said
+    assert imported & HEAVY == set()
+
+
+def test_the_demo_says_what_it_imports_before_it_does(world: Path) -> None:
+    imported, said, status = run(world, "demo", before=FIRST_LINE)
+    assert (status, said) == (0, "--- reading PyTorch, transformers and DeepSpeed")
     assert imported & HEAVY == set()
 
 

@@ -13,8 +13,8 @@ from tests.conftest import ROOT
 
 PROGRAM = """
 import torch.distributed as dist
-from pemt.engine.job import renewed_rendezvous
-with renewed_rendezvous():
+from pemt.engine.job import re_rendezvous
+with re_rendezvous():
     dist.init_process_group("gloo")
 print(dist.get_world_size(), flush=True)
 dist.barrier()

@@ -35,7 +35,7 @@ print("started", flush=True)
 step = 0
 while not select.select([sys.stdin], [], [], 0.05)[0]:
     step += 1
-    watchdog.came_by(step)
+    watchdog.heartbeat(step)
 line = sys.stdin.readline()
 if line == "wait\\n":
     while not select.select([sys.stdin], [], [], 0.05)[0]:

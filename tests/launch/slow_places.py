@@ -4,7 +4,7 @@
     accelerate launch ... -m tests.launch.slow_places FOLDER PLACE
 
 FOLDER has a base model and task files. `slow`: at every place of PLACES the rank named there takes three times
-`ddp_timeout`, once. A place's name: that rank dies there, of kill -9.
+`ddp_timeout`, once. A place's name: that rank dies there, of kill -9; only the part with that place is run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pemt.config import SourceConfig
 from pemt.config.schema import ExpertConfig
 from pemt.demo import pretraining, run as demo, tasks
-from pemt.engine import shut_down, waiting
+from pemt.engine import Engine, shut_down, sign_of_life
 from pemt.engine.exit import run_and_exit
 from pemt.engine.watchdog import Watchdog
 from pemt.run import session
@@ -28,18 +33,15 @@ from pemt.run.train import run_adapt, run_source
 from tests.support.tiny import adapt_config, source_config, tiny_task
 
 SOURCE, TARGET = "tiny-a", "tiny-target"
-TIMEOUT = 6
+TIMEOUT = 2
 # What is slow, where it is looked up, and on which rank.
 PLACES = {
     "op": ("pemt.run.build.select.prepare", 0),
-    "files": ("pemt.demo.run.write_task_files", 0),
     "pre-training": ("pemt.demo.pretraining.write_state", 0),
     "fetching": ("pemt.run.train.fetch_base", 0),
-    "reading": ("pemt.run.train.load_base", 1),
     "examples": ("pemt.data.loading.encode", 0),
     "digest": ("pemt.run.loop.base_digest", 1),
-    "weights": ("pemt.engine.engine.place", 1),
-    "logs": ("pemt.monitor.monitor.TensorBoardWriter", 0),
+    "reading": ("pemt.engine.engine.materialize_on_device", 1),
     "scoring": ("pemt.run.evaluate.score", 0),
     "pictures": ("pemt.monitor.monitor.Monitor.mixture", 0),
     "writing": ("pemt.run.train.write_predictions", 0),
@@ -81,41 +83,49 @@ def demo_parts(folder: Path) -> None:
         seed=0,
         accuracy=1.0,
         gate_weights={"diet": 1.0},
-        gates_LK=[[1.0]] * 2,
+        gates={"encoder/0": {"diet": 1.0}, "decoder/0": {"diet": 1.0}},
     )
     rows = [row, demo.Row(**{**vars(row), "method": "adapter"})]
     made.report(rows)
 
 
-def stages(folder: Path) -> None:
-    bank, base = folder / "bank", folder / "base"
-    fields: dict[str, Any] = {"max_steps": 2, "ddp_timeout": TIMEOUT}
-    run_source(
-        source_config(
-            base,
-            folder / SOURCE,
-            folder / "source",
-            bank,
-            SOURCE,
-            expert=ExpertConfig(rank=2),
-            **fields,
+def stages(config: SourceConfig, folder: Path) -> None:
+    run_source(config)
+    run_adapt(
+        adapt_config(
+            *(folder / "base", folder / TARGET, folder / "adapt", folder / "bank", TARGET),
+            max_steps=2,
+            ddp_timeout=TIMEOUT,
         )
     )
-    adapt = adapt_config(base, folder / TARGET, folder / "adapt", bank, TARGET, **fields)
-    run_adapt(adapt)
+
+
+def shorten_timeout(config: SourceConfig) -> None:
+    """Have collectives fail after `ddp_timeout`, once all ranks are there: a busy machine starts them far apart."""
+    Engine(replace(config, ddp_timeout=600))
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT))
 
 
 def main(folder: Path, what: str) -> None:
     for task in (SOURCE, TARGET):
         tiny_task(task)
-    waiting.TELL_SECONDS_IN_FILE = TIMEOUT
+    sign_of_life.TELL_SECONDS_IN_FILE = TIMEOUT
     # A busy machine's slow start is a hang to the run's watchdog; that it lets those work who are waited for is
     # shown in test_watchdog.py.
-    session.Watchdog = lambda **given: Watchdog(**{**given, "timeout": 20 * TIMEOUT})
+    session.Watchdog = lambda **given: Watchdog(**{**given, "timeout": 60 * TIMEOUT})
     for name in PLACES if what == "slow" else [what]:
         hooked(name, (lambda: time.sleep(3 * TIMEOUT)) if what == "slow" else die)
-    stages(folder)
-    demo_parts(folder)
+    config = source_config(
+        *(folder / "base", folder / SOURCE, folder / "source", folder / "bank", SOURCE),
+        expert=ExpertConfig(rank=2),
+        max_steps=2,
+        ddp_timeout=TIMEOUT,
+    )
+    shorten_timeout(config)
+    if what != "pre-training":
+        stages(config, folder)
+    if what in ("slow", "pre-training"):
+        demo_parts(folder)
     shut_down()
     if os.environ["RANK"] == "0":
         print("finished", flush=True)

@@ -1,0 +1,91 @@
+"""Lines that say that work goes on, from before any library is imported."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from pemt.engine import sign_of_life
+from pemt.engine.sign_of_life import is_due, say, telling
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sign_of_life, "TELL_SECONDS_IN_FILE", 0.0)
+    monkeypatch.setattr(sign_of_life, "LOOK_SECONDS", 0.01)
+
+
+def lines(capsys: pytest.CaptureFixture[str], seconds: float = 30.0, count: int = 2) -> list[str]:
+    """What is said within a block, until there are so many lines of it or the time is over."""
+    said, until = "", time.monotonic() + seconds
+    with telling("reading a library"):
+        while said.count("\n") < count and time.monotonic() < until:
+            time.sleep(0.01)
+            said += capsys.readouterr().err
+    return (said + capsys.readouterr().err).splitlines()
+
+
+def test_a_block_that_lasts_is_told_of_until_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    said = lines(capsys)
+    assert len(said) >= 2
+    for line in said:
+        assert re.fullmatch(r"pemt: still reading a library, \d+ s so far", line)
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_one_that_ends_soon_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sign_of_life, "TELL_SECONDS_IN_FILE", 1e6)
+    assert lines(capsys, seconds=0.2) == []
+
+
+def test_other_ranks_say_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert lines(capsys, seconds=0.2) == []
+
+
+def test_on_a_terminal_sooner_than_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sign_of_life, "TELL_SECONDS", 10.0)
+    monkeypatch.setattr(sign_of_life, "TELL_SECONDS_IN_FILE", 1e6)
+    told = time.monotonic() - 20
+    for terminal in (True, False):
+        monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda shown=terminal: shown))
+        assert is_due(told) == terminal
+
+
+def test_a_line_needs_no_bar_and_minds_one_that_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "tqdm", raising=False)
+    say("no bar")
+    assert capsys.readouterr().err == "pemt: no bar\n"
+    above: list[str] = []
+    bar = SimpleNamespace(write=lambda line, file: above.append(line))
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=bar))
+    say("a bar")
+    assert above == ["pemt: a bar"]
+    # another thread is importing it
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace())
+    say("half a bar")
+    assert capsys.readouterr().err == "pemt: half a bar\n"
+
+
+def test_it_imports_nothing_that_takes_time() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import pemt.engine.sign_of_life, sys; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"torch", "tqdm", "numpy", "accelerate"} & set(done.stdout.split())
