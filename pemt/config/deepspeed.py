@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pemt.config.schema import PemtError, RunConfig
+from pemt.config.errors import PemtError
+from pemt.config.schema import RunConfig
 
 
 class DeepSpeedConfigError(PemtError):
