@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from pemt.bank.entries import read_entry, write_entry
 from pemt.bank.manifests import (
@@ -19,7 +21,14 @@ from pemt.bank.manifests import (
     entry_names,
     same_base,
 )
-from pemt.bank.peft_format import FILES, PeftFormatError, read_base_name, read_peft, write_peft
+from pemt.bank.peft_format import (
+    FILES,
+    PeftFormatError,
+    PeftLora,
+    read_base_name,
+    read_peft,
+    write_peft,
+)
 from pemt.config import PemtError
 from pemt.model import (
     ExpertSource,
@@ -97,7 +106,15 @@ def add_peft(
         if description is None:
             raise _no_description(path_or_id, task)
         prompt_PD, origin = description_prompt(tokenizer, base, description), description
-    source = ExpertSource(
+    source = _source(task, lora, prompt_PD, base)
+    entry = write_entry(
+        bank_dir, source, base={"name": name, **shape}, description=description, metrics={}
+    )
+    return Added(folder=entry, base_name=name, rank=lora.rank, prompt=origin, absent=lora.absent)
+
+
+def _source(task: str, lora: PeftLora, prompt_PD: Tensor, base: PreTrainedModel) -> ExpertSource:
+    return ExpertSource(
         name=task,
         kind="lora",
         rank=lora.rank,
@@ -106,10 +123,6 @@ def add_peft(
         prompt_PD=prompt_PD,
         base_sha256=base_digest(checked_base(base)),
     )
-    entry = write_entry(
-        bank_dir, source, base={"name": name, **shape}, description=description, metrics={}
-    )
-    return Added(folder=entry, base_name=name, rank=lora.rank, prompt=origin, absent=lora.absent)
 
 
 def _no_description(path_or_id: str, task: str) -> BankError:

@@ -1,9 +1,5 @@
-from .checkpoint import (
-    Checkpoint as Checkpoint,
-    Checkpoints as Checkpoints,
-    load_into_model as load_into_model,
-    load_trained as load_trained,
-)
+from .checkpoint import Checkpoints as Checkpoints
+from .choose import Checkpoint as Checkpoint
 from .folder import (
     CONFIG as CONFIG,
     PREDICTIONS as PREDICTIONS,
@@ -15,6 +11,7 @@ from .folder import (
     resume_target as resume_target,
     start_run_folder as start_run_folder,
 )
+from .load import load_into_model as load_into_model, load_trained as load_trained
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
 from .names import checkpoint_folders as checkpoint_folders
 from .resume import (

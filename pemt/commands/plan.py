@@ -120,6 +120,10 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="(16)",
     )
+    _batch_options(training)
+
+
+def _batch_options(training: argparse._ArgumentGroup) -> None:
     batch, length = RunConfig.per_device_train_batch_size, RunConfig.max_source_length
     training.add_argument(
         "--per_device_train_batch_size", type=int, default=batch, metavar="N", help=f"({batch})"

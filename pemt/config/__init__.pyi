@@ -17,6 +17,7 @@ from .distribution import (
     other_distribution as other_distribution,
     version_line as version_line,
 )
+from .errors import ConfigError as ConfigError, PemtError as PemtError
 from .parse import (
     field_keys as field_keys,
     parse_config as parse_config,
@@ -24,15 +25,15 @@ from .parse import (
     recipe_names as recipe_names,
     value_sources as value_sources,
 )
+from .parts import (
+    AdapterConfig as AdapterConfig,
+    ExpertConfig as ExpertConfig,
+    MixtureConfig as MixtureConfig,
+)
 from .schema import (
     NON_IDENTITY_FIELDS as NON_IDENTITY_FIELDS,
     PEFT_METHODS as PEFT_METHODS,
     AdaptConfig as AdaptConfig,
-    AdapterConfig as AdapterConfig,
-    ConfigError as ConfigError,
-    ExpertConfig as ExpertConfig,
-    MixtureConfig as MixtureConfig,
-    PemtError as PemtError,
     RunConfig as RunConfig,
     SourceConfig as SourceConfig,
 )

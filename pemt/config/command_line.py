@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pemt.config.schema import PemtError
+from pemt.config.errors import PemtError
 
 TEXTS = ("description", "message")  # options that name no file
 

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pemt.config.schema import PemtError, RunConfig
+from pemt.config.errors import PemtError
+from pemt.config.schema import RunConfig
 
 
 class DeepSpeedConfigError(PemtError):
@@ -64,7 +65,13 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         DeepSpeedConfigError: unreadable, malformed, a key given twice, an unknown section, no ZeRO stage, or frozen
             weights to be kept in int8.
     """
+    content = _parsed(path)
+    _check_sections(content, path)
+    _check_zero(content, path)
+    return content
 
+
+def _parsed(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:
@@ -86,6 +93,10 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         raise DeepSpeedConfigError(
             f"{path}: found {type(content).__name__} at the top level, expected an object"
         )
+    return content
+
+
+def _check_sections(content: dict[str, Any], path: Path) -> None:
     for key, value in content.items():
         if key == "optimizer":
             raise DeepSpeedConfigError(
@@ -99,6 +110,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             raise DeepSpeedConfigError(
                 f"{path}: unknown key `{key}`; allowed are {', '.join(SECTIONS)}"
             )
+
+
+def _check_zero(content: dict[str, Any], path: Path) -> None:
     zero = content.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in range(4):
@@ -112,7 +126,6 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             "DeepSpeed 0.19 rounds frozen weights to whole numbers before it scales them; remove the key, "
             "`zero_quantized_weights` alone sends them in int8"
         )
-    return content
 
 
 def launched_deepspeed_json(config: RunConfig) -> tuple[dict[str, Any], Path] | None:

@@ -23,7 +23,8 @@ import jsonargparse
 import yaml
 
 from pemt.config.command_line import nearest
-from pemt.config.schema import ConfigError, RunConfig
+from pemt.config.errors import ConfigError
+from pemt.config.schema import RunConfig
 from pemt.config.yaml_file import load_yaml
 
 PRINT_CONFIG = "--print_config"

@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses, checked when they are made and never changed.
 
 Names follow Hugging Face's `TrainingArguments` wherever the same thing exists there.
-`arguments.py` fills them from YAML and the command line.
+`parse.py` fills them from YAML and the command line.
 """
 
 from __future__ import annotations
@@ -11,40 +11,8 @@ import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-MOST_CHARACTERS = 1500
-
-
-class PemtError(ValueError):
-    """An error for the user: its text is one line that says what was found, what is allowed, what to do.
-
-    What was found may be anything that a file can hold: it is made printable here, and a long one is cut.
-
-    Args:
-        faults: one line each; more than one where many can be told at once.
-    """
-
-    def __init__(self, *faults: str) -> None:
-        super().__init__(*(_line(fault) for fault in faults))
-
-    def __str__(self) -> str:
-        return "\n".join(self.args)
-
-
-def _line(text: str) -> str:
-    text = "".join(each if each.isprintable() else _shown(each) for each in text)
-    if len(text) > MOST_CHARACTERS:
-        text = f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"
-    return text
-
-
-def _shown(character: str) -> str:
-    """A character that is no printable one: a space, or its escape as Python writes it."""
-    return " " if character.isspace() else character.encode("unicode_escape").decode()
-
-
-class ConfigError(PemtError):
-    """A configuration that cannot be run."""
-
+from pemt.config.errors import ConfigError
+from pemt.config.parts import AdapterConfig, ExpertConfig, MixtureConfig
 
 # Fields that may change while a run goes on: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
@@ -73,52 +41,6 @@ PATHS = (
     "bank_dir",
 )
 MOST_SEED = 2**32 - 1  # numpy's
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertConfig:
-    """The expert that stage 1 trains on every FFN's output projection.
-
-    Args:
-        kind: `lora` (the paper's default) or `bottleneck`.
-        rank: LoRA rank R.
-        alpha: LoRA scaling numerator; the expert's output is multiplied by alpha / rank.
-        reduction_factor: a bottleneck expert's inner width is d_ff // reduction_factor.
-    """
-
-    kind: Literal["lora", "bottleneck"] = "lora"
-    rank: int = 64
-    alpha: float = 64.0
-    reduction_factor: int = 48
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """The target adapter of stage 2.
-
-    Args:
-        reduction_factor: the adapter's inner width is d_model // reduction_factor.
-    """
-
-    reduction_factor: int = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixtureConfig:
-    """How stage 2 mixes the frozen experts.
-
-    Args:
-        sparsity_loss_weight: weight of the task sparsity loss beside the cross-entropy.
-        sparsity_over_padding: average the sparsity loss over padding too, as the published code does;
-            false averages over real tokens only.
-        prompt_dropout: dropout on the attention of the target prompt over each source prompt.
-        train_layer_norms: train every T5 layer norm along with the adapters.
-    """
-
-    sparsity_loss_weight: float = 0.1
-    sparsity_over_padding: bool = True
-    prompt_dropout: float = 0.1
-    train_layer_norms: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 from .batching import EvalBatches as EvalBatches, TrainBatches as TrainBatches, collate as collate
+from .encoding import encode_sources as encode_sources
 from .errors import DataError as DataError
 from .loading import (
     TaskData as TaskData,
-    encode_sources as encode_sources,
     lengths_of as lengths_of,
     load_split as load_split,
     load_task_data as load_task_data,

@@ -14,21 +14,18 @@ import contextlib
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import (
-    broadcast_object_list,
-    parse_flag_from_env,
-    set_seed,
-)
+from accelerate.utils import parse_flag_from_env, set_seed
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from pemt.config import PemtError, RunConfig
+from pemt.config import RunConfig
+from pemt.engine.collectives import Collectives
 from pemt.engine.exit import before_exit
 from pemt.engine.job import (
     EngineError,
@@ -41,7 +38,6 @@ from pemt.engine.job import (
     shut_down,
 )
 from pemt.engine.precision import precision_text, resolve_precision, warn_of_emulation
-from pemt.engine.process import memory_in_use
 from pemt.engine.sign_of_life import telling
 from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trained_state import TrainedState
@@ -50,10 +46,8 @@ from pemt.engine.waiting import waiting_of_job
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
-T = TypeVar("T")
 
-
-class Engine:
+class Engine(Collectives):
     """One run on this job's processes.
 
     Args:
@@ -235,90 +229,6 @@ class Engine:
             return math.nan
         self.model.step()
         return norm
-
-    # Collectives: every rank calls them equally often.
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate over ranks along dimension 0; the same shape on every rank."""
-        return self._accelerator.gather(tensor.contiguous())
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Mean over ranks."""
-        return self._accelerator.reduce(tensor, reduction="mean")
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return self._accelerator.reduce(tensor, reduction="sum")
-
-    def memory(self) -> dict[str, float]:
-        """GB (1e9 bytes) that the rank with the most has in use, by tag (all ranks call)."""
-        used = memory_in_use(self.device)
-        rows = self.gather(torch.tensor([list(used.values())], device=self.device))
-        return dict(zip(used, rows.amax(dim=0).tolist(), strict=True))
-
-    # Outside of the training loop ranks may come late, by as long as their work takes; they are waited for
-    # outside of collectives (waiting.py), and `doing` says what for.
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value on every rank (all ranks call)."""
-        self.waiting.meet()
-        return broadcast_object_list([value])[0]
-
-    def on_rank0(self, function: Callable[[], T], doing: str) -> T:
-        """What a function gives on rank 0, on every rank; so is an error for the user, which all raise.
-
-        Args:
-            doing: what it does, for those who wait: "reading the checkpoint".
-        """
-        outcome: T | PemtError | None = None
-        if self.is_main:
-            try:
-                with self.waiting.doing(doing):
-                    outcome = function()
-            except PemtError as error:
-                outcome = error
-        outcome = self.broadcast_object(outcome)
-        if isinstance(outcome, PemtError):
-            raise outcome
-        return cast("T", outcome)
-
-    @contextlib.contextmanager
-    def together(self, doing: str) -> Iterator[None]:
-        """What every rank does, each as fast as it can; who is done waits for the others (all ranks call)."""
-        with self.waiting.doing(doing):
-            yield
-        self.barrier()
-
-    def local_first(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        """One rank a machine runs the block first; the others then find what it built (all ranks call)."""
-        return self.waiting.local_first(doing)
-
-    def barrier(self) -> None:
-        """Wait until every rank is here, outside of collectives."""
-        self.waiting.meet()
-
-    def all_reduce_max(self, value: int) -> int:
-        """The highest of all ranks' values; from host to host, so that no device is waited for."""
-        if self._hosts is None:
-            return value
-        values = torch.tensor([value])
-        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._hosts)
-        return int(values)
-
-    def totals(self, values: list[int]) -> list[int]:
-        """The sums over all ranks, each by itself; from host to host, as `all_reduce_max`."""
-        if self._hosts is None:
-            return values
-        totals = torch.tensor(values)
-        torch.distributed.all_reduce(totals, group=self._hosts)
-        return [int(total) for total in totals]
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's value, rank 0's first; small ones, from host to host."""
-        values = [value] * self.world_size
-        if self._hosts is not None:
-            torch.distributed.all_gather_object(values, value, group=self._hosts)
-        return values
 
     def load_optimizer_state(
         self,

@@ -71,21 +71,7 @@ def export_run(
         )
     name = base_model or config.model_name_or_path
     with _whole(target) as temporary:
-        # as it was scored, for whoever asks it by transformers alone
-        answers = finished.model.base.generation_config
-        answers.num_beams, answers.max_new_tokens = (
-            config.num_beams,
-            longest_target(finished.task, config.max_target_length),
-        )
-        if isinstance(finished.model, PeftT5):
-            _write_peft(temporary, finished.model, name)
-            answers.save_pretrained(temporary)
-        elif isinstance(finished.model, FullT5):
-            with bars_on_terminals_alone():
-                finished.model.base.save_pretrained(temporary)
-            finished.tokenizer.save_pretrained(temporary)
-        else:
-            _write_own(temporary, finished, config, name, dtype)
+        _write_model(temporary, finished, config, name, dtype)
         card = Card(
             base_model=name,
             licence=licence or base_licence(config.model_name_or_path),
@@ -95,10 +81,32 @@ def export_run(
             dtype=dtype if config.method in METHODS else "float32",
             bytes=sum(path.stat().st_size for path in temporary.iterdir()),
         )
-        if card.gates:
-            save_gate_map(card.gates, temporary / GATES, title="Mean gate on the test set")
-        (temporary / README).write_text(model_card(card), encoding="utf-8")
+        _write_card(temporary, card)
     return target
+
+
+def _write_card(folder: Path, card: Card) -> None:
+    if card.gates:
+        save_gate_map(card.gates, folder / GATES, title="Mean gate on the test set")
+    (folder / README).write_text(model_card(card), encoding="utf-8")
+
+
+def _write_model(
+    folder: Path, finished: LoadedRun, config: AdaptConfig, base_model: str, dtype: Dtype
+) -> None:
+    # as it was scored, for whoever asks it by transformers alone
+    answers = finished.model.base.generation_config
+    answers.num_beams = config.num_beams
+    answers.max_new_tokens = longest_target(finished.task, config.max_target_length)
+    if isinstance(finished.model, PeftT5):
+        _write_peft(folder, finished.model, base_model)
+        answers.save_pretrained(folder)
+    elif isinstance(finished.model, FullT5):
+        with bars_on_terminals_alone():
+            finished.model.base.save_pretrained(folder)
+        finished.tokenizer.save_pretrained(folder)
+    else:
+        _write_own(folder, finished, config, base_model, dtype)
 
 
 def _write_own(

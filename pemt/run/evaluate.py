@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -80,20 +81,9 @@ def evaluate(
         on_batch_end: called by all ranks after each batch; what it raises ends the evaluation.
     """
     started = time.perf_counter()
-    longest = longest_target(task, config.max_target_length)
-
-    def measure(indices: list[int]) -> list[Tensor]:
-        batch = collate(
-            list(dataset.select(indices)),
-            pad_token_id=tokenizer.pad_token_id,
-            pad_to_multiple_of=config.pad_to_multiple_of,
-        )
-        batch = {key: value.to(engine.device) for key, value in batch.items()}
-        return _measure(engine, batch, longest=longest, num_beams=config.num_beams)
-
     batch_size = config.per_device_eval_batch_size
-    description = f"{description} {task.name}"
-    with EvaluationBar(total=len(dataset), description=description, shown=engine.is_main) as bar:
+    what = f"{description} {task.name}"
+    with EvaluationBar(total=len(dataset), description=what, shown=engine.is_main) as bar:
 
         def after_batch() -> None:
             bar.advance(batch_size * engine.world_size)
@@ -103,7 +93,7 @@ def evaluate(
             engine,
             lengths_of(dataset),
             batch_size=batch_size,
-            measure=measure,
+            measure=partial(_measure, engine, dataset, task, tokenizer, config),
             on_batch_end=after_batch,
         )
     predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
@@ -163,15 +153,27 @@ def over_ranks(
 
 
 def _measure(
-    engine: Engine, batch: dict[str, Tensor], *, longest: int, num_beams: int
+    engine: Engine,
+    dataset: Dataset,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    indices: list[int],
 ) -> list[Tensor]:
     """Of one batch: generated ids [B,T], summed loss [B], counted targets [B], and gates [B,L,K] if any."""
+    batch = collate(
+        list(dataset.select(indices)),
+        pad_token_id=tokenizer.pad_token_id,
+        pad_to_multiple_of=config.pad_to_multiple_of,
+    )
+    batch = {key: value.to(engine.device) for key, value in batch.items()}
     labels_BT = batch["labels"]
     out = engine.model(**batch)
     loss_BT = F.cross_entropy(
         out.logits.float().transpose(1, 2), labels_BT, ignore_index=IGNORED_LABEL, reduction="none"
     )
-    tokens_BT, *_ = answer_batch(engine, batch, longest=longest, num_beams=num_beams)
+    longest = longest_target(task, config.max_target_length)
+    tokens_BT, *_ = answer_batch(engine, batch, longest=longest, num_beams=config.num_beams)
     counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
     return [tokens_BT, loss_BT.sum(dim=1), counted_B, *gates_of(out)]
 

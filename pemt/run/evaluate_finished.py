@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.config import PemtError
+from pemt.config import PemtError, RunConfig
 from pemt.data import load_split
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import evaluate
-from pemt.run.finished import finished_config, load_on_all, prepare_finished
+from pemt.run.finished import LoadedRun, finished_config, load_on_all, prepare_finished
 from pemt.run.results import results_block, scores_of, write_results
 from pemt.tasks import SPLITS
 
@@ -38,13 +38,8 @@ def evaluate_run(
     Raises:
         PemtError: the run, its data or the file cannot be used.
     """
-    if split not in SPLITS:
-        raise PemtError(f"split: found {split}, allowed are {', '.join(SPLITS)}")
     config = finished_config(run_dir, overrides)
-    if config.streaming and split == "train":
-        raise PemtError(
-            "split: this run's training set is a stream, which has no end; give --streaming false"
-        )
+    _check_split(config, split)
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     finished = load_on_all(run_dir, config, engine)
@@ -63,17 +58,28 @@ def evaluate_run(
         "split_origin": made,
         **scores_of(scored, finished.gate_names, split=split),
     }
-
-    def write() -> None:
-        own = finished_config(run_dir).task_name == config.task_name
-        name = f"{split}_results.json" if own else f"{config.task_name}_{split}_results.json"
-        path = Path(output_file or finished.folder / name)
-        for note in notes:
-            print(note)
-        files = {"results": path, "checkpoint": finished.checkpoint}
-        print(results_block(results, files), flush=True)
-        write_results(path, results)
-
-    engine.on_rank0(write, "writing results")
+    engine.on_rank0(lambda: _write(finished, results, notes, output_file), "writing results")
     engine.release()
     return results
+
+
+def _check_split(config: RunConfig, split: str) -> None:
+    if split not in SPLITS:
+        raise PemtError(f"split: found {split}, allowed are {', '.join(SPLITS)}")
+    if config.streaming and split == "train":
+        raise PemtError(
+            "split: this run's training set is a stream, which has no end; give --streaming false"
+        )
+
+
+def _write(
+    finished: LoadedRun, results: dict[str, Any], notes: Sequence[str], output_file: str | None
+) -> None:
+    name = f"{results['split']}_results.json"
+    if finished_config(finished.folder).task_name != finished.config.task_name:
+        name = f"{finished.config.task_name}_{name}"
+    path = Path(output_file or finished.folder / name)
+    for note in notes:
+        print(note)
+    print(results_block(results, {"results": path, "checkpoint": finished.checkpoint}), flush=True)
+    write_results(path, results)

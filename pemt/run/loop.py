@@ -5,55 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from pemt.checkpoint import (
-    Checkpoint,
-    Checkpoints,
-    TrainState,
-    holds_run,
-    load_into_model,
-    resume_target,
-    start_run_folder,
-    warmup_notes,
-)
+from pemt.checkpoint import Checkpoint, Checkpoints, TrainState, warmup_notes
 from pemt.config import RunConfig
-from pemt.data import (
-    StreamBatches,
-    TaskData,
-    TrainBatches,
-    TrainStream,
-    collate,
-    lengths_of,
-)
+from pemt.data import TrainStream, collate
 from pemt.engine import Engine, Interrupted, full_size
-from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
+from pemt.model import TrainedT5
 from pemt.monitor import Monitor
 from pemt.run.build import Built
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.meter import Meter, shares
 from pemt.run.nan_guard import NonFiniteGuard
+from pemt.run.prepare import (
+    Batches,
+    Setup,
+    open_run,
+    prepare,
+    restore,
+    total_steps_of,
+    train_batches,
+)
 from pemt.run.session import Session
 from pemt.storage import TensorFile
-from pemt.tasks import Task, told_once
-
-Batches: TypeAlias = TrainBatches | StreamBatches
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a run needs before its model is built; making one writes nothing."""
-
-    engine: Engine
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    base: PreTrainedModel
-    data: TaskData
+from pemt.tasks import told_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,20 +97,18 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
         PemtError: the run cannot start, resume, or write its files.
         Interrupted: a rank was told to stop; what was trained is saved.
     """
-    engine, model = setup.engine, built.model
-    checkpoints, resumed = _begin(config, setup, built, session)
+    checkpoints, resumed = open_run(config, setup, built, session)
     batches = train_batches(config, setup, resumed.progress.position if resumed else None)
-    total_steps = _total_steps(config, batches)
-    schedule = prepare(config, engine, model, resumed, total_steps=total_steps)
-    progress = _restore(setup, schedule, resumed) if resumed else TrainState()
+    total_steps = total_steps_of(config, batches)
+    schedule = prepare(config, setup.engine, built.model, resumed, total_steps=total_steps)
+    progress = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(progress.step)
-    model.train()
     with (
         Monitor(
             Path(config.output_dir),
             total_steps=total_steps,
             initial_step=progress.step,
-            is_main=engine.is_main,
+            is_main=setup.engine.is_main,
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
         ) as monitor,
@@ -149,64 +125,31 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             total_steps=total_steps,
         )
         _log_config(run, resumed)
-        if run.validates_at(progress.step) and progress.validated_step != progress.step:
-            progress = _finish_step(run, progress)  # it was stopped before this validation
-        meter = Meter(engine)
-        guard = NonFiniteGuard(config, engine, partial(_rows, setup), tell=monitor.message)
-        for micro_batches in batches.steps(progress.step, total_steps):
-            rates, losses = _take_step(setup, schedule, meter, micro_batches)
-            step, norm = progress.step + 1, rates["train/grad_norm"]
-            skipped = progress.skipped + guard.check(step, norm, micro_batches, losses)
-            progress = replace(progress, step=step, skipped=skipped, position=batches.position())
-            session.set_step(step)
-            if step % config.logging_steps == 0 or step == total_steps:
-                _report(run, meter, step, {**rates, "train/skipped_steps": skipped})
-            with meter.paused():
-                progress = _finish_step(run, progress)
-        _finish_saving(run)
+        progress = _train(run, schedule, progress)
     best = checkpoints.best_weights(progress)
     return Fitted(weights=best, progress=progress, epoch=batches.epochs_at(progress.step))
 
 
-def _total_steps(config: RunConfig, batches: Batches) -> int:
-    if config.max_steps > 0:
-        return config.max_steps
-    assert batches.steps_per_epoch is not None, "a stream needs max_steps"
-    return batches.steps_per_epoch * config.num_train_epochs
-
-
-def _begin(
-    config: RunConfig, setup: Setup, built: Built, session: Session
-) -> tuple[Checkpoints, Checkpoint | None]:
-    """The run's folder, ready to be written, and what to go on from."""
-    engine = setup.engine
-    with engine.together("reading the digest of the base model's weights"):
-        checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
-    resumed = checkpoints.resume(resume_target(config), expected=session.saved_before)
-    session.attach_checkpoints(checkpoints)
-    if (
-        engine.is_main
-        and resume_target(config)
-        and not resumed
-        and holds_run(Path(config.output_dir))
-    ):
-        print(f"{config.output_dir}: the run begun here had saved no checkpoint yet", flush=True)
-    engine.on_rank0(lambda: start_run_folder(config), "writing the run's configuration")
-    return checkpoints, resumed
-
-
-def _identity(setup: Setup, built: Built) -> dict[str, Any]:
-    """What a checkpoint of this run belongs to, besides what the configuration tells."""
-    train, data = setup.data.train, setup.data
-    # What a finished run answers with: its data may be gone by then.
-    measured = {"max_target_length": data.max_target_length} if data.is_measured else {}
-    return {
-        **measured,
-        "stage": built.stage,
-        "sources": built.source_names,
-        "train_examples": None if isinstance(train, TrainStream) else len(train),
-        "base_sha256": base_digest(checked_base(setup.base)),
-    }
+def _train(run: _Run, schedule: LambdaLR, progress: TrainState) -> TrainState:
+    """Every step that is left, and what is due after each."""
+    config, setup, batches = run.config, run.setup, run.batches
+    run.built.model.train()
+    if run.validates_at(progress.step) and progress.validated_step != progress.step:
+        progress = _finish_step(run, progress)  # it was stopped before this validation
+    meter = Meter(setup.engine)
+    guard = NonFiniteGuard(config, setup.engine, partial(_rows, setup), tell=run.monitor.message)
+    for micro_batches in batches.steps(progress.step, run.total_steps):
+        rates, losses = _take_step(setup, schedule, meter, micro_batches)
+        step, norm = progress.step + 1, rates["train/grad_norm"]
+        skipped = progress.skipped + guard.check(step, norm, micro_batches, losses)
+        progress = replace(progress, step=step, skipped=skipped, position=batches.position())
+        run.session.set_step(step)
+        if step % config.logging_steps == 0 or step == run.total_steps:
+            _report(run, meter, step, {**rates, "train/skipped_steps": skipped})
+        with meter.paused():
+            progress = _finish_step(run, progress)
+    _finish_saving(run)
+    return progress
 
 
 def _take_step(
@@ -297,24 +240,6 @@ def _size_line(model: TrainedT5, engine: Engine) -> str:
     )
 
 
-def train_batches(
-    config: RunConfig, setup: Setup, position: dict[str, Any] | None = None
-) -> Batches:
-    """This rank's share of the training data; of a stream from a position on."""
-    division: dict[str, Any] = {
-        "batch_size": config.per_device_train_batch_size,
-        "accumulation": config.gradient_accumulation_steps,
-        "world_size": setup.engine.world_size,
-        "rank": setup.engine.rank,
-        "seed": config.effective_data_seed,
-    }
-    train = setup.data.train
-    if isinstance(train, TrainStream):
-        size = config.shuffle_buffer_size
-        return StreamBatches(train, **division, buffer_size=size, position=position)
-    return TrainBatches(lengths_of(train), **division)
-
-
 def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
     """A micro-batch's examples: a stream gives them, otherwise it is their indices."""
     train = setup.data.train
@@ -328,64 +253,6 @@ def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
         pad_token_id=setup.tokenizer.pad_token_id,
         pad_to_multiple_of=setup.data.pad_to_multiple_of,
     )
-
-
-def prepare(
-    config: RunConfig,
-    engine: Engine,
-    model: TrainedT5,
-    resumed: Checkpoint | None,
-    *,
-    total_steps: int,
-) -> LambdaLR:
-    """Optimizer over the trained parameters alone, schedule, and the model into the engine."""
-    trained = dict(model.trainable_parameters())
-    if resumed:
-        load_into_model(resumed, trained)
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.torch_compile:
-        model.compile_blocks()
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    # On the bare optimizer, whose groups DeepSpeed keeps: a prepared schedule would step once per rank.
-    schedule = get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=total_steps,
-    )
-    engine.prepare(model, optimizer, read_lazy=read_lazy)
-    engine.seed(config.seed, per_rank=True)
-    return schedule
-
-
-def _restore(setup: Setup, schedule: LambdaLR, resumed: Checkpoint) -> TrainState:
-    """Optimizer, schedule and generators as they were when the checkpoint was saved."""
-    progress = resumed.progress
-    # One token: a batch of the data may be the very one that gives no finite loss.
-    token = torch.tensor([[setup.tokenizer.eos_token_id]], device=setup.engine.device)
-    setup.engine.load_optimizer_state(
-        resumed.weights,
-        resumed.moments,
-        step=progress.step - progress.skipped,
-        batch={"input_ids": token, "attention_mask": torch.ones_like(token), "labels": token},
-    )
-    set_schedule_step(schedule, progress.step)
-    setup.engine.load_random_states(resumed.random)
-    return progress
-
-
-def set_schedule_step(schedule: LambdaLR, step: int) -> None:
-    """Put a schedule where `step` calls of its own `step` would have taken it."""
-    schedule.last_epoch = step
-    rates = [
-        base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
 
 
 def _validate(run: _Run, progress: TrainState) -> TrainState:

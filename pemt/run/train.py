@@ -29,7 +29,8 @@ from pemt.monitor import quiet_libraries, record_outcome
 from pemt.run.build import Built, build_model, build_ops
 from pemt.run.early import check_base_place, check_method
 from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.loop import Fitted, Setup, fit, mixture_seen
+from pemt.run.loop import Fitted, fit, mixture_seen
+from pemt.run.prepare import Setup
 from pemt.run.results import results_block, results_of, write_predictions, write_results
 from pemt.run.session import Session
 from pemt.tasks import get_task

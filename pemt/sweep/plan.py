@@ -84,14 +84,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         SweepError: anything wrong in any run; a line per fault, each with file and key.
     """
-    content = read_yaml_mapping(path.expanduser())
-    faults = [
-        f"{path}: unknown key `{key}`{nearest(key, list(KEYS), what=f'there are {KEYS}')}"
-        for key in content
-        if key not in KEYS
-    ]
-    faults += [f"{path}: {key}: missing" for key in NEEDED if not content.get(key)]
-    _stop(faults)
+    content = _content(path)
     methods, tasks = (_named(path, content, key) for key in ("methods", "tasks"))
     seeds = content["seeds"]
     if not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
@@ -99,9 +92,10 @@ def read_sweep(path: Path) -> Sweep:
     shared = content.get("fields") or {}
     output_dir = Path(content["output_dir"]).expanduser()
     _stop(list(_unknown(path, shared, methods, tasks)))
-
+    seeds = list(dict.fromkeys(seeds))
     runs: list[Run] = []
-    for seed, task, method in product(dict.fromkeys(seeds), tasks, methods):
+    faults: list[str] = []
+    for seed, task, method in product(seeds, tasks, methods):
         levels = {
             f"methods.{method}": methods[method],
             f"tasks.{task}": tasks[task],
@@ -124,9 +118,21 @@ def read_sweep(path: Path) -> Sweep:
         output_dir=output_dir,
         methods=list(methods),
         tasks=list(tasks),
-        seeds=list(dict.fromkeys(seeds)),
+        seeds=seeds,
         runs=runs,
     )
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_yaml_mapping(path.expanduser())
+    faults = [
+        f"{path}: unknown key `{key}`{nearest(key, list(KEYS), what=f'there are {KEYS}')}"
+        for key in content
+        if key not in KEYS
+    ]
+    faults += [f"{path}: {key}: missing" for key in NEEDED if not content.get(key)]
+    _stop(faults)
+    return content
 
 
 def _stop(faults: list[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from pemt.bank.entries import read_bank, read_entry, write_entry
 from pemt.bank.manifests import BankError, Manifest, entry_names, read_manifests
-from pemt.config.schema import PemtError
+from pemt.config import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
 from pemt.storage.manifest import with_checksum
 from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_source

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pemt.bank.entries import import_official, read_bank
 from pemt.bank.manifests import BankError
 from pemt.bank.official import OfficialError
-from pemt.config.schema import PemtError
+from pemt.config import PemtError
 from pemt.model import ModelError, base_shape
 from tests.parity.golden import Golden, golden_base
 from tests.support.tiny_t5 import tiny_base, tiny_source

@@ -22,7 +22,7 @@ from pemt.bank.entries import read_bank, read_entry, write_entry
 from pemt.bank.peft_format import PROMPT_FILE, read_peft
 from pemt.bank.tools import add_peft, export_peft, merge, remove, verify
 from pemt.commands import COMMANDS
-from pemt.config.schema import ExpertConfig, PemtError
+from pemt.config import ExpertConfig, PemtError
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from tests.support.hub import hub
 from tests.support.tiny import make_base

@@ -9,7 +9,7 @@ import pytest
 
 from pemt.checkpoint.checkpoint import CheckpointError
 from pemt.checkpoint.names import checkpoint_folders
-from pemt.config.schema import ExpertConfig, PemtError
+from pemt.config import ExpertConfig, PemtError
 from pemt.run.train import run_adapt, run_source
 from pemt.storage import StorageError
 from tests.support.tiny import (

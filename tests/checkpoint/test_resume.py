@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pemt.checkpoint.resume import WorldSizeError, with_the_same_batch
+from pemt.config import AdaptConfig, PemtError
 from pemt.config.parse import parse_config
-from pemt.config.schema import AdaptConfig, PemtError
 from pemt.run.train import run_adapt
 from tests.support.jobs import World, assert_same_end, logged, results, status
 from tests.support.stopped import stopped_at_every_step

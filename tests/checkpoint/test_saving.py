@@ -18,8 +18,8 @@ import pytest
 
 from pemt.checkpoint.checkpoint import CheckpointError
 from pemt.checkpoint.names import checkpoint_folders
+from pemt.config import AdaptConfig, PemtError
 from pemt.config.parse import parse_config
-from pemt.config.schema import AdaptConfig, PemtError
 from pemt.engine import Engine
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.train import run_adapt

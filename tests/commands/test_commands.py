@@ -15,8 +15,7 @@ from packaging.requirements import Requirement
 
 from pemt.commands import COMMANDS, readiness as doctor
 from pemt.commands.overview import overview
-from pemt.config import version_line
-from pemt.config.schema import PemtError
+from pemt.config import PemtError, version_line
 from tests.conftest import ROOT
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import pemt.__main__
+from pemt.config import ExpertConfig, PemtError
 from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
-from pemt.config.schema import ExpertConfig, PemtError
 from pemt.engine import EngineError, check_world_size
 from pemt.run.train import run_adapt, run_source
 from tests.conftest import Launch

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 from pemt.config.schema import SourceConfig
 from pemt.data import (
     DataError,
+    encoding as encoding_module,
     examples as examples_module,
     lengths_of,
     load_split,
     load_task_data,
-    loading as loading_module,
 )
 from pemt.model.tokenizer import TokenizerError, load_tokenizer
 from pemt.tasks import HubSource, Task
@@ -179,7 +179,7 @@ def count_calls(monkeypatch, module, name):
 
 def test_a_second_load_reads_and_tokenises_nothing(folder, tokenizer, monkeypatch):
     calls = count_calls(monkeypatch, examples_module, "example_of")
-    encoded = count_calls(monkeypatch, loading_module, "encode_batch")
+    encoded = count_calls(monkeypatch, encoding_module, "encode_batch")
     first = load_task_data(TASK, config(folder), tokenizer)
     assert (len(calls), len(encoded)) == (60, 3)
     tokenizer("a call that changes the tokenizer's inner state", truncation=True, max_length=3)
@@ -191,10 +191,10 @@ def test_a_second_load_reads_and_tokenises_nothing(folder, tokenizer, monkeypatc
 @pytest.mark.parametrize("asked", [None, 2])
 def test_several_processes_give_the_same_rows(folder, tokenizer, monkeypatch, asked):
     alone = load_task_data(TASK, config(folder), tokenizer).train[:]
-    encoded = count_calls(monkeypatch, loading_module, "encode_batch")
+    encoded = count_calls(monkeypatch, encoding_module, "encode_batch")
     if asked is None:
-        monkeypatch.setattr(loading_module, "PARALLEL_FROM", 1)
-        monkeypatch.setattr(loading_module.os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(encoding_module, "PARALLEL_FROM", 1)
+        monkeypatch.setattr(encoding_module.os, "cpu_count", lambda: 2)
     # Another maximum, which no target reaches, so that the cache is not used.
     changed = config(folder, max_target_length=9, preprocessing_num_workers=asked)
     assert load_task_data(TASK, changed, tokenizer).train[:] == alone
@@ -205,13 +205,13 @@ def test_the_number_of_processes_does_not_make_the_cache_another_one(
     folder, tokenizer, monkeypatch
 ):
     load_task_data(TASK, config(folder), tokenizer)
-    encoded = count_calls(monkeypatch, loading_module, "encode_batch")
+    encoded = count_calls(monkeypatch, encoding_module, "encode_batch")
     load_task_data(TASK, config(folder, preprocessing_num_workers=1), tokenizer)
     assert not encoded
 
 
 def test_another_file_template_or_length_is_read_anew(folder, tokenizer, monkeypatch):
-    encoded = count_calls(monkeypatch, loading_module, "encode_batch")
+    encoded = count_calls(monkeypatch, encoding_module, "encode_batch")
     load_task_data(TASK, config(folder), tokenizer)
     load_task_data(TASK, config(folder, max_source_length=5), tokenizer)
     assert len(encoded) == 6
@@ -283,7 +283,7 @@ def test_a_training_set_alone_is_the_one_that_was_drawn(folder, tokenizer):
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_split_alone_needs_no_other(folder, tokenizer, monkeypatch, split):
-    encoded = count_calls(monkeypatch, loading_module, "encode_batch")
+    encoded = count_calls(monkeypatch, encoding_module, "encode_batch")
     load_split(TASK, config(folder), tokenizer, split)
     assert len(encoded) == 1
     for path in folder.iterdir():

@@ -24,7 +24,7 @@ from pemt.engine import MOMENTS, Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
 from pemt.run.build import build_model
-from pemt.run.loop import Setup, prepare, train_batches
+from pemt.run.prepare import Setup, prepare, train_batches
 from pemt.run.train import run_adapt, run_source, set_up
 from tests.launch.launched_cuts import cuts
 from tests.support.tiny import adapt_config, source_config, tiny_task

@@ -9,8 +9,9 @@ from typing import Any
 
 from pemt.engine import Engine
 from pemt.run.build import build_model
-from pemt.run.loop import _take_step, prepare, train_batches
+from pemt.run.loop import _take_step
 from pemt.run.meter import Meter
+from pemt.run.prepare import prepare, train_batches
 from pemt.run.train import set_up
 from pemt.tasks import Task, register_task
 from tests.support.tiny import adapt_config

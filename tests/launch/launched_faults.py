@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pemt.checkpoint.lock import LOCK, RunLock
-from pemt.config.schema import ExpertConfig, MixtureConfig, PemtError, SourceConfig
+from pemt.config import ExpertConfig, MixtureConfig, PemtError, SourceConfig
 from pemt.engine import Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5

@@ -32,7 +32,7 @@ from pemt.engine.process import peak, watch_peak
 from pemt.model import ExpertSource, PemtT5, base_shape
 from pemt.plan import Job
 from pemt.plan.shapes import Shape
-from pemt.run.loop import prepare
+from pemt.run.prepare import prepare
 from pemt.run.train import run_adapt
 from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
 

@@ -21,7 +21,8 @@ from pemt.engine.exit import run_and_exit
 from pemt.engine.process import peak, watch_peak
 from pemt.model.base import load_base
 from pemt.run.build import build_model
-from pemt.run.loop import Setup, _batch, prepare, train_batches
+from pemt.run.loop import _batch
+from pemt.run.prepare import Setup, prepare, train_batches
 from tests.launch.launched import broadcast_bytes, every_rank
 from tests.support.tiny import adapt_config, tiny_task
 

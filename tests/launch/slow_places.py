@@ -40,7 +40,7 @@ PLACES = {
     "pre-training": ("pemt.demo.pretraining.write_state", 0),
     "fetching": ("pemt.run.train.fetch_base", 0),
     "examples": ("pemt.data.loading.encode", 0),
-    "digest": ("pemt.run.loop.base_digest", 1),
+    "digest": ("pemt.run.prepare.base_digest", 1),
     "reading": ("pemt.engine.engine.materialize_on_device", 1),
     "scoring": ("pemt.run.evaluate.score", 0),
     "pictures": ("pemt.monitor.monitor.Monitor.mixture", 0),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
-from pemt.config.schema import AdapterConfig, ExpertConfig, PemtError
+from pemt.config import AdapterConfig, ExpertConfig, PemtError
 from pemt.model import ModelError, PemtT5, description_prompt
 from tests.support.tiny_t5 import ADAPTER, EXPERT, MIXTURE, tiny_base, tiny_prompt, tiny_source
 

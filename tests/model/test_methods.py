@@ -17,8 +17,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
+from pemt.config import PemtError
 from pemt.config.parse import read_yaml_mapping
-from pemt.config.schema import PemtError
 from pemt.model import (
     PREFIXES,
     BitFitT5,

@@ -17,7 +17,7 @@ from transformers import T5ForConditionalGeneration
 
 from pemt.bench.model import random_t5
 from pemt.commands import COMMANDS
-from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig, PemtError
+from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig, PemtError
 from pemt.model import FullT5, PemtT5, TrainedT5, base_shape
 from pemt.plan import Cluster, Job, Zero, read_zero
 from pemt.plan.activations import saved

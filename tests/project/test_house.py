@@ -17,7 +17,12 @@ from packaging.utils import canonicalize_name
 from pemt.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_LINES = {"a file of pemt": 410, "a file of the tests": 400, "a function": 60}
+MOST_LINES = {
+    "a file of pemt": 350,
+    "a native file": 410,
+    "a file of the tests": 400,
+    "a function": 50,
+}
 
 PACKAGE = sorted((ROOT / "pemt").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -40,10 +45,10 @@ def lines_of(path: Path) -> int:
 
 
 def test_files_and_functions_are_short() -> None:
-    limit = MOST_LINES["a file of pemt"]
-    long = {name_of(p): n for p in [*PACKAGE, *NATIVE_FILES] if (n := lines_of(p)) > limit}
-    limit = MOST_LINES["a file of the tests"]
-    long |= {name_of(p): n for p in TESTS if (n := lines_of(p)) > limit}
+    long: dict[str, int] = {}
+    kinds = {"a file of pemt": PACKAGE, "a native file": NATIVE_FILES, "a file of the tests": TESTS}
+    for kind, paths in kinds.items():
+        long |= {name_of(p): n for p in paths if (n := lines_of(p)) > MOST_LINES[kind]}
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:

@@ -22,7 +22,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import pemt
 from pemt.commands import COMMANDS
-from pemt.config.schema import AdaptConfig, ExpertConfig, MixtureConfig, PemtError
+from pemt.config import AdaptConfig, ExpertConfig, MixtureConfig, PemtError
 from pemt.data import collate
 from pemt.publish.card import Card, model_card
 from pemt.publish.export import export_run

@@ -16,7 +16,7 @@ import yaml
 
 from pemt.checkpoint.status import write_status
 from pemt.commands import COMMANDS
-from pemt.config.schema import ExpertConfig, PemtError
+from pemt.config import ExpertConfig, PemtError
 from pemt.report import findings
 from pemt.report.charts import MOST_POINTS, line_chart, thinned
 from pemt.report.page import environment, in_markdown, shade, write_report

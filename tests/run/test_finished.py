@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pemt.checkpoint.checkpoint import WEIGHTS
-from pemt.config.schema import AdaptConfig, ExpertConfig, PemtError, SourceConfig
+from pemt.config import AdaptConfig, ExpertConfig, PemtError, SourceConfig
 from pemt.run.finished import finished_config, load_finished
 from pemt.run.train import run_adapt, run_source
 from pemt.storage import read_manifest

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pemt.commands import COMMANDS
-from pemt.config.schema import ExpertConfig, PemtError
+from pemt.config import ExpertConfig, PemtError
 from pemt.run.evaluate_finished import evaluate_run
 from pemt.run.predict import Prediction, Predictor
 from pemt.run.train import run_adapt, run_source

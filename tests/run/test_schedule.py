@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from pemt.run.loop import set_schedule_step
+from pemt.run.prepare import set_schedule_step
 
 
 def schedule(kind: str) -> LambdaLR:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings, strategies as st
 
-from pemt.config.schema import PemtError
+from pemt.config import PemtError
 
 INPUTS = 1000
 fuzz = settings(

@@ -15,9 +15,9 @@ from pemt.bank.entries import read_bank, read_entry
 from pemt.bank.tools import verify
 from pemt.checkpoint import TrainState, train_state_of
 from pemt.checkpoint.checkpoint import CheckpointError
+from pemt.config import AdaptConfig, PemtError
 from pemt.config.deepspeed import fill_deepspeed_json, read_deepspeed_json
 from pemt.config.parse import parse_config
-from pemt.config.schema import AdaptConfig, PemtError
 from pemt.engine.schema import check_schema
 from pemt.model import base_shape
 from pemt.storage.manifest import MANIFEST, read_manifest, sha256, with_checksum

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from pemt.bank.peft_format import read_base_name, read_peft, write_peft
-from pemt.config.schema import PemtError
+from pemt.config import PemtError
 from pemt.model import PemtT5, base_digest, base_shape
 from pemt.publish.adapter_format import (
     CONFIG,

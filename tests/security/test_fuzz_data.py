@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from hypothesis import given, strategies as st
 
-from pemt.config.schema import PemtError
+from pemt.config import PemtError
 from pemt.data.examples import example_row
 from pemt.data.local_files import read_rows
 from pemt.tasks import get_task

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pemt.config.schema import ExpertConfig, PemtError
+from pemt.config import ExpertConfig, PemtError
 from pemt.run.train import run_adapt, run_source
 from pemt.storage.manifest import read_manifest
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files

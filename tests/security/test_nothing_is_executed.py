@@ -21,8 +21,8 @@ from pemt.bank.entries import read_entry, write_entry
 from pemt.bank.manifests import BankError, entry_folder
 from pemt.bank.official import OfficialError, read_official
 from pemt.bank.peft_format import PeftFormatError, read_peft
+from pemt.config import ConfigError, PemtError
 from pemt.config.parse import read_yaml_mapping
-from pemt.config.schema import ConfigError, PemtError
 from pemt.model import base_shape
 from pemt.storage.folders import recover_interrupted_replace
 from pemt.storage.manifest import MANIFEST, read_manifest, sha256, with_checksum

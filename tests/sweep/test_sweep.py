@@ -20,7 +20,7 @@ import yaml
 
 from pemt.__main__ import complain
 from pemt.commands import COMMANDS
-from pemt.config.schema import AdaptConfig, PemtError
+from pemt.config import AdaptConfig, PemtError
 from pemt.run.train import run_adapt
 from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
 from pemt.sweep.report import Cell, cells_of, write_report

@@ -1,0 +1,177 @@
+"""Which checkpoint a run resumes from: whole, of this run, the newest; rank 0 chooses it for all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pemt.checkpoint.names import checkpoint_folders, is_checkpoint_name, quarantine, step_of
+from pemt.checkpoint.train_state import MOMENTS, RANDOM, WEIGHTS, TrainState, train_state_of
+from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig
+from pemt.storage import (
+    StorageError,
+    TensorFile,
+    open_tensors,
+    read_manifest,
+    remove_folder,
+    remove_partial_writes,
+)
+
+FORMAT = 2
+
+
+class CheckpointError(PemtError):
+    """A checkpoint that does not exist, is damaged, or belongs to another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was found whole; its tensors stay in their files until they are asked for.
+
+    Args:
+        weights: fp32, by the names of `TrainedT5.trainable_parameters`.
+        moments: AdamW's, as `<parameter>.<exp_avg|exp_avg_sq>`.
+        random: every rank's generators, a row a rank.
+        notes: in one line each, what was passed over on the way to it and what has changed since.
+    """
+
+    folder: Path
+    progress: TrainState
+    weights: TensorFile
+    moments: TensorFile
+    random: TensorFile
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointChooser:
+    """Finds, among the checkpoints of an output folder, the one to resume from; rank 0 alone calls it.
+
+    Args:
+        output_dir: the run's folder.
+        config: the run's configuration, as `plain_values` gives it; what has changed is told.
+        identity: what a checkpoint's manifest must say under `run`.
+    """
+
+    output_dir: Path
+    config: Mapping[str, Any]
+    identity: Mapping[str, Any]
+
+    def choose(self, choice: str | bool, expected: int | None) -> Checkpoint | None:
+        """As `Checkpoints.resume`; what a killed save left is removed, and the checkpoints of later steps."""
+        remove_partial_writes(self.output_dir, is_checkpoint_name)
+        if not choice:
+            return None
+        found = self._newest_usable() if choice is True else self._read(Path(str(choice)))
+        if found:
+            self._remove_later(found.progress)
+            return self._with_whole_best(found)
+        if expected is not None:
+            raise CheckpointError(
+                f"{self.output_dir}: the run here had saved checkpoint-{expected}, and no checkpoint is left; put one "
+                "back, or start again with --overwrite_output_dir true"
+            )
+        return None
+
+    def _remove_later(self, progress: TrainState) -> None:
+        """Checkpoints of steps that will be taken again."""
+        for folder in checkpoint_folders(self.output_dir):
+            if (step_of(folder) or 0) > progress.step:
+                remove_folder(folder)
+
+    def _with_whole_best(self, found: Checkpoint) -> Checkpoint:
+        """Forget a best checkpoint that is damaged or not in this run's folder, and tell of it.
+
+        The one found counts as not validated then, so that it is a candidate itself.
+        """
+        best = found.progress.best_step
+        folder = self.output_dir / f"checkpoint-{best}"
+        if best is None or folder.resolve() == found.folder.resolve():
+            return found
+        try:
+            manifest = read_manifest(folder)
+            self._check(folder, manifest)
+            open_tensors(folder, WEIGHTS, manifest)
+        except (StorageError, CheckpointError) as error:
+            lost = "it is not there"
+            if folder.exists():
+                lost = f"{error}; it was put aside as {quarantine(folder).name}"
+            note = f"checkpoint-{best} was the best so far, and is lost: {lost}; the best is chosen anew"
+            alone = found.progress.without_best()
+            return replace(found, progress=alone, notes=(*found.notes, note))
+        return found
+
+    def _newest_usable(self) -> Checkpoint | None:
+        """The newest whole checkpoint of this run; those passed over are put aside, and told of."""
+        folders = checkpoint_folders(self.output_dir)
+        problems: dict[Path, CheckpointError] = {}
+        for folder in reversed(folders):
+            try:
+                found = self._read(folder)
+            except CheckpointError as error:
+                problems[folder] = error
+                continue
+            notes = [
+                f"{error}; it was put aside as {quarantine(damaged).name}, going on from {folder.name}"
+                for damaged, error in problems.items()
+            ]
+            return replace(found, notes=(*notes, *found.notes))
+        if not problems:
+            return None
+        first = problems[folders[-1]]
+        if not isinstance(first.__cause__, StorageError):
+            raise first
+        raise CheckpointError(
+            f"{self.output_dir}: none of {len(folders)} checkpoints is whole ({first}); "
+            "start again with --overwrite_output_dir true"
+        )
+
+    def _read(self, folder: Path) -> Checkpoint:
+        try:
+            manifest = read_manifest(folder)
+            self._check(folder, manifest)
+            return Checkpoint(
+                folder=folder,
+                progress=train_state_of(manifest),
+                weights=open_tensors(folder, WEIGHTS, manifest),
+                moments=open_tensors(folder, MOMENTS, manifest),
+                random=open_tensors(folder, RANDOM, manifest),
+                notes=self._changes(manifest),
+            )
+        except StorageError as error:
+            raise CheckpointError(str(error)) from error
+
+    def _check(self, folder: Path, manifest: dict[str, Any]) -> None:
+        if manifest.get("format") != FORMAT or not isinstance(manifest.get("run"), dict):
+            raise CheckpointError(
+                f"{folder}: format {manifest.get('format')}, this version reads format {FORMAT}"
+            )
+        progress = train_state_of(manifest)
+        if step_of(folder) not in (None, progress.step):
+            raise CheckpointError(f"{folder}: its manifest is that of step {progress.step}")
+        for key, ours in self.identity.items():
+            theirs = manifest["run"].get(key)
+            if theirs != ours:
+                raise CheckpointError(
+                    f"{folder}: was saved with {key} {theirs}, this run has {ours}; make them agree or start a new run"
+                )
+
+    def _changes(self, manifest: dict[str, Any]) -> tuple[str, ...]:
+        """A line on the fields that this run sets otherwise than the checkpoint's."""
+        before = manifest.get("config")
+        if not isinstance(before, dict):
+            return ()
+        changed = [
+            f"{name} {before.get(name)} -> {value}"
+            for name, value in self.config.items()
+            if before.get(name) != value and name not in NON_IDENTITY_FIELDS
+        ]
+        return (f"changed since the checkpoint: {', '.join(changed)}",) if changed else ()
+
+
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """A configuration as JSON gives it back."""
+    return json.loads(json.dumps(asdict(config)))

@@ -1,0 +1,122 @@
+"""Examples -> token ids, once: the cache of `datasets` has them the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import cached_property
+from typing import Any
+
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from pemt.config import RunConfig
+from pemt.data.vocabulary import (
+    Tally,
+    check_labels,
+    comparable,
+    encode_texts,
+    is_lost,
+    unknown,
+    written_back,
+)
+from pemt.tasks import Task, longest_target
+
+# Below this many examples one process (whose tokenizer has its own threads) is faster than several.
+PARALLEL_FROM = 50_000
+MAX_PROCESSES = 8
+
+
+class Encoder:
+    """Tokenises examples; the same task, tokenizer and lengths find the cached result."""
+
+    def __init__(self, task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.task, self.tokenizer = task, tokenizer
+        self.workers = config.preprocessing_num_workers
+        self.max_source_length = config.max_source_length
+        self.max_target_length = longest_target(task, config.max_target_length)
+        self.lengths = (self.max_source_length, self.max_target_length)
+        check_labels(task, tokenizer, self.max_target_length)
+
+    def encode(self, examples: Dataset, *, every_answer: bool) -> Dataset:
+        """Adds what `encode_batch` does; with `every_answer` a row per reference."""
+        processes = self.workers or 1
+        if self.workers is None and len(examples) >= PARALLEL_FROM:
+            processes = min(MAX_PROCESSES, os.cpu_count() or 1)
+        return examples.map(
+            encode_batch,
+            batched=True,
+            remove_columns=examples.column_names,
+            num_proc=min(processes, len(examples)) if processes > 1 else None,
+            fn_kwargs=self.settings(every_answer=every_answer),
+            new_fingerprint=Hasher.hash(
+                [examples._fingerprint, self.identity, self.lengths, every_answer]
+            ),
+            desc="tokenising",
+        )
+
+    def settings(self, *, every_answer: bool) -> dict[str, Any]:
+        """What `encode_batch` is given besides a batch."""
+        return {
+            "tokenizer": self.tokenizer,
+            "lengths": self.lengths,
+            "every_answer": every_answer,
+            "open_answers": self.task.kind == "answer",
+        }
+
+    def tally(self, split: str) -> Tally:
+        """Counts what is wrong with the examples of a split."""
+        return Tally(self.task, split, self.tokenizer, self.lengths)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the tokenizer's tables, without the truncation its last call left there."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return Hasher.hash(self.tokenizer)
+        tables = json.loads(backend.to_str())
+        text = json.dumps({**tables, "truncation": None, "padding": None}, sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def encode_batch(
+    batch: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: tuple[int, int],
+    every_answer: bool,
+    open_answers: bool,
+) -> dict[str, list[Any]]:
+    """A batch of examples with their token ids, FLAGS, and the targets' lengths uncut."""
+    columns = {name: list(values) for name, values in batch.items()}
+    if every_answer:
+        pairs = [(i, text) for i, texts in enumerate(columns["references"]) for text in texts]
+        columns = {name: [values[i] for i, _ in pairs] for name, values in columns.items()}
+        columns["target"] = [text for _, text in pairs]
+    sources, cut = encode_sources(columns["source"], tokenizer, max_length=lengths[0])
+    targets, target_lengths = encode_texts(columns["target"], tokenizer, max_length=lengths[1])
+    different = list(dict.fromkeys(columns["target"]))
+    backs = dict(zip(different, written_back(different, tokenizer), strict=True))
+    if open_answers:
+        columns["references"] = comparable(columns["references"], tokenizer)
+    return {
+        **columns,
+        "input_ids": sources,
+        "labels": targets,
+        "length": [len(ids) for ids in sources],
+        "source_cut": cut,
+        "source_unknown": unknown(sources, tokenizer),
+        "target_cut": [length > lengths[1] for length in target_lengths],
+        "target_lost": [is_lost(text, backs[text]) for text in columns["target"]],
+        "target_length": target_lengths,
+    }
+
+
+def encode_sources(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of source texts, of at most `max_length` tokens, and which of them had to be cut."""
+    kept, uncut = encode_texts(texts, tokenizer, max_length=max_length)
+    return kept, [length > max_length for length in uncut]

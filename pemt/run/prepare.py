@@ -1,0 +1,158 @@
+"""What training needs before its first step: the run's folder, batches, the prepared model; or a checkpoint's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from pemt.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    TrainState,
+    holds_run,
+    load_into_model,
+    resume_target,
+    start_run_folder,
+)
+from pemt.config import RunConfig
+from pemt.data import StreamBatches, TaskData, TrainBatches, TrainStream, lengths_of
+from pemt.engine import Engine
+from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
+from pemt.run.build import Built
+from pemt.run.session import Session
+from pemt.tasks import Task
+
+Batches: TypeAlias = TrainBatches | StreamBatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run needs before its model is built; making one writes nothing."""
+
+    engine: Engine
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    base: PreTrainedModel
+    data: TaskData
+
+
+def open_run(
+    config: RunConfig, setup: Setup, built: Built, session: Session
+) -> tuple[Checkpoints, Checkpoint | None]:
+    """The run's folder, ready to be written, and what to go on from."""
+    engine = setup.engine
+    with engine.together("reading the digest of the base model's weights"):
+        checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
+    resumed = checkpoints.resume(resume_target(config), expected=session.saved_before)
+    session.attach_checkpoints(checkpoints)
+    if (
+        engine.is_main
+        and resume_target(config)
+        and not resumed
+        and holds_run(Path(config.output_dir))
+    ):
+        print(f"{config.output_dir}: the run begun here had saved no checkpoint yet", flush=True)
+    engine.on_rank0(lambda: start_run_folder(config), "writing the run's configuration")
+    return checkpoints, resumed
+
+
+def _identity(setup: Setup, built: Built) -> dict[str, Any]:
+    """What a checkpoint of this run belongs to, besides what the configuration tells."""
+    train, data = setup.data.train, setup.data
+    # What a finished run answers with: its data may be gone by then.
+    measured = {"max_target_length": data.max_target_length} if data.is_measured else {}
+    return {
+        **measured,
+        "stage": built.stage,
+        "sources": built.source_names,
+        "train_examples": None if isinstance(train, TrainStream) else len(train),
+        "base_sha256": base_digest(checked_base(setup.base)),
+    }
+
+
+def train_batches(
+    config: RunConfig, setup: Setup, position: dict[str, Any] | None = None
+) -> Batches:
+    """This rank's share of the training data; of a stream from a position on."""
+    division: dict[str, Any] = {
+        "batch_size": config.per_device_train_batch_size,
+        "accumulation": config.gradient_accumulation_steps,
+        "world_size": setup.engine.world_size,
+        "rank": setup.engine.rank,
+        "seed": config.effective_data_seed,
+    }
+    train = setup.data.train
+    if isinstance(train, TrainStream):
+        size = config.shuffle_buffer_size
+        return StreamBatches(train, **division, buffer_size=size, position=position)
+    return TrainBatches(lengths_of(train), **division)
+
+
+def total_steps_of(config: RunConfig, batches: Batches) -> int:
+    if config.max_steps > 0:
+        return config.max_steps
+    assert batches.steps_per_epoch is not None, "a stream needs max_steps"
+    return batches.steps_per_epoch * config.num_train_epochs
+
+
+def prepare(
+    config: RunConfig,
+    engine: Engine,
+    model: TrainedT5,
+    resumed: Checkpoint | None,
+    *,
+    total_steps: int,
+) -> LambdaLR:
+    """Optimizer over the trained parameters alone, schedule, and the model into the engine."""
+    trained = dict(model.trainable_parameters())
+    if resumed:
+        load_into_model(resumed, trained)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.torch_compile:
+        model.compile_blocks()
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    # On the bare optimizer, whose groups DeepSpeed keeps: a prepared schedule would step once per rank.
+    schedule = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=total_steps,
+    )
+    engine.prepare(model, optimizer, read_lazy=read_lazy)
+    engine.seed(config.seed, per_rank=True)
+    return schedule
+
+
+def restore(setup: Setup, schedule: LambdaLR, resumed: Checkpoint) -> TrainState:
+    """Optimizer, schedule and generators as they were when the checkpoint was saved."""
+    progress = resumed.progress
+    # One token: a batch of the data may be the very one that gives no finite loss.
+    token = torch.tensor([[setup.tokenizer.eos_token_id]], device=setup.engine.device)
+    setup.engine.load_optimizer_state(
+        resumed.weights,
+        resumed.moments,
+        step=progress.step - progress.skipped,
+        batch={"input_ids": token, "attention_mask": torch.ones_like(token), "labels": token},
+    )
+    set_schedule_step(schedule, progress.step)
+    setup.engine.load_random_states(resumed.random)
+    return progress
+
+
+def set_schedule_step(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule where `step` calls of its own `step` would have taken it."""
+    schedule.last_epoch = step
+    rates = [
+        base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
