@@ -52,13 +52,13 @@ class CheckpointError(PemtError):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that was found whole; its tensors stay in their files until they are asked for.
+    """A checkpoint that was found intact; its tensors are read lazily.
 
     Args:
         weights: fp32, by the names of `TrainedT5.trainable_parameters`.
         moments: AdamW's, as `<parameter>.<exp_avg|exp_avg_sq>`.
         random: every rank's generators, a row a rank.
-        notes: in one line each, what was passed over on the way to it and what has changed since.
+        notes: in one line each, which checkpoints were skipped and what has changed since.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class Checkpoints:
         output_dir: the run's folder.
         engine: gathers what is saved; rank 0 writes, and reads for all.
         config: batch size and accumulation, which fix the order of the data.
-        identity: what else must be the same in a run that goes on from one of them.
+        identity: what else must be the same in a run that resumes from one of them.
     """
 
     def __init__(
@@ -87,9 +87,7 @@ class Checkpoints:
         self._limit = config.save_total_limit
         self._stops = config.save_errors == "stop"
         self._writer = BackgroundWriter()
-        self.saved: int | None = (
-            None  # step of the newest one that is whole on the disk; rank 0 knows
-        )
+        self.saved: int | None = None  # step of the newest complete one on disk; rank 0 knows
         self._config = plain_values(config)
         self._run = {
             **identity,
@@ -114,7 +112,7 @@ class Checkpoints:
             CheckpointError: a weight or a moment is NaN or Inf; the checkpoint before stays.
         """
         began = time.perf_counter()
-        self._engine.on_rank0(self._writer.wait, "writing the checkpoint before")
+        self._engine.on_rank0(self._writer.wait, "writing the previous checkpoint")
         files = {
             WEIGHTS: self._engine.trained.weights(),
             MOMENTS: self._engine.trained.moments(),
@@ -144,7 +142,7 @@ class Checkpoints:
         self._writer.write(snapshot, needed=progress.best_step)
 
     def _vote(self, progress: TrainState, tensors: Mapping[str, Tensor]) -> None:
-        """Every rank must be where rank 0 is, with numbers that can be gone on with (all ranks call)."""
+        """Every rank must be where rank 0 is, with finite weights and moments (all ranks call)."""
         bad = None
         if self._engine.is_main:  # its copies are what is written
             bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
@@ -158,12 +156,12 @@ class Checkpoints:
             if theirs != first:
                 raise CheckpointError(
                     f"checkpoint-{progress.step} was not saved: rank {rank} is at {theirs}, rank 0 at {first}; "
-                    "start the same command again, to go on from the checkpoint before"
+                    "run the same command again to resume from the previous checkpoint"
                 )
         if bad is not None:
             raise CheckpointError(
-                f"checkpoint-{progress.step} was not saved: `{bad}` holds NaN or Inf; go on from "
-                "the checkpoint before with a lower learning_rate, or train in fp32"
+                f"checkpoint-{progress.step} was not saved: `{bad}` holds NaN or Inf; resume from "
+                "the previous checkpoint with a lower learning_rate, or train in fp32"
             )
 
     def lines(self) -> list[str]:
@@ -209,7 +207,7 @@ class Checkpoints:
                 return open_tensors(folder, WEIGHTS, read_manifest(folder))
             except StorageError as error:
                 raise CheckpointError(
-                    f"{error}; start the same command again, which goes on without this checkpoint"
+                    f"{error}; run the same command again: it resumes without this checkpoint"
                 ) from None
 
         return self._seen_by_all(self._engine.on_rank0(find, "checking the best checkpoint"))
@@ -231,12 +229,12 @@ class Checkpoints:
         """The checkpoint to resume from, chosen and checked by rank 0 for all (all ranks call).
 
         Args:
-            choice: a checkpoint's folder, or True for the newest one that is whole; a folder that holds no
-                run yet gives None, so that one command both starts a run and takes it up again. False: none.
+            choice: a checkpoint's folder, or True for the newest intact one; a folder that holds no
+                run yet gives None, so that one command both starts a run and resumes it. False: none.
             expected: step of a checkpoint that the run is known to have written, on rank 0.
 
         Raises:
-            CheckpointError: the chosen one is damaged or of another run, none of several is whole, all
+            CheckpointError: the chosen one is damaged or of another run, none of several is intact, all
                 are gone, or a rank does not see it.
         """
         found = self._engine.on_rank0(
@@ -256,7 +254,7 @@ class Checkpoints:
             self._remove_later(found.progress)
             if found.folder.resolve().parent == self._output_dir.resolve():
                 self.saved = found.progress.step
-            return self._with_whole_best(found)
+            return self._with_intact_best(found)
         if expected is not None:
             raise CheckpointError(
                 f"{self._output_dir}: the run here had saved checkpoint-{expected}, and no checkpoint is left; put one "
@@ -270,8 +268,8 @@ class Checkpoints:
             if (step_of(folder) or 0) > progress.step:
                 remove_folder(folder)
 
-    def _with_whole_best(self, found: Checkpoint) -> Checkpoint:
-        """Forget a best checkpoint that is damaged or not in this run's folder, and tell of it.
+    def _with_intact_best(self, found: Checkpoint) -> Checkpoint:
+        """Forget a best checkpoint that is damaged or not in this run's folder, with a note.
 
         The one found counts as not validated then, so that it is a candidate itself.
         """
@@ -284,16 +282,16 @@ class Checkpoints:
             self._check(folder, manifest)
             open_tensors(folder, WEIGHTS, manifest)
         except (StorageError, CheckpointError) as error:
-            lost = "it is not there"
+            lost = "missing"
             if folder.exists():
-                lost = f"{error}; it was put aside as {quarantine(folder).name}"
-            note = f"checkpoint-{best} was the best so far, and is lost: {lost}; the best is chosen anew"
+                lost = f"{error}; quarantined as {quarantine(folder).name}"
+            note = f"checkpoint-{best} was the best so far and is lost: {lost}; the best is chosen anew"
             alone = found.progress.without_best()
             return replace(found, progress=alone, notes=(*found.notes, note))
         return found
 
     def _newest_usable(self) -> Checkpoint | None:
-        """The newest whole checkpoint of this run; those passed over are put aside, and told of."""
+        """The newest intact checkpoint of this run; damaged ones are quarantined, each with a note."""
         folders = checkpoint_folders(self._output_dir)
         problems: dict[Path, CheckpointError] = {}
         for folder in reversed(folders):
@@ -303,7 +301,7 @@ class Checkpoints:
                 problems[folder] = error
                 continue
             notes = [
-                f"{error}; it was put aside as {quarantine(damaged).name}, going on from {folder.name}"
+                f"{error}; quarantined as {quarantine(damaged).name}, resuming from {folder.name}"
                 for damaged, error in problems.items()
             ]
             return replace(found, notes=(*notes, *found.notes))
@@ -313,7 +311,7 @@ class Checkpoints:
         if not isinstance(first.__cause__, StorageError):
             raise first
         raise CheckpointError(
-            f"{self._output_dir}: none of {len(folders)} checkpoints is whole ({first}); "
+            f"{self._output_dir}: none of {len(folders)} checkpoints is intact ({first}); "
             "start again with --overwrite_output_dir true"
         )
 

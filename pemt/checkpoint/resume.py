@@ -16,11 +16,11 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 class WorldSizeError(PemtError):
-    """A number of ranks on which a run cannot go on."""
+    """A number of ranks on which a run cannot resume."""
 
 
 def resolve_config(config: Config) -> Config:
-    """The configuration with which to go on; every rank finds the same, before there are collectives.
+    """The configuration to resume with; every rank finds the same, before there are collectives.
 
     Raises:
         WorldSizeError: the global batch that the run began with cannot be had on this number of ranks.
@@ -42,7 +42,7 @@ def after_restart(config: Config) -> Config:
 
 
 def with_the_same_precision(config: Config) -> Config:
-    """`bf16` as the run began, where it is left to the device: it may go on on a machine with another one."""
+    """`bf16` as the run began, where it is left to the device: it may resume on a machine with another one."""
     if config.bf16 is not None or not resume_target(config):
         return config
     begun = (_begun(config) or {}).get("config")
@@ -68,12 +68,12 @@ def with_the_same_batch(config: Config, world_size: int) -> Config:
         or begun["run"].get("per_device_train_batch_size") != config.per_device_train_batch_size
         or wanted == at_once * config.gradient_accumulation_steps
     ):
-        return config  # nothing to mend, or what differs will be told when the checkpoint is read
+        return config  # nothing to mend, or it is refused when the checkpoint is read
     if wanted % at_once:
         raise WorldSizeError(
-            f"{config.output_dir}: the run was begun on {begun['world_size']} rank(s) with a global batch of {wanted}, "
-            f"which {world_size} rank(s) × per_device_train_batch_size {config.per_device_train_batch_size} do not "
-            "divide; take another number of ranks"
+            f"{config.output_dir}: the run was started on {begun['world_size']} rank(s) with a global batch of "
+            f"{wanted}, which {world_size} rank(s) × per_device_train_batch_size {config.per_device_train_batch_size} "
+            "do not divide; take another number of ranks"
         )
     accumulation = wanted // at_once
     if os.environ.get("RANK", "0") == "0":
@@ -86,7 +86,7 @@ def with_the_same_batch(config: Config, world_size: int) -> Config:
 
 
 def _begun(config: RunConfig) -> dict[str, Any] | None:
-    """The manifest of the checkpoint to go on from; None where there is none that can be read."""
+    """The manifest of the checkpoint to resume from; None where there is none that can be read."""
     choice = resume_target(config)
     folders = [Path(choice)] if isinstance(choice, str) else []
     if choice is True:
@@ -102,7 +102,7 @@ def _begun(config: RunConfig) -> dict[str, Any] | None:
 
 
 def warmup_notes(config: RunConfig, total_steps: int) -> list[str]:
-    """What is to be told of a warm-up that does not do what was asked for."""
+    """Warnings about a warm-up that does not do what was asked for."""
     steps = config.warmup_steps
     if steps and config.lr_scheduler_type == "constant":
         return [

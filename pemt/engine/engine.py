@@ -210,7 +210,7 @@ class Engine:
             limit = self.config.max_grad_norm or float("inf")
             trained = [parameter for _, parameter in self.trained.parameters]
             norm = float(self._accelerator.clip_grad_norm_(trained, limit))
-            # fp16's scaler skips by itself, and learns from it
+            # fp16's loss scaler skips the step itself, and lowers its scale
             if math.isfinite(norm) or self._accelerator.scaler is not None:
                 self.optimizer.step()
             self.optimizer.zero_grad()
@@ -304,7 +304,7 @@ class Engine:
         return int(values)
 
     def totals(self, values: list[int]) -> list[int]:
-        """The sums over all ranks, each by itself; from host to host, as `all_reduce_max`."""
+        """The sums over all ranks, element by element; from host to host, as `all_reduce_max`."""
         if self._hosts is None:
             return values
         totals = torch.tensor(values)

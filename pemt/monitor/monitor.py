@@ -107,7 +107,7 @@ class Monitor:
                 later = (
                     "what is missing follows" if name == LOG_FILE else "this run's curves end here"
                 )
-                self.message(f"{name}: {error.strerror or error}; the training goes on, {later}")
+                self.message(f"{name}: {error.strerror or error}; training continues, {later}")
 
     def log_config(self, config: RunConfig, facts: Mapping[str, str]) -> None:
         """Write what the run is: configuration, environment and git state, and lay out TensorBoard.

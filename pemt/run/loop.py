@@ -178,7 +178,7 @@ def _total_steps(config: RunConfig, batches: Batches) -> int:
 def _begin(
     config: RunConfig, setup: Setup, built: Built, session: Session
 ) -> tuple[Checkpoints, Checkpoint | None]:
-    """The run's folder, ready to be written, and what to go on from."""
+    """The run's folder, ready to be written, and the checkpoint to resume from."""
     engine = setup.engine
     with engine.together("reading the digest of the base model's weights"):
         checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
@@ -190,7 +190,7 @@ def _begin(
         and not resumed
         and holds_run(Path(config.output_dir))
     ):
-        print(f"{config.output_dir}: the run begun here had saved no checkpoint yet", flush=True)
+        print(f"{config.output_dir}: the run started here has no checkpoint yet", flush=True)
     engine.on_rank0(lambda: start_run_folder(config), "writing the run's configuration")
     return checkpoints, resumed
 
@@ -246,7 +246,7 @@ def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None
 
 
 def _finish_step(run: _Run, progress: TrainState) -> TrainState:
-    """Validate and save where it is due; save and leave where a rank was told to stop."""
+    """Validate and save where it is due; save and exit where a rank was told to stop."""
     _tell_of_saving(run)
     try:
         run.session.check()
@@ -284,7 +284,7 @@ def _log_config(run: _Run, resumed: Checkpoint | None) -> None:
         monitor.message(line)
     if resumed:
         step = resumed.progress.step
-        monitor.message(f"going on after step {step} of {run.total_steps}: {resumed.folder}")
+        monitor.message(f"resuming from step {step}/{run.total_steps}: {resumed.folder}")
 
 
 def _size_line(model: TrainedT5, engine: Engine) -> str:

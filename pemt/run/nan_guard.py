@@ -1,4 +1,4 @@
-"""Steps that all ranks skip because a loss or gradient is not finite on one: told, counted, and an end to them."""
+"""Steps that all ranks skip because of a non-finite loss or gradient on one: logged, counted, limited."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class NonFiniteGuard:
         if self._in_a_row >= self._limit:
             raise self._end(step, micro_batches, losses)
         self._tell(
-            f"step {step}: loss or gradient is not finite, nothing was updated "
-            f"({self._in_a_row} in a row, {self._limit} end the run)"
+            f"step {step}: non-finite loss or gradient: step skipped "
+            f"({self._in_a_row} of {self._limit} in a row)"
         )
         return True
 
@@ -83,11 +83,11 @@ class NonFiniteGuard:
         if guilty:
             what = f"the loss is {_worst(everyones_RM[guilty[0]])} on rank {', '.join(map(str, guilty))}"
         else:
-            what = "every rank's loss is finite, but not the gradient"
+            what = "every rank's loss is finite, the gradient is not"
         path = self._path(step, guilty[0] if guilty else 0)
         return NotFiniteError(
-            f"{path}: holds the batch of step {step}, which was the last of {self._in_a_row} in a row "
-            f"(max_skipped_steps) that changed nothing: {what}; look into the file, lower learning_rate, "
+            f"{path}: holds the batch of step {step}, the last of {self._in_a_row} skipped steps in a row "
+            f"(max_skipped_steps): {what}; inspect the file, lower learning_rate, "
             "or train in fp32"
         )
 
