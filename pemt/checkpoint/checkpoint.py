@@ -165,7 +165,7 @@ class Checkpoints:
             )
 
     def lines(self) -> list[str]:
-        """What is to be told about saving since the last call; on rank 0."""
+        """What to log about saving since the last call; on rank 0."""
         return self._writer.lines()
 
     def failure(self) -> StorageError | None:
@@ -285,7 +285,7 @@ class Checkpoints:
             lost = "missing"
             if folder.exists():
                 lost = f"{error}; quarantined as {quarantine(folder).name}"
-            note = f"checkpoint-{best} was the best so far and is lost: {lost}; the best is chosen anew"
+            note = f"checkpoint-{best} was the best so far and is lost: {lost}; the best is chosen again from the rest"
             alone = found.progress.without_best()
             return replace(found, progress=alone, notes=(*found.notes, note))
         return found

@@ -1,4 +1,4 @@
-"""What a run's configuration becomes when the launcher has started it anew, or on another number of ranks."""
+"""What a run's configuration becomes when the launcher has restarted it, or on another number of ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pemt.checkpoint.folder import begun_config, holds_run, resume_target
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.config import PemtError, RunConfig
+from pemt.monitor import progress_logger
 from pemt.storage import StorageError, read_manifest
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -30,7 +31,7 @@ def resolve_config(config: Config) -> Config:
 
 
 def after_restart(config: Config) -> Config:
-    """After `--max_restarts` has started the ranks anew, what the first start has done is not undone."""
+    """After `--max_restarts` has restarted the ranks, what the first start has done is not undone."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return config
     chosen = config.resume_from_checkpoint
@@ -77,10 +78,9 @@ def with_the_same_batch(config: Config, world_size: int) -> Config:
         )
     accumulation = wanted // at_once
     if os.environ.get("RANK", "0") == "0":
-        print(
+        progress_logger().info(
             f"{config.output_dir}: saved on {begun['world_size']} rank(s), now on {world_size}: "
-            f"gradient_accumulation_steps becomes {accumulation}, so that the global batch stays {wanted}",
-            flush=True,
+            f"gradient_accumulation_steps becomes {accumulation}, so that the global batch stays {wanted}"
         )
     return replace(config, gradient_accumulation_steps=accumulation)
 

@@ -70,7 +70,7 @@ class BackgroundWriter:
             raise self.error
 
     def lines(self) -> list[str]:
-        """What is to be told about the writing since the last call."""
+        """What to log about the writing since the last call."""
         return [self._lines.popleft() for _ in range(len(self._lines))]
 
     def _write_all(self) -> None:

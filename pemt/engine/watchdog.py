@@ -31,14 +31,14 @@ FAILED_STATUS = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a rank tells about itself.
+    """A rank's heartbeat, as the others read it.
 
     Args:
-        number: beats so far; it stands still while the process does.
-        place: how often the main thread has come by; it stands still in a hanging call.
+        number: beats so far; constant while the process is stopped.
+        place: heartbeats of the main thread so far; constant in a hanging call.
         step: optimizer steps done.
         started: as in `lock.Holder`.
-        left: it means to be missed no more.
+        left: it has left the run; its silence is no failure.
         doing: what it works at, while others may wait for it.
     """
 
@@ -102,7 +102,7 @@ class Watchdog:
         self._step, self._place = step, self._place + 1
 
     def waits(self) -> None:
-        """Tell that the main thread is alive and waits for another's work; before it has come by once, it need not."""
+        """Tell that the main thread is alive and waits for another's work; not before its first heartbeat."""
         if self._place:
             self._place += 1
 

@@ -144,13 +144,13 @@ class Monitor:
                 self._board.gates(step, gates_NLK, similarity_MM, part="validation", title=title)
 
     def advance(self, step: int, *, loss: float, samples_per_second: float) -> None:
-        """Move the bar to `step`; where stdout is no terminal, print a plain line instead."""
+        """Move the bar to `step`; where stdout is no terminal, log a plain line instead."""
         if self._is_main:
             with suppress(OSError):  # stdout may be a file on the same disk
                 self._bar.advance(step, loss=loss, samples_per_second=samples_per_second)
 
     def message(self, text: str) -> None:
-        """Print a line without tearing the bar."""
+        """Log a line without tearing the bar."""
         if self._is_main:
             with suppress(OSError):
                 self._bar.message(text)

@@ -33,7 +33,7 @@ from pemt.data import (
 )
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
-from pemt.monitor import Monitor
+from pemt.monitor import Monitor, progress_logger
 from pemt.run.build import Built
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.meter import Meter, shares
@@ -152,7 +152,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
         if run.validates_at(progress.step) and progress.validated_step != progress.step:
             progress = _finish_step(run, progress)  # it was stopped before this validation
         meter = Meter(engine)
-        guard = NonFiniteGuard(config, engine, partial(_rows, setup), tell=monitor.message)
+        guard = NonFiniteGuard(config, engine, partial(_rows, setup), log=monitor.message)
         for micro_batches in batches.steps(progress.step, total_steps):
             rates, losses = _take_step(setup, schedule, meter, micro_batches)
             step, norm = progress.step + 1, rates["train/grad_norm"]
@@ -190,7 +190,7 @@ def _begin(
         and not resumed
         and holds_run(Path(config.output_dir))
     ):
-        print(f"{config.output_dir}: the run started here has no checkpoint yet", flush=True)
+        progress_logger().info(f"{config.output_dir}: the run started here has no checkpoint yet")
     engine.on_rank0(lambda: start_run_folder(config), "writing the run's configuration")
     return checkpoints, resumed
 
@@ -247,7 +247,7 @@ def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None
 
 def _finish_step(run: _Run, progress: TrainState) -> TrainState:
     """Validate and save where it is due; save and exit where a rank was told to stop."""
-    _tell_of_saving(run)
+    _log_saves(run)
     try:
         run.session.check()
         if run.validates_at(progress.step):
@@ -265,10 +265,10 @@ def _finish_saving(run: _Run) -> None:
     try:
         run.checkpoints.finish()
     finally:
-        _tell_of_saving(run)
+        _log_saves(run)
 
 
-def _tell_of_saving(run: _Run) -> None:
+def _log_saves(run: _Run) -> None:
     for line in run.checkpoints.lines():
         run.monitor.message(line)
 

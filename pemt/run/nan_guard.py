@@ -15,7 +15,7 @@ from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine
 
 
-class NotFiniteError(PemtError):
+class NonFiniteError(PemtError):
     """Too many steps in a row gave no finite loss and gradient."""
 
 
@@ -26,7 +26,7 @@ class NonFiniteGuard:
         config: `max_skipped_steps`; `output_dir` receives `not-finite-step-<step>-rank-<rank>.jsonl`.
         engine: the run's ranks.
         rows_of: the examples of a micro-batch, which are saved for inspection.
-        tell: prints a line.
+        log: logs a line.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class NonFiniteGuard:
         engine: Engine,
         rows_of: Callable[[list[Any]], list[dict[str, Any]]],
         *,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._output_dir = Path(config.output_dir)
         self._limit = config.max_skipped_steps
         self._engine = engine
         self._rows_of = rows_of
-        self._tell = tell
+        self._log = log
         self._in_a_row = 0
 
     def check(
@@ -57,7 +57,7 @@ class NonFiniteGuard:
             Whether it was skipped.
 
         Raises:
-            NotFiniteError: the limit is reached; every rank has saved its batch.
+            NonFiniteError: the limit is reached; every rank has saved its batch.
         """
         if math.isfinite(grad_norm):
             self._in_a_row = 0
@@ -65,7 +65,7 @@ class NonFiniteGuard:
         self._in_a_row += 1
         if self._in_a_row >= self._limit:
             raise self._end(step, micro_batches, losses)
-        self._tell(
+        self._log(
             f"step {step}: non-finite loss or gradient: step skipped "
             f"({self._in_a_row} of {self._limit} in a row)"
         )
@@ -73,7 +73,7 @@ class NonFiniteGuard:
 
     def _end(
         self, step: int, micro_batches: list[list[Any]], losses: list[Tensor]
-    ) -> NotFiniteError:
+    ) -> NonFiniteError:
         values = torch.stack(losses).float()
         # gloo and NCCL gather equal shapes, and every rank has equally many micro-batches
         everyones_RM = self._engine.gather(values[None].contiguous()).cpu()
@@ -85,7 +85,7 @@ class NonFiniteGuard:
         else:
             what = "every rank's loss is finite, the gradient is not"
         path = self._path(step, guilty[0] if guilty else 0)
-        return NotFiniteError(
+        return NonFiniteError(
             f"{path}: holds the batch of step {step}, the last of {self._in_a_row} skipped steps in a row "
             f"(max_skipped_steps): {what}; inspect the file, lower learning_rate, "
             "or train in fp32"

@@ -51,7 +51,7 @@ class Session:
         self._signals = self._watched.__enter__()
         # Chosen by one rank: machines may count the launcher's restarts differently.
         self._watchdog.start(self._engine.broadcast_object(uuid4().hex), self._engine.barrier)
-        # Who waits gets on, and from here on the watchdog tells of the dead.
+        # Waiting counts as progress, and from here on the watchdog reports dead ranks.
         self._engine.waiting.while_waiting = self._watchdog.waits
         return self
 
@@ -78,7 +78,7 @@ class Session:
             write_status(self._folder, state, step=self._step, checkpoint=saved)
 
     def attach_checkpoints(self, checkpoints: Checkpoints) -> None:
-        """Tell in status.json what is saved from now on; let `check` end the run for a save that failed."""
+        """Record in status.json what is saved from now on; let `check` end the run for a save that failed."""
         self._checkpoints = checkpoints
         if (
             self._engine.is_main

@@ -152,7 +152,7 @@ def test_a_lost_best_checkpoint_is_told_of_and_the_best_chosen_anew(
     (told,) = [
         line for line in capsys.readouterr().out.splitlines() if "was the best so far" in line
     ]
-    assert told.startswith("checkpoint-2 was the best so far and is lost: ")
+    assert "] checkpoint-2 was the best so far and is lost: " in told
     assert ("quarantined as unusable-checkpoint-2" in told) == (
         run / "unusable-checkpoint-2"
     ).is_dir()

@@ -267,8 +267,8 @@ def test_a_save_takes_twelve_bytes_a_parameter_and_says_so(
     )
     run_adapt(config)
     told = capsys.readouterr().out
-    (line,) = [line for line in told.splitlines() if line.startswith("checkpoint-1: ")]
-    trained = int(told.split(" of ")[0].splitlines()[-1].replace(",", ""))
+    (line,) = [line for line in told.splitlines() if "] checkpoint-1: " in line]
+    trained = int(told.split(" of ")[0].split()[-1].replace(",", ""))
     size = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-1").iterdir())
     assert size == pytest.approx(12 * trained, rel=0.05)
     assert f"{size / 1e6:,.2f} MB in " in line

@@ -119,7 +119,7 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(
     run = world / stage / "ended"
     guilty = run / "not-finite-step-5-rank-1.jsonl"
     for told in report(world, stage)["ended"]:
-        assert told.startswith(f"NotFiniteError: {guilty}: holds the batch of step 5")
+        assert told.startswith(f"NonFiniteError: {guilty}: holds the batch of step 5")
         assert "the last of 3 skipped steps in a row (max_skipped_steps)" in told
         assert "changed nothing: the loss is inf on rank 1;" in told
         assert "\n" not in told
