@@ -3,7 +3,7 @@
 #
 # A job that SLURM is about to stop (time limit, preemption) gets SIGUSR1 or SIGTERM in its batch script.
 # Passed on as SIGTERM it reaches the ranks; the run saves a checkpoint and writes `interrupted` into
-# OUTPUT_DIR/status.json. Then the job puts itself back into the queue, and the same command goes on.
+# OUTPUT_DIR/status.json. Then the job puts itself back into the queue, and the same command resumes.
 # (Torch's launcher exits with 1 whatever its ranks gave, so the file decides, and not the exit status.) A job
 # that was told to stop and got no further than that, because it had not begun or was killed while it
 # saved, goes back into the queue too; one that failed does not.

@@ -43,7 +43,7 @@ def write_entry(
     metrics: Mapping[str, float],
     dtype: str = "float32",
 ) -> Path:
-    """Write one entry, whole or not at all; an older one of the same task is replaced.
+    """Write one entry atomically; an older one of the same task is replaced.
 
     Args:
         bank_dir: the bank, made if it does not exist.
@@ -97,9 +97,7 @@ def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
     manifest, raw = manifest_of(folder)
     weights = read_tensors(folder, TENSORS, raw)
     if PROMPT not in weights:
-        raise BankError(
-            f"{folder / TENSORS}: has no tensor `{PROMPT}`; the entry must be made anew"
-        )
+        raise BankError(f"{folder / TENSORS}: has no tensor `{PROMPT}`; write the entry again")
     prompt_PD = weights.pop(PROMPT)
     source = ExpertSource(
         name=manifest.task,

@@ -123,7 +123,7 @@ def read_shapes(folder: Path) -> tuple[Manifest, dict[str, list[int]]]:
         raise StorageError(f"{path}: cannot be read: {error}") from None
     shapes = {name: list(tensor["shape"]) for name, tensor in listed["tensors"].items()}
     if PROMPT not in shapes:
-        raise BankError(f"{path}: has no tensor `{PROMPT}`; the entry must be made anew")
+        raise BankError(f"{path}: has no tensor `{PROMPT}`; write the entry again")
     return manifest, shapes
 
 

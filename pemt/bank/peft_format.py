@@ -203,7 +203,7 @@ def _read_settings(folder: Path) -> _Settings:
     try:
         return checked(_Settings, config)
     except ValueError as error:
-        raise PeftFormatError(f"{path}: {error}; save the adapter anew with PEFT") from None
+        raise PeftFormatError(f"{path}: {error}; save the adapter again with PEFT") from None
 
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:
@@ -250,7 +250,7 @@ def _factors(path: Path, folder: Path) -> dict[str, dict[str, Tensor]]:
     halves = [site for site, pair in factors.items() if len(pair) < 2]
     if not factors or halves:
         what = f"one factor of {halves[0]} alone" if halves else "no tensor"
-        raise PeftFormatError(f"{path}: has {what}; the adapter must be saved anew")
+        raise PeftFormatError(f"{path}: has {what}; save the adapter again")
     return factors
 
 

@@ -184,7 +184,7 @@ def remove(bank_dir: str | Path, tasks: Sequence[str]) -> list[str]:
 def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
     """Copy every entry of other banks into one, which is made if it does not exist.
 
-    Nothing is written unless every entry is whole, no name occurs twice, and all are for one base model.
+    Nothing is written unless every entry is intact, no name occurs twice, and all are for one base model.
 
     Returns:
         The names of the entries that were added.

@@ -47,7 +47,7 @@ class Checkpoints:
         output_dir: the run's folder.
         engine: gathers what is saved; rank 0 writes, and reads for all.
         config: batch size and accumulation, which fix the order of the data.
-        identity: what else must be the same in a run that goes on from one of them.
+        identity: what else must be the same in a run that resumes from one of them.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Checkpoints:
             CheckpointError: a weight or a moment is NaN or Inf; the checkpoint before stays.
         """
         began = time.perf_counter()
-        self._engine.on_rank0(self._writer.wait, "writing the checkpoint before")
+        self._engine.on_rank0(self._writer.wait, "writing the previous checkpoint")
         files = {
             WEIGHTS: self._engine.trained.weights(),
             MOMENTS: self._engine.trained.moments(),
@@ -118,7 +118,7 @@ class Checkpoints:
         self._writer.write(snapshot, needed=progress.best_step)
 
     def _vote(self, progress: TrainState, tensors: Mapping[str, Tensor]) -> None:
-        """Every rank must be where rank 0 is, with numbers that can be gone on with (all ranks call)."""
+        """Every rank must be where rank 0 is, with finite weights and moments (all ranks call)."""
         bad = None
         if self._engine.is_main:  # its copies are what is written
             bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
@@ -132,16 +132,16 @@ class Checkpoints:
             if theirs != first:
                 raise CheckpointError(
                     f"checkpoint-{progress.step} was not saved: rank {rank} is at {theirs}, rank 0 at {first}; "
-                    "start the same command again, to go on from the checkpoint before"
+                    "run the same command again to resume from the previous checkpoint"
                 )
         if bad is not None:
             raise CheckpointError(
-                f"checkpoint-{progress.step} was not saved: `{bad}` holds NaN or Inf; go on from "
-                "the checkpoint before with a lower learning_rate, or train in fp32"
+                f"checkpoint-{progress.step} was not saved: `{bad}` holds NaN or Inf; resume from "
+                "the previous checkpoint with a lower learning_rate, or train in fp32"
             )
 
     def lines(self) -> list[str]:
-        """What is to be told about saving since the last call; on rank 0."""
+        """What to log about saving since the last call; on rank 0."""
         return self._writer.lines()
 
     def failure(self) -> StorageError | None:
@@ -183,7 +183,7 @@ class Checkpoints:
                 return open_tensors(folder, WEIGHTS, read_manifest(folder))
             except StorageError as error:
                 raise CheckpointError(
-                    f"{error}; start the same command again, which goes on without this checkpoint"
+                    f"{error}; run the same command again: it resumes without this checkpoint"
                 ) from None
 
         return self._seen_by_all(self._engine.on_rank0(find, "checking the best checkpoint"))
@@ -205,12 +205,12 @@ class Checkpoints:
         """The checkpoint to resume from, chosen and checked by rank 0 for all (all ranks call).
 
         Args:
-            choice: a checkpoint's folder, or True for the newest one that is whole; a folder that holds no
-                run yet gives None, so that one command both starts a run and takes it up again. False: none.
+            choice: a checkpoint's folder, or True for the newest intact one; a folder that holds no
+                run yet gives None, so that one command both starts a run and resumes it. False: none.
             expected: step of a checkpoint that the run is known to have written, on rank 0.
 
         Raises:
-            CheckpointError: the chosen one is damaged or of another run, none of several is whole, all
+            CheckpointError: the chosen one is damaged or of another run, none of several is intact, all
                 are gone, or a rank does not see it.
         """
         found = self._engine.on_rank0(

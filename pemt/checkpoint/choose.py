@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: whole, of this run, the newest; rank 0 chooses it for all."""
+"""Which checkpoint a run resumes from: intact, of this run, the newest; rank 0 chooses it for all."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class CheckpointError(PemtError):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that was found whole; its tensors stay in their files until they are asked for.
+    """A checkpoint that was found intact; its tensors are read lazily.
 
     Args:
         weights: fp32, by the names of `TrainedT5.trainable_parameters`.
         moments: AdamW's, as `<parameter>.<exp_avg|exp_avg_sq>`.
         random: every rank's generators, a row a rank.
-        notes: in one line each, what was passed over on the way to it and what has changed since.
+        notes: in one line each, which checkpoints were skipped and what has changed since.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ class CheckpointChooser:
         found = self._newest_usable() if choice is True else self._read(Path(str(choice)))
         if found:
             self._remove_later(found.progress)
-            return self._with_whole_best(found)
+            return self._with_intact_best(found)
         if expected is not None:
             raise CheckpointError(
                 f"{self.output_dir}: the run here had saved checkpoint-{expected}, and no checkpoint is left; put one "
@@ -82,8 +82,8 @@ class CheckpointChooser:
             if (step_of(folder) or 0) > progress.step:
                 remove_folder(folder)
 
-    def _with_whole_best(self, found: Checkpoint) -> Checkpoint:
-        """Forget a best checkpoint that is damaged or not in this run's folder, and tell of it.
+    def _with_intact_best(self, found: Checkpoint) -> Checkpoint:
+        """Forget a best checkpoint that is damaged or not in this run's folder, with a note.
 
         The one found counts as not validated then, so that it is a candidate itself.
         """
@@ -96,16 +96,16 @@ class CheckpointChooser:
             self._check(folder, manifest)
             open_tensors(folder, WEIGHTS, manifest)
         except (StorageError, CheckpointError) as error:
-            lost = "it is not there"
+            lost = "missing"
             if folder.exists():
-                lost = f"{error}; it was put aside as {quarantine(folder).name}"
-            note = f"checkpoint-{best} was the best so far, and is lost: {lost}; the best is chosen anew"
+                lost = f"{error}; quarantined as {quarantine(folder).name}"
+            note = f"checkpoint-{best} was the best so far and is lost: {lost}; the best is chosen again from the rest"
             alone = found.progress.without_best()
             return replace(found, progress=alone, notes=(*found.notes, note))
         return found
 
     def _newest_usable(self) -> Checkpoint | None:
-        """The newest whole checkpoint of this run; those passed over are put aside, and told of."""
+        """The newest intact checkpoint of this run; damaged ones are quarantined, each with a note."""
         folders = checkpoint_folders(self.output_dir)
         problems: dict[Path, CheckpointError] = {}
         for folder in reversed(folders):
@@ -115,7 +115,7 @@ class CheckpointChooser:
                 problems[folder] = error
                 continue
             notes = [
-                f"{error}; it was put aside as {quarantine(damaged).name}, going on from {folder.name}"
+                f"{error}; quarantined as {quarantine(damaged).name}, resuming from {folder.name}"
                 for damaged, error in problems.items()
             ]
             return replace(found, notes=(*notes, *found.notes))
@@ -125,7 +125,7 @@ class CheckpointChooser:
         if not isinstance(first.__cause__, StorageError):
             raise first
         raise CheckpointError(
-            f"{self.output_dir}: none of {len(folders)} checkpoints is whole ({first}); "
+            f"{self.output_dir}: none of {len(folders)} checkpoints is intact ({first}); "
             "start again with --overwrite_output_dir true"
         )
 

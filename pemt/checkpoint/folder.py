@@ -23,10 +23,10 @@ class RunFolderError(PemtError):
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """Refuse to write over a run, and to go on with another one than it holds; nothing is touched here.
+    """Refuse to overwrite a run, and to resume another one than the folder holds; nothing is touched here.
 
     Raises:
-        RunFolderError: `output_dir` holds a run of another configuration, or this one and going on was
+        RunFolderError: `output_dir` holds a run of another configuration, or this one and resuming was
             refused by `resume_from_checkpoint: false`; and overwriting was not asked for.
     """
     folder = Path(config.output_dir)
@@ -54,8 +54,8 @@ def check_run_folder(config: RunConfig) -> None:
     differences = _differences(config, folder)
     if differences or config.resume_from_checkpoint is False:
         raise RunFolderError(
-            f"output_dir: {folder} already holds a run{differences}; give --resume_from_checkpoint true to go on "
-            "with it all the same, --overwrite_output_dir true to delete it, or another folder"
+            f"output_dir: {folder} already holds a run{differences}; give --resume_from_checkpoint true to resume "
+            "it all the same, --overwrite_output_dir true to delete it, or another folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""One run a folder: `run.lock` names the host and process of the run that is under way in it."""
+"""One run a folder: `run.lock` names the host and process of the run that holds it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
 
 
 def quarantine(folder: Path) -> Path:
-    """Give a checkpoint that cannot be used another name: nothing is thrown away but an older one put aside."""
+    """Rename a checkpoint that cannot be used, so that it can be inspected; replaces an older one of that name."""
     aside = folder.with_name(f"{UNUSABLE}{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

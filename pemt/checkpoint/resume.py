@@ -1,4 +1,4 @@
-"""What a run's configuration becomes when the launcher has started it anew, or on another number of ranks."""
+"""What a run's configuration becomes when the launcher has restarted it, or on another number of ranks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any, TypeVar
 from pemt.checkpoint.folder import begun_config, holds_run, resume_target
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.config import PemtError, RunConfig
+from pemt.monitor import progress_logger
 from pemt.storage import StorageError, read_manifest
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
 class WorldSizeError(PemtError):
-    """A number of ranks on which a run cannot go on."""
+    """A number of ranks on which a run cannot resume."""
 
 
 def resolve_config(config: Config) -> Config:
-    """The configuration with which to go on; every rank finds the same, before there are collectives.
+    """The configuration to resume with; every rank finds the same, before there are collectives.
 
     Raises:
         WorldSizeError: the global batch that the run began with cannot be had on this number of ranks.
@@ -30,7 +31,7 @@ def resolve_config(config: Config) -> Config:
 
 
 def after_restart(config: Config) -> Config:
-    """After `--max_restarts` has started the ranks anew, what the first start has done is not undone."""
+    """After `--max_restarts` has restarted the ranks, what the first start has done is not undone."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return config
     chosen = config.resume_from_checkpoint
@@ -42,7 +43,7 @@ def after_restart(config: Config) -> Config:
 
 
 def with_the_same_precision(config: Config) -> Config:
-    """`bf16` as the run began, where it is left to the device: it may go on on a machine with another one."""
+    """`bf16` as the run began, where it is left to the device: it may resume on a machine with another one."""
     if config.bf16 is not None or not resume_target(config):
         return config
     begun = (_begun(config) or {}).get("config")
@@ -68,25 +69,24 @@ def with_the_same_batch(config: Config, world_size: int) -> Config:
         or begun["run"].get("per_device_train_batch_size") != config.per_device_train_batch_size
         or wanted == at_once * config.gradient_accumulation_steps
     ):
-        return config  # nothing to mend, or what differs will be told when the checkpoint is read
+        return config  # nothing to mend, or it is refused when the checkpoint is read
     if wanted % at_once:
         raise WorldSizeError(
-            f"{config.output_dir}: the run was begun on {begun['world_size']} rank(s) with a global batch of {wanted}, "
-            f"which {world_size} rank(s) × per_device_train_batch_size {config.per_device_train_batch_size} do not "
-            "divide; take another number of ranks"
+            f"{config.output_dir}: the run was started on {begun['world_size']} rank(s) with a global batch of "
+            f"{wanted}, which {world_size} rank(s) × per_device_train_batch_size {config.per_device_train_batch_size} "
+            "do not divide; take another number of ranks"
         )
     accumulation = wanted // at_once
     if os.environ.get("RANK", "0") == "0":
-        print(
+        progress_logger().info(
             f"{config.output_dir}: saved on {begun['world_size']} rank(s), now on {world_size}: "
-            f"gradient_accumulation_steps becomes {accumulation}, so that the global batch stays {wanted}",
-            flush=True,
+            f"gradient_accumulation_steps becomes {accumulation}, so that the global batch stays {wanted}"
         )
     return replace(config, gradient_accumulation_steps=accumulation)
 
 
 def _begun(config: RunConfig) -> dict[str, Any] | None:
-    """The manifest of the checkpoint to go on from; None where there is none that can be read."""
+    """The manifest of the checkpoint to resume from; None where there is none that can be read."""
     choice = resume_target(config)
     folders = [Path(choice)] if isinstance(choice, str) else []
     if choice is True:
@@ -102,7 +102,7 @@ def _begun(config: RunConfig) -> dict[str, Any] | None:
 
 
 def warmup_notes(config: RunConfig, total_steps: int) -> list[str]:
-    """What is to be told of a warm-up that does not do what was asked for."""
+    """Warnings about a warm-up that does not do what was asked for."""
     steps = config.warmup_steps
     if steps and config.lr_scheduler_type == "constant":
         return [

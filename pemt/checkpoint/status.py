@@ -16,10 +16,10 @@ State = Literal["running", "interrupted", "finished", "failed"]
 
 
 def write_status(folder: Path, state: State, *, step: int, checkpoint: int | None = None) -> None:
-    """Write `status.json` whole (rank 0 calls).
+    """Write `status.json` atomically (rank 0 calls).
 
     Args:
-        state: `interrupted` means saved and to be started again, `failed` that somebody must look.
+        state: `interrupted` means saved and to be resumed, `failed` that somebody must look.
         step: optimizer steps done.
         checkpoint: step of the newest checkpoint that the run has written; None before the first.
     """
@@ -36,7 +36,7 @@ def write_status(folder: Path, state: State, *, step: int, checkpoint: int | Non
 
 
 def saved_checkpoint(folder: Path) -> int | None:
-    """Step of the checkpoint that `status.json` tells of; None where it tells of none, or cannot be read."""
+    """Step of the checkpoint that `status.json` names; None where it names none, or cannot be read."""
     try:
         step = json.loads((folder / STATUS).read_text(encoding="utf-8"))["checkpoint"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

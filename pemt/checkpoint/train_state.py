@@ -29,7 +29,7 @@ class TrainState:
         best_step: the step at which it was measured.
         validations: how many were made that the best one is the best of; None in such checkpoints.
         validated_step: the last step that was validated; a run that is stopped before a validation
-            makes it when it goes on.
+            makes it when it resumes.
         skipped: steps that changed nothing, since loss or gradient was not finite.
         position: where in a stream the next step begins.
     """
@@ -92,7 +92,9 @@ def train_state_of(manifest: dict[str, Any]) -> TrainState:
         raise StorageError(f"manifest.json: progress: found {found}, expected {names}")
     position = found["position"]
     if position is not None and not _is_position(position):
-        raise StorageError(f"manifest.json: progress.position: found {position!r}, which is none")
+        raise StorageError(
+            f"manifest.json: progress.position: found {position!r}, which is no data position"
+        )
     for name, value in found.items():
         if name == "position":
             continue

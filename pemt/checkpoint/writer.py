@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: by a thread on rank 0, one after another, from copies on the host."""
+"""Checkpoints written while training continues: by a thread on rank 0, one after another, from copies on the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Snapshot:
     Args:
         step: optimizer steps done; its name.
         write: writes it from copies of its own, and gives the folder.
-        waited: seconds for which the training stood still while the copies were made.
+        blocked_seconds: for which training stood still while the copies were made.
     """
 
     step: int
@@ -70,7 +70,7 @@ class BackgroundWriter:
             raise self.error
 
     def lines(self) -> list[str]:
-        """What is to be told about the writing since the last call."""
+        """What to log about the writing since the last call."""
         return [self._lines.popleft() for _ in range(len(self._lines))]
 
     def _write_all(self) -> None:
@@ -90,5 +90,5 @@ class BackgroundWriter:
             size = sum(path.stat().st_size for path in folder.iterdir())
             self._lines.append(
                 f"{folder.name}: {size / 1e6:,.2f} MB in {time.perf_counter() - began:.2f} s; "
-                f"the training waited {snapshot.blocked_seconds:.2f} s"
+                f"training blocked {snapshot.blocked_seconds:.2f} s"
             )

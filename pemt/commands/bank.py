@@ -149,12 +149,12 @@ def _verify(*, bank_dir: str, tasks: list[str]) -> None:
 
     faults = verify(bank_dir, tasks or None)
     for task, fault in faults.items():
-        print(f"{task}: {fault or 'whole'}")
+        print(f"{task}: {fault or 'intact'}")
     broken = [task for task, fault in faults.items() if fault]
     if broken:
         raise PemtError(
             f"{bank_dir}: {len(broken)} of {len(faults)} entries cannot be used: {', '.join(broken)}; "
-            "make them anew or take them out with `pemt bank remove`"
+            "write them again or take them out with `pemt bank remove`"
         )
 
 

@@ -31,7 +31,7 @@ def warn_of_local_base(folder: Path) -> None:
     """Tell, on stderr, where an adapter sends others to a folder of this machine for its base model."""
     from pemt.publish import CONFIG
 
-    path = folder / CONFIG  # a whole model has none
+    path = folder / CONFIG  # a full model has none
     base = json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else ""
     if base and Path(base).is_dir():
         print(

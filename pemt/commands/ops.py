@@ -1,4 +1,4 @@
-"""`pemt ops`: the fused op, built and told of."""
+"""`pemt ops`: build the fused op, or describe it."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _parsed(path: Path) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise DeepSpeedConfigError(f"{path}: the key `{key}` stands there twice; keep one")
+                raise DeepSpeedConfigError(f"{path}: duplicate key `{key}`; keep one")
         return dict(pairs)
 
     try:
@@ -123,7 +123,7 @@ def _check_zero(content: dict[str, Any], path: Path) -> None:
     if kept_in_int8 is not False:
         raise DeepSpeedConfigError(
             f"{path}: zero_optimization.{KEPT_IN_INT8}: found {json.dumps(kept_in_int8)}, allowed is false: "
-            "DeepSpeed 0.19 rounds frozen weights to whole numbers before it scales them; remove the key, "
+            "DeepSpeed 0.19 rounds frozen weights to integers before it scales them; remove the key, "
             "`zero_quantized_weights` alone sends them in int8"
         )
 

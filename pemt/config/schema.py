@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pemt.config.errors import ConfigError
 from pemt.config.parts import AdapterConfig, ExpertConfig, MixtureConfig
 
-# Fields that may change while a run goes on: they say where and how, not what is computed. The
+# Fields that may change when a run resumes: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
 NON_IDENTITY_FIELDS = (
     "output_dir",
@@ -78,8 +78,8 @@ class RunConfig:
         max_grad_norm: gradients are clipped to this global norm; 0 turns clipping off.
         num_train_epochs: passes over the training data.
         max_steps: if positive, stop after this many optimizer steps, whatever num_train_epochs says.
-        max_skipped_steps: stop after this many steps in a row whose loss or gradient is not finite on some
-            rank. Such a step changes no weight and no moment; schedule and data go on. fp16 needs up to 17
+        max_skipped_steps: stop after this many steps in a row with a non-finite loss or gradient on some
+            rank. Such a step changes no weight and no moment; schedule and data advance. fp16 needs up to 17
             to find its loss scale.
         warmup_steps: steps of linear warm-up; where the run has no more than these, that is told.
         lr_scheduler_type: a schedule of `transformers.get_scheduler`.
@@ -89,19 +89,19 @@ class RunConfig:
         save_steps: save every so many steps too; a checkpoint is written after each validation anyway,
             or after each epoch where there is none.
         save_total_limit: newest checkpoints kept; the best one stays besides.
-        save_errors: what a checkpoint that cannot be written does: `stop` ends the run, with `warn` it goes on, tries
-            the next one, and fails at its end if the last or the best one is still not written.
+        save_errors: what a checkpoint that cannot be written does: `stop` ends the run, with `warn` it continues,
+            retries with the next one, and fails at its end if the last or the best one is still not written.
         num_beams: beams of the generation that validation and test score.
         seed: seed of initialisation and dropout, 0 to 4294967295, as data_seed.
         data_seed: seed of splits, few-shot draws and data order; default: seed.
         bf16: train in bfloat16 (fp32 for trained weights under DeepSpeed, softmax, norms, losses). Default: true where
             every rank's device computes in it natively (GPUs from sm_80 on, CPUs with avx512_bf16 or amx_bf16), and
-            what the run began with where it goes on.
+            what the run began with where it resumes.
         fp16: train in float16; T5 overflows in it from size large on.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         torch_compile: compile every T5 block with torch.compile, for training; the first steps take minutes. With
             gradient_checkpointing or ZeRO-3 it gains little.
-        ddp_timeout: seconds after which a rank without a sign of life ends the job, which names it.
+        ddp_timeout: seconds without a heartbeat of a rank after which the job ends and names it.
         resume_from_checkpoint: a checkpoint folder; true: the newest one in output_dir, if there is any;
             false: never. Default: the newest one, if output_dir holds a run of the same configuration.
         overwrite_output_dir: delete the run that output_dir holds.
@@ -200,7 +200,7 @@ class RunConfig:
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise ConfigError(
                 "overwrite_output_dir, resume_from_checkpoint: both are given; keep one, "
-                "to start again or to go on"
+                "to start over or to resume"
             )
 
     def _expand_home(self) -> None:

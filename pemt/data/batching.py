@@ -104,7 +104,7 @@ class TrainBatches:
         return step / self.steps_per_epoch
 
     def position(self) -> None:
-        """Nothing: where to go on follows from the number of steps."""
+        """None: the position to resume from follows from the number of steps."""
 
     def notes(self, *, at_end: bool = True) -> list[str]:
         """Nothing: what was left out was told before the first step."""

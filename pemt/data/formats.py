@@ -1,7 +1,7 @@
 """File formats: records of local files, each with the place it stands at: jsonl, json, tables, parquet, arrow.
 
 A record that cannot be read comes out as a RowError in its place, so that the caller decides
-whether to stop or to go on.
+whether to stop or to continue.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def once_each(pairs: list[tuple[str, Any]]) -> Record | RowError:
     record = dict(pairs)
     if len(record) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        return RowError(f"key {twice!r} stands twice in one object")
+        return RowError(f"duplicate key {twice!r} in one object")
     return record
 
 
@@ -282,4 +282,4 @@ def checked_names(path: Path, names: list[str]) -> None:
     """Raises DataError where two columns have one name: a row would keep the last."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise DataError(f"{path}: column {twice[0]!r} stands twice; give each a name of its own")
+        raise DataError(f"{path}: duplicate column {twice[0]!r}; give each a name of its own")

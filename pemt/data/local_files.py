@@ -133,9 +133,9 @@ def splits_in(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
             if word == "eval" or not any(matches(word, best[0], each) for each in VARIANTS[:-1]):
                 notes.append(f"{best[0]} is read as {split}")
     read = {path for paths in found.values() for each in paths for path in (each, each.parent)}
-    unread = [path.name for path, words in named.items() if words and path not in read]
-    if unread and found:
-        names = ", ".join(unread)
+    ignored = [path.name for path, words in named.items() if words and path not in read]
+    if ignored and found:
+        names = ", ".join(ignored)
         notes.append(f"not read in {folder}: {names:.300}; `files` of a --task_file takes others")
     return found, notes
 

@@ -135,7 +135,7 @@ class StreamBatches:
     Args:
         stream: the training set.
         buffer_size: examples that are put in order of length together, rounded down to whole steps.
-        position: where to go on, as `position` gave it; default: at the start.
+        position: where to resume, as `position` gave it; default: at the start.
         batch_size, accumulation, world_size, rank, seed: as for `TrainBatches`.
     """
 
@@ -168,7 +168,7 @@ class StreamBatches:
         self._at = position or {"epoch": 0, "buffer": 0, "done": 0, "state": None}
 
     def position(self) -> dict[str, Any]:
-        """What is needed to go on behind the step that was given last, as JSON."""
+        """What is needed to resume after the step that was given last, as JSON."""
         return dict(self._at)
 
     def epochs_at(self, step: int) -> float:

@@ -100,7 +100,7 @@ class Collectives:
         return int(values)
 
     def totals(self, values: list[int]) -> list[int]:
-        """The sums over all ranks, each by itself; from host to host, as `all_reduce_max`."""
+        """The sums over all ranks, element by element; from host to host, as `all_reduce_max`."""
         if self._hosts is None:
             return values
         totals = torch.tensor(values)

@@ -206,7 +206,7 @@ class Engine(Collectives):
             limit = self.config.max_grad_norm or float("inf")
             trained = [parameter for _, parameter in self.trained.parameters]
             norm = float(self._accelerator.clip_grad_norm_(trained, limit))
-            # fp16's scaler skips by itself, and learns from it
+            # fp16's loss scaler skips the step itself, and lowers its scale
             if math.isfinite(norm) or self._accelerator.scaler is not None:
                 self.optimizer.step()
             self.optimizer.zero_grad()

@@ -42,7 +42,7 @@ def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | 
 
 @contextlib.contextmanager
 def re_rendezvous() -> Iterator[None]:
-    """After `--max_restarts` has started the ranks anew, let them meet within the block where nobody has met before.
+    """After `--max_restarts` has restarted the ranks, let them meet within the block where nobody has met before.
 
     The launcher's store lives on, and torch's static rendezvous, which is accelerate's, would give out
     the addresses of the ranks that are gone.

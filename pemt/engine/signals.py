@@ -20,7 +20,7 @@ SAME_SECONDS = 1.0
 
 
 class Interrupted(SystemExit):
-    """The run has been told to stop; everything is saved, and the same command goes on. Exit status 75."""
+    """The run has been told to stop; a checkpoint is saved, and the same command resumes. Exit status 75."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(INTERRUPTED_STATUS)
@@ -87,9 +87,9 @@ class StopSignals:
                 now = time.monotonic()
                 if not first and number[0] == signal.SIGINT:
                     first = now
-                    _say("stopping after this step, with a checkpoint; once more ends it at once")
+                    _say("stopping after this step, with a checkpoint; a second one stops at once")
                 elif first and number[0] in ending and now - first > apart:
-                    _say("ended at once; the same command goes on from the newest checkpoint")
+                    _say("stopped at once; the same command resumes from the newest checkpoint")
                     os._exit(KILLED_STATUS)
 
 

@@ -1,6 +1,6 @@
 """A model's weights to where they are trained, by the shortest way: from their files, never over the network.
 
-DeepSpeed would have every rank hold the whole model, and rank 0 send all of it to the others. The frozen
+DeepSpeed would have every rank hold the full model, and rank 0 broadcast all of it. The frozen
 weights are the same on every rank already, since all read the same files; only trained ones are sent.
 """
 
@@ -69,7 +69,7 @@ def zero3_init(
 
 
 class ShardedInit(deepspeed.zero.Init):
-    """DeepSpeed's `zero.Init(module=...)`, which reads what is unread and does not send what is frozen.
+    """DeepSpeed's `zero.Init(module=...)`, which reads lazy parameters and does not broadcast frozen ones.
 
     Its own would copy each parameter whole to the device and broadcast it from rank 0. This is a private
     corner of DeepSpeed 0.19; tests/launch/test_sharded_start.py counts memory and bytes.

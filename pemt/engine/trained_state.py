@@ -89,7 +89,7 @@ class TrainedState:
     ) -> None:
         """Put a saved optimizer in place (all ranks call); its states exist since a first step.
 
-        A value is asked for when it is needed, and let go before the next one.
+        A value is asked for when it is needed, and released before the next one.
 
         Args:
             weights: what `weights` gave; they fill the fp32 masters, not the model's own copies.

@@ -31,14 +31,14 @@ FAILED_STATUS = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a rank tells about itself.
+    """A rank's heartbeat, as the others read it.
 
     Args:
-        number: beats so far; it stands still while the process does.
-        place: how often the main thread has come by; it stands still in a hanging call.
+        number: beats so far; constant while the process is stopped.
+        place: heartbeats of the main thread so far; constant in a hanging call.
         step: optimizer steps done.
         started: as in `lock.Holder`.
-        left: it means to be missed no more.
+        left: it has left the run; its silence is no failure.
         doing: what it works at, while others may wait for it.
     """
 
@@ -65,7 +65,7 @@ class Watchdog:
 
     Args:
         rank, world_size: which this is, and of how many.
-        timeout: seconds after which a rank without a sign of life ends the job.
+        timeout: seconds after which a rank without a heartbeat ends the job.
         ended: called with the reason before this process ends, on one rank.
     """
 
@@ -102,7 +102,7 @@ class Watchdog:
         self._step, self._place = step, self._place + 1
 
     def waits(self) -> None:
-        """Tell that the main thread is alive and waits for another's work; before it has come by once, it need not."""
+        """Tell that the main thread is alive and waits for another's work; not before its first heartbeat."""
         if self._place:
             self._place += 1
 
@@ -167,15 +167,16 @@ class Watchdog:
             if now - self._talked > self._patience:
                 self._end(
                     self._beside_the_store(),
-                    f"cannot be reached: the ranks' store on that machine has not answered for {self._patience:.0f} s",
+                    "cannot be reached: the rendezvous store on that machine has not answered "
+                    f"for {self._patience:.0f} s",
                 )
             if silent := [r for r, (_, since) in alive.items() if now - since > self._patience]:
-                self._end(silent, f"has shown no sign of life for {self._patience:.0f} s")
+                self._end(silent, f"has sent no heartbeat for {self._patience:.0f} s")
             begun = [(place, since) for place, since in moved.values() if place > 0]
             if begun and all(now - since > self._patience for _, since in moved.values()):
                 last = min(place for place, _ in moved.values())
                 hanging = [rank for rank, (place, _) in moved.items() if place == last]
-                self._end(hanging, f"hangs: no rank has got on for {self._patience:.0f} s")
+                self._end(hanging, f"hangs: no progress for {self._patience:.0f} s")
 
     def _beside_the_store(self) -> list[int]:
         """The ranks of rank 0's machine, where the store is; seen from there, rank 0 alone."""
@@ -193,7 +194,7 @@ class Watchdog:
             os._exit(FAILED_STATUS)
         named = ", ".join(self._name(rank) for rank in ranks)
         print(
-            f"pemt: error: {named} {what}; the job ends here (ddp_timeout), and the same command goes on from its "
+            f"pemt: error: {named} {what}; the job ends here (ddp_timeout); the same command resumes from its "
             "newest checkpoint",
             file=sys.stderr,
             flush=True,

@@ -42,7 +42,7 @@ Entry = tuple[tuple[int, ...], Callable[[], Tensor]]
 
 
 def lazy_base(name: str, config: PreTrainedConfig) -> PreTrainedModel | None:
-    """The base model with all its parameters unread, fp32 by name, in evaluation mode.
+    """The base model with all its parameters lazy, fp32 by name, in evaluation mode.
 
     Args:
         name: hub id or folder.
@@ -123,12 +123,12 @@ def _read_safetensors(file: Path, key: str) -> Tensor:
 
 
 def _install_lazy(base: PreTrainedModel, entries: dict[str, Entry], name: str) -> None:
-    """Exchange every parameter on `meta` for an unread one; tied ones stay tied where their values agree."""
+    """Exchange every parameter on `meta` for a lazy one; tied ones stay tied where their values agree."""
     assert not list(base.buffers()), "a buffer on meta would need a value"
     tied: dict[int, list[str]] = {}
     for key, parameter in base.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(key)
-    unread: dict[str, nn.Parameter] = {}
+    lazy: dict[str, nn.Parameter] = {}
     for keys in tied.values():
         stored = [key for key in keys if key in entries] or keys[:1]
         shape = tuple(base.get_parameter(keys[0]).shape)
@@ -137,15 +137,15 @@ def _install_lazy(base: PreTrainedModel, entries: dict[str, Entry], name: str) -
             if read is None or found != shape:
                 raise WeightFileError(
                     f"model_name_or_path: `{name}`: tensor `{key}` is {'missing' if found is None else list(found)} "
-                    f"in its weight files, its config.json needs {list(shape)}; give a whole model"
+                    f"in its weight files, its config.json needs {list(shape)}; give a complete model"
                 )
             if key == stored[0]:
-                unread |= dict.fromkeys(keys, lazy_parameter(shape, torch.float32, read))
+                lazy |= dict.fromkeys(keys, lazy_parameter(shape, torch.float32, read))
             # transformers ties every T5, and unties those whose files hold two different tensors: T5 v1.1.
             elif not torch.equal(entries[stored[0]][1](), read()):
-                unread[key] = lazy_parameter(shape, torch.float32, read)
+                lazy[key] = lazy_parameter(shape, torch.float32, read)
                 base.all_tied_weights_keys.pop(key, None)
-    for key, parameter in unread.items():
+    for key, parameter in lazy.items():
         owner, _, attribute = key.rpartition(".")
         setattr(base.get_submodule(owner), attribute, parameter)
 

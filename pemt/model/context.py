@@ -79,7 +79,7 @@ class PassContext:
         return self._answers is not None
 
     def keep_encoder_prompt(self, states_BSD: Tensor) -> Tensor:
-        """Take the mean over the prompt of the encoder's last states; returns the states, to go on with."""
+        """Take the mean over the prompt of the encoder's last states; returns the states unchanged."""
         kept_BD = self.encoder_prompt_BD
         if not (self.is_answering and kept_BD is not None and len(kept_BD) == len(states_BSD)):
             states_BSD, self.encoder_prompt_BD = prompt_mean(states_BSD, self.prompt_length)

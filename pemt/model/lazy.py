@@ -1,6 +1,6 @@
 """Parameters whose values stay in a file until the engine wants them.
 
-An unread parameter has shape, dtype and device, but a single element of memory, NaN: modules can be
+A lazy parameter has shape, dtype and device, but a single element of memory, NaN: modules can be
 built around it, and whoever computes with it by mistake gets NaN and no plausible number.
 """
 
@@ -24,7 +24,7 @@ def lazy_parameter(
 
 
 def make_lazy(parameter: nn.Parameter, read: Callable[[], Tensor]) -> None:
-    """Let go of a parameter's value: from now on it is what `read` gives, on the CPU."""
+    """Release a parameter's value: from now on it is what `read` gives, on the CPU."""
     parameter.data = _nothing(tuple(parameter.shape), parameter.dtype)
     setattr(parameter, _READER, read)
 
@@ -39,10 +39,10 @@ def is_lazy(parameter: Tensor) -> bool:
 
 
 def value_of(parameter: Tensor) -> Tensor:
-    """The parameter's value, detached; one that is unread stays so.
+    """The parameter's value, detached; a lazy one stays lazy.
 
-    A value from a file may be mapped memory in the file's own dtype: take what is wanted of it and
-    let it go, and no more than that is ever in memory.
+    A value from a file may be mapped memory in the file's own dtype: copy what is needed and
+    release it, and no more than that is ever in memory.
     """
     read: Callable[[], Tensor] | None = getattr(parameter, _READER, None)
     return parameter.detach() if read is None else read()
@@ -65,7 +65,7 @@ def read_lazy(parameter: nn.Parameter) -> Tensor | None:
 
 
 def materialize_all(module: nn.Module) -> None:
-    """Read what is unread, each parameter in its own dtype."""
+    """Read every lazy parameter, each parameter in its own dtype."""
     for parameter in module.parameters():
         if is_lazy(parameter):
             materialize(parameter, value_of(parameter).to(parameter.dtype, copy=True))

@@ -248,7 +248,7 @@ class BottleneckMixture(MixtureProjection):
 def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int) -> nn.Parameter:
     """One tensor of all experts side by side, frozen; a parameter, so that ZeRO-3 partitions it.
 
-    Unread where the base is: they are laid side by side as they are placed, and no rank holds them all.
+    Lazy where the base is: they are laid side by side as they are placed, and no rank holds them all.
     """
     tensors = [source.weights[key] for source in sources]
     if not is_lazy(like):

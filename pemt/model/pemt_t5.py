@@ -34,7 +34,7 @@ from pemt.model.trained_t5 import IGNORED_LABEL, PemtOutput, TrainedT5, mean_cro
 class PemtT5(TrainedT5):
     """A frozen T5, mT5 or UMT5 with PEMT's modules in it. Make one with `source` or `target`.
 
-    The base model is changed in place. What is trained is settled here, once.
+    The base model is changed in place. `requires_grad` is set here, once.
     """
 
     def __init__(

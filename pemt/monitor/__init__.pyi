@@ -20,3 +20,4 @@ from .log_file import (
     read_log as read_log,
 )
 from .monitor import Monitor as Monitor
+from .progress import progress_logger as progress_logger

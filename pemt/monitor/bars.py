@@ -11,6 +11,8 @@ import datasets
 import transformers
 from tqdm import tqdm
 
+from pemt.monitor.progress import progress_logger
+
 SECONDS_A_LINE = 30.0  # of an evaluation, where stdout is no terminal
 
 
@@ -56,9 +58,9 @@ class ProgressBar:
         )
 
     def advance(self, step: int, *, loss: float, samples_per_second: float) -> None:
-        """Move the bar to `step`, or print a line about it."""
+        """Move the bar to `step`, or log a line about it."""
         if self._bar.disable:
-            print(self._line(step, loss, samples_per_second), flush=True)
+            progress_logger().info(self._line(step, loss, samples_per_second))
         else:
             self._bar.set_postfix_str(
                 f"loss {loss:.4f}, {_rate(samples_per_second)}", refresh=False
@@ -74,10 +76,8 @@ class ProgressBar:
         )
 
     def message(self, text: str) -> None:
-        """Print a line without tearing the bar."""
-        if sys.stdout is not None:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        """Log a line without tearing the bar."""
+        progress_logger().info(text)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -124,9 +124,8 @@ class EvaluationBar:
             rate = self._done / (now - self._started)
             left = tqdm.format_interval((self._total - self._done) / rate)
             with contextlib.suppress(OSError):  # on a full disk; one rank alone must not end here
-                print(
-                    f"{self._description}: {self._done}/{self._total} examples, {rate:.1f} examples/s, {left} left",
-                    flush=True,
+                progress_logger().info(
+                    f"{self._description}: {self._done}/{self._total} examples, {rate:.1f} examples/s, {left} left"
                 )
 
     def __enter__(self) -> EvaluationBar:

@@ -1,4 +1,4 @@
-"""log.jsonl: a line a moment, whole after a crash, without what a resumed run logs again."""
+"""log.jsonl: a line a moment, intact after a crash, without what a resumed run logs again."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class Monitor:
                 later = (
                     "what is missing follows" if name == LOG_FILE else "this run's curves end here"
                 )
-                self.message(f"{name}: {error.strerror or error}; the training goes on, {later}")
+                self.message(f"{name}: {error.strerror or error}; training continues, {later}")
 
     def log_config(self, config: RunConfig, facts: Mapping[str, str]) -> None:
         """Write what the run is: configuration, environment and git state, and lay out TensorBoard.
@@ -145,13 +145,13 @@ class Monitor:
                 self._board.gates(step, gates_NLK, similarity_MM, part="validation", title=title)
 
     def advance(self, step: int, *, loss: float, samples_per_second: float) -> None:
-        """Move the bar to `step`; where stdout is no terminal, print a plain line instead."""
+        """Move the bar to `step`; where stdout is no terminal, log a plain line instead."""
         if self._is_main:
             with suppress(OSError):  # stdout may be a file on the same disk
                 self._bar.advance(step, loss=loss, samples_per_second=samples_per_second)
 
     def message(self, text: str) -> None:
-        """Print a line without tearing the bar."""
+        """Log a line without tearing the bar."""
         if self._is_main:
             with suppress(OSError):
                 self._bar.message(text)

@@ -29,7 +29,7 @@ class Collective:
         size: bytes of the whole, per step.
         calls: how many of them a step has, about; each has its latency.
         ranks: that take part, of consecutive numbers.
-        overlaps: it goes on while the passes compute.
+        overlaps: it continues while the passes compute.
     """
 
     what: str

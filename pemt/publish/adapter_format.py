@@ -223,7 +223,7 @@ def _source(
 def _no_adapter(folder: Path) -> str:
     if (folder / "config.json").is_file():
         return (
-            f"{folder}: is a whole model, no adapter; load it with transformers' "
+            f"{folder}: is a full model, not an adapter; load it with transformers' "
             "AutoModelForSeq2SeqLM.from_pretrained"
         )
     return f"{folder}: holds no {CONFIG}; give what `pemt export` wrote, or its id on the hub"

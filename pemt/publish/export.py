@@ -45,11 +45,11 @@ def export_run(
     """Write a finished run's best weights, and all that they need beside the base model.
 
     `pemt`, `adapter` and `bitfit` give an adapter of our own (`PemtModel.from_pretrained`), methods of the
-    peft library one of PEFT's (`peft.PeftModel.from_pretrained`), `full` a whole model.
+    peft library one of PEFT's (`peft.PeftModel.from_pretrained`), `full` a full model.
 
     Args:
         run_dir: the run's output folder.
-        folder: receives the files; new or empty, whole or not there.
+        folder: receives the files; new or empty; written atomically.
         base_model: what the adapter names as its base model; default: as the run was given it.
         dtype: of our own adapters' tensors: `float32` gives the run's own outputs, `bfloat16` and
             `float16` half the size.

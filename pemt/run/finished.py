@@ -1,4 +1,4 @@
-"""A finished run, taken up again from its folder: configuration, task, tokenizer, model with the best weights."""
+"""A finished run, loaded from its folder: configuration, task, tokenizer, model with the best weights."""
 
 from __future__ import annotations
 

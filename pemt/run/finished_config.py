@@ -15,11 +15,11 @@ from pemt.tasks import get_task
 
 
 class FinishedError(PemtError):
-    """A folder that holds no run to take up again."""
+    """A folder that holds no run to load."""
 
 
 def check_finished(run_dir: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Refuse a run that cannot be taken up again, as far as it shows without torch.
+    """Refuse a run that cannot be loaded, as far as it shows without torch.
 
     Raises:
         PemtError: as `finished_config`; or there is no such task or base model.

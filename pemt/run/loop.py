@@ -137,7 +137,7 @@ def _train(run: _Run, schedule: LambdaLR, progress: TrainState) -> TrainState:
     if run.validates_at(progress.step) and progress.validated_step != progress.step:
         progress = _finish_step(run, progress)  # it was stopped before this validation
     meter = Meter(setup.engine)
-    guard = NonFiniteGuard(config, setup.engine, partial(_rows, setup), tell=run.monitor.message)
+    guard = NonFiniteGuard(config, setup.engine, partial(_rows, setup), log=run.monitor.message)
     for micro_batches in batches.steps(progress.step, run.total_steps):
         rates, losses = _take_step(setup, schedule, meter, micro_batches)
         step, norm = progress.step + 1, rates["train/grad_norm"]
@@ -189,8 +189,8 @@ def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None
 
 
 def _finish_step(run: _Run, progress: TrainState) -> TrainState:
-    """Validate and save where it is due; save and leave where a rank was told to stop."""
-    _tell_of_saving(run)
+    """Validate and save where it is due; save and exit where a rank was told to stop."""
+    _log_saves(run)
     try:
         run.session.check()
         if run.validates_at(progress.step):
@@ -208,10 +208,10 @@ def _finish_saving(run: _Run) -> None:
     try:
         run.checkpoints.finish()
     finally:
-        _tell_of_saving(run)
+        _log_saves(run)
 
 
-def _tell_of_saving(run: _Run) -> None:
+def _log_saves(run: _Run) -> None:
     for line in run.checkpoints.lines():
         run.monitor.message(line)
 
@@ -227,7 +227,7 @@ def _log_config(run: _Run, resumed: Checkpoint | None) -> None:
         monitor.message(line)
     if resumed:
         step = resumed.progress.step
-        monitor.message(f"going on after step {step} of {run.total_steps}: {resumed.folder}")
+        monitor.message(f"resuming from step {step}/{run.total_steps}: {resumed.folder}")
 
 
 def _size_line(model: TrainedT5, engine: Engine) -> str:

@@ -1,4 +1,4 @@
-"""Steps that all ranks skip because a loss or gradient is not finite on one: told, counted, and an end to them."""
+"""Steps that all ranks skip because of a non-finite loss or gradient on one: logged, counted, limited."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine
 
 
-class NotFiniteError(PemtError):
+class NonFiniteError(PemtError):
     """Too many steps in a row gave no finite loss and gradient."""
 
 
@@ -26,7 +26,7 @@ class NonFiniteGuard:
         config: `max_skipped_steps`; `output_dir` receives `not-finite-step-<step>-rank-<rank>.jsonl`.
         engine: the run's ranks.
         rows_of: the examples of a micro-batch, which are saved for inspection.
-        tell: prints a line.
+        log: logs a line.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class NonFiniteGuard:
         engine: Engine,
         rows_of: Callable[[list[Any]], list[dict[str, Any]]],
         *,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._output_dir = Path(config.output_dir)
         self._limit = config.max_skipped_steps
         self._engine = engine
         self._rows_of = rows_of
-        self._tell = tell
+        self._log = log
         self._in_a_row = 0
 
     def check(
@@ -57,7 +57,7 @@ class NonFiniteGuard:
             Whether it was skipped.
 
         Raises:
-            NotFiniteError: the limit is reached; every rank has saved its batch.
+            NonFiniteError: the limit is reached; every rank has saved its batch.
         """
         if math.isfinite(grad_norm):
             self._in_a_row = 0
@@ -65,15 +65,15 @@ class NonFiniteGuard:
         self._in_a_row += 1
         if self._in_a_row >= self._limit:
             raise self._end(step, micro_batches, losses)
-        self._tell(
-            f"step {step}: loss or gradient is not finite, nothing was updated "
-            f"({self._in_a_row} in a row, {self._limit} end the run)"
+        self._log(
+            f"step {step}: non-finite loss or gradient: step skipped "
+            f"({self._in_a_row} of {self._limit} in a row)"
         )
         return True
 
     def _end(
         self, step: int, micro_batches: list[list[Any]], losses: list[Tensor]
-    ) -> NotFiniteError:
+    ) -> NonFiniteError:
         values = torch.stack(losses).float()
         # gloo and NCCL gather equal shapes, and every rank has equally many micro-batches
         everyones_RM = self._engine.gather(values[None].contiguous()).cpu()
@@ -83,11 +83,11 @@ class NonFiniteGuard:
         if guilty:
             what = f"the loss is {_worst(everyones_RM[guilty[0]])} on rank {', '.join(map(str, guilty))}"
         else:
-            what = "every rank's loss is finite, but not the gradient"
+            what = "every rank's loss is finite, the gradient is not"
         path = self._path(step, guilty[0] if guilty else 0)
-        return NotFiniteError(
-            f"{path}: holds the batch of step {step}, which was the last of {self._in_a_row} in a row "
-            f"(max_skipped_steps) that changed nothing: {what}; look into the file, lower learning_rate, "
+        return NonFiniteError(
+            f"{path}: holds the batch of step {step}, the last of {self._in_a_row} skipped steps in a row "
+            f"(max_skipped_steps): {what}; inspect the file, lower learning_rate, "
             "or train in fp32"
         )
 

@@ -158,7 +158,7 @@ def predict_file(
         run_dir: a finished run.
         input_file: jsonl with the task's fields or `{"input": text}`; `-` is stdin. Read whole and
             checked before anything is predicted.
-        output_file: jsonl, written whole or not at all; default: stdout, as it comes.
+        output_file: jsonl, written atomically; default: stdout, as it comes.
         overrides: as for `finished_config`.
 
     Raises:
@@ -221,7 +221,7 @@ def _chunks(predictor: Predictor, texts: list[str]) -> Iterator[list[Prediction]
 
 @contextmanager
 def _opened(name: str | None) -> Iterator[IO[str]]:
-    """stdout, or a file that gets its name when it is whole.
+    """stdout, or a file that gets its name when it is complete.
 
     Raises:
         PemtError: it cannot be written.

@@ -23,6 +23,7 @@ from pemt.config import RunConfig
 from pemt.data import StreamBatches, TaskData, TrainBatches, TrainStream, lengths_of
 from pemt.engine import Engine
 from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
+from pemt.monitor import progress_logger
 from pemt.run.build import Built
 from pemt.run.session import Session
 from pemt.tasks import Task
@@ -44,7 +45,7 @@ class Setup:
 def open_run(
     config: RunConfig, setup: Setup, built: Built, session: Session
 ) -> tuple[Checkpoints, Checkpoint | None]:
-    """The run's folder, ready to be written, and what to go on from."""
+    """The run's folder, ready to be written, and the checkpoint to resume from."""
     engine = setup.engine
     with engine.together("reading the digest of the base model's weights"):
         checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
@@ -56,7 +57,7 @@ def open_run(
         and not resumed
         and holds_run(Path(config.output_dir))
     ):
-        print(f"{config.output_dir}: the run begun here had saved no checkpoint yet", flush=True)
+        progress_logger().info(f"{config.output_dir}: the run started here has no checkpoint yet")
     engine.on_rank0(lambda: start_run_folder(config), "writing the run's configuration")
     return checkpoints, resumed
 

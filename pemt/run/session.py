@@ -47,11 +47,11 @@ class Session:
         self._step, self._told = 0, time.monotonic()
 
     def __enter__(self) -> Session:
-        self._engine.on_rank0(self._begin, "taking the run's folder")
+        self._engine.on_rank0(self._begin, "locking the run's folder")
         self._signals = self._watched.__enter__()
         # Chosen by one rank: machines may count the launcher's restarts differently.
         self._watchdog.start(self._engine.broadcast_object(uuid4().hex), self._engine.barrier)
-        # Who waits gets on, and from here on the watchdog tells of the dead.
+        # Waiting counts as progress, and from here on the watchdog reports dead ranks.
         self._engine.waiting.while_waiting = self._watchdog.waits
         return self
 
@@ -78,7 +78,7 @@ class Session:
             write_status(self._folder, state, step=self._step, checkpoint=saved)
 
     def attach_checkpoints(self, checkpoints: Checkpoints) -> None:
-        """Tell in status.json what is saved from now on; let `check` end the run for a save that failed."""
+        """Record in status.json what is saved from now on; let `check` end the run for a save that failed."""
         self._checkpoints = checkpoints
         if (
             self._engine.is_main
@@ -86,7 +86,7 @@ class Session:
             self._write_status("running")
 
     def check(self) -> None:
-        """Leave the run if any rank has been told to, or if it must end (all ranks call, and leave together).
+        """End the run if any rank has been told to stop, or if it must end (all ranks call, and raise together).
 
         Raises:
             Interrupted: a rank has received a signal, or lost its launcher.
@@ -98,9 +98,9 @@ class Session:
         failed = engine.is_main and self._failure() is not None
         told = engine.all_reduce_max(_FAILED if failed else -1 if reason is None else engine.rank)
         if told == _FAILED:
-            engine.on_rank0(self._fail, "telling why the run must end")
+            engine.on_rank0(self._fail, "reporting why the run must stop")
         if told >= 0:
-            raise Interrupted(reason or f"rank {told} was told to")
+            raise Interrupted(reason or f"rank {told} was told to stop")
 
     def _fail(self) -> None:
         if error := self._failure():
@@ -108,7 +108,7 @@ class Session:
 
     def _failure(self) -> PemtError | None:
         if self._lock.lost:
-            return LockError(f"output_dir: another run has taken {self._folder}")
+            return LockError(f"output_dir: another run has taken over {self._folder}")
         return self._checkpoints.failure() if self._checkpoints else None
 
     def __exit__(
@@ -129,9 +129,9 @@ class Session:
         elif isinstance(error, Interrupted):
             state = "interrupted"
             where = (
-                f"after step {self._step} ({error.reason}); it is saved, and the same command goes on from there"
+                f"after step {self._step} ({error.reason}); a checkpoint is saved, and the same command resumes from it"
                 if self._step
-                else f"before its first step ({error.reason}); start the same command again"
+                else f"before its first step ({error.reason}); run the same command again"
             )
             print(f"stopped {where} (exit status {error.code})", flush=True)
         self._write_status(state)

@@ -35,7 +35,7 @@ from pemt.run.results import results_block, results_of, write_predictions, write
 from pemt.run.session import Session
 from pemt.tasks import get_task
 
-_LOOKING, _BUILDING = "looking at the run's folder", "building the model"
+_LOOKING, _BUILDING = "checking the run's folder", "building the model"
 
 
 def run_source(config: SourceConfig) -> Path:
@@ -119,7 +119,7 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
 
 
 def begin(config: Config) -> tuple[Config, Engine]:
-    """The configuration that rank 0 finds the run to go on with, and the engine for it (all ranks call).
+    """The configuration as rank 0 resolves it, for a fresh or resumed run, and its engine (all ranks call).
 
     The others look too, since there is no engine without a configuration; but a network disk may show
     them an older folder than rank 0 sees.

@@ -1,4 +1,4 @@
-"""Folders of tensors on disk and on the hub: written whole or not at all, with checksums."""
+"""Folders of tensors on disk and on the hub: written atomically, with checksums."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Folders of tensors that are whole or not there: written aside, checksummed, synced, renamed.
+"""Folders of tensors, written atomically: under a temporary name, checksummed, fsynced, renamed.
 
 A folder holds safetensors files and a `manifest.json` that lists each file's size and sha256. The
 manifest is written last and the folder gets its name after that, so a crash leaves a folder with a
@@ -47,7 +47,7 @@ TEMPORARY = ".writing-"
 def write_folder(
     folder: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
 ) -> Path:
-    """Write tensors and manifest as one folder, whole or not at all; an older folder of that name is replaced.
+    """Write tensors and manifest as one folder, atomically; an older folder of that name is replaced.
 
     Args:
         folder: its final name.
@@ -100,7 +100,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of tensors; a crash leaves it whole, or under a temporary name."""
+    """Remove a folder of tensors; a crash leaves it intact, or under a temporary name."""
     removed = folder.with_name(f"{TEMPORARY}removed-{folder.name}")
     with contextlib.suppress(OSError):  # what cannot be removed stays, and is no reason to stop
         fs_op(os.rename, folder, removed)
@@ -173,7 +173,7 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, synced: bool = True) -> None:
-    """Write a text file whole: aside, then renamed; one process at a time.
+    """Write a text file atomically: under a temporary name, then renamed; one process at a time.
 
     Args:
         synced: it is to survive a power failure, for which the disk is waited for.

@@ -90,9 +90,9 @@ def local_folder(path_or_id: str, *, files: Sequence[str], revision: str | None 
 
 
 def download(repo_id: str, folder: Path, *, revision: str | None = None) -> Path:
-    """Fetch a whole repository into a folder of its own, which is whole or not there.
+    """Fetch a repository into a folder of its own, which is complete or not there.
 
-    What a cut connection leaves lies beside it under a hidden name, and the same call goes on with it.
+    A cut connection leaves a partial download beside it under a hidden name; the same call resumes it.
 
     Raises:
         HubError: there is no such repository, the hub is out of reach, or the folder is not empty.

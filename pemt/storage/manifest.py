@@ -1,4 +1,4 @@
-"""The manifest of a folder of tensors: what lies there, and a seal, so that a damaged manifest is known too.
+"""The manifest of a folder of tensors: what lies there, and its own checksum, to detect a damaged manifest too.
 
 `manifest.json` lists by file its size, sha256 and tensors, beside whatever its writer adds. Its last
 key is the sha256 of all the others: a changed byte anywhere in it is found.
@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # a manifest is read without torch
     from torch import Tensor
 
 MANIFEST = "manifest.json"
-SEAL = "sha256"
-# A manifest is read whole; the largest of ours (every parameter of T5-XXL, by name) are under a megabyte.
+CHECKSUM = "sha256"
+# A manifest is read into memory; the largest of ours (every parameter of T5-XXL, by name) are under a megabyte.
 MOST_BYTES = 16 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -30,14 +30,14 @@ class StorageError(PemtError):
 
 
 def with_checksum(manifest: Mapping[str, Any]) -> str:
-    """The text of a manifest's file, with its seal."""
+    """The text of a manifest's file, with its own checksum."""
     body = json.dumps(manifest, indent=2)
-    seal = hashlib.sha256(body.encode("utf-8")).hexdigest()
-    return json.dumps({**manifest, SEAL: seal}, indent=2) + "\n"
+    checksum = hashlib.sha256(body.encode("utf-8")).hexdigest()
+    return json.dumps({**manifest, CHECKSUM: checksum}, indent=2) + "\n"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest, without its seal.
+    """A folder's manifest, without its own checksum.
 
     Raises:
         StorageError: missing, malformed, or changed since it was written.
@@ -46,11 +46,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest, text = _parsed(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise StorageError(f"{path}: found no object with `files`; it is no manifest of pemt")
-    if manifest.pop(SEAL, None) is None:
-        raise StorageError(f"{path}: has no `{SEAL}` of its own; it was written by another version")
+    if manifest.pop(CHECKSUM, None) is None:
+        raise StorageError(
+            f"{path}: has no `{CHECKSUM}` of its own; it was written by another version"
+        )
     if with_checksum(manifest) != text:
         raise StorageError(
-            f"{path}: is not what was written (its own {SEAL} differs); it is damaged, or edited by hand"
+            f"{path}: checksum mismatch (of its own {CHECKSUM}); it is damaged, or was edited by hand"
         )
     for name in manifest["files"]:
         check_name(path, name)
@@ -94,7 +96,7 @@ def check_file(path: Path, listed: Any) -> None:
     check_plain(path)
     if path.stat().st_size != listed.get("bytes") or sha256(path) != listed.get("sha256"):
         raise StorageError(
-            f"{path}: is not the file that {MANIFEST} lists (size or sha256 differs); it is damaged"
+            f"{path}: checksum mismatch (size or sha256 is not what {MANIFEST} lists); the file is damaged"
         )
 
 
@@ -125,7 +127,9 @@ def check_plain(path: Path) -> None:
         StorageError: it is one.
     """
     if path.is_symlink():
-        raise StorageError(f"{path}: is a link, and only files are read; copy the file there")
+        raise StorageError(
+            f"{path}: is a symbolic link, and only regular files are read; copy the file there"
+        )
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

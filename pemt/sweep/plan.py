@@ -27,7 +27,7 @@ from pemt.tasks import get_task
 
 KEYS = ("output_dir", "recipe", "fields", "methods", "tasks", "seeds")
 NEEDED = ("output_dir", "methods", "tasks", "seeds")
-# What the sweep itself settles for each run.
+# What the sweep itself sets for each run.
 OWN = ("output_dir", "seed", "task_name", "resume_from_checkpoint", "overwrite_output_dir")
 
 
@@ -88,7 +88,7 @@ def read_sweep(path: Path) -> Sweep:
     methods, tasks = (_named(path, content, key) for key in ("methods", "tasks"))
     seeds = content["seeds"]
     if not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
-        raise SweepError(f"{path}: seeds: found {seeds}, expected a list of whole numbers")
+        raise SweepError(f"{path}: seeds: found {seeds}, expected a list of integers")
     shared = content.get("fields") or {}
     output_dir = Path(content["output_dir"]).expanduser()
     _stop(list(_unknown(path, shared, methods, tasks)))

@@ -1,4 +1,4 @@
-"""Runs a sweep on the launcher at hand, one run after another, and takes it up where it stopped."""
+"""Runs a sweep on the launcher at hand, one run after another, and resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ERROR = "error.txt"
 def run_sweep(path: Path) -> None:
     """Train what is not finished yet, and write the report after each run (all ranks call).
 
-    A run that was cut short goes on from its newest checkpoint. One that fails, by whatever error, is
+    A run that was interrupted resumes from its newest checkpoint. One that fails, by whatever error, is
     recorded in its folder as `error.txt`, and tried again after the others. In a single process the
-    sweep goes on with the next run; on several ranks it stops, since the others may wait in a
+    sweep continues with the next run; on several ranks it stops, since the others may wait in a
     collective call.
 
     Raises:
@@ -61,7 +61,7 @@ def run_sweep(path: Path) -> None:
     if failed:
         raise SweepError(
             f"{path}: {len(failed)} of {len(sweep.runs)} runs failed ({failed[0]}: see "
-            f"{failed[0].folder / ERROR}); the same command tries them again"
+            f"{failed[0].folder / ERROR}); the same command retries them"
         )
 
 

@@ -146,7 +146,7 @@ class Task:
                         f"task {self.name}: {key}: found {text!r}, a {type(text).__name__}; give texts, in quotes"
                     )
             if len(set(texts)) != len(texts):
-                raise TaskError(f"task {self.name}: {key}: a label stands twice in {list(texts)}")
+                raise TaskError(f"task {self.name}: {key}: duplicate label in {list(texts)}")
         if not self.label_names:
             return
         if len(self.label_names) != len(self.labels):

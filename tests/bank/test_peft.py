@@ -320,7 +320,7 @@ def test_list_and_show(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_verify_tells_every_fault(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     COMMANDS["bank"](["verify", str(bank)])
-    assert capsys.readouterr().out.splitlines() == ["boolq: whole", "mnli: whole", "rte: whole"]
+    assert capsys.readouterr().out.splitlines() == ["boolq: intact", "mnli: intact", "rte: intact"]
     path = bank / "mnli" / "expert.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4

@@ -1,4 +1,4 @@
-"""Damaged and foreign checkpoints: told of, put aside, the one before is used; never a silent fresh start."""
+"""Damaged and foreign checkpoints: reported, quarantined, the previous one is used; never a silent fresh start."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def test_the_one_before_is_used_and_told_of(
     run = Path(shutil.copytree(world / "run", tmp_path / "run"))
     damage(run / "checkpoint-6", world / "other")
     run_source(resumed(world, run))
-    told = [line for line in capfd.readouterr().out.splitlines() if "put aside" in line]
+    told = [line for line in capfd.readouterr().out.splitlines() if "quarantined" in line]
     assert len(told) == 1
     assert DAMAGES[damage] in told[0]
-    assert told[0].endswith("put aside as unusable-checkpoint-6, going on from checkpoint-4")
+    assert told[0].endswith("quarantined as unusable-checkpoint-6, resuming from checkpoint-4")
     assert (run / "unusable-checkpoint-6").is_dir(), "nothing is thrown away"
     assert [step_of(folder) for folder in checkpoint_folders(run)] == [2, 4, 6]
     for name in ("trained.safetensors", "moments.safetensors"):
@@ -102,7 +102,7 @@ def test_none_left_is_an_error_and_no_fresh_start(
     for folder in checkpoint_folders(run):
         damage(folder, world / "other")
     before = written(run)
-    with pytest.raises(CheckpointError, match=r"none of 3 checkpoints is whole .*overwrite") as e:
+    with pytest.raises(CheckpointError, match=r"none of 3 checkpoints is intact .*overwrite") as e:
         run_source(resumed(world, run))
     assert "\n" not in str(e.value)
     assert written(run) == before, "touched"
@@ -133,7 +133,7 @@ def test_a_run_that_had_saved_nothing_says_that_it_begins_anew(
         shutil.rmtree(folder)
     (run / "status.json").write_text('{"state": "running", "step": 1, "checkpoint": null}')
     run_source(resumed(world, run))
-    assert "the run begun here had saved no checkpoint yet" in capsys.readouterr().out
+    assert "the run started here has no checkpoint yet" in capsys.readouterr().out
     assert losses(run) == losses(world / "run")
 
 
@@ -152,11 +152,11 @@ def test_a_lost_best_checkpoint_is_told_of_and_the_best_chosen_anew(
     (told,) = [
         line for line in capsys.readouterr().out.splitlines() if "was the best so far" in line
     ]
-    assert told.startswith("checkpoint-2 was the best so far, and is lost: ")
-    assert ("put aside as unusable-checkpoint-2" in told) == (
+    assert "] checkpoint-2 was the best so far and is lost: " in told
+    assert ("quarantined as unusable-checkpoint-2" in told) == (
         run / "unusable-checkpoint-2"
     ).is_dir()
-    assert ("it is not there" in told) == (damage is miss_all)
+    assert ("is lost: missing" in told) == (damage is miss_all)
     results = json.loads((run / "all_results.json").read_text())
     assert results["best_checkpoint"] in ("checkpoint-6", "checkpoint-9"), (
         "6 was not validated anew"
@@ -178,7 +178,7 @@ def test_a_best_checkpoint_damaged_at_the_end_leaves_a_way_out(
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "finish", finish_and_damage)
         with pytest.raises(
-            CheckpointError, match=r"checkpoint-6/trained.*start the same command again"
+            CheckpointError, match=r"checkpoint-6/trained.*run the same command again"
         ):
             run_source(config)
     run_source(config)

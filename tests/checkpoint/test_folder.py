@@ -1,4 +1,4 @@
-"""What a run may write over, remove and go on from."""
+"""What a run may write over, remove and resume from."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(world: Path, tmp_path: Path)
     assert losses(tmp_path / "run") == whole
     for name in names(tmp_path / "run"):
         (tmp_path / "run" / name / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="none of 3 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of 3 checkpoints is intact"):
         run_adapt(replace(config, resume_from_checkpoint=True))
 
 

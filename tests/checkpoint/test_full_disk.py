@@ -1,4 +1,4 @@
-"""A disk that is really full for five steps: the training goes on, and all but TensorBoard's curves is made up for."""
+"""A disk that is really full for five steps: training continues, and all but TensorBoard's curves is made up for."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_disk_that_is_full_for_a_while(world: World, tmp_path: Path) -> None:
     full = "No space left on device"
     for step in range(4, FREE_AFTER, 4):
         assert f"checkpoint-{step} was not saved" in done.stdout
-    assert done.stdout.count(f"{LOG_FILE}: {full}; the training goes on") == 1
-    assert done.stdout.count(f"{TENSORBOARD_FOLDER}: {full}; the training goes on") == 1
+    assert done.stdout.count(f"{LOG_FILE}: {full}; training continues") == 1
+    assert done.stdout.count(f"{TENSORBOARD_FOLDER}: {full}; training continues") == 1
     assert_same_end(left / "run", whole)
     assert [step for step, *_ in logged(left / "run")] == list(range(1, 33)), "a line is lost"

@@ -1,4 +1,4 @@
-"""The same command goes on by itself, from every step; a finished run is not trained again."""
+"""The same command resumes, from every step; a finished run is not trained again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_how_often_to_log_and_save_may_change_on_the_way(
     (unfinished / "all_results.json").unlink()
     shutil.rmtree(unfinished / "checkpoint-10")
     run_adapt(config_of(world, unfinished, save_steps="3", save_total_limit="9"))
-    assert "going on after step 5 of 10" in capsys.readouterr().out
+    assert "resuming from step 5/10" in capsys.readouterr().out
     assert (unfinished / "checkpoint-9").is_dir()
     assert_same_end(unfinished, whole)
 

@@ -88,7 +88,7 @@ def test_killed_at_every_file_operation_of_a_save(
     newest = 2 * min(published + (within == OPERATIONS_OF_A_SAVE - 1), SAVES)
     assert max(steps, default=0) == newest
     assert in_a_child(out, lambda: run_adapt(config)) == 0, out.read_text()
-    assert (f"going on after step {newest} of 4" in out.read_text()) == (newest > 0)
+    assert (f"resuming from step {newest}/4" in out.read_text()) == (newest > 0)
     assert_same_end(tmp_path / "run", whole)
     assert list((tmp_path / "run").glob(f"{storage.TEMPORARY}*")) == [], "leftovers"
 
@@ -267,9 +267,9 @@ def test_a_save_takes_twelve_bytes_a_parameter_and_says_so(
     )
     run_adapt(config)
     told = capsys.readouterr().out
-    (line,) = [line for line in told.splitlines() if line.startswith("checkpoint-1: ")]
-    trained = int(told.split(" of ")[0].splitlines()[-1].replace(",", ""))
+    (line,) = [line for line in told.splitlines() if "] checkpoint-1: " in line]
+    trained = int(told.split(" of ")[0].split()[-1].replace(",", ""))
     size = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-1").iterdir())
     assert size == pytest.approx(12 * trained, rel=0.05)
     assert f"{size / 1e6:,.2f} MB in " in line
-    assert "the training waited" in line
+    assert "training blocked" in line

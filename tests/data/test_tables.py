@@ -208,11 +208,11 @@ def test_a_table_that_cannot_be_right_is_refused(tmp_path, name, content, messag
 def test_columns_that_stand_twice_in_other_formats(tmp_path):
     table = pa.table([[1], [2]], names=["a", "a"])
     pa.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="column 'a' stands twice"):
+    with pytest.raises(DataError, match="duplicate column 'a'"):
         rows_of(tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text('{"a": 1, "a": 2}\n{"a": 3}\n')
     error, row = rows_of(tmp_path / "a.jsonl")
-    assert (str(error), row) == ("key 'a' stands twice in one object", {"a": 3})
+    assert (str(error), row) == ("duplicate key 'a' in one object", {"a": 3})
 
 
 def test_trailing_columns_without_a_name_are_empty_or_told(tmp_path):

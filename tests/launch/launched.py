@@ -72,7 +72,7 @@ def main(world: Path, folder: Path) -> None:
 
 
 def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
-    """Go on from what ZeRO-2 saved; then save, and go on, with dropout and in bf16."""
+    """Resume from what ZeRO-2 saved; then save, and resume, with dropout and in bf16."""
     base, data, first = world / "base", world / TARGET, world / "zero2"
     bank = first / "bank"
     saved = adapt_config(

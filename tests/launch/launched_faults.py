@@ -130,7 +130,7 @@ def damaged_checkpoints(world: Path, folder: Path) -> dict[str, Any]:
 
 
 def every_damage(world: Path, folder: Path) -> dict[str, Any]:
-    """Every kind of damage to the newest of three checkpoints, and what goes on from there."""
+    """Every kind of damage to the newest of three checkpoints, and what resumes from there."""
     given = {"save_steps": 2, "max_steps": 6}  # saved at 5 too, where the epoch ends
     run_source(config_of(world, folder / "whole", **given))
     run_source(config_of(world, folder / "other", data_seed=7, **given))

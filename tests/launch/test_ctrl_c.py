@@ -63,7 +63,7 @@ def told(started: subprocess.Popen[str], word: str) -> str:
 def test_the_first_is_taken_note_of() -> None:
     started = program("leaving")
     os.kill(started.pid, signal.SIGINT)
-    told(started, "SIGINT: stopping after this step, with a checkpoint; once more ends it at once")
+    told(started, "SIGINT: stopping after this step, with a checkpoint; a second one stops at once")
     assert started.wait(timeout=60) == 0
 
 
@@ -75,7 +75,7 @@ def test_the_second_ends_at_once_even_where_no_handler_runs(where: str) -> None:
     os.kill(started.pid, signal.SIGINT)
     assert started.wait(timeout=50) == KILLED_STATUS
     _, errors = started.communicate()
-    assert "ended at once" in errors
+    assert "stopped at once" in errors
     assert "Traceback" not in errors
 
 
@@ -88,7 +88,7 @@ def test_behind_a_launcher_the_same_ctrl_c_may_come_twice() -> None:
     time.sleep(SAME_SECONDS + 0.2)
     assert started.poll() is None
     os.kill(started.pid, signal.SIGTERM)
-    told(started, "ended at once")
+    told(started, "stopped at once")
     assert started.wait(timeout=60) == KILLED_STATUS
 
 
@@ -160,7 +160,7 @@ def test_alone_it_saves_and_leaves_with_75(world: World) -> None:
     assert done.returncode == INTERRUPTED_STATUS, done.stderr
     assert found["state"] == "interrupted"
     assert (world.folder / "alone" / f"checkpoint-{found['step']}").is_dir()
-    assert "(SIGINT); it is saved, and the same command goes on" in done.stdout
+    assert "(SIGINT); a checkpoint is saved, and the same command resumes" in done.stdout
     assert "Traceback" not in done.stderr
 
 
@@ -180,7 +180,7 @@ def test_behind_the_launcher_all_ranks_save(world: World) -> None:
     assert (job.run / f"checkpoint-{found['step']}").is_dir()
     assert last_step(job.run) == found["step"]
     assert not (job.run / "run.lock").exists()
-    assert "it is saved, and the same command goes on" in job.output
+    assert "a checkpoint is saved, and the same command resumes" in job.output
     assert "KeyboardInterrupt" not in job.output
     # torch's launcher tells of the signal that it got; none of it is ours
     assert job.output.count("Traceback") <= 1

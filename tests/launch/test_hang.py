@@ -1,4 +1,4 @@
-"""A rank that is stopped dead: the job ends in time, names it, and a restart by the launcher goes on."""
+"""A rank that is stopped dead: the job ends in time, names it, and a restart by the launcher resumes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_a_stopped_rank_is_named_and_the_job_goes_on_by_itself(
         assert job.end() == 0, job.output
     (line,) = [each for each in job.output.splitlines() if each.startswith("pemt: error: ")]
     assert f"rank {frozen} (host {os.uname().nodename}, process {rank.pid}, after step " in line
-    assert "no sign of life" in line
+    assert "has sent no heartbeat" in line
     print(f"named after {named:.1f} s of {TIMEOUT}")
     assert named < TIMEOUT
-    assert "going on after step" in job.output
+    assert "resuming from step" in job.output
     assert last_step(job.run) == 150
     assert_same_end(job.run, undisturbed)

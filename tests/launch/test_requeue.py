@@ -60,6 +60,6 @@ def test_a_warned_job_goes_back_into_the_queue_and_ends_with_the_same_bits(
             kill_session(job)
     told = out.read_text()
     assert told.count("interrupted, back into the queue") == 1, told
-    assert "going on after step" in told
+    assert "resuming from step" in told
     assert status(run)["state"] == "finished"
     assert_same_end(run, undisturbed)

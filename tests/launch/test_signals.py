@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 to a real launcher and to one of its ranks: saved, and on by the same command."""
+"""SIGTERM and SIGUSR1 to a real launcher and to one of its ranks: saved, and resumed by the same command."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def test_told_to_stop_in_every_way_and_gone_on_by_itself(world: World, undisturb
             assert f"exitcode  : {INTERRUPTED_STATUS}" in job.output, job.output
     assert steps == sorted(set(steps)), "no progress from one to the next"
     job = world.start("stopped").finish()
-    assert f"going on after step {steps[-1]} of" in job.output
+    assert f"resuming from step {steps[-1]}/" in job.output
     assert_same_end(job.run, undisturbed)
     assert status(job.run)["state"] == "finished"

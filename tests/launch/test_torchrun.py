@@ -38,7 +38,7 @@ def test_machines_that_count_restarts_differently_meet(world: World) -> None:
         assert restarts_of(other) == ["0"], "both counted, so that nothing is shown"
         dying.finish()
         other.finish()
-    assert "going on after step" in dying.output + other.output
+    assert "resuming from step" in dying.output + other.output
     assert (status(run)["state"], last_step(run)) == ("finished", 50)
 
 

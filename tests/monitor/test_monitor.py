@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,11 @@ def test_plain_lines_where_stdout_is_no_terminal(
         watch.message("validated")
         watch.advance(10, loss=0.1, samples_per_second=80.0)
     out, err = capsys.readouterr()
-    half, said, full = out.splitlines()
+    lines = [re.fullmatch(r"\[(.+) rank 0\] (.*)", line) for line in out.splitlines()]
+    half, said, full = (line[2] for line in lines if line)
+    for line in lines:
+        assert line, out
+        datetime.strptime(line[1], "%Y-%m-%d %H:%M:%S")
     assert half.startswith("adapt cb: step 5/10, loss 0.1235, 78.9 samples/s, ")
     assert said == "validated"
     assert full == "adapt cb: step 10/10, loss 0.1000, 80.0 samples/s, 00:00 left"

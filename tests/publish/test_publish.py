@@ -239,7 +239,9 @@ def test_full_is_exported_as_a_whole_model(world: Path) -> None:
     batch = batch_of(run)
     with torch.no_grad():
         assert torch.equal(theirs(**batch).logits, run.model(**batch).logits)
-    with pytest.raises(PemtError, match="is a whole model, no adapter; load it with transformers"):
+    with pytest.raises(
+        PemtError, match="is a full model, not an adapter; load it with transformers"
+    ):
         PemtModel.from_pretrained(folder)
 
 

@@ -227,7 +227,7 @@ def test_a_link_in_a_files_place_is_not_followed(tmp_path: Path) -> None:
     for name in ("expert.safetensors", MANIFEST):
         elsewhere = (entry / name).rename(tmp_path / f"moved-{name}")
         (entry / name).symlink_to(elsewhere)
-        with pytest.raises(PemtError, match="is a link, and only files are read"):
+        with pytest.raises(PemtError, match="is a symbolic link, and only regular files are read"):
             read_entry(entry)
         (entry / name).unlink()
         elsewhere.rename(entry / name)

@@ -60,8 +60,8 @@ def of_another_step(checkpoint: Path, _: Path) -> None:
 
 
 DAMAGES = {
-    flip: "moments.safetensors: is not the file that manifest.json lists",
-    cut: "random.safetensors: is not the file that manifest.json lists",
+    flip: "moments.safetensors: checksum mismatch",
+    cut: "random.safetensors: checksum mismatch",
     miss: "trained.safetensors: cannot be read",
     miss_manifest: "manifest.json: cannot be read",
     foreign_manifest: "checkpoint-6: was saved with data_seed 7, this run has 42",

@@ -129,7 +129,7 @@ def test_every_fault_is_told_before_the_first_run(
 SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"method": ["full"]}, "unknown key `method`; did you mean `methods`"),
     "no tasks": ({"tasks": []}, "tasks: missing"),
-    "seeds": ({"seeds": 3}, "seeds: found 3, expected a list of whole numbers"),
+    "seeds": ({"seeds": 3}, "seeds: found 3, expected a list of integers"),
     "methods": ({"methods": "full"}, "methods: found full, expected a list of names"),
     "a folder's name": ({"methods": ["../full"]}, "found the name `../full`"),
 }

@@ -116,7 +116,7 @@ def test_labels_that_mean_none_are_left_out_when_they_are_named():
         ((True, False), (), "labels: found True, a bool; give texts, in quotes"),
         ((0, 1), (), "labels: found 0, a int"),
         (("a", "b"), ("x", None), "label_names: found None"),
-        (("a", "b"), ("x", "x"), "label_names: a label stands twice"),
+        (("a", "b"), ("x", "x"), "label_names: duplicate label"),
         (("0", "1"), ("1", "2"), "label_names: '1' is what files call '0', and a label of another"),
     ],
 )

@@ -132,7 +132,7 @@ def test_an_answer_object_of_the_hub_needs_its_texts():
         ({"metrics": ("acuracy",)}, "metrics: found acuracy; allowed: accuracy, f1"),
         ({"metrics": ()}, "metrics: found none"),
         ({"label_names": ("a",)}, "label_names has 1 entries, labels has 2"),
-        ({"labels": ("a", "a")}, "a label stands twice"),
+        ({"labels": ("a", "a")}, "duplicate label"),
         ({"score_step": 0.2}, "labels or score_step"),
         ({"template": "no field"}, "no {field}"),
         ({"template": "{text"}, "template: "),
