@@ -5,6 +5,7 @@ PYTHON      ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 
                  $(if $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>&1 || echo no),,$(p))))
 VENV        ?= .venv
 DEMO_DIR    ?= runs/demo
+DEMO_CACHE  ?= $(HOME)/.cache/pemt
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 SCRIPTS     := .ci/run $(wildcard launchers/*.sh launchers/*.sbatch tests/support/slurm/*)
@@ -29,10 +30,10 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 demo: $(STAMP)  ## the main job on a small world: both stages, 2 ranks, ZeRO-2 (5 min 33 s on 2 idle cores)
-	$(LAUNCH) -m pemt demo --output_dir $(DEMO_DIR)
+	$(LAUNCH) -m pemt demo --output_dir $(DEMO_DIR) --cache_dir $(DEMO_CACHE)
 
 demo-quick: $(STAMP)  ## the same with one target and one seed (3 min 57 s on 2 idle cores)
-	$(LAUNCH) -m pemt demo --quick --output_dir $(DEMO_DIR)-quick
+	$(LAUNCH) -m pemt demo --quick --output_dir $(DEMO_DIR)-quick --cache_dir $(DEMO_CACHE)
 
 test: lint typecheck imports pytest  ## all checks: ruff, mypy, import directions, pytest
 

@@ -37,8 +37,10 @@ def configuration() -> str:
         "# Configuration",
         WRITTEN,
         "Fields stand in YAML behind `--config FILE`, or on the command line as `--field value`; nested ones are "
-        "`--mixture.prompt_dropout 0.2`. Later ones win, unknown ones are errors, and `--print_config` shows the "
-        "outcome and runs nothing. Recipes (`--config source`, `adapt`, …) are such files.",
+        "`--mixture.prompt_dropout 0.2`. What is typed wins over every file, wherever it stands; among files the "
+        "later one wins. Unknown fields are errors. `--print_config` shows the outcome, and of each value whether it "
+        "comes from the command line, which file, or is the default; nothing runs. Recipes (`--config source`, "
+        "`adapt`, …) are such files.",
     ]
     sections: dict[str, tuple[type[Any], type[Any] | None]] = {
         "Both stages": (RunConfig, None),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+from pemt.engine import leave_working_folder, open_streams, use_writable_caches
+
+leave_working_folder()  # before a file there can stand for a module imported below
+
 import os
 import select
 import signal
@@ -11,12 +14,14 @@ import time
 
 from pemt.commands import COMMANDS
 from pemt.commands.overview import overview
-from pemt.config import PemtError, nearest
-from pemt.engine import INTERRUPTED_STATUS, Interrupted, finish, run_and_exit
+from pemt.config import PemtError, nearest, other_distribution, version_line
+from pemt.engine import INTERRUPTED_STATUS, KILLED_STATUS, Interrupted, finish, run_and_exit
 
 
 def program() -> None:
     """What `pemt` is on a command line."""
+    open_streams()
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started from here leave it too
     run_and_exit(main)
 
 
@@ -24,20 +29,24 @@ def main() -> None:
     """Run one command.
 
     A user's error is one line on stderr, from one rank, and exit status 2; a run that was told to stop
-    and has saved leaves with 75; one whose reader has gone, as in `pemt predict ... | head`, as if by SIGPIPE.
+    and has saved leaves with 75; one whose reader has gone, as in `pemt predict ... | head`, as if by SIGPIPE; one that
+    has nothing to save and is interrupted, with 130.
     """
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("--help", "-h"):
         print(overview(), end="")
         return
     if name == "--version":
-        print(f"pemt {version()}")
+        print(version_line())
+        if other := other_distribution():
+            print(f"pemt: warning: {other}", file=sys.stderr)
         return
     status = 0
     try:
         if name not in COMMANDS:
             hint = nearest(name, list(COMMANDS), what=f"there are {', '.join(COMMANDS)}")
             raise PemtError(f"pemt {name}: no such command{hint}")
+        find_caches()
         COMMANDS[name](arguments)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -48,6 +57,8 @@ def main() -> None:
         complain(error)
         # Not sys.exit: a rank that waits for the others at exit would hold the job up.
         os._exit(2)
+    except KeyboardInterrupt:
+        os._exit(KILLED_STATUS)
     except Interrupted:
         status = INTERRUPTED_STATUS
     finish()
@@ -55,12 +66,14 @@ def main() -> None:
         sys.exit(status)
 
 
-def version() -> str:
-    """pemt's own, or what it is where nothing is installed."""
+def find_caches() -> None:
+    """Raise `PemtError` where neither home nor a temporary folder can be written."""
     try:
-        return importlib.metadata.version("pemt")
-    except importlib.metadata.PackageNotFoundError:
-        return "(a checkout that is not installed)"
+        use_writable_caches()
+    except OSError as error:
+        raise PemtError(
+            f"no cache can be written ({error}); set HF_HOME, or TMPDIR, to a folder that can be"
+        ) from None
 
 
 def reader_has_gone() -> bool:

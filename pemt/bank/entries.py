@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pemt.bank.manifests import (
     manifest_of,
 )
 from pemt.bank.official import read_official
+from pemt.config import installed_version
 from pemt.model import ExpertSource, ModelError
 from pemt.storage import MANIFEST, read_tensors, write_folder
 
@@ -199,11 +200,7 @@ def _check_base(
 
 
 def _versions() -> dict[str, str]:
-    return {package: _version(package) for package in ("pemt", "torch", "transformers")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"  # pemt itself, run from a checkout
+    return {
+        "pemt": installed_version() or "not installed",  # run from a checkout
+        **{package: version(package) for package in ("torch", "transformers")},
+    }

@@ -17,20 +17,21 @@ from .folder import (
 )
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
 from .names import checkpoint_folders as checkpoint_folders
-from .progress import (
-    WEIGHTS as WEIGHTS,
-    Progress as Progress,
-    progress_of as progress_of,
-    trained_count as trained_count,
-)
 from .resume import (
     Config as Config,
     after_restart as after_restart,
     resolve_config as resolve_config,
+    warmup_notes as warmup_notes,
 )
 from .status import (
     STATUS as STATUS,
     State as State,
     saved_checkpoint as saved_checkpoint,
     write_status as write_status,
+)
+from .train_state import (
+    WEIGHTS as WEIGHTS,
+    TrainState as TrainState,
+    train_state_of as train_state_of,
+    trained_count as trained_count,
 )

@@ -8,9 +8,11 @@ and what it belongs to: 12 bytes per trained parameter.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +20,21 @@ import torch
 from torch import Tensor
 
 from pemt.checkpoint.names import checkpoint_folders, is_checkpoint_name, quarantine, step_of
-from pemt.checkpoint.progress import MOMENTS, RANDOM, WEIGHTS, Progress, progress_of
+from pemt.checkpoint.train_state import (
+    MOMENTS,
+    RANDOM,
+    WEIGHTS,
+    TrainState,
+    train_state_of,
+)
 from pemt.checkpoint.writer import BackgroundWriter, Snapshot
 from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig
-from pemt.model import materialize
+from pemt.model import make_lazy, materialize
 from pemt.storage import (
     StorageError,
+    TensorFile,
+    open_tensors,
     read_manifest,
-    read_tensors,
     remove_folder,
     remove_partial_writes,
     write_folder,
@@ -43,16 +52,20 @@ class CheckpointError(PemtError):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint as read: names are those of `TrainedT5.trainable_parameters`.
+    """A checkpoint that was found whole; its tensors stay in their files until they are asked for.
 
-    `notes` tells in one line each what was passed over on the way to it, and what has changed since.
+    Args:
+        weights: fp32, by the names of `TrainedT5.trainable_parameters`.
+        moments: AdamW's, as `<parameter>.<exp_avg|exp_avg_sq>`.
+        random: every rank's generators, a row a rank.
+        notes: in one line each, what was passed over on the way to it and what has changed since.
     """
 
     folder: Path
-    progress: Progress
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    random: dict[str, Tensor]
+    progress: TrainState
+    weights: TensorFile
+    moments: TensorFile
+    random: TensorFile
     notes: tuple[str, ...] = ()
 
 
@@ -90,7 +103,7 @@ class Checkpoints:
             * engine.world_size,
         }
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: TrainState) -> None:
         """Begin to write `checkpoint-<step>` and to remove what the limit no longer keeps (all ranks call).
 
         The copies are made here; a thread of rank 0 writes them. What becomes of that, `lines`, `failure`
@@ -101,8 +114,7 @@ class Checkpoints:
             CheckpointError: a weight or a moment is NaN or Inf; the checkpoint before stays.
         """
         began = time.perf_counter()
-        if self._engine.is_main:
-            self._writer.wait()
+        self._engine.on_rank0(self._writer.wait, "writing the checkpoint before")
         files = {
             WEIGHTS: self._engine.trained.weights(),
             MOMENTS: self._engine.trained.moments(),
@@ -115,7 +127,7 @@ class Checkpoints:
             "format": FORMAT,
             "run": self._run,
             "config": self._config,
-            "progress": asdict(progress),
+            "progress": progress.state_dict(),
             "world_size": self._engine.world_size,
             "zero_stage": self._engine.zero_stage,
         }
@@ -131,13 +143,16 @@ class Checkpoints:
         snapshot = Snapshot(step=progress.step, write=write, blocked_seconds=blocked_seconds)
         self._writer.write(snapshot, needed=progress.best_step)
 
-    def _vote(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+    def _vote(self, progress: TrainState, tensors: Mapping[str, Tensor]) -> None:
         """Every rank must be where rank 0 is, with numbers that can be gone on with (all ranks call)."""
         bad = None
         if self._engine.is_main:  # its copies are what is written
             bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
+        self._engine.barrier()
         # As text, in which NaN equals NaN: a metric may be one.
-        votes = self._engine.all_gather_object((json.dumps(asdict(progress), sort_keys=True), bad))
+        votes = self._engine.all_gather_object(
+            (json.dumps(progress.state_dict(), sort_keys=True), bad)
+        )
         first, bad = votes[0]
         for rank, (theirs, _) in enumerate(votes):
             if theirs != first:
@@ -165,7 +180,7 @@ class Checkpoints:
         Raises:
             StorageError: the newest or the best checkpoint could not be written.
         """
-        self._engine.on_rank0(self._writer.finish)
+        self._engine.on_rank0(self._writer.finish, "writing the last checkpoint")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -174,33 +189,46 @@ class Checkpoints:
         # An error ends the process a moment later, and a half-written save with it.
         self._writer.wait()
 
-    def _remove_old(self, progress: Progress) -> None:
+    def _remove_old(self, progress: TrainState) -> None:
         keep = {progress.step, progress.best_step}
         for folder in checkpoint_folders(self._output_dir)[: -self._limit]:
             if step_of(folder) not in keep:
                 remove_folder(folder)
 
-    def best_weights(self, progress: Progress) -> dict[str, Tensor]:
+    def best_weights(self, progress: TrainState) -> TensorFile:
         """The trained weights of the best checkpoint, or of the newest where nothing was validated (all ranks call).
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: it is damaged, or a rank does not see it.
         """
         step = progress.step if progress.best_step is None else progress.best_step
         folder = self._output_dir / f"checkpoint-{step}"
 
-        def read() -> dict[str, Tensor]:
+        def find() -> TensorFile:
             try:
-                return read_tensors(folder, WEIGHTS, read_manifest(folder))
+                return open_tensors(folder, WEIGHTS, read_manifest(folder))
             except StorageError as error:
                 raise CheckpointError(
                     f"{error}; start the same command again, which goes on without this checkpoint"
                 ) from None
 
-        return self._engine.on_rank0(read)
+        return self._seen_by_all(self._engine.on_rank0(find, "checking the best checkpoint"))
+
+    def _seen_by_all(self, file: TensorFile) -> TensorFile:
+        """Every rank reads for itself what it needs of a file that rank 0 has chosen (all ranks call)."""
+        with self._engine.together(f"looking for {file.path}"):
+            sees = file.wait_until_visible()
+        seen = self._engine.all_gather_object((socket.gethostname(), sees))
+        blind = [f"{rank} ({host})" for rank, (host, sees) in enumerate(seen) if not sees]
+        if blind:
+            raise CheckpointError(
+                f"output_dir: rank {', '.join(blind)} does not see {file.path}, which rank 0 has chosen; give an "
+                "output_dir on a disk that all machines share"
+            )
+        return file
 
     def resume(self, choice: str | bool, *, expected: int | None = None) -> Checkpoint | None:
-        """The checkpoint to go on from, chosen and read by rank 0 for all (all ranks call).
+        """The checkpoint to resume from, chosen and checked by rank 0 for all (all ranks call).
 
         Args:
             choice: a checkpoint's folder, or True for the newest one that is whole; a folder that holds no
@@ -208,10 +236,16 @@ class Checkpoints:
             expected: step of a checkpoint that the run is known to have written, on rank 0.
 
         Raises:
-            CheckpointError: the chosen one is damaged or of another run, none of several is whole, or all
-                are gone.
+            CheckpointError: the chosen one is damaged or of another run, none of several is whole, all
+                are gone, or a rank does not see it.
         """
-        return self._engine.on_rank0(lambda: self._choose(choice, expected))
+        found = self._engine.on_rank0(
+            lambda: self._choose(choice, expected), "checking the checkpoint to resume from"
+        )
+        if found is not None:
+            for file in (found.weights, found.moments, found.random):
+                self._seen_by_all(file)
+        return found
 
     def _choose(self, choice: str | bool, expected: int | None) -> Checkpoint | None:
         remove_partial_writes(self._output_dir, is_checkpoint_name)
@@ -230,7 +264,7 @@ class Checkpoints:
             )
         return None
 
-    def _remove_later(self, progress: Progress) -> None:
+    def _remove_later(self, progress: TrainState) -> None:
         """Checkpoints of steps that will be taken again."""
         for folder in checkpoint_folders(self._output_dir):
             if (step_of(folder) or 0) > progress.step:
@@ -248,13 +282,13 @@ class Checkpoints:
         try:
             manifest = read_manifest(folder)
             self._check(folder, manifest)
-            read_tensors(folder, WEIGHTS, manifest)
+            open_tensors(folder, WEIGHTS, manifest)
         except (StorageError, CheckpointError) as error:
             lost = "it is not there"
             if folder.exists():
                 lost = f"{error}; it was put aside as {quarantine(folder).name}"
             note = f"checkpoint-{best} was the best so far, and is lost: {lost}; the best is chosen anew"
-            alone = replace(found.progress, best_metric=None, best_step=None, validated_step=None)
+            alone = found.progress.without_best()
             return replace(found, progress=alone, notes=(*found.notes, note))
         return found
 
@@ -289,10 +323,10 @@ class Checkpoints:
             self._check(folder, manifest)
             return Checkpoint(
                 folder=folder,
-                progress=progress_of(manifest),
-                weights=read_tensors(folder, WEIGHTS, manifest),
-                moments=read_tensors(folder, MOMENTS, manifest),
-                random=read_tensors(folder, RANDOM, manifest),
+                progress=train_state_of(manifest),
+                weights=open_tensors(folder, WEIGHTS, manifest),
+                moments=open_tensors(folder, MOMENTS, manifest),
+                random=open_tensors(folder, RANDOM, manifest),
                 notes=self._changes(manifest),
             )
         except StorageError as error:
@@ -303,7 +337,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder}: format {manifest.get('format')}, this version reads format {FORMAT}"
             )
-        progress = progress_of(manifest)
+        progress = train_state_of(manifest)
         if step_of(folder) not in (None, progress.step):
             raise CheckpointError(f"{folder}: its manifest is that of step {progress.step}")
         for key, ours in self._run.items():
@@ -332,12 +366,14 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
 
 
 def load_into_model(checkpoint: Checkpoint, trained: dict[str, torch.nn.Parameter]) -> None:
-    """Copy a checkpoint's weights into the model, before it is prepared.
+    """Have a checkpoint's weights take the place of the model's, each when the engine reads it.
 
     Raises:
         CheckpointError: the checkpoint trains other tensors than this run.
     """
-    load_trained(checkpoint.weights, trained, where="checkpoint")
+    _check_shapes(checkpoint.weights.shapes(), trained, where="checkpoint")
+    for name, parameter in trained.items():
+        make_lazy(parameter, partial(checkpoint.weights.__getitem__, name))
 
 
 def load_trained(
@@ -353,6 +389,17 @@ def load_trained(
         CheckpointError: they do not.
     """
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    _check_shapes(shapes, trained, where=where)
+    for name, parameter in trained.items():
+        materialize(parameter, weights[name].to(parameter, copy=True))
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    trained: Mapping[str, torch.nn.Parameter],
+    *,
+    where: str,
+) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     for name in sorted(shapes.keys() ^ wanted.keys()) or [
         key for key in wanted if shapes[key] != wanted[key]
@@ -361,5 +408,3 @@ def load_trained(
             f"{where}: tensor `{name}` is {shapes.get(name, 'missing')} there and "
             f"{wanted.get(name, 'not trained')} in this run; use the run's own configuration"
         )
-    for name, parameter in trained.items():
-        materialize(parameter, weights[name].to(parameter, copy=True))

@@ -68,25 +68,32 @@ def resume_target(config: RunConfig) -> bool | str:
 
 def _differences(config: RunConfig, folder: Path) -> str:
     """In which fields the run in this folder is another one, for the error; empty if in none."""
-    path = folder / CONFIG
-    if not path.exists():
+    if not (folder / CONFIG).exists():
         return ""  # the checkpoints tell themselves whose they are
-    try:
-        theirs = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        theirs = None
-    if not isinstance(theirs, dict):
+    theirs = begun_config(folder)
+    if theirs is None:
         return f", whose {CONFIG} cannot be read"
     ours = _flat(yaml.safe_load(_config_text(config)))
     # A field that was not there when the run began had the default.
     defaults = {each.name: each.default for each in fields(config)}
     theirs = {**{name: defaults.get(name, value) for name, value in ours.items()}, **_flat(theirs)}
+    if None in (ours["bf16"], theirs["bf16"]):  # left to the device, which is asked later
+        ours["bf16"] = theirs["bf16"]
     found = [
         f"{name} {theirs[name]}, not {value}"
         for name, value in ours.items()
         if name not in NON_IDENTITY_FIELDS and theirs[name] != value
     ]
     return f" with {'; '.join(found)}" if found else ""
+
+
+def begun_config(folder: Path) -> dict[str, Any] | None:
+    """What a run's config.yaml holds, unchecked; None where it cannot be read."""
+    try:
+        values = load_yaml((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

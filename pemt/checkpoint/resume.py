@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pemt.checkpoint.folder import holds_run, resume_target
+from pemt.checkpoint.folder import begun_config, holds_run, resume_target
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.config import PemtError, RunConfig
 from pemt.storage import StorageError, read_manifest
@@ -25,7 +25,8 @@ def resolve_config(config: Config) -> Config:
     Raises:
         WorldSizeError: the global batch that the run began with cannot be had on this number of ranks.
     """
-    return with_the_same_batch(after_restart(config), int(os.environ.get("WORLD_SIZE", "1")))
+    config = with_the_same_precision(after_restart(config))
+    return with_the_same_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def after_restart(config: Config) -> Config:
@@ -38,6 +39,17 @@ def after_restart(config: Config) -> Config:
     ):
         return replace(config, overwrite_output_dir=False, resume_from_checkpoint=True)
     return config
+
+
+def with_the_same_precision(config: Config) -> Config:
+    """`bf16` as the run began, where it is left to the device: it may go on on a machine with another one."""
+    if config.bf16 is not None or not resume_target(config):
+        return config
+    begun = (_begun(config) or {}).get("config")
+    if not isinstance(begun, dict):  # no checkpoint yet
+        begun = begun_config(Path(config.output_dir)) or {}
+    bf16 = begun.get("bf16")
+    return replace(config, bf16=bf16 and not config.fp16) if isinstance(bf16, bool) else config
 
 
 def with_the_same_batch(config: Config, world_size: int) -> Config:
@@ -87,3 +99,19 @@ def _begun(config: RunConfig) -> dict[str, Any] | None:
         if isinstance(manifest.get("run"), dict):
             return manifest
     return None
+
+
+def warmup_notes(config: RunConfig, total_steps: int) -> list[str]:
+    """What is to be told of a warm-up that does not do what was asked for."""
+    steps = config.warmup_steps
+    if steps and config.lr_scheduler_type == "constant":
+        return [
+            f"warmup_steps {steps}: not used, `lr_scheduler_type: constant` has no warm-up; "
+            "`constant_with_warmup` has"
+        ]
+    if steps >= total_steps > 0:
+        return [
+            f"warmup_steps {steps}: the run has {total_steps} steps, so its learning rate never gets beyond "
+            f"{max(total_steps - 1, 0) / steps:.0%} of learning_rate; lower warmup_steps, or train longer"
+        ]
+    return []

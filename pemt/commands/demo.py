@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from pemt.config import Parser, command_parser
+from pemt.config import Parser, PemtError, command_parser
+from pemt.engine import StopSignals, own_cache
 
 
 def run(arguments: list[str]) -> None:
     """`pemt demo`."""
     options = vars(make_parser().parse_args(arguments))
-    from pemt.demo import run_demo
+    options["cache_dir"] = options["cache_dir"] or Path(own_cache())
+    if options["world_seed"] < 0:
+        raise PemtError(
+            f"--world_seed: found {options['world_seed']}, a number from 0 on is needed"
+        )
+    with StopSignals():
+        if os.environ.get("RANK", "0") == "0":  # 10 s on a slow machine
+            print("--- reading PyTorch, transformers and DeepSpeed", flush=True)
+        from pemt.demo import run_demo
 
-    run_demo(**options)
+        run_demo(**options)
 
 
 def make_parser() -> Parser:
@@ -26,7 +36,6 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--cache_dir",
         type=Path,
-        default=Path.home() / ".cache" / "pemt",
         help="keeps the base model it has pre-trained (~/.cache/pemt)",
     )
     parser.add_argument("--quick", action="store_true", help="one target and one seed")

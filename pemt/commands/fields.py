@@ -65,6 +65,6 @@ def _choices(kind: Any, key: str) -> list[str]:
     hint = typing.get_type_hints(kind)[last]
     if typing.get_origin(hint) is Literal:
         return [str(value) for value in typing.get_args(hint)]
-    if hint is bool:
+    if hint in (bool, bool | None):
         return ["true", "false"]
     return []

@@ -133,7 +133,12 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--max_target_length", type=int, metavar="N", help="default: the task's own, or 16"
     )
-    training.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="bf16")
+    training.add_argument(
+        "--precision",
+        choices=["bf16", "fp16", "fp32"],
+        default="bf16",
+        help="(bf16, a run's default on every GPU that --gpu names)",
+    )
     training.add_argument("--gradient_checkpointing", action="store_true")
 
 
@@ -154,7 +159,7 @@ def _job(options: argparse.Namespace) -> Job:
         from pemt.tasks import get_task
 
         task = get_task(options.task_name)
-        words, target = len(task.description.split()), task.max_target_length
+        words, target = len(task.description.split()), task.max_target_length or target
     prompt = options.prompt_tokens or math.ceil(TOKENS_A_WORD * words)
     job = Job(
         shape=read_shape(options.model_name_or_path),

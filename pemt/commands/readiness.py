@@ -17,6 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pemt.config import (
+    DISTRIBUTION,
+    how_to_install,
+    installed_version,
+    other_distribution,
+    version_line,
+)
+
 # What pemt stands on is imported where it is looked at: any of it may be what is missing.
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -64,6 +72,7 @@ def examine(*, probe: bool = True) -> Iterator[Finding]:
     yield machine()
     if has_torch:
         yield from devices()
+        yield from precision()
         yield from ops()
     yield launcher()
     if probe and has_torch:
@@ -73,6 +82,7 @@ def examine(*, probe: bool = True) -> Iterator[Finding]:
 def packages() -> Iterator[Finding]:
     """Python and the packages that pemt stands on, each against what pemt's metadata asks for."""
     yield Finding(what="python", state="ok", found=platform.python_version())
+    yield installation()
     needed = _needed()
     for name in PACKAGES:
         try:
@@ -94,12 +104,26 @@ def packages() -> Iterator[Finding]:
             yield Finding(what=name, state="ok", found=found)
 
 
+def installation() -> Finding:
+    """Which distribution this program is, and whether the other one of its import name is there."""
+    if other := other_distribution():
+        return Finding(what="pemt", state="note", found=version_line(), advice=other)
+    if installed_version() is None:
+        return Finding(
+            what="pemt",
+            state="note",
+            found=version_line(),
+            advice=f"for the command: {how_to_install()}",
+        )
+    return Finding(what="pemt", state="ok", found=version_line())
+
+
 def _needed() -> dict[str, Requirement]:
     """What pemt's metadata asks for, by name; empty where pemt or `packaging` is not installed."""
     try:
         from packaging.requirements import Requirement
 
-        lines = importlib.metadata.requires("pemt") or []
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
     except ImportError:  # PackageNotFoundError is one
         return {}
     needed = [Requirement(line) for line in lines]
@@ -155,8 +179,31 @@ def devices() -> Iterator[Finding]:
                 what=f"cuda:{index}",
                 state="note",
                 found=f"{found}, no bfloat16",
-                advice="train with --bf16 false (fp16 overflows in T5 from size large on)",
+                advice="a run trains in fp32 on it, unless told otherwise (fp16 overflows in T5 from size large on)",
             )
+
+
+def precision() -> Iterator[Finding]:
+    """What a run on all of this machine's devices computes in, where its `bf16` is not set."""
+    import torch
+
+    try:
+        from pemt.engine import bf16_is_native
+    except ImportError:  # a package is missing, which has been told
+        return
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
+    emulated = [name for name in names if not bf16_is_native(torch.device(name))]
+    if not emulated:
+        yield Finding(what="precision", state="ok", found="bf16, which is native here")
+        return
+    yield Finding(
+        what="precision",
+        state="note",
+        found=f"fp32: {', '.join(emulated)} would emulate bf16",
+        advice="bf16 is native on GPUs from sm_80 on and on CPUs with avx512_bf16 or amx_bf16; what --bf16 true costs "
+        "here, a run measures and tells at its start",
+    )
 
 
 def ops() -> Iterator[Finding]:

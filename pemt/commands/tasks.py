@@ -33,7 +33,9 @@ def shown(task: Task) -> str:
         "template": task.template,
         "answers": answers(task),
         "metrics": ", ".join(task.metrics),
-        "longest answer": f"{task.max_target_length} tokens",
+        "longest answer": f"{task.max_target_length} tokens"
+        if task.max_target_length
+        else "as its data need (max_target_length)",
         "hub": " ".join(filter(None, (task.hub.path, task.hub.config))) if task.hub else "none",
     }
     return "\n".join(f"{name:<15} {text}" for name, text in rows.items())

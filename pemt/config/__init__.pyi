@@ -10,11 +10,19 @@ from .deepspeed import (
     launched_deepspeed_json as launched_deepspeed_json,
     read_deepspeed_json as read_deepspeed_json,
 )
+from .distribution import (
+    DISTRIBUTION as DISTRIBUTION,
+    how_to_install as how_to_install,
+    installed_version as installed_version,
+    other_distribution as other_distribution,
+    version_line as version_line,
+)
 from .parse import (
     field_keys as field_keys,
     parse_config as parse_config,
     read_yaml_mapping as read_yaml_mapping,
     recipe_names as recipe_names,
+    value_sources as value_sources,
 )
 from .schema import (
     NON_IDENTITY_FIELDS as NON_IDENTITY_FIELDS,

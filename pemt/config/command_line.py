@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pemt.config.schema import PemtError
+
+TEXTS = ("description", "message")  # options that name no file
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +27,14 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self.refuse(rest[0])
         return options
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, with `~` as home in values: behind `=` no shell expands it."""
+        options, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(options).items():
+            if name not in TEXTS:
+                setattr(options, name, _at_home(value))
+        return options, rest
 
     def refuse(self, argument: str, also: Iterable[str] = ()) -> NoReturn:
         """Complain about what nobody takes; `also` names options besides this parser's own."""
@@ -44,6 +56,13 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 return dict(action.choices)
         return {}
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    is_path = isinstance(value, str | Path) and str(value).startswith("~")
+    return type(value)(os.path.expanduser(value)) if is_path else value
 
 
 def command_parser(name: str, description: str, *examples: str) -> Parser:

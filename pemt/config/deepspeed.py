@@ -128,7 +128,7 @@ def launched_deepspeed_json(config: RunConfig) -> tuple[dict[str, Any], Path] | 
         raise DeepSpeedConfigError(
             "accelerate launch: no DeepSpeed JSON; give one with --deepspeed_config_file ds_configs/zero2.json"
         )
-    path = Path(name)
+    path = Path(name).expanduser()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     content = read_deepspeed_json(path)
     return fill_deepspeed_json(content, config, world_size=world_size, path=path), path
@@ -164,6 +164,8 @@ def fill_deepspeed_json(
         *parents, last = key.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
+        if value is None:  # bf16, before the ranks have told what their devices compute in
+            continue
         found = section.get(last, "auto")
         if found not in ("auto", value):
             raise DeepSpeedConfigError(

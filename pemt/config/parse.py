@@ -7,9 +7,14 @@ complaints are turned into one line that names the file and the key.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import math
 import re
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +26,7 @@ from pemt.config.command_line import nearest
 from pemt.config.schema import ConfigError, RunConfig
 from pemt.config.yaml_file import load_yaml
 
+PRINT_CONFIG = "--print_config"
 RECIPES = Path(__file__).parents[1] / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
 _EXAMPLES = {
@@ -35,21 +41,22 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
     Args:
         kind: SourceConfig or AdaptConfig.
         arguments: the command line behind the subcommand. `--config` takes a YAML file or the name
-            of a recipe that comes with the package; later arguments override earlier ones.
+            of a recipe that comes with the package. A field on the command line wins over every file,
+            wherever it stands; among files, and among fields, the later one wins.
         prog: the command's name, for help and errors.
 
     Raises:
         ConfigError: unknown key, wrong type, value out of range, unreadable or malformed YAML.
         SystemExit: after `--help` or `--print_config`.
     """
-    arguments, files = _resolve_config_files(_inline_mappings(arguments))
-    keys = field_keys(kind)
-    for file in files:
-        _check_yaml(file, keys)
-    _check_flags(arguments, keys)
+    files, flags = _files_and_flags(kind, arguments)
     try:
         parser = _parser(kind, prog)  # type: ignore[arg-type]
-        namespace = parser.parse_args(arguments)
+        # jsonargparse goes by order alone: what was typed goes last.
+        ordered = [*(f"--config={file}" for file in files), *flags]
+        if PRINT_CONFIG in ordered:
+            _print_config(parser, ordered, _sources(field_keys(kind), files, flags))
+        namespace = parser.parse_args(ordered)
         values = dict(vars(parser.instantiate(namespace)))
     except ConfigError:
         raise
@@ -57,6 +64,64 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         raise ConfigError(_one_line(str(error), files)) from None
     values.pop("config", None)
     return kind(**values)
+
+
+def value_sources(kind: type[RunConfig], arguments: list[str]) -> dict[str, str]:
+    """Where `parse_config` takes each field from: `command line`, a file's path, or `default`.
+
+    Raises:
+        ConfigError: an unknown key, or a file that cannot be read.
+    """
+    return _sources(field_keys(kind), *_files_and_flags(kind, arguments))
+
+
+def _files_and_flags(kind: type[Any], arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """The files behind `--config`, and all else that was typed; every key of both is known."""
+    files, flags = _config_files(_inline_mappings(arguments))
+    keys = field_keys(kind)
+    for file in files:
+        _check_yaml(file, keys)
+    _check_flags(flags, keys)
+    return files, flags
+
+
+def _sources(keys: list[str], files: list[Path], flags: list[str]) -> dict[str, str]:
+    typed = {_flag_name(flag) for flag in flags if flag.startswith("--")}
+    sources = {}
+    for key in keys:
+        holders = [str(file) for file in files if _mentions(file, key)]
+        is_typed = key in typed or key.split(".")[0] in typed
+        sources[key] = "command line" if is_typed else (holders or ["default"])[-1]
+    return sources
+
+
+def _print_config(
+    parser: jsonargparse.ArgumentParser, ordered: list[str], sources: dict[str, str]
+) -> None:
+    """Print the whole configuration as YAML, each value with where it comes from, and leave."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        parser.parse_args(
+            ordered
+        )  # required fields may be missing yet, which is jsonargparse's to know
+    print("\n".join(_with_sources(load_yaml(printed.getvalue()), sources)), flush=True)
+    sys.exit(0)
+
+
+def _with_sources(
+    values: dict[str, Any], sources: dict[str, str], section: str = ""
+) -> Iterator[str]:
+    for key, value in values.items():
+        name = f"{section}{key}"
+        if isinstance(value, dict) and any(each.startswith(f"{name}.") for each in sources):
+            yield f"{key}:"
+            yield from (f"  {line}" for line in _with_sources(value, sources, f"{name}."))
+        else:
+            # in a list, so that it is written on one line
+            text = yaml.safe_dump(
+                [value], default_flow_style=True, width=math.inf, allow_unicode=True
+            )
+            yield f"{key}: {text.strip()[1:-1]}  # {sources[name]}"
 
 
 @cache
@@ -107,26 +172,32 @@ def field_keys(kind: type[Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _resolve_config_files(arguments: list[str]) -> tuple[list[str], list[Path]]:
-    """Replace recipe names behind `--config` by their files; also list the files."""
-    resolved, files = [], []
-    expects_file = False
-    for argument in arguments:
-        is_inline = argument.startswith("--config=")
-        if expects_file or is_inline:
-            name = argument.removeprefix("--config=")
-            path = Path(name)
-            if not path.is_file() and (RECIPES / f"{name}.yaml").is_file():
-                path = RECIPES / f"{name}.yaml"
-            if not path.is_file():
-                raise ConfigError(
-                    f"--config {name}: no such file; give a YAML file or a recipe's name ({', '.join(recipe_names())})"
-                )
-            files.append(path)
-            argument = f"--config={path}" if is_inline else str(path)
-        expects_file = argument == "--config"
-        resolved.append(argument)
-    return resolved, files
+def _config_files(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """The files that `--config` names, recipes among them, and the other arguments."""
+    files, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument != "--config" and not argument.startswith("--config="):
+            others.append(argument)
+            continue
+        name = next(rest, None) if argument == "--config" else argument.removeprefix("--config=")
+        if name is None:
+            raise ConfigError(f"--config: no file behind it; {_what_config_takes()}")
+        files.append(_config_file(name))
+    return files, others
+
+
+def _config_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file() and (RECIPES / f"{name}.yaml").is_file():
+        path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--config {name}: no such file; {_what_config_takes()}")
+    return path
+
+
+def _what_config_takes() -> str:
+    return f"give a YAML file or a recipe's name ({', '.join(recipe_names())})"
 
 
 def _inline_mappings(arguments: list[str]) -> list[str]:
@@ -139,11 +210,12 @@ def _inline_mappings(arguments: list[str]) -> list[str]:
         value = inline or arguments[place + 1]
         if value.startswith("{") or value == "null":
             continue
-        if not Path(value).is_file():
+        file = Path(value).expanduser()
+        if not file.is_file():
             raise ConfigError(
                 f"--peft_config {value}: no such file; give a YAML or JSON file, or {{peft_type: ...}}"
             )
-        content = json.dumps(read_yaml_mapping(Path(value)))
+        content = json.dumps(read_yaml_mapping(file))
         if inline:
             resolved[place] = f"{name}={content}"
         else:
@@ -190,9 +262,14 @@ def _check_flags(arguments: list[str], keys: list[str]) -> None:
     allowed = {*keys, "config", "help", "print_config"}
     for argument in arguments:
         if argument.startswith("--"):
-            name = re.split(r"[=+]", argument[2:], maxsplit=1)[0]
+            name = _flag_name(argument)
             if name not in allowed:
                 raise ConfigError(f"command line: unknown key `--{name}`{nearest(name, keys)}")
+
+
+def _flag_name(flag: str) -> str:
+    """`--field=value` and `--field+=value` give `field`."""
+    return re.split(r"[=+]", flag[2:], maxsplit=1)[0]
 
 
 def _one_line(message: str, files: list[Path]) -> str:

@@ -7,6 +7,7 @@ Names follow Hugging Face's `TrainingArguments` wherever the same thing exists t
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -59,6 +60,19 @@ NON_IDENTITY_FIELDS = (
     "overwrite_output_dir",
     "ddp_timeout",
 )
+
+
+# Fields that name files or folders: `~` in them is home, as in a shell.
+PATHS = (
+    "model_name_or_path",
+    "tokenizer_name",
+    "output_dir",
+    "task_file",
+    "data_dir",
+    "resume_from_checkpoint",
+    "bank_dir",
+)
+MOST_SEED = 2**32 - 1  # numpy's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +132,8 @@ class RunConfig:
         task_name: the task to train on (`pemt tasks` lists them).
         task_file: YAML file that describes a task of your own.
         data_dir: read the task from local files in this folder instead of the hub.
+        validation_split: the share of the training examples (of each class alike, drawn by data_seed) that
+            becomes validation, for data that has no validation set; without a test set, half of it becomes that.
         streaming: read the training set while training instead of beforehand, for data larger than memory and
             disk; needs max_steps. Scored are the official validation and test sets; where there is one of them, it is
             the test set, and the first 1000 training examples are validation.
@@ -126,7 +142,8 @@ class RunConfig:
             this many in all.
         skip_bad_rows: count and leave out malformed rows instead of stopping at the first.
         max_source_length: longest input, in tokens; longer ones are cut.
-        max_target_length: longest target, in tokens; default: the task's own.
+        max_target_length: longest target, in tokens; longer ones are cut. Default: the task's own; of open answers for
+            which a --task_file says nothing, the longest of its training and validation data, 16 to 256.
         pad_to_multiple_of: fill batches up to a multiple of so many tokens; default: to their longest row.
         preprocessing_num_workers: processes that tokenise; default: one, or up to 8 from 50 000 examples on.
         max_train_samples: keep only this many training examples.
@@ -142,7 +159,7 @@ class RunConfig:
         max_skipped_steps: stop after this many steps in a row whose loss or gradient is not finite on some
             rank. Such a step changes no weight and no moment; schedule and data go on. fp16 needs up to 17
             to find its loss scale.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up; where the run has no more than these, that is told.
         lr_scheduler_type: a schedule of `transformers.get_scheduler`.
         eval_strategy: when to validate: each epoch, every eval_steps, or never.
         eval_steps: validation interval in steps for `eval_strategy: steps`.
@@ -153,9 +170,11 @@ class RunConfig:
         save_errors: what a checkpoint that cannot be written does: `stop` ends the run, with `warn` it goes on, tries
             the next one, and fails at its end if the last or the best one is still not written.
         num_beams: beams of the generation that validation and test score.
-        seed: seed of initialisation and dropout.
+        seed: seed of initialisation and dropout, 0 to 4294967295, as data_seed.
         data_seed: seed of splits, few-shot draws and data order; default: seed.
-        bf16: train in bfloat16 (fp32 for trained weights under DeepSpeed, softmax, norms, losses).
+        bf16: train in bfloat16 (fp32 for trained weights under DeepSpeed, softmax, norms, losses). Default: true where
+            every rank's device computes in it natively (GPUs from sm_80 on, CPUs with avx512_bf16 or amx_bf16), and
+            what the run began with where it goes on.
         fp16: train in float16; T5 overflows in it from size large on.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         torch_compile: compile every T5 block with torch.compile, for training; the first steps take minutes. With
@@ -172,6 +191,7 @@ class RunConfig:
     tokenizer_name: str | None = None
     task_file: str | None = None
     data_dir: str | None = None
+    validation_split: float | None = None
     streaming: bool = False
     shuffle_buffer_size: int = 10_000
     few_shot: int | None = None
@@ -202,7 +222,7 @@ class RunConfig:
     num_beams: int = 1
     seed: int = 42
     data_seed: int | None = None
-    bf16: bool = True
+    bf16: bool | None = None
     fp16: bool = False
     gradient_checkpointing: bool = False
     torch_compile: bool = False
@@ -211,6 +231,7 @@ class RunConfig:
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
+        self._expand_home()
         _check_finite(self)
         self._at_least(
             1,
@@ -235,6 +256,14 @@ class RunConfig:
             "ddp_timeout",
         )
         self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST_SEED:
+                raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
+        if self.validation_split is not None and not 0 < self.validation_split < 1:
+            raise ConfigError(
+                f"validation_split: found {self.validation_split}, a number between 0 and 1 is needed"
+            )
         if self.bf16 and self.fp16:
             raise ConfigError(
                 "bf16, fp16: both are true, only one may be; set `bf16: false` to train in fp16"
@@ -252,6 +281,12 @@ class RunConfig:
                 "to start again or to go on"
             )
 
+    def _expand_home(self) -> None:
+        for name in PATHS:
+            value = getattr(self, name, None)
+            if isinstance(value, str):
+                object.__setattr__(self, name, os.path.expanduser(value))
+
     def _check_streaming(self) -> None:
         if self.max_steps <= 0:
             raise ConfigError(
@@ -261,7 +296,7 @@ class RunConfig:
             raise ConfigError(
                 "eval_strategy: found epoch, but a stream's length is not known; give `steps` with eval_steps, or `no`"
             )
-        for name in ("few_shot", "max_train_samples"):
+        for name in ("few_shot", "max_train_samples", "validation_split"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name}: does not go with streaming; leave one of them out")
 

@@ -9,4 +9,9 @@ from .loading import (
 )
 from .local_files import task_files as task_files
 from .streaming import StreamBatches as StreamBatches, TrainStream as TrainStream
-from .to_predict import read_inputs as read_inputs, sources_of as sources_of
+from .to_predict import (
+    note_on_inputs as note_on_inputs,
+    read_inputs as read_inputs,
+    sources_of as sources_of,
+)
+from .vocabulary import unknown as unknown

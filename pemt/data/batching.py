@@ -106,7 +106,7 @@ class TrainBatches:
     def position(self) -> None:
         """Nothing: where to go on follows from the number of steps."""
 
-    def notes(self) -> list[str]:
+    def notes(self, *, at_end: bool = True) -> list[str]:
         """Nothing: what was left out was told before the first step."""
         return []
 

@@ -8,14 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from pemt.data.errors import DataError
-from pemt.data.formats import Record
-from pemt.data.local_files import read_rows, task_files
-from pemt.tasks import SPLITS, HubSource, RowError, Task, example_of, has_label
+from pemt.data.formats import note_on
+from pemt.data.local_files import columns_of, read_rows, task_files
+from pemt.data.tables import Record
+from pemt.tasks import (
+    SPLITS,
+    ClassId,
+    HubSource,
+    RowError,
+    Task,
+    example_of,
+    has_label,
+    has_numbers,
+    is_class_id,
+)
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
 # that what was left out can be told again when the cache is used.
@@ -27,6 +38,8 @@ EXAMPLE = Features(
         "references": List(Value("string")),
         "group": Value("string"),
         "problem": Value("string"),
+        # The label is a number that nothing but the order of the task's labels gives a meaning.
+        "class_id": Value("bool"),
     }
 )
 
@@ -75,7 +88,11 @@ def origin_of(task: Task, data_dir: str | None) -> Origin:
     if data_dir is None and not task.files:
         hub_of(task)
         return Origin(task=task, files=None)
-    files = {split: tuple(paths) for split, paths in task_files(task, data_dir).items()}
+    found, notes = task_files(task, data_dir)
+    files = {split: tuple(paths) for split, paths in found.items()}
+    every = dict.fromkeys(path for paths in files.values() for path in paths)
+    decided = [note for path in every if (note := note_on(path, columns_of(task)))]
+    notes += [f"{task.name}: {note}" for note in decided]
     # The published test file has no labels, one's own may.
     is_published = task.hub is not None and task.hub.test is None and "test" in files
     if is_published and not any(
@@ -85,9 +102,9 @@ def origin_of(task: Task, data_dir: str | None) -> Origin:
         return Origin(
             task=task,
             files=files,
-            notes=(f"{task.name}, test: left out {file}, which has no label",),
+            notes=(*notes, f"{task.name}, test: left out {file}, which has no label"),
         )
-    return Origin(task=task, files=files)
+    return Origin(task=task, files=files, notes=tuple(notes))
 
 
 def is_labelled(task: Task, row: Record | RowError) -> bool:
@@ -120,7 +137,21 @@ def load_hub(task: Task, hub: HubSource, split: str, *, streaming: bool = False)
 def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
     """One split of the hub's copy."""
     rows = load_hub(task, hub, split)
-    return build(task, HubRows(rows, hub_name(hub, split)), rows._fingerprint)
+    return build(task, HubRows(task, rows, hub_name(hub, split)), rows._fingerprint)
+
+
+def named(task: Task, row: Record, features: Features | None) -> Record:
+    """A row in which a class id of the data set's own is the name that it has there, or is known to be an id.
+
+    A data set on the hub may number its classes in another order than the task's labels.
+    """
+    kind = (features or {}).get(task.label)
+    if not isinstance(kind, ClassLabel) or row[task.label] not in range(len(kind.names)):
+        return row
+    number = row[task.label]
+    is_known = set(kind.names) <= {*task.labels, *task.label_names}
+    by_name = is_known and not has_numbers(task.labels, task.label_names)
+    return {**row, task.label: kind.names[number] if by_name else ClassId(number)}
 
 
 def hub_name(hub: HubSource, split: str) -> str:
@@ -129,20 +160,32 @@ def hub_name(hub: HubSource, split: str) -> str:
 
 
 def local_examples(task: Task, paths: tuple[Path, ...]) -> Dataset:
-    """One split of local files, which are told apart by their path, size and time of change."""
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return build(task, LocalRows(task, paths), Hasher.hash(stats))
+    """One split of local files, which are told apart by their path, for messages, and by what they hold."""
+    contents = [(str(path.resolve()), _digest(path)) for path in paths]
+    return build(task, LocalRows(task, paths), Hasher.hash(contents))
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes: another file may have the same size and time of change."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 class HubRows:
     """Rows of a data set with their places."""
 
-    def __init__(self, rows: Dataset, name: str) -> None:
-        self.rows, self.name = rows, name
+    def __init__(self, task: Task, rows: Dataset, name: str) -> None:
+        self.task, self.rows, self.name = task, rows, name
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         for number, row in enumerate(self.rows, start=1):
-            yield f"{self.name}: row {number}", row
+            yield f"{self.name}: row {number}", named(self.task, row, self.rows.features)
 
 
 class LocalRows:
@@ -166,7 +209,8 @@ def build(task: Task, rows: Located, origin: str) -> Dataset:
             fingerprint=fingerprint,
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):  # a file that cannot be read to its end
+        # a file that cannot be read to its end, or a cache that cannot be written
+        if isinstance(error.__cause__, DataError | OSError):
             raise error.__cause__ from None
         raise
 
@@ -184,10 +228,11 @@ def example_row(task: Task, place: str, row: Record | RowError) -> dict[str, Any
             raise row
         example = example_of(task, row)
         problem = f"{place}: {UNLABELLED}" if example is None else ""
+        by_id = example is not None and is_class_id(task, row)
     except RowError as error:
-        example, problem = None, f"{place}: {error}"
+        example, problem, by_id = None, f"{place}: {error}", False
     empty = {"source": "", "target": "", "references": [], "group": ""}
-    return {**(example or empty), "problem": problem}
+    return {**(example or empty), "problem": problem, "class_id": by_id}
 
 
 def source_hash() -> str:

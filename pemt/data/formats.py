@@ -1,4 +1,4 @@
-"""File formats: records of local files, each with the place it stands at: jsonl, json, csv, tsv, parquet.
+"""File formats: records of local files, each with the place it stands at: jsonl, json, tables, parquet, arrow.
 
 A record that cannot be read comes out as a RowError in its place, so that the caller decides
 whether to stop or to go on.
@@ -6,58 +6,91 @@ whether to stop or to go on.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from pemt.data.errors import DataError
+from pemt.data.tables import Columns, Located, Record, layout_of, read_table
+from pemt.data.text import open_bytes, text_lines
 from pemt.tasks import RowError
 
-EXTENSIONS = ("jsonl", "json", "csv", "tsv", "parquet")
-# Passages longer than csv's default limit of 128 KiB exist.
-MAX_FIELD = 16 * 1024 * 1024
+EXTENSIONS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow", "ndjson", "txt")
+DELIMITERS = {"csv": ",", "tsv": "\t", "txt": "\t"}  # as the extension says
 
 GAP = re.compile(r"[\s,:]*")
-DECODER = json.JSONDecoder()
-
-Record = dict[str, Any]
-Located = tuple[str, Record | RowError]
 
 
-def read_records(path: Path, *, tsv_columns: Sequence[str] = ()) -> Iterator[Located]:
+def once_each(pairs: list[tuple[str, Any]]) -> Record | RowError:
+    """An object of JSON; one that has a key twice is malformed, as a table's header is."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        return RowError(f"key {twice!r} stands twice in one object")
+    return record
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=once_each)
+
+
+def read_records(path: Path, columns: Columns | None = None) -> Iterator[Located]:
     """The records of one file, by its extension; `.gz` behind it is unpacked on the way.
 
     Args:
         path: the file.
-        tsv_columns: the columns of a tsv file that has no header line.
+        columns: what the task says of its tables.
 
     Raises DataError where the file is missing, cannot be opened or has another extension.
     """
-    name = path.name.removesuffix(".gz")
-    extension = name.rpartition(".")[2]
+    extension = extension_of(path)
     readers: dict[str, Callable[[Path], Iterator[Located]]] = {
         "jsonl": read_jsonl,
+        "ndjson": read_jsonl,
         "json": read_json,
-        "csv": read_csv,
-        "tsv": lambda path: read_tsv(path, tsv_columns),
         "parquet": read_parquet,
+        "arrow": read_arrow,
     }
-    if extension not in readers:
-        raise DataError(f"{path}: the extension is {extension!r}; allowed: {', '.join(readers)}")
+    if extension not in EXTENSIONS:
+        raise DataError(f"{path}: the extension is {extension!r}; allowed: {', '.join(EXTENSIONS)}")
     try:
-        yield from readers[extension](path)
+        if is_table(path):
+            yield from read_table(path, DELIMITERS[extension], columns or Columns())
+        else:
+            yield from readers.get(extension, read_jsonl)(path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked where it ends in .gz."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+def extension_of(path: Path) -> str:
+    """A file's extension in small letters, without that of packing."""
+    return path.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is read as a table: by its extension, and for .txt by whether it begins as JSON does."""
+    extension = extension_of(path)
+    if extension == "txt":
+        first = next((line.strip() for line in text_lines(path) if line.strip()), "")
+        return first != "[" and not first.startswith(("{", "[{"))
+    return extension in DELIMITERS
+
+
+def note_on(path: Path, columns: Columns) -> str:
+    """What was decided on how to read a file; empty where there was nothing to decide.
+
+    Raises DataError where it cannot be read.
+    """
+    extension = extension_of(path)
+    try:
+        if extension in DELIMITERS and is_table(path):
+            return layout_of(path, DELIMITERS[extension], columns).note
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    return ""
 
 
 def lines_of(file: IO[bytes]) -> Iterator[tuple[int, str | RowError]]:
@@ -71,7 +104,15 @@ def lines_of(file: IO[bytes]) -> Iterator[tuple[int, str | RowError]]:
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:
-    """One object a line; blank lines are passed over."""
+    """One object a line, blank lines are passed over; or one list, as pandas writes it."""
+    with open_bytes(path) as file:
+        first = next((line.strip() for line in file if line.strip()), b"")
+    is_list = first == b"[" or first.startswith(b"[{")
+    yield from read_json(path) if is_list else each_line(path)
+
+
+def each_line(path: Path) -> Iterator[Located]:
+    """One object a line."""
     with open_bytes(path) as file:
         yield from parsed_lines(str(path), lines_of(file))
 
@@ -89,7 +130,7 @@ def parsed_lines(name: str, lines: Iterable[tuple[int, str | RowError]]) -> Iter
 def parsed(line: str) -> Record | RowError:
     """The object of a line of JSON."""
     try:
-        return checked(json.loads(line))
+        return checked(DECODER.decode(line))
     except json.JSONDecodeError as error:
         return RowError(f"broken JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
@@ -104,11 +145,13 @@ def unreadable(error: ValueError | RecursionError) -> RowError:
 
 def checked(value: Any) -> Record | RowError:
     """The value, if it is an object."""
-    return value if isinstance(value, dict) else RowError(f"no JSON object: {value!r:.60}")
+    return (
+        value if isinstance(value, dict | RowError) else RowError(f"no JSON object: {value!r:.60}")
+    )
 
 
 def read_json(path: Path) -> Iterator[Located]:
-    """A list of objects, SQuAD's {"data": list}, {"0": object, ...}, or an object a line."""
+    """A list of objects, SQuAD's {"data": list}, {"0": object, ...}, columns, or an object a line."""
     with open_bytes(path) as file:
         raw = file.read()
     try:
@@ -121,7 +164,7 @@ def read_json(path: Path) -> Iterator[Located]:
     except json.JSONDecodeError as error:
         # A second object behind the first: the file has one per line, whatever its name says.
         if error.msg == "Extra data" and error.lineno > 1:
-            yield from read_jsonl(path)
+            yield from each_line(path)
         else:
             yield f"{path}:{error.lineno}", RowError(f"broken JSON: {error.msg}")
         return
@@ -144,9 +187,31 @@ def entries_of(text: str) -> list[tuple[int, Record | RowError]]:
     data = next((at for key, at, _ in found if key == "data" and text[at] == "["), None)
     if data is not None:
         found = list(members(text, data))
+    elif text[start] == "{" and (rows := rows_of_columns({key: each for key, _, each in found})):
+        return [(start, row) for row in rows]
     return [
         (at, value if isinstance(value, RowError) else checked(value)) for _, at, value in found
     ]
+
+
+def rows_of_columns(columns: Record) -> list[Record]:
+    """The rows of an object that holds columns, as lists (datasets) or as {"0": value, ...} (pandas).
+
+    An object with plain values is one row. Any other has none.
+    """
+    values = list(columns.values())
+    if not all(isinstance(each, list | dict) for each in values):
+        return [] if any(isinstance(each, RowError) for each in values) else [columns]
+    first = values[0] if values else {}
+    if all(isinstance(each, list) and len(each) == len(first) for each in values):
+        rows = zip(*values, strict=True)
+    elif any(key.isdecimal() for key in columns) or not all(map(str.isdecimal, first)):
+        return []
+    elif all(isinstance(each, dict) and each.keys() == first.keys() for each in values):
+        rows = zip(*(each.values() for each in values), strict=True)
+    else:
+        return []
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def members(text: str, at: int) -> Iterator[tuple[str, int, Any]]:
@@ -174,59 +239,6 @@ def behind_gap(text: str, at: int) -> int:
     return match.end()
 
 
-def read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[Located]:
-    """Tab-separated without quoting, as GLUE's files are; `columns` where no header is found."""
-    header: list[str] | None = None
-    with open_bytes(path) as file:
-        for number, line in lines_of(file):
-            place = f"{path}:{number}"
-            if isinstance(line, RowError):
-                yield place, line
-                continue
-            if not line:
-                continue
-            values = line.split("\t")
-            if header is None:
-                header = list(columns) if columns and not set(values) & set(columns) else values
-                if header is values:
-                    continue
-            yield place, row_of(header, values)
-
-
-def read_csv(path: Path) -> Iterator[Located]:
-    """Comma-separated with a header line and double quotes; a field may span lines."""
-    csv.field_size_limit(MAX_FIELD)
-    with open_bytes(path) as file:
-        # Bad bytes come through as lone surrogates, so that the row they stand in can be named.
-        text = (line.decode("utf-8", errors="surrogateescape") for line in file)
-        reader = csv.reader(text, strict=True)
-        header: list[str] | None = None
-        while True:
-            start = reader.line_num + 1
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield f"{path}:{start}", RowError(f"broken CSV: {error}")
-                continue
-            if header is None:
-                header = [name.removeprefix("\ufeff") for name in values]
-            elif values:
-                yield f"{path}:{start}", row_of(header, values)
-
-
-def row_of(header: Sequence[str], values: Sequence[str]) -> Record | RowError:
-    """A line's values under their names."""
-    if len(values) != len(header):
-        return RowError(f"found {len(values)} fields, the header has {len(header)}")
-    try:
-        "".join(values).encode("utf-8")
-    except UnicodeEncodeError:
-        return RowError("bad UTF-8")
-    return dict(zip(header, values, strict=True))
-
-
 def read_parquet(path: Path) -> Iterator[Located]:
     """The rows of a parquet file, read in batches."""
     from pyarrow import parquet  # not above: the names of files are found without it
@@ -234,9 +246,40 @@ def read_parquet(path: Path) -> Iterator[Located]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            checked_names(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row
     except ValueError as error:  # pyarrow.ArrowInvalid
         raise DataError(f"{path}: no readable parquet file: {error}") from None
+
+
+def read_arrow(path: Path) -> Iterator[Located]:
+    """The rows of a file that `datasets` saved to disk: a stream of arrow batches, or a file of them."""
+    import pyarrow
+    from pyarrow import ipc
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            is_stream = file.read(6) != b"ARROW1"
+            file.seek(0)
+            open_batches = ipc.open_stream if is_stream else ipc.open_file
+            reader = open_batches(file)
+            checked_names(path, reader.schema.names)
+            count = None if is_stream else reader.num_record_batches
+            batches = reader if count is None else map(reader.get_batch, range(count))
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except ValueError as error:  # pyarrow.ArrowInvalid
+        raise DataError(f"{path}: no readable arrow file: {error}") from None
+
+
+def checked_names(path: Path, names: list[str]) -> None:
+    """Raises DataError where two columns have one name: a row would keep the last."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: column {twice[0]!r} stands twice; give each a name of its own")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset
 from datasets.fingerprint import Hasher
@@ -21,7 +22,18 @@ from pemt.data import splits
 from pemt.data.errors import DataError
 from pemt.data.examples import Origin, origin_of
 from pemt.data.streaming import TrainStream
-from pemt.tasks import Task
+from pemt.data.vocabulary import (
+    FLAGS,
+    MOST_MEASURED,
+    Tally,
+    check_labels,
+    comparable,
+    encode_texts,
+    is_lost,
+    unknown,
+    written_back,
+)
+from pemt.tasks import DEFAULT_TARGET_LENGTH, Task, longest_target
 
 # Below this many examples one process (whose tokenizer has its own threads) is faster than several.
 PARALLEL_FROM = 50_000
@@ -33,9 +45,10 @@ class TaskData:
     """A task's three sets, tokenised.
 
     Columns: `input_ids` and `labels` (ids with the end of sequence, unpadded), `length` (of
-    input_ids), and what scoring needs: `source`, `target`, `references`, `group`.
-    `max_target_length` bounds the labels and what is to be generated, in tokens; `pad_to_multiple_of`
-    is the configuration's; `notes` says in one line each what was left out or cut.
+    input_ids), and what scoring needs: `source`, `target`, `references` (open answers as the vocabulary
+    writes them), `group`. `max_target_length` bounds the labels and what is to be generated, in tokens,
+    and was measured where `is_measured`; `pad_to_multiple_of` is the configuration's; `notes` says in one
+    line each what was left out, cut or guessed; `origins` in a few words what each set was made from.
     """
 
     train: Dataset | TrainStream
@@ -44,86 +57,156 @@ class TaskData:
     max_target_length: int
     pad_to_multiple_of: int | None
     notes: tuple[str, ...]
+    origins: dict[str, str]
+    is_measured: bool = False
 
 
 def load_task_data(
     task: Task,
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> TaskData:
-    """Loads, splits, draws and tokenises a task's data.
-
-    `local_main_first` is entered once around everything: a context in which one process of a node runs
-    before the others, which then find all files in the cache of `datasets`.
+    """Loads, splits, draws and tokenises a task's data; who does it again finds all in the cache of `datasets`.
 
     Raises DataError for a missing or malformed file or row, a class with too few examples, or
-    labels longer than `max_target_length`.
+    labels longer than `max_target_length` or that the vocabulary cannot write.
     """
-    with local_main_first():
+    with cache_faults():
         return build(task, config, tokenizer)
 
 
 def load_split(
-    task: Task,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    *,
-    local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[Dataset, tuple[str, ...]]:
-    """One of the sets that `load_task_data` gives, and its notes; no other split has to be there,
+    task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase, split: str
+) -> tuple[Dataset, tuple[str, ...], str]:
+    """One of the sets that `load_task_data` gives, its notes and its origin; no other split has to be there,
     unless `few_shot` draws the training set.
 
     Where there is nothing to train on, a split is what its files or the hub give: the split rule
     needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
     """
-    with local_main_first():
+    with cache_faults():
         origin = origin_of(task, config.data_dir)
+        share = config.validation_split or task.validation_split
         is_drawn = split == "train" and config.few_shot is not None
-        if is_drawn or not stands_alone(split, origin.splits):
+        if is_drawn or not stands_alone(split, origin.splits, share):
             data = build(task, config, tokenizer)
-            return getattr(data, split), data.notes
+            return getattr(data, split), data.notes, data.origins[split]
         examples, left_out = usable(origin, split, config)
         encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
-        return encoded, (*origin.notes, *left_out, *cut)
+        told = drawn(f"the official {split} set", split, examples, config)
+        return encoded, (*origin.notes, *left_out, *cut), told
 
 
-def stands_alone(split: str, there: Collection[str]) -> bool:
+@contextmanager
+def cache_faults() -> Iterator[None]:
+    """Turn what the disk says of the cache of `datasets` into one line that tells where it may go."""
+    try:
+        yield
+    except OSError as error:
+        folder = datasets.config.HF_DATASETS_CACHE
+        where = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        raise DataError(
+            f"the cache of data sets, {folder}, cannot be written ({where}); set HF_HOME, or "
+            "HF_DATASETS_CACHE, to a folder that can"
+        ) from None
+
+
+def stands_alone(split: str, there: Collection[str], validation_split: float | None) -> bool:
     """Whether a split is one that is there, unchanged by the split rule."""
+    if validation_split and "train" in there:
+        return split == "test" and "test" in there
     has_rule = "train" in there and not {"validation", "test"} <= set(there) and len(there) > 1
     return split in there and (split == "test" or not has_rule)
 
 
 def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
-    """What load_task_data does, in this process."""
+    """What load_task_data does."""
     seed = config.effective_data_seed
     origin = origin_of(task, config.data_dir)
-    splits.check_splits(task, origin.splits)
-    notes = list(origin.notes)
+    share = config.validation_split or task.validation_split
+    splits.check_splits(task, origin.splits, share)
+    notes = [*origin.notes, *order_note(task)]
     parts = {}
     for name in origin.splits:
         if name != "train" or not config.streaming:
             parts[name], left_out = usable(origin, name, config)
             notes += left_out
+    is_measured = not (config.max_target_length or task.max_target_length)
+    if is_measured:
+        task, note = measured(task, parts, tokenizer)
+        notes.append(note)
     encoder = Encoder(task, config, tokenizer)
     sets: dict[str, Any] = {}
     if config.streaming:
+        if share:
+            raise DataError("validation_split: does not go with streaming; leave one of them out")
+        given = parts
         sets["train"], parts = streamed(origin, config, encoder, parts)
+        told = {"train": "a stream of the official train set", **stream_origins(given, parts)}
     else:
-        parts = splits.split(task, parts, seed)
+        given, parts = parts, splits.split(task, parts, seed, share)
+        told = splits.origins(given, parts, seed)
+        if share:
+            sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+            notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
         if config.few_shot is not None:
             parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
+            told["train"] = f"few_shot {config.few_shot} of {told['train']}"
     for name, examples in parts.items():
         sets[name], cut = encode(examples, name, encoder, config)
+        told[name] = drawn(told[name], name, examples, config)
         notes += cut
     return TaskData(
+        origins=told,
         **sets,
         max_target_length=encoder.max_target_length,
         pad_to_multiple_of=config.pad_to_multiple_of,
         notes=tuple(notes),
+        is_measured=is_measured,
     )
+
+
+def drawn(origin: str, split: str, examples: Dataset, config: RunConfig) -> str:
+    """A set's origin, with how much of it `max_train_samples` or `max_eval_samples` keeps."""
+    field = "max_train_samples" if split == "train" else "max_eval_samples"
+    maximum = getattr(config, field)
+    if maximum is None or len(examples) <= maximum:
+        return origin
+    return f"{field} {maximum} of the {len(examples)} of {origin}"
+
+
+def order_note(task: Task) -> list[str]:
+    """What to tell where labels are the numbers of other classes: ["1", "0"]."""
+    ids = [str(i) for i in range(len(task.labels))]
+    if list(task.labels) == ids or sorted(task.labels) != sorted(ids):
+        return []
+    return [
+        f"{task.name}: labels are {', '.join(task.labels)} in this order; a number in a row is the label of that "
+        "name, not the class id"
+    ]
+
+
+def measured(
+    task: Task, parts: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Task, str]:
+    """A task of open answers with the longest target of its data for `max_target_length`, and a note on it.
+
+    The test set is not looked at. A training set that is a stream is not among the parts.
+    """
+    known = {name: part for name, part in parts.items() if name != "test"} or dict(parts)
+    lengths = [0]
+    for part in known.values():
+        texts = part["references"] if task.train_on_every_answer else [[t] for t in part["target"]]
+        flat = list(dict.fromkeys(text for each in texts for text in each))
+        if flat:
+            lengths += encode_texts(flat, tokenizer, max_length=MOST_MEASURED)[1]
+    longest = max(lengths)
+    length = min(max(longest, DEFAULT_TARGET_LENGTH), MOST_MEASURED)
+    note = (
+        f"{task.name}: max_target_length is {length}; the longest target of {' and '.join(known)} has {longest} "
+        "tokens"
+    )
+    return replace(task, max_target_length=length), note
 
 
 def usable(origin: Origin, split: str, config: RunConfig) -> tuple[Dataset, list[str]]:
@@ -135,17 +218,17 @@ def usable(origin: Origin, split: str, config: RunConfig) -> tuple[Dataset, list
 def encode(
     examples: Dataset, split: str, encoder: Encoder, config: RunConfig
 ) -> tuple[Dataset, list[str]]:
-    """A split with token ids, no larger than the configuration wants it, and a note on what was cut."""
+    """A split with token ids, no larger than the configuration wants it, and notes on what is wrong with them."""
     task, is_train = encoder.task, split == "train"
     maximum = config.max_train_samples if is_train else config.max_eval_samples
     chosen = splits.at_most(task, examples, maximum, config.effective_data_seed)
     encoded = encoder.encode(chosen, every_answer=is_train and task.train_on_every_answer)
-    cut = sum(encoded["is_cut"][:])
-    note = (
-        f"{task.name}, {split}: {cut} of {len(encoded)} sources are longer than "
-        f"{config.max_source_length} tokens and were cut"
+    columns = [*FLAGS, "target_length"]
+    tally = encoder.tally(split)
+    tally.add(
+        {name: encoded[name][:] for name in columns}, lambda number, name: encoded[number][name]
     )
-    return encoded.remove_columns("is_cut"), [note] if cut else []
+    return encoded.remove_columns(columns), tally.notes()
 
 
 def streamed(
@@ -161,6 +244,7 @@ def streamed(
         origin,
         encode=partial(encode_batch, **encoder.settings(every_answer=task.train_on_every_answer)),
         skip_bad_rows=config.skip_bad_rows,
+        tally=encoder.tally("train"),
     )
     if len(parts) == 2:
         return stream, dict(parts)
@@ -184,6 +268,15 @@ def streamed(
     }
 
 
+def stream_origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset]) -> dict[str, str]:
+    """What `streamed` has made validation and test from."""
+    if len(given) == 2:
+        return {name: f"the official {name} set" for name in made}
+    (only,) = given
+    first = f"the first {len(made['validation'])} of the official train set"
+    return {"validation": first, "test": f"the official {only} set"}
+
+
 class Encoder:
     """Tokenises examples; the same task, tokenizer and lengths find the cached result."""
 
@@ -191,18 +284,12 @@ class Encoder:
         self.task, self.tokenizer = task, tokenizer
         self.workers = config.preprocessing_num_workers
         self.max_source_length = config.max_source_length
-        self.max_target_length = config.max_target_length or task.max_target_length
+        self.max_target_length = longest_target(task, config.max_target_length)
         self.lengths = (self.max_source_length, self.max_target_length)
-        for label in task.labels:
-            length = len(tokenizer(label).input_ids)
-            if length > self.max_target_length:
-                raise DataError(
-                    f"max_target_length: found {self.max_target_length}, but label {label!r} of "
-                    f"task {task.name} has {length} tokens; give {length} or more"
-                )
+        check_labels(task, tokenizer, self.max_target_length)
 
     def encode(self, examples: Dataset, *, every_answer: bool) -> Dataset:
-        """Adds input_ids, labels, length and is_cut; with `every_answer` a row per reference."""
+        """Adds what `encode_batch` does; with `every_answer` a row per reference."""
         processes = self.workers or 1
         if self.workers is None and len(examples) >= PARALLEL_FROM:
             processes = min(MAX_PROCESSES, os.cpu_count() or 1)
@@ -220,7 +307,16 @@ class Encoder:
 
     def settings(self, *, every_answer: bool) -> dict[str, Any]:
         """What `encode_batch` is given besides a batch."""
-        return {"tokenizer": self.tokenizer, "lengths": self.lengths, "every_answer": every_answer}
+        return {
+            "tokenizer": self.tokenizer,
+            "lengths": self.lengths,
+            "every_answer": every_answer,
+            "open_answers": self.task.kind == "answer",
+        }
+
+    def tally(self, split: str) -> Tally:
+        """Counts what is wrong with the examples of a split."""
+        return Tally(self.task, split, self.tokenizer, self.lengths)
 
     @cached_property
     def identity(self) -> str:
@@ -239,23 +335,30 @@ def encode_batch(
     tokenizer: PreTrainedTokenizerBase,
     lengths: tuple[int, int],
     every_answer: bool,
+    open_answers: bool,
 ) -> dict[str, list[Any]]:
-    """A batch of examples with their token ids."""
+    """A batch of examples with their token ids, FLAGS, and the targets' lengths uncut."""
     columns = {name: list(values) for name, values in batch.items()}
     if every_answer:
         pairs = [(i, text) for i, texts in enumerate(columns["references"]) for text in texts]
         columns = {name: [values[i] for i, _ in pairs] for name, values in columns.items()}
         columns["target"] = [text for _, text in pairs]
     sources, cut = encode_sources(columns["source"], tokenizer, max_length=lengths[0])
-    targets = tokenizer(
-        text_target=columns["target"], max_length=lengths[1], truncation=True
-    ).input_ids
+    targets, target_lengths = encode_texts(columns["target"], tokenizer, max_length=lengths[1])
+    different = list(dict.fromkeys(columns["target"]))
+    backs = dict(zip(different, written_back(different, tokenizer), strict=True))
+    if open_answers:
+        columns["references"] = comparable(columns["references"], tokenizer)
     return {
         **columns,
         "input_ids": sources,
         "labels": targets,
         "length": [len(ids) for ids in sources],
-        "is_cut": cut,
+        "source_cut": cut,
+        "source_unknown": unknown(sources, tokenizer),
+        "target_cut": [length > lengths[1] for length in target_lengths],
+        "target_lost": [is_lost(text, backs[text]) for text in columns["target"]],
+        "target_length": target_lengths,
     }
 
 
@@ -263,14 +366,8 @@ def encode_sources(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> tuple[list[list[int]], list[bool]]:
     """Token ids of source texts, of at most `max_length` tokens, and which of them had to be cut."""
-    every = tokenizer(texts, add_special_tokens=True).input_ids
-    cut = [len(ids) > max_length for ids in every]
-    # The end of sequence stays when the text is cut.
-    kept = [
-        [*ids[: max_length - 1], ids[-1]] if is_cut else ids
-        for ids, is_cut in zip(every, cut, strict=True)
-    ]
-    return kept, cut
+    kept, uncut = encode_texts(texts, tokenizer, max_length=max_length)
+    return kept, [length > max_length for length in uncut]
 
 
 def lengths_of(dataset: Dataset) -> np.ndarray:

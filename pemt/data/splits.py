@@ -56,28 +56,44 @@ def usable(
         notes.append(
             f"{task.name}, {split}: left out {is_unlabelled.sum()} rows without gold label"
         )
+    by_id = int(np.sum(dataset["class_id"][:])) if "class_id" in dataset.column_names else 0
+    if by_id:
+        notes.append(
+            f"{task.name}, {split}: {by_id:,} of {len(dataset):,} labels are numbers, read as places in `labels`: "
+            f"{', '.join(f'{i} is {label}' for i, label in enumerate(task.labels))}; label_names changes that"
+        )
     if is_bad.all():
         first = f", first {bad[0]}" if len(bad) else ""
         raise DataError(f"task {task.name}: {split} has no usable row of {len(problems)}{first}")
     kept = dataset if not is_bad.any() else dataset.select(np.flatnonzero(~is_bad))
-    return kept.remove_columns("problem"), notes
+    done_with = [name for name in ("problem", "class_id") if name in kept.column_names]
+    return kept.remove_columns(done_with), notes
 
 
-def split(task: Task, parts: Mapping[str, Dataset], seed: int) -> dict[str, Dataset]:
+def split(
+    task: Task, parts: Mapping[str, Dataset], seed: int, validation_split: float | None = None
+) -> dict[str, Dataset]:
     """Train, validation and test by the published rule.
 
     With all three given they stay. Without a labelled test set a task with fewer than 10 000
     training examples halves its validation set; a larger one gives 1000 training examples to
     validation and tests on the official validation set. Without a validation set training gives
-    its 1000 (never more than a tenth) all the same. Raises DataError where neither is there.
+    its 1000 (never more than a tenth) all the same. A `validation_split` is the share of the training
+    examples, of every class alike, that becomes validation; where there is no test set, half of it
+    becomes that. Raises DataError where neither is there, or more than the splits that are asked for.
     """
-    check_splits(task, parts)
+    check_splits(task, parts, validation_split)
+    if validation_split:
+        kept, held_out = divided(task, parts["train"], 1 - validation_split, seed, stratified=True)
+        if "test" in parts:
+            return {"train": kept, "validation": held_out, "test": parts["test"]}
+        first, second = divided(task, held_out, 0.5, seed, stratified=True)
+        return {"train": kept, "validation": first, "test": second}
     train, validation, test = (parts.get(name) for name in SPLITS)
     assert train is not None
     if validation is not None and test is not None:
         return {"train": train, "validation": validation, "test": test}
-    units = unit_ids(task, train)
-    number = int(units.max()) + 1
+    number = int(unit_ids(task, train).max()) + 1
     if validation is not None and number < SMALL:
         first, second = divided(task, validation, 0.5, seed)
         return {"train": train, "validation": first, "test": second}
@@ -85,12 +101,39 @@ def split(task: Task, parts: Mapping[str, Dataset], seed: int) -> dict[str, Data
     return {"train": kept, "validation": held_out, "test": test if test is not None else validation}
 
 
-def check_splits(task: Task, found: Collection[str]) -> None:
-    """Raises DataError unless train and one of validation and test are there."""
-    if "train" not in found or not {"validation", "test"} & set(found):
+def origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset], seed: int) -> dict[str, str]:
+    """In a few words, what `split` has made each of its sets from.
+
+    Args:
+        given, made: what `split` got and gave.
+        seed: the same.
+    """
+    told = {}
+    for name, dataset in made.items():
+        whole = next((each for each in given if given[each] is dataset), None)
+        if whole is not None:
+            told[name] = f"the official {whole} set"
+        elif name == "train":
+            told[name] = f"the official train set without what validation got, data_seed {seed}"
+        elif made["train"] is given["train"]:
+            told[name] = f"half of the official validation set, data_seed {seed}"
+        else:
+            told[name] = f"held out of the official train set, data_seed {seed}"
+    return told
+
+
+def check_splits(task: Task, found: Collection[str], validation_split: float | None = None) -> None:
+    """Raises DataError unless train and one of validation and test are there, or a share to hold out."""
+    if validation_split and "validation" in found:
+        raise DataError(
+            f"validation_split: found {validation_split}, but task {task.name} has a validation set; leave "
+            "one of them out"
+        )
+    if "train" not in found or not (validation_split or {"validation", "test"} & set(found)):
         raise DataError(
             f"task {task.name}: found {', '.join(found) or 'no split'}; train and at least one of "
-            "validation (validation, val, dev) and test are needed; `files` of a --task_file may name them"
+            "validation (validation, valid, val, dev) and test are needed; `files` of a --task_file may name "
+            "them, --validation_split 0.1 takes them from train"
         )
 
 
@@ -106,14 +149,30 @@ def unit_ids(task: Task, dataset: Dataset) -> np.ndarray:
     return np.unique(column(dataset, "group"), return_inverse=True)[1]
 
 
-def divided(task: Task, dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Two disjoint parts, the first with `share` of the units, both in the data set's order."""
+def divided(
+    task: Task, dataset: Dataset, share: float, seed: int, *, stratified: bool = False
+) -> tuple[Dataset, Dataset]:
+    """Two disjoint parts, the first with `share` of the units, both in the data set's order.
+
+    With `stratified` a class of examples that stand alone has that share in both parts, as nearly as
+    whole examples allow.
+    """
     units = unit_ids(task, dataset)
     number = int(units.max()) + 1
     size = round(share * number)
     if not 0 < size < number:
         raise DataError(f"task {task.name}: {number} examples cannot be divided in two; give more")
-    chosen = generator(seed, Purpose.SPLIT).permutation(number)[:size]
+    order = generator(seed, Purpose.SPLIT).permutation(number)
+    chosen = order[:size]
+    if stratified and task.kind == "classification" and not task.group:
+        # In order of class, at random within one; then every so-and-so-maniest.
+        classes = np.unique(column(dataset, "target"), return_inverse=True)[1]
+        by_class = order[np.argsort(classes[order], kind="stable")]
+        steps = np.arange(number + 1) * size // number
+        alone = (
+            np.bincount(classes)[classes[by_class]] == 1
+        )  # a class of one stays in the first part
+        chosen = by_class[(np.diff(steps) > 0) | alone]
     is_first = np.isin(units, chosen)
     return dataset.select(np.flatnonzero(is_first)), dataset.select(np.flatnonzero(~is_first))
 
@@ -131,6 +190,11 @@ def few_shot(task: Task, train: Dataset, k: int, seed: int) -> Dataset:
         members = np.arange(len(train)) if label is None else np.flatnonzero(targets == label)
         if len(members) < k:
             which = "all of train" if label is None else f"class {class_name(task, label)}"
+            if not len(members):
+                raise DataError(
+                    f"few_shot: found {k}, but {which} of task {task.name} has no training example; add some, or "
+                    "train without few_shot"
+                )
             raise DataError(
                 f"few_shot: found {k}, but {which} of task {task.name} has {len(members)} training "
                 f"examples; give {len(members)} at most"

@@ -25,7 +25,9 @@ from pemt.data.examples import (
     hub_name,
     hub_of,
     load_hub,
+    named,
 )
+from pemt.data.vocabulary import FLAGS, Tally
 from pemt.tasks import Task
 
 Row = dict[str, Any]
@@ -40,6 +42,7 @@ class TrainStream:
         origin: where the rows are, as for a set that is loaded whole.
         encode: adds token ids and `length` to columns of examples.
         skip_bad_rows: leave malformed rows out instead of stopping at the first.
+        tally: counts what was cut or cannot be written in the examples that are read.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class TrainStream:
         *,
         encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
         skip_bad_rows: bool,
+        tally: Tally,
     ) -> None:
+        self.tally = tally
         self.task = origin.task
         self.dataset = open_stream(origin)
         self.bad_rows: list[str] = []  # those left out, each with its place
@@ -65,6 +70,7 @@ class TrainStream:
         """
         for row in self.dataset:
             problem = row.pop("problem")
+            row.pop("class_id")
             if not problem:
                 yield row
             elif problem.endswith(f": {UNLABELLED}"):
@@ -93,6 +99,8 @@ class TrainStream:
     def encoded(self, rows: list[Row]) -> list[Row]:
         """Rows with token ids; one for each accepted answer where a task trains on all."""
         columns = self._encode({name: [row[name] for row in rows] for name in rows[0]})
+        flags = {name: columns.pop(name) for name in (*FLAGS, "target_length")}
+        self.tally.add(flags, lambda number, name: columns[name][number])
         every = zip(*columns.values(), strict=True)
         return [dict(zip(columns, values, strict=True)) for values in every]
 
@@ -106,10 +114,10 @@ def open_stream(origin: Origin) -> IterableDataset:
         return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
     hub = hub_of(task)
     rows = load_hub(task, hub, hub.train, streaming=True)
-    place = hub_name(hub, hub.train)
+    place, features = hub_name(hub, hub.train), rows.features
 
     def example(row: Row, number: int) -> Row:
-        return example_row(task, f"{place}: row {number + 1}", row)
+        return example_row(task, f"{place}: row {number + 1}", named(task, row, features))
 
     return rows.map(example, with_indices=True, remove_columns=rows.column_names, features=EXAMPLE)
 
@@ -156,6 +164,7 @@ class StreamBatches:
         of_a_step = batch_size * accumulation * world_size
         self._buffer_size = max(1, buffer_size // of_a_step) * of_a_step
         # `done`: steps of this buffer; `state`: the data set's where the buffer begins, None at an epoch's start.
+        self._has_told = False
         self._at = position or {"epoch": 0, "buffer": 0, "done": 0, "state": None}
 
     def position(self) -> dict[str, Any]:
@@ -166,11 +175,23 @@ class StreamBatches:
         """Whole passes done."""
         return float(self._at["epoch"])
 
-    def notes(self) -> list[str]:
-        """What was left out, in one line, if anything was."""
+    def notes(self, *, at_end: bool = True) -> list[str]:
+        """What was left out or cut, in a line each: at the end all of it, before that once, when it is first seen."""
+        found = self._stream.tally.notes()
+        if not at_end:
+            is_new, self._has_told = (
+                bool(found) and not self._has_told,
+                self._has_told or bool(found),
+            )
+            return (
+                [f"{line} (so far; counted again at the end)" for line in found] if is_new else []
+            )
         bad = list(dict.fromkeys(self._stream.bad_rows))
         name = self._stream.task.name
-        return [f"{name}, train: left out {len(bad)} malformed rows, first {bad[0]}"] if bad else []
+        left_out = (
+            f"{name}, train: left out {len(bad)} malformed rows, first {bad[0] if bad else ''}"
+        )
+        return [*([left_out] if bad else []), *found]
 
     def steps(self, start: int, end: int) -> Iterator[list[list[Row]]]:
         """This rank's micro-batches of rows, a list per step, from the position on."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pemt.data.errors import DataError
-from pemt.data.formats import Record, lines_of, parsed_lines, read_records
-from pemt.data.local_files import renamed
+from pemt.data.formats import lines_of, note_on, parsed_lines, read_records
+from pemt.data.local_files import columns_of, renamed
+from pemt.data.tables import Record
+from pemt.data.text import as_utf8
 from pemt.tasks import RowError, Task, encodable, source_of
 
 STDIN = "-"
@@ -19,8 +21,8 @@ TEXT = "input"  # the field of a row that brings its whole source text
 def read_inputs(task: Task, file: str) -> list[str]:
     """The source texts of a file's rows, in its order.
 
-    A row has the fields of the task's template, or `{"input": text}` with a text that is taken as it
-    is. Labels are not needed and not read.
+    A row has the fields of the task's template, or, where it has none of them, `{"input": text}` with
+    a text that is taken as it is. Labels are not needed and not read.
 
     Args:
         task: gives the template.
@@ -44,16 +46,27 @@ def read_inputs(task: Task, file: str) -> list[str]:
     return sources
 
 
+def note_on_inputs(task: Task, file: str) -> str:
+    """What was decided on how to read the file; empty where there was nothing to decide."""
+    return "" if file == STDIN else note_on(Path(file), columns_of(task))
+
+
 def located(task: Task, file: str) -> Iterable[tuple[str, Record | RowError]]:
     """Records with their places."""
     if file == STDIN:
-        return parsed_lines("stdin", lines_of(sys.stdin.buffer))
-    return read_records(Path(file), tsv_columns=task.tsv_columns)
+        return parsed_lines("stdin", lines_of(as_utf8(sys.stdin.buffer, "stdin")))
+    return read_records(Path(file), columns_of(task))
 
 
 def sources_of(task: Task, record: Mapping[str, Any]) -> Iterator[str]:
-    """The source texts of a record: one, or one for each example that a published record nests."""
-    if TEXT in record and TEXT not in task.fields:
+    """The source texts of a record: one, or one for each example that a published record nests.
+
+    The template's fields win: a whole text counts where the record has none of them.
+    """
+    unpacked = task.unpack(record) if task.unpack else (record,)
+    rows = [row if isinstance(row, RowError) else renamed(task, dict(row)) for row in unpacked]
+    there = {name for row in rows if not isinstance(row, RowError) for name in row}
+    if TEXT in record and not there & set(task.fields):
         text = record[TEXT]
         if not isinstance(text, str):
             raise RowError(
@@ -61,7 +74,7 @@ def sources_of(task: Task, record: Mapping[str, Any]) -> Iterator[str]:
             )
         yield encodable(text)
         return
-    for row in task.unpack(record) if task.unpack else (record,):
+    for row in rows:
         if isinstance(row, RowError):
             raise row
-        yield source_of(task, renamed(task, dict(row)))
+        yield source_of(task, row)

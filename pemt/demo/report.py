@@ -1,7 +1,4 @@
-"""What the demo shows: a table, report.json and a heat map of the gates.
-
-Shapes: L FFNs (encoder first), K sources.
-"""
+"""What the demo shows: a table, report.json and a heat map of the gates."""
 
 from __future__ import annotations
 
@@ -12,10 +9,10 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from pemt.demo.tasks import RELATED
+from pemt.monitor import NamedGates, gate_map, mean_by_source
 
 REPORT, HEAT_MAP = "report.json", "gates.png"
 
@@ -29,20 +26,18 @@ class Row:
     seed: int
     accuracy: float
     gate_weights: dict[str, float]
-    gates_LK: list[list[float]]
+    gates: NamedGates
 
     @classmethod
     def of(cls, method: str, target: str, seed: int, results: dict[str, Any]) -> Row:
         """From what `run_adapt` returned."""
-        sources = results["sources"]
-        weights = {name: results[f"test_moe_weight_{k}"] for k, name in enumerate(sources)}
         return cls(
             method=method,
             target=target,
             seed=seed,
             accuracy=results["test_accuracy"],
-            gate_weights=weights,
-            gates_LK=results["gates"],
+            gate_weights=mean_by_source(results["gates"]),
+            gates=results["gates"],
         )
 
 
@@ -105,25 +100,13 @@ def table(summary: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_heat_map(rows: list[Row], path: Path) -> None:
-    """Per target, the mean gate over seeds of every source (rows) and FFN (columns)."""
-    targets = list(dict.fromkeys(row.target for row in rows))
-    figure = Figure(figsize=(8, 0.8 + 2.2 * len(targets)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, target in zip(
-        figure.subplots(len(targets), squeeze=False)[:, 0], targets, strict=True
-    ):
-        ours = [row for row in rows if row.target == target and row.method == "pemt"]
-        gates_LK = np.mean([row.gates_LK for row in ours], axis=0)
-        half = len(gates_LK) // 2
-        image = axes.imshow(gates_LK.T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set_title(f"{target} (related source: {RELATED[target]})")
-        axes.set_yticks(range(gates_LK.shape[1]), list(ours[0].gate_weights))
-        layers = [f"encoder {i}" for i in range(half)] + [
-            f"decoder {i}" for i in range(len(gates_LK) - half)
-        ]
-        axes.set_xticks(range(len(layers)), layers)
-        for (layer, source), weight in np.ndenumerate(gates_LK):
-            shade = "white" if weight < 0.6 else "black"
-            axes.text(layer, source, f"{weight:.2f}", ha="center", va="center", color=shade)
-        figure.colorbar(image, ax=axes, label="mean gate")
-    figure.savefig(path, dpi=150)
+    """Per target, one above the other, the mean gate over seeds of every FFN (rows) and source (columns)."""
+    maps = []
+    for target in dict.fromkeys(row.target for row in rows):
+        ours = [row.gates for row in rows if row.target == target and row.method == "pemt"]
+        means = {
+            site: {name: mean(gates[site][name] for gates in ours) for name in weights}
+            for site, weights in ours[0].items()
+        }
+        maps.append(gate_map(means, title=f"{target} (related source: {RELATED[target]})"))
+    imsave(path, np.concatenate(maps))

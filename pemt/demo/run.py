@@ -5,6 +5,7 @@ One launch runs everything: all ranks go through the same runs, one after anothe
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pemt.demo.tasks import SOURCES, TARGETS, register_tasks, write_task_files
 from pemt.demo.tiny_t5 import cached_base
 from pemt.demo.world import World
 from pemt.engine import Engine
-from pemt.run import run_adapt, run_source
+from pemt.run import build_ops, run_adapt, run_source
 
 METHODS = ("pemt", "adapter")
 
@@ -29,17 +30,23 @@ def run_demo(output_dir: Path, cache_dir: Path, *, quick: bool, world_seed: int)
     """
     targets, seeds = (TARGETS[:1], [0]) if quick else (TARGETS, [0, 1, 2])
     demo = Demo(output_dir, cache_dir, world_seed)
+    demo.say(
+        "1 of 4: the fused op, the tasks' files and a tiny T5 that is pre-trained on the world's texts"
+    )
     demo.prepare()
-    for task in SOURCES:
+    for number, task in enumerate(SOURCES, start=1):
+        demo.say(f"2 of 4: stage 1, source `{task}`, {number} of {len(SOURCES)}")
         run_source(demo.source(task))
     rows = []
-    for target in targets:
-        for seed in seeds:
-            for method in METHODS:
-                results = run_adapt(demo.adapt(target, method, seed))
-                rows.append(Row.of(method, target, seed, results))
-    if demo.is_main:
-        write_report(rows, output_dir)
+    runs = list(itertools.product(targets, seeds, METHODS))
+    for number, (target, seed, method) in enumerate(runs, start=1):
+        demo.say(
+            f"3 of 4: stage 2, target `{target}`, {method}, seed {seed}, {number} of {len(runs)}"
+        )
+        results = run_adapt(demo.adapt(target, method, seed))
+        rows.append(Row.of(method, target, seed, results))
+    demo.say("4 of 4: the report")
+    demo.report(rows)
 
 
 class Demo:
@@ -54,26 +61,34 @@ class Demo:
     def __init__(self, output_dir: Path, cache_dir: Path, world_seed: int) -> None:
         self.output_dir, self.cache_dir, self.world_seed = output_dir, cache_dir, world_seed
         self.base = Path("made by prepare")
-        self.is_main = True
+        register_tasks()
+        self.engine = Engine(self.source(SOURCES[0]))
+
+    def say(self, line: str) -> None:
+        """Announce a part of the demo, once for all ranks."""
+        if self.engine.is_main:
+            print(f"--- {line}", flush=True)
 
     def prepare(self) -> None:
-        """Files and base model, made by one rank while the others wait (all ranks call)."""
-        register_tasks()
-        engine = Engine(self.source(SOURCES[0]))
-        self.is_main = engine.is_main
-        with engine.local_main_first():
-            self._make_files()
-        engine.barrier()
-
-    def _make_files(self) -> None:
+        """The op, the tasks' files and the base model (all ranks call)."""
         logging.getLogger("transformers").setLevel(logging.ERROR)
+        build_ops(self.source(SOURCES[0]), self.engine)
         world = World.make(self.world_seed)
         data = self.output_dir / "data"
-        if self.is_main:
-            write_task_files(world, data, self.world_seed)
+        self.engine.on_rank0(
+            lambda: write_task_files(world, data, self.world_seed), "writing the tasks' files"
+        )
         paths = [data / task / "train.jsonl" for task in (*SOURCES, *TARGETS)]
         texts = [path.read_text(encoding="utf-8") for path in paths]
-        self.base = cached_base(world, texts, self.cache_dir, seed=self.world_seed, say=print_now)
+        self.base = cached_base(
+            world, texts, self.cache_dir, seed=self.world_seed, engine=self.engine
+        )
+
+    def report(self, rows: list[Row]) -> None:
+        """Table, report.json and heat map of the stage 2 runs (all ranks call)."""
+        self.engine.on_rank0(
+            lambda: write_report(rows, self.output_dir), "writing the demo's report"
+        )
 
     def source(self, task: str) -> SourceConfig:
         """Stage 1 on one of the demo's source tasks."""
@@ -97,8 +112,3 @@ class Demo:
         flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
         config: RunConfig = parse_config(kind, ["--config", recipe, *flags], prog="pemt demo")
         return config
-
-
-def print_now(line: str) -> None:
-    """Print a line at once, so that a slow step does not look like a halt."""
-    print(line, flush=True)

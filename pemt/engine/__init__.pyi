@@ -5,11 +5,19 @@ from .job import (
     check_world_size as check_world_size,
     shut_down as shut_down,
 )
+from .precision import bf16_is_native as bf16_is_native
 from .process import peak as peak, start_ticks as start_ticks, watch_peak as watch_peak
 from .signals import (
     INTERRUPTED_STATUS as INTERRUPTED_STATUS,
+    KILLED_STATUS as KILLED_STATUS,
     Interrupted as Interrupted,
     StopSignals as StopSignals,
+)
+from .surroundings import (
+    leave_working_folder as leave_working_folder,
+    open_streams as open_streams,
+    own_cache as own_cache,
+    use_writable_caches as use_writable_caches,
 )
 from .trained_state import MOMENTS as MOMENTS, full_size as full_size
 from .watchdog import Watchdog as Watchdog

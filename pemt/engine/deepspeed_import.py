@@ -10,3 +10,6 @@ with contextlib.redirect_stdout(sys.stderr):
     import deepspeed
 
 deepspeed.utils.logger.setLevel("WARNING")
+# On a CPU DeepSpeed would compile an all-reduce for inference at a machine's first start: for a minute, in silence, and
+# nothing calls it (a private corner of DeepSpeed 0.19).
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

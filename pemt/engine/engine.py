@@ -14,14 +14,15 @@ import contextlib
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     broadcast_object_list,
+    parse_flag_from_env,
     set_seed,
 )
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from pemt.config import PemtError, RunConfig
 from pemt.engine.exit import before_exit
 from pemt.engine.job import (
     EngineError,
+    bf16_is_native_everywhere,
     check_world_size,
     cpu_group,
     deepspeed_plugin,
@@ -38,9 +40,11 @@ from pemt.engine.job import (
     re_rendezvous,
     shut_down,
 )
+from pemt.engine.precision import precision_text, resolve_precision, warn_of_emulation
 from pemt.engine.process import memory_in_use
 from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trained_state import TrainedState
+from pemt.engine.waiting import waiting_of_job
 
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -52,7 +56,8 @@ class Engine:
     """One run on this job's processes.
 
     Args:
-        config: the run's configuration; batch size, accumulation, clipping and precision come from it.
+        config: the run's configuration; batch size, accumulation, clipping and precision come from it. The attribute of
+            this name has `bf16` decided, alike on all ranks.
 
     Several runs may follow one another in one job; `release` ends one.
 
@@ -62,40 +67,45 @@ class Engine:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        plugin, path = deepspeed_plugin(config)
-        self._plugin = plugin
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
         with re_rendezvous():
-            self._accelerator = Accelerator(
-                # Under DeepSpeed the precision stands in its configuration.
-                mixed_precision=None
-                if plugin
-                else "bf16"
-                if config.bf16
-                else "fp16"
-                if config.fp16
-                else "no",
-                deepspeed_plugin=plugin,
-                kwargs_handlers=process_group_kwargs(config),
+            # The process group first: the ranks agree on the precision, which DeepSpeed's configuration holds.
+            job = PartialState(
+                cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_kwargs(config)
             )
+        check_world_size(job.num_processes)
+        native = bf16_is_native_everywhere(job.device)
+        self.config = config = resolve_precision(config, native=native)
+        self.precision = precision_text(config, native=native)
+        plugin, path = deepspeed_plugin(config)
+        self._plugin = plugin
+        half = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
+        # Under DeepSpeed the precision stands in its configuration.
+        self._accelerator = Accelerator(
+            mixed_precision=None if plugin else half, deepspeed_plugin=plugin
+        )
         # transformers would hand out empty shards at stage 3; PEMT's modules are built on weights that are
         # whole by their shape, and unread: `prepare` shards them.
         unset_hf_deepspeed_config()
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        self.is_local_main: bool = self._accelerator.is_local_main_process
         self.device: torch.device = self._accelerator.device
-        check_world_size(self.world_size)
         before_exit(shut_down)
         self._hosts = cpu_group()
+        self.waiting = waiting_of_job()
+        self.waiting.timeout = config.ddp_timeout
         self.zero_stage: int | None = plugin.zero_stage if plugin else None
         self._deepspeed_json = path
+        if config.bf16 and not native and self.is_main:
+            warn_of_emulation(self.device)
 
     def seed(self, seed: int, *, per_rank: bool) -> None:
         """Seed every generator: alike on all ranks for initialisation, differently for dropout."""
-        set_seed(seed, device_specific=per_rank)
+        # A rank's own must be in numpy's range too.
+        set_seed((seed + self.rank * per_rank) % 2**32)
 
     def prepare(
         self,
@@ -113,7 +123,8 @@ class Engine:
         """
         self.module = model
         self.base_optimizer = optimizer
-        self._materialize(model, read_lazy)
+        with self.together("reading the model's weights"):
+            self._materialize(model, read_lazy)
         with skip_frozen_broadcast(model):
             self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
         if self.zero_stage is not None:
@@ -138,14 +149,14 @@ class Engine:
             )
             return
         # Without DeepSpeed fp16 autocasts, and T5 keeps parts of itself in fp32.
-        half = torch.float16 if self._config.fp16 and self._plugin else torch.float32
-        frozen_dtype = torch.bfloat16 if self._config.bf16 else half
+        half = torch.float16 if self.config.fp16 and self._plugin else torch.float32
+        frozen_dtype = torch.bfloat16 if self.config.bf16 else half
         materialize_on_device(
             model, read_lazy=read_lazy, frozen_dtype=frozen_dtype, device=self.device
         )
 
     def _check_deepspeed_agrees(self) -> None:
-        config = self._config
+        config = self.config
         for what, theirs, ours in (
             ("world size", self.model.dp_world_size, self.world_size),
             (
@@ -175,7 +186,7 @@ class Engine:
         """Accumulate gradients of one micro-batch.
 
         Args:
-            loss: scalar, the mean over the micro-batch; the division by the accumulation is done here.
+            loss: scalar; the step's gradient is that of the mean over its micro-batches on all ranks.
             last: whether this micro-batch completes the step, so that ranks reduce their gradients.
 
         A loss that is not finite on one rank makes its gradients NaN, and these are how the others hear of
@@ -186,7 +197,7 @@ class Engine:
             self.model.set_gradient_accumulation_boundary(is_boundary=last)
             self.model.backward(loss)
             return
-        loss = loss / self._config.gradient_accumulation_steps
+        loss = loss / self.config.gradient_accumulation_steps
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self.model):
             self._accelerator.backward(loss)
 
@@ -196,7 +207,7 @@ class Engine:
         Where loss or gradient was not finite on any rank, no rank updates anything, and the norm is NaN.
         """
         if self.zero_stage is None:
-            limit = self._config.max_grad_norm or float("inf")
+            limit = self.config.max_grad_norm or float("inf")
             trained = [parameter for _, parameter in self.trained.parameters]
             norm = float(self._accelerator.clip_grad_norm_(trained, limit))
             # fp16's scaler skips by itself, and learns from it
@@ -204,7 +215,7 @@ class Engine:
                 self.optimizer.step()
             self.optimizer.zero_grad()
             return norm if math.isfinite(norm) else math.nan
-        if self.zero_stage == 0 and not (self._config.bf16 or self._config.fp16):
+        if self.zero_stage == 0 and not (self.config.bf16 or self.config.fp16):
             return self._plain_deepspeed_step()
         self.model.step()
         # Stage 1 to 3 and half precision check for themselves, and all ranks come to the same result.
@@ -243,22 +254,46 @@ class Engine:
         rows = self.gather(torch.tensor([list(used.values())], device=self.device))
         return dict(zip(used, rows.amax(dim=0).tolist(), strict=True))
 
+    # Outside of the training loop ranks may come late, by as long as their work takes; they are waited for
+    # outside of collectives (waiting.py), and `doing` says what for.
+
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Rank 0's value on every rank (all ranks call)."""
+        self.waiting.meet()
         return broadcast_object_list([value])[0]
 
-    def on_rank0(self, function: Callable[[], T]) -> T:
-        """What a function gives on rank 0, on every rank; so is an error for the user, which all raise."""
+    def on_rank0(self, function: Callable[[], T], doing: str) -> T:
+        """What a function gives on rank 0, on every rank; so is an error for the user, which all raise.
+
+        Args:
+            doing: what it does, for those who wait: "reading the checkpoint".
+        """
         outcome: T | PemtError | None = None
         if self.is_main:
             try:
-                outcome = function()
+                with self.waiting.doing(doing):
+                    outcome = function()
             except PemtError as error:
                 outcome = error
         outcome = self.broadcast_object(outcome)
         if isinstance(outcome, PemtError):
             raise outcome
         return cast("T", outcome)
+
+    @contextlib.contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """What every rank does, each as fast as it can; who is done waits for the others (all ranks call)."""
+        with self.waiting.doing(doing):
+            yield
+        self.barrier()
+
+    def local_first(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """One rank a machine runs the block first; the others then find what it built (all ranks call)."""
+        return self.waiting.local_first(doing)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here, outside of collectives."""
+        self.waiting.meet()
 
     def all_reduce_max(self, value: int) -> int:
         """The highest of all ranks' values; from host to host, so that no device is waited for."""
@@ -268,6 +303,14 @@ class Engine:
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._hosts)
         return int(values)
 
+    def totals(self, values: list[int]) -> list[int]:
+        """The sums over all ranks, each by itself; from host to host, as `all_reduce_max`."""
+        if self._hosts is None:
+            return values
+        totals = torch.tensor(values)
+        torch.distributed.all_reduce(totals, group=self._hosts)
+        return [int(total) for total in totals]
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, rank 0's first; small ones, from host to host."""
         values = [value] * self.world_size
@@ -275,20 +318,10 @@ class Engine:
             torch.distributed.all_gather_object(values, value, group=self._hosts)
         return values
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self._accelerator.wait_for_everyone()
-
-    @contextlib.contextmanager
-    def local_main_first(self) -> Iterator[None]:
-        """One process a node runs the block first; the others then find what it built."""
-        with self._accelerator.local_main_process_first():
-            yield
-
     def load_optimizer_state(
         self,
-        weights: dict[str, Tensor],
-        moments: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
         *,
         step: int,
         batch: dict[str, Tensor],
@@ -308,8 +341,8 @@ class Engine:
         rates = [group["lr"] for group in self.base_optimizer.param_groups]
         for group in self.base_optimizer.param_groups:
             group["lr"] = 0.0
-        for micro in range(self._config.gradient_accumulation_steps):
-            last = micro == self._config.gradient_accumulation_steps - 1
+        for micro in range(self.config.gradient_accumulation_steps):
+            last = micro == self.config.gradient_accumulation_steps - 1
             self.backward(self.model(**batch).loss * 0.0, last=last)
         if not math.isfinite(self.step()):
             raise EngineError(
@@ -328,7 +361,7 @@ class Engine:
             kind: self.gather(state[None].to(self.device)).cpu() for kind, state in states.items()
         }
 
-    def load_random_states(self, states: dict[str, Tensor]) -> None:
+    def load_random_states(self, states: Mapping[str, Tensor]) -> None:
         """Put this rank's generators back; a rank that did not exist then keeps its own."""
         # Cloned, since torch crashes on a state that is a row of a larger tensor.
         if self.rank < len(states["cpu"]):

@@ -14,13 +14,16 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from pemt.config import PemtError, RunConfig, launched_deepspeed_json
+from pemt.engine.precision import bf16_is_native
 from pemt.engine.schema import check_schema
+from pemt.engine.waiting import waiting_of_job
 
 
 class EngineError(PemtError):
@@ -77,18 +80,16 @@ def _answer(launchers: torch.distributed.TCPStore, met: threading.Event) -> None
                 launchers.set(f"pemt/port/{launchers.get(key).decode()}", os.environ["MASTER_PORT"])
 
 
-def process_group_kwargs(config: RunConfig) -> list[InitProcessGroupKwargs]:
-    """What accelerate must be told to open the process group."""
+def process_group_kwargs(config: RunConfig) -> dict[str, Any]:
+    """What accelerate's state must be told to open the process group."""
     if "LOCAL_RANK" not in os.environ:
-        return []
-    return [
-        InitProcessGroupKwargs(
-            # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
-            backend=None if torch.cuda.is_available() else "gloo",
-            # Before the training, when one rank prepares the data; then DeepSpeed's groups do not mind it.
-            timeout=timedelta(seconds=config.ddp_timeout),
-        )
-    ]
+        return {}
+    return InitProcessGroupKwargs(
+        # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
+        backend=None if torch.cuda.is_available() else "gloo",
+        # DeepSpeed's groups do not mind it. No rank works long while another waits in a collective.
+        timeout=timedelta(seconds=config.ddp_timeout),
+    ).to_kwargs()
 
 
 @functools.cache
@@ -99,9 +100,23 @@ def cpu_group() -> torch.distributed.ProcessGroup | None:
     return torch.distributed.new_group(backend="gloo")
 
 
+@functools.cache
+def bf16_is_native_everywhere(device: torch.device) -> bool:
+    """Whether every rank's device computes natively in bf16 (all ranks call; they vote once in a job)."""
+    native, group = bf16_is_native(device), cpu_group()
+    if group is None:
+        return native
+    votes = torch.tensor([int(native)])
+    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=group)
+    return bool(votes)
+
+
 def shut_down() -> None:
     """End the process group, all ranks together: a rank that leaves early may abort the others."""
     if torch.distributed.is_initialized():
+        waiting = waiting_of_job()
+        waiting.meet()
+        waiting.stop()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

@@ -1,16 +1,22 @@
-"""Being told to stop: SIGTERM, SIGUSR1 (SLURM's warning), or a launcher that is gone."""
+"""Being told to stop: SIGTERM, SIGUSR1 (SLURM's warning), SIGINT (Ctrl-C), or a launcher that is gone."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
+import time
 from types import FrameType
 from typing import Any, ClassVar
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # EX_TEMPFAIL of sysexits.h: saved, run me again.
 INTERRUPTED_STATUS = 75
+KILLED_STATUS = 128 + signal.SIGINT
+# A launcher may pass on what the terminal has sent to its ranks as well: within so many seconds it is one Ctrl-C.
+SAME_SECONDS = 1.0
 
 
 class Interrupted(SystemExit):
@@ -22,7 +28,11 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """Takes note of signals instead of dying of them, in a `with` block; a block within another is that same one."""
+    """Takes note of signals instead of dying of them, in a `with` block; a block within another is that same one.
+
+    A second SIGINT ends the process at once. So does SIGTERM after SIGINT behind a launcher: torch's elastic agent
+    passes the first Ctrl-C on as SIGINT, and the second one as SIGTERM.
+    """
 
     _outermost: ClassVar[StopSignals | None] = None
 
@@ -38,6 +48,7 @@ class StopSignals:
             # Elsewhere Python refuses handlers; whoever trains in a thread minds signals by themselves.
             if threading.current_thread() is threading.main_thread():
                 self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+                self._watch_second()
         return StopSignals._outermost
 
     def __exit__(self, *_: object) -> None:
@@ -45,6 +56,10 @@ class StopSignals:
             StopSignals._outermost = None
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            if self._before:
+                signal.set_wakeup_fd(self._fd_before)
+                os.close(self._told)
+                self._hearing.join()  # it has read the end of what was told
 
     def reason(self) -> str | None:
         """What tells this process to stop; None while nothing does."""
@@ -54,3 +69,40 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number).name
+
+    def _watch_second(self) -> None:
+        """Hear of every signal in a thread: handlers run in the main thread, which may be waiting for a dead rank."""
+        heard, self._told = os.pipe()
+        os.set_blocking(self._told, False)
+        self._fd_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        self._hearing = threading.Thread(target=self._hear, args=(heard,), daemon=True)
+        self._hearing.start()
+
+    def _hear(self, heard: int) -> None:
+        ending, apart, first = {signal.SIGINT}, 0.0, 0.0
+        if self._launcher is not None:
+            ending, apart = {signal.SIGINT, signal.SIGTERM}, SAME_SECONDS
+        with open(heard, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                now = time.monotonic()
+                if not first and number[0] == signal.SIGINT:
+                    first = now
+                    _say("stopping after this step, with a checkpoint; once more ends it at once")
+                elif first and number[0] in ending and now - first > apart:
+                    _say("ended at once; the same command goes on from the newest checkpoint")
+                    os._exit(KILLED_STATUS)
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            print(f"pemt: SIGINT: {text}", file=sys.stderr, flush=True)
+
+
+def _forget_in_child() -> None:
+    """What a forked process receives is not this one's."""
+    if StopSignals._outermost is not None and StopSignals._outermost._before:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -21,6 +21,8 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pemt.engine.waiting import waiting_of_job
+
 # The value of a parameter that still lies in its file, as the file has it; None for one in memory.
 ReadLazy = Callable[[nn.Parameter], "Tensor | None"]
 
@@ -78,7 +80,13 @@ class ShardedInit(deepspeed.zero.Init):
         super().__init__(**kwargs)
 
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
-        for parameter in param_list:
+        parameters = list(param_list)
+        self._convert([each for each in parameters if not each.requires_grad])
+        waiting_of_job().meet()  # a rank's disk may be slow, and what follows is sent
+        self._convert([each for each in parameters if each.requires_grad])
+
+    def _convert(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
             if is_zero_param(parameter):
                 continue
             value = self._read_lazy(parameter)

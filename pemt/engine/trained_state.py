@@ -10,6 +10,7 @@ import pemt.engine.deepspeed_import  # noqa: F401
 
 # isort: split
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import deepspeed
@@ -57,11 +58,16 @@ class TrainedState:
         self._set_adam_step(0)
 
     def weights(self) -> dict[str, Tensor]:
-        """Full fp32 copies on the CPU of every trained parameter, by name (all ranks call)."""
-        return {name: _copy(self._full_weight(p)) for name, p in self.parameters}
+        """On rank 0 full fp32 copies on the CPU of every trained parameter, by name (all ranks call)."""
+        weights = {}
+        for name, parameter in self.parameters:
+            full = self._full_weight(parameter)
+            if self._rank == 0:
+                weights[name] = _copy(full)
+        return weights
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's moments, full and fp32, as `<parameter>.<exp_avg|exp_avg_sq>` (all ranks call).
+        """On rank 0 AdamW's moments, full and fp32, as `<parameter>.<exp_avg|exp_avg_sq>` (all ranks call).
 
         Zeros before the first step that was not skipped: DeepSpeed has made none yet.
         """
@@ -74,11 +80,16 @@ class TrainedState:
                     full = safe_get_full_optimizer_state(parameter, key)
                 else:
                     full = self._moment(parameter, key)
-                moments[f"{name}.{key}"] = _copy(full)
+                if self._rank == 0:
+                    moments[f"{name}.{key}"] = _copy(full)
         return moments
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], *, step: int) -> None:
+    def restore(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], *, step: int
+    ) -> None:
         """Put a saved optimizer in place (all ranks call); its states exist since a first step.
+
+        A value is asked for when it is needed, and let go before the next one.
 
         Args:
             weights: what `weights` gave; they fill the fp32 masters, not the model's own copies.
@@ -97,7 +108,7 @@ class TrainedState:
                     self._moment(parameter, key).copy_(moments[f"{name}.{key}"])
         self._set_adam_step(step)
 
-    def overwrite_weights(self, weights: dict[str, Tensor]) -> None:
+    def overwrite_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Overwrite the model's trained parameters, for evaluation (all ranks call).
 
         The optimizer's fp32 masters keep their values: train no further after this.

@@ -38,6 +38,8 @@ class Beat:
         place: how often the main thread has come by; it stands still in a hanging call.
         step: optimizer steps done.
         started: as in `lock.Holder`.
+        left: it means to be missed no more.
+        doing: what it works at, while others may wait for it.
     """
 
     number: int
@@ -47,6 +49,7 @@ class Beat:
     pid: int
     started: int
     left: bool = False
+    doing: str = ""
 
     def is_here(self) -> bool:
         """Whether its process is on this host."""
@@ -88,7 +91,7 @@ class Watchdog:
         if self._world_size == 1 or "MASTER_ADDR" not in os.environ:
             return
         self._prefix = f"pemt/{name}"
-        self._store = _connected()
+        self._store = connected()
         self._tell(0)
         barrier()  # from now on every rank has a beat to be read
         for work in (self._talk, self._judge):
@@ -97,6 +100,11 @@ class Watchdog:
     def heartbeat(self, step: int) -> None:
         """Tell that the main thread is alive."""
         self._step, self._place = step, self._place + 1
+
+    def waits(self) -> None:
+        """Tell that the main thread is alive and waits for another's work; before it has come by once, it need not."""
+        if self._place:
+            self._place += 1
 
     def stop(self, *, together: bool) -> None:
         """End the watch.
@@ -136,7 +144,7 @@ class Watchdog:
                 # It may be a cable; `_judge` minds how long it lasts. Of the old connection a late answer could
                 # be taken for the next one's.
                 with contextlib.suppress(RuntimeError):
-                    self._store = _connected()
+                    self._store = connected()
 
     def _judge(self) -> None:
         """Compare what the ranks tell with what they told before."""
@@ -205,11 +213,11 @@ class Watchdog:
         return f"rank {rank} (host {beat.host}, process {beat.pid}, after step {beat.step})"
 
 
-def _connected() -> TCPStore:
+def connected(seconds: float = 60) -> TCPStore:
     """The store at which the launcher brought the ranks together."""
     return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=seconds),
     )

@@ -1,5 +1,6 @@
 from .base import (
     bars_on_terminals_alone as bars_on_terminals_alone,
+    fetch_base as fetch_base,
     load_base as load_base,
     load_config as load_config,
     load_pretrained as load_pretrained,
@@ -14,7 +15,7 @@ from .experts import (
     expert_shapes as expert_shapes,
 )
 from .inject import checked_base as checked_base
-from .lazy import materialize as materialize, read_lazy as read_lazy
+from .lazy import make_lazy as make_lazy, materialize as materialize, read_lazy as read_lazy
 from .mixture import MIXTURES as MIXTURES, LoraMixture as LoraMixture
 from .peft_model import (
     PREFIXES as PREFIXES,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from transformers import (
 
 from pemt.config import PemtError, RunConfig
 from pemt.model.base_files import WeightFileError, lazy_base, refusal, weight_files
+from pemt.model.generation import clean_generation_config, set_aside, use_clean_generation
 from pemt.model.shape import base_shape
 from pemt.model.tokenizer import load_tokenizer
 
@@ -31,6 +34,7 @@ MODEL_TYPES: dict[str, type[PreTrainedConfig]] = {
     "mt5": MT5Config,
     "umt5": UMT5Config,
 }
+_told_of: set[str] = set()
 OVERFLOWS_FROM = 1024  # d_model of t5-large, t5-3b and their v1.1
 
 
@@ -55,6 +59,24 @@ def load_base(
     return load_pretrained(name, config.tokenizer_name or name, lazy=lazy)
 
 
+def fetch_base(config: RunConfig) -> None:
+    """Bring a base model's weights from the hub into its cache, where they are not there and no folder is named.
+
+    Raises:
+        BaseModelError: as `load_base`.
+    """
+    name = config.model_name_or_path
+    if Path(name).is_dir():
+        return
+    load_config(name)  # tells best what is wrong with a name
+    try:
+        weight_files(name)
+    except WeightFileError as error:
+        raise BaseModelError(str(error)) from None
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from None
+
+
 def load_pretrained(
     name: str, tokenizer_name: str, *, lazy: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -77,7 +99,11 @@ def load_pretrained(
             weight_files(name)  # refuses an index that leads out of the folder
             with bars_on_terminals_alone():
                 base = AutoModelForSeq2SeqLM.from_pretrained(
-                    name, config=model_config, dtype=torch.float32
+                    name,
+                    config=model_config,
+                    dtype=torch.float32,
+                    # The files' own may be refused; it is not used anyway.
+                    generation_config=clean_generation_config(model_config, tokenizer),
                 )
     except WeightFileError as error:
         raise BaseModelError(str(error)) from None
@@ -88,7 +114,23 @@ def load_pretrained(
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from None
+    use_clean_generation(base, tokenizer)
+    _tell_set_aside(name, base)
     return base, tokenizer
+
+
+def _tell_set_aside(name: str, base: PreTrainedModel) -> None:
+    """Once a process and base model, on rank 0."""
+    if name in _told_of or os.environ.get("RANK", "0") != "0":
+        return
+    _told_of.add(name)
+    if settings := set_aside(name, base.generation_config):
+        print(
+            f"pemt: generation settings of {name} are not used: {', '.join(settings)}; answers and scores are by "
+            "num_beams and max_target_length alone",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def precision_warning(config: RunConfig, base: PreTrainedModel) -> str | None:
@@ -124,11 +166,27 @@ def load_config(name: str) -> PreTrainedConfig:
             raise BaseModelError(
                 f"model_name_or_path: `{name}` is a {model_type} model; PEMT needs one of {', '.join(MODEL_TYPES)}"
             )
+        _refuse_quantized(name)
         return MODEL_TYPES[model_type].from_pretrained(name, name_or_path=name)
     except BaseModelError:
         raise
     except (OSError, ValueError) as error:
         raise _not_loaded(name, error) from None
+
+
+def _refuse_quantized(name: str) -> None:
+    """8-bit and 4-bit weights, and what else is no plain number."""
+    found = PreTrainedConfig.get_config_dict(name)[0].get("quantization_config")
+    if not found:
+        return
+    settings = found if isinstance(found, dict) else {}
+    method = str(settings.get("quant_method") or "bitsandbytes")
+    bits = {"load_in_8bit": "8", "load_in_4bit": "4"}
+    width = next((bits[key] for key in bits if settings.get(key)), settings.get("bits"))
+    raise BaseModelError(
+        f"model_name_or_path: `{name}` is quantized ({method}{f', {width}-bit' if width else ''}: quantization_config "
+        "in its config.json); PEMT trains on weights in fp32, bf16 or fp16: give the model that it was made from"
+    )
 
 
 @contextmanager

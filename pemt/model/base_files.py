@@ -17,7 +17,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSeq2SeqLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -37,6 +36,7 @@ class WeightFileError(PemtError):
     """A base model's weight files do not hold what its configuration says."""
 
 
+FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 # A tensor's shape, and what reads it.
 Entry = tuple[tuple[int, ...], Callable[[], Tensor]]
 
@@ -67,7 +67,6 @@ def lazy_base(name: str, config: PreTrainedConfig) -> PreTrainedModel | None:
     with torch.device("meta"):
         base = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
     _install_lazy(base, entries, name)
-    base.generation_config = _generation_config(name)
     return base.eval()
 
 
@@ -104,7 +103,13 @@ def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 it is no mapping
-                shape = tuple(opened.get_slice(key).get_shape())
+                tensor = opened.get_slice(key)
+                if tensor.get_dtype() not in FLOATS:
+                    raise WeightFileError(
+                        f"model_name_or_path: {file}: tensor `{key}` holds {tensor.get_dtype()}, needed is one of "
+                        f"{', '.join(FLOATS)}; a quantized model cannot be trained on: give the one it was made from"
+                    )
+                shape = tuple(tensor.get_shape())
                 yield key, (shape, partial(_read_safetensors, file, key))
         return
     mapped = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -143,15 +148,6 @@ def _install_lazy(base: PreTrainedModel, entries: dict[str, Entry], name: str) -
     for key, parameter in unread.items():
         owner, _, attribute = key.rpartition(".")
         setattr(base.get_submodule(owner), attribute, parameter)
-
-
-def _generation_config(name: str) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(name)
-    except OSError:  # older models keep it in config.json
-        return GenerationConfig.from_pretrained(
-            name, config_file_name="config.json", _from_model_config=True
-        )
 
 
 def refusal(error: pickle.UnpicklingError) -> str:

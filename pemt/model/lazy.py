@@ -18,10 +18,19 @@ def lazy_parameter(
     shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], Tensor]
 ) -> nn.Parameter:
     """A parameter on the CPU whose value `read` gives, in whatever dtype its file holds."""
-    nothing = torch.full((), float("nan"), dtype=dtype).expand(shape)
-    parameter = nn.Parameter(nothing, requires_grad=False)
+    parameter = nn.Parameter(_nothing(shape, dtype), requires_grad=False)
     setattr(parameter, _READER, read)
     return parameter
+
+
+def make_lazy(parameter: nn.Parameter, read: Callable[[], Tensor]) -> None:
+    """Let go of a parameter's value: from now on it is what `read` gives, on the CPU."""
+    parameter.data = _nothing(tuple(parameter.shape), parameter.dtype)
+    setattr(parameter, _READER, read)
+
+
+def _nothing(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.full((), float("nan"), dtype=dtype).expand(shape)
 
 
 def is_lazy(parameter: Tensor) -> bool:

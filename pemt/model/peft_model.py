@@ -63,7 +63,7 @@ def peft_settings(method: str, given: Mapping[str, Any] | None) -> Any:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError:
         raise PeftError(
-            f"method: `{method}` needs the peft library; install it with `pip install pemt[peft]`"
+            f"method: `{method}` needs the peft library; install it with `pip install 'peft>=0.19'`"
         ) from None
     fields = {**DEFAULTS[method], **(given or {})}
     known = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)

@@ -111,6 +111,10 @@ class PemtT5(TrainedT5):
             pass_encoder_prompt(base, context)
         return cls(base, prompt, context, mixture=mixture)
 
+    @property
+    def sparsity_loss_weight(self) -> float:
+        return 0.0 if self.mixture is None else self.mixture.sparsity_loss_weight
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         counted_BT = labels != IGNORED_LABEL
@@ -209,7 +213,7 @@ class PemtT5(TrainedT5):
             return {"loss": ce_loss}
         sparsity_loss = torch.stack([record.sparsity_loss for record in records]).mean()
         return {
-            "loss": ce_loss + self.mixture.sparsity_loss_weight * sparsity_loss,
+            "loss": ce_loss + self.sparsity_loss_weight * sparsity_loss,
             "sparsity_loss": sparsity_loss,
             "gates_LBK": torch.stack([record.gates_BK for record in records]),
         }

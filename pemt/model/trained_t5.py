@@ -50,6 +50,11 @@ class TrainedT5(nn.Module, ABC):
 
     base: Base
 
+    @property
+    def sparsity_loss_weight(self) -> float:
+        """How much of `sparsity_loss` is in a pass's `loss`; 0 where no experts are mixed."""
+        return 0.0
+
     @abstractmethod
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
         """One pass with teacher forcing.
@@ -81,6 +86,16 @@ class TrainedT5(nn.Module, ABC):
         Of the last pass in evaluation; None where there are no source prompts.
         """
         return None
+
+    @property
+    def gate_sites(self) -> list[str]:
+        """The places that may have a gate, in the order of the gates: `encoder/0` …, `decoder/0` …, the FFNs."""
+        config = self.base.config
+        assert config.num_decoder_layers is not None
+        return [
+            *(f"encoder/{layer}" for layer in range(config.num_layers)),
+            *(f"decoder/{layer}" for layer in range(config.num_decoder_layers)),
+        ]
 
     def freeze_untrained(self) -> None:
         """Freeze everything that is not declared; once, before an engine sees the model."""

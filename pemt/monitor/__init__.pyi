@@ -1,6 +1,19 @@
-from .bars import EvaluationBar as EvaluationBar, quiet_libraries as quiet_libraries
+from .bars import (
+    EvaluationBar as EvaluationBar,
+    ProgressBar as ProgressBar,
+    quiet_libraries as quiet_libraries,
+)
 from .board import record_outcome as record_outcome
-from .gates import GateNames as GateNames, entropy_NL as entropy_NL
+from .figures import gate_map as gate_map, save_gate_map as save_gate_map
+from .gates import (
+    STACKS as STACKS,
+    GateNames as GateNames,
+    NamedGates as NamedGates,
+    entropy_NL as entropy_NL,
+    gates_in as gates_in,
+    mean_by_source as mean_by_source,
+    of_stack as of_stack,
+)
 from .log_file import (
     LOG_FILE as LOG_FILE,
     TENSORBOARD_FOLDER as TENSORBOARD_FOLDER,

@@ -15,9 +15,14 @@ SECONDS_A_LINE = 30.0  # of an evaluation, where stdout is no terminal
 
 def quiet_libraries(is_main: bool) -> None:
     """No progress bars of `datasets` and `transformers` where nobody looks: in files, on other ranks."""
-    if not (is_main and sys.stdout.isatty()):
+    if not (is_main and _on_terminal()):
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
+
+
+def _on_terminal() -> bool:
+    """Whether somebody looks; a service without a console has no stdout at all."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 class ProgressBar:
@@ -40,7 +45,7 @@ class ProgressBar:
             desc=description,
             unit="step",
             file=sys.stdout,
-            disable=not sys.stdout.isatty(),
+            disable=not _on_terminal(),
             dynamic_ncols=True,
         )
 
@@ -64,8 +69,9 @@ class ProgressBar:
 
     def message(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -94,7 +100,7 @@ class EvaluationBar:
             desc=description,
             unit="example",
             file=sys.stdout,
-            disable=not (shown and sys.stdout.isatty()),
+            disable=not (shown and _on_terminal()),
             dynamic_ncols=True,
             leave=False,
             delay=0.5,  # a short one would only flicker

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pemt.config import RunConfig
-from pemt.monitor.gates import GateNames, entropy_NL
+from pemt.monitor.gates import STACKS, GateNames, entropy_NL, of_stack
 from pemt.monitor.hparams import hparams_summaries
 from pemt.monitor.layout import layout
 from pemt.monitor.log_file import TENSORBOARD_FOLDER
@@ -68,12 +68,11 @@ class TensorBoardWriter:
             return  # the first, before which none has taken time, is always drawn
         from pemt.monitor import figures
 
-        names = self._gates.sources
-        for stack, gates_LK in self._gates.by_stack(gates_NLK.mean(dim=0)).items():
-            heading = f"{stack}, {title}"
-            pixels = figures.gate_map(gates_LK.numpy(), sources=names, title=heading)
+        named = self._gates.named(gates_NLK.mean(dim=0))
+        for stack in STACKS:
+            pixels = figures.gate_map(of_stack(named, stack), title=f"{stack}, {title}")
             self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
-        prompts = ["target", *names]
+        prompts = ["target", *self._gates.sources]
         pixels = figures.similarity_map(similarity_MM.numpy(), names=prompts, title=title)
         self._writer.add_image(f"prompts/{part}", pixels, step, dataformats="HWC")
         self._last_drawing = time.monotonic() - began

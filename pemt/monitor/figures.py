@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
+from matplotlib.image import AxesImage, imsave
+
+from pemt.monitor.gates import NamedGates
 
 # TensorBoard shrinks a picture to the width of a card, about 330 dots: a small one stays legible.
 INCHES_A_CELL = (0.5, 0.28)
@@ -18,20 +21,23 @@ DOTS_PER_INCH = 100
 MOST_NUMBERS = 64  # cells of a map that has numbers in it: text takes most of the drawing's time
 
 
-def gate_map(gates_LK: np.ndarray, *, sources: Sequence[str], title: str) -> np.ndarray:
-    """Mean gates of every layer (rows) and source (columns) of one stack.
-
-    Args:
-        gates_LK: [layers, sources], in [0, 1].
+def gate_map(gates: NamedGates, *, title: str) -> np.ndarray:
+    """Mean gates of every site (rows) and source (columns).
 
     Returns:
         RGB, uint8 [height, width, 3].
     """
-    figure, axes = _figure(rows=[str(layer) for layer in range(len(gates_LK))], columns=sources)
-    image = _heat_map(axes, gates_LK, low=0.0)
-    axes.set_ylabel("layer")
+    sources = list(next(iter(gates.values())))
+    figure, axes = _figure(rows=list(gates), columns=sources)
+    values_LK = np.array([[weights[name] for name in sources] for weights in gates.values()])
+    image = _heat_map(axes, values_LK, low=0.0)
     figure.colorbar(image, ax=axes, label="mean gate")
     return _pixels(figure, title)
+
+
+def save_gate_map(gates: NamedGates, path: Path, *, title: str) -> None:
+    """`gate_map` as a PNG file."""
+    imsave(path, gate_map(gates, title=title))
 
 
 def similarity_map(similarity_MM: np.ndarray, *, names: Sequence[str], title: str) -> np.ndarray:

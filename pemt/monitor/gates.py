@@ -1,18 +1,23 @@
-"""Gates by name: which FFN of which stack, which source; and how decided they are.
+"""Gates by name, `{"encoder/0": {source: weight}}`, and how decided they are.
 
-Shapes: N examples, L FFNs (the encoder's first), K sources, M = 1 + K prompts.
+Shapes: N examples, L sites (a gate each: the FFNs, the encoder's first), K sources, M = 1 + K prompts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 STACKS = ("encoder", "decoder")
+
+# Site -> source -> weight.
+NamedGates = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,22 +26,27 @@ class GateNames:
 
     Args:
         sources: the K sources' names.
-        encoder_layers: how many of the L FFNs, the first ones, are the encoder's.
+        sites: the L places with a gate, as `TrainedT5.gate_sites` names them: `encoder/0` …, `decoder/0` ….
     """
 
     sources: Sequence[str]
-    encoder_layers: int
+    sites: Sequence[str]
+
+    def named(self, gates_LK: Tensor) -> NamedGates:
+        """Each gate under its site and source."""
+        rows = zip(self.sites, gates_LK.tolist(), strict=True)
+        return {site: dict(zip(self.sources, gates_K, strict=True)) for site, gates_K in rows}
 
     def scalars(self, gates_LK: Tensor) -> dict[str, float]:
-        """`gate/<encoder|decoder>/<layer>/<source>`, and `gate_mean/<source>` over all FFNs."""
+        """`gate/<site>/<source>`, and `gate_mean/<source>` over all sites."""
+        named = self.named(gates_LK)
         each = {
-            f"gate/{stack}/{layer}/{source}": weight
-            for stack, stack_LK in self.by_stack(gates_LK).items()
-            for layer, gates_K in enumerate(stack_LK.tolist())
-            for source, weight in zip(self.sources, gates_K, strict=True)
+            f"gate/{site}/{source}": weight
+            for site, weights in named.items()
+            for source, weight in weights.items()
         }
-        means = zip(self.sources, gates_LK.mean(dim=0).tolist(), strict=True)
-        return each | {f"gate_mean/{source}": weight for source, weight in means}
+        means = mean_by_source(named)
+        return each | {f"gate_mean/{source}": weight for source, weight in means.items()}
 
     def decisions(self, gates_NLK: Tensor, similarity_MM: Tensor) -> dict[str, float]:
         """`gate_entropy/<encoder|decoder>`, a mean over examples and layers, and `prompt_similarity/<source>`.
@@ -50,9 +60,38 @@ class GateNames:
         return found | {f"prompt_similarity/{source}": cosine for source, cosine in cosines}
 
     def by_stack(self, gates_LK: Tensor, *, dim: int = 0) -> dict[str, Tensor]:
-        """Encoder and decoder apart; `dim` is where the FFNs lie."""
-        sizes = [self.encoder_layers, gates_LK.shape[dim] - self.encoder_layers]
+        """Encoder and decoder apart; `dim` is where the sites lie."""
+        stacks = [site.partition("/")[0] for site in self.sites]
+        sizes = [stacks.count(stack) for stack in STACKS]
         return dict(zip(STACKS, gates_LK.split(sizes, dim=dim), strict=True))
+
+
+def mean_by_source(gates: NamedGates) -> dict[str, float]:
+    """Every source's weight, averaged over the sites that have it."""
+    weights: dict[str, list[float]] = {}
+    for of_site in gates.values():
+        for source, weight in of_site.items():
+            weights.setdefault(source, []).append(weight)
+    return {source: mean(each) for source, each in weights.items()}
+
+
+def of_stack(gates: NamedGates, stack: str) -> NamedGates:
+    """The gates of one stack alone."""
+    return {site: weights for site, weights in gates.items() if site.startswith(f"{stack}/")}
+
+
+def gates_in(results: Mapping[str, Any]) -> NamedGates:
+    """The gates in what all_results.json holds; runs of before 2026-11-28 list them without names.
+
+    Those lists have the encoder's FFNs first, and nothing that tells where they end: half is assumed.
+    """
+    gates = results.get("gates") or {}
+    if isinstance(gates, dict):
+        return gates
+    half = len(gates) // 2
+    sites = [f"{stack}/{layer}" for stack in STACKS for layer in range(half)]
+    sites += [f"decoder/{layer}" for layer in range(half, len(gates) - half)]
+    return GateNames(sources=results["sources"], sites=sites).named(torch.tensor(gates))
 
 
 def entropy_NL(gates_NLK: Tensor) -> Tensor:

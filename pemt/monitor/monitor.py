@@ -19,7 +19,7 @@ from pemt.monitor.gates import GateNames
 from pemt.monitor.log_file import LOG_FILE, TENSORBOARD_FOLDER, LogFile
 from pemt.monitor.provenance import config_text, environment_text
 
-NO_GATES = GateNames(sources=(), encoder_layers=0)
+NO_GATES = GateNames(sources=(), sites=())
 
 
 class LogError(PemtError):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from pemt.config import RunConfig
+from pemt.config import DISTRIBUTION, RunConfig
 
-PACKAGES = ("pemt", "torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
+PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
 GIT_SECONDS = 5
 MOST_FILES = 20
 

@@ -65,7 +65,7 @@ class Library:
         for path in (*self.sources, *headers):
             digest.update(path.read_bytes())
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-        return Path(root) / f"{self.namespace}_{digest.hexdigest()[:12]}"
+        return Path(root).expanduser() / f"{self.namespace}_{digest.hexdigest()[:12]}"
 
     @property
     def built(self) -> Path:
@@ -131,6 +131,12 @@ def build(library: Library) -> None:
             if library.built.exists():
                 return
             started = time.monotonic()
+            print(
+                f"pemt: compiling the {library.name} kernel for {library.machines}, which takes a minute or more, "
+                f"once: it is kept in {library.folder}",
+                file=sys.stderr,
+                flush=True,
+            )
             # a killed build leaves cpp_extension's own lock, which would be waited on forever
             (library.folder / "lock").unlink(missing_ok=True)
             with _ninja_on_path():

@@ -92,6 +92,15 @@ def _best(device: str) -> Kernels:
         return PACKED
 
 
+def prepare(device: str) -> None:
+    """Build and load now what runs on a device type, rather than in the first step.
+
+    Raises:
+        OpsError: as `kernels_for`.
+    """
+    kernels_for(torch.empty(0, device=device))
+
+
 def kernels_for(tensor: Tensor) -> Kernels:
     """The implementation for this tensor's device.
 

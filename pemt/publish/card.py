@@ -5,22 +5,21 @@ Shapes: L FFNs (encoder first), K sources.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from pemt.config import PEFT_METHODS, AdaptConfig
+from pemt.config import PEFT_METHODS, AdaptConfig, how_to_install
+from pemt.monitor import NamedGates, gates_in, mean_by_source
+from pemt.run import chosen_text, scored_text
 from pemt.storage import HubError, local_folder
-from pemt.tasks import Task, label_name
+from pemt.tasks import Task, label_name, told_once
 
 GATES = "gates.png"
 _PAPER = "[PEMT](https://arxiv.org/abs/2402.15082)"
@@ -37,8 +36,10 @@ model = PemtModel.from_pretrained({here!r})
 print(model.generate([{text!r}]))"""
 _PEFT = """\
 from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM
-model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained({base!r}), {here!r})"""
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+base = AutoModelForSeq2SeqLM.from_pretrained({base!r})
+base.generation_config = GenerationConfig.from_pretrained({here!r})  # as it was scored
+model = PeftModel.from_pretrained(base, {here!r})"""
 _FULL = """\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 model = AutoModelForSeq2SeqLM.from_pretrained({here!r})
@@ -68,18 +69,21 @@ class Card:
     bytes: int
 
     @property
-    def gates_LK(self) -> list[list[float]]:
+    def gates(self) -> NamedGates:
         """Mean gates over the test set; empty without experts."""
-        return list(self.results.get("gates", []))
+        return gates_in(self.results)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Test metrics in percent."""
-        return {
-            name: self.results[f"test_{name}"]
-            for name in (*self.task.metrics, "average_metrics")
-            if f"test_{name}" in self.results
-        }
+        names = (*self.task.metrics, "average_metrics")
+        found = (name for name in names if f"test_{name}" in self.results)
+        return told_once({name: self.results[f"test_{name}"] for name in found})
+
+    @property
+    def tells_origin(self) -> bool:
+        """Whether the results say what was scored; those of older runs do not."""
+        return "split_origin" in self.results
 
 
 def model_card(card: Card) -> str:
@@ -93,7 +97,7 @@ def model_card(card: Card) -> str:
         f"Method: {what}.",
         _use(card),
         _scores(card),
-        *([_experts(card)] if card.gates_LK else []),
+        *([_experts(card)] if card.gates else []),
         _training(card),
         _licence(card),
     ]
@@ -109,26 +113,6 @@ def base_licence(base_model: str) -> str | None:
     except (HubError, OSError, ValueError):
         return None
     return str(found) if found else None
-
-
-def draw_gates(
-    gates_LK: list[list[float]], sources: Sequence[str], encoder_layers: int, path: Path
-) -> None:
-    """A heat map of the mean gates: sources (rows) by FFNs (columns)."""
-    gates = np.asarray(gates_LK)
-    names = [f"enc {i}" for i in range(encoder_layers)]
-    names += [f"dec {i}" for i in range(len(gates) - encoder_layers)]
-    width = min(14.0, 3 + 0.45 * len(names))
-    figure = Figure(figsize=(width, 1.6 + 0.35 * len(sources)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(gates.T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.axvline(encoder_layers - 0.5, color="white", linewidth=2)
-    axes.set_yticks(range(len(sources)), list(sources))
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_title("Mean gate on the test set")
-    figure.colorbar(image, ax=axes, label="weight")
-    figure.savefig(path, dpi=120)
 
 
 def _front_matter(card: Card, name: str) -> ModelCardData:
@@ -150,6 +134,8 @@ def _front_matter(card: Card, name: str) -> ModelCardData:
                 task_type="text2text-generation",
                 dataset_type=hub.path if hub else card.task.name,
                 dataset_name=card.task.name,
+                dataset_config=hub.config if hub else None,
+                **_scored(card),
                 metric_type=metric,
                 metric_value=round(value, 2),
             )
@@ -159,11 +145,23 @@ def _front_matter(card: Card, name: str) -> ModelCardData:
     return ModelCardData(**{key: value for key, value in data.items() if value is not None})
 
 
+def _scored(card: Card) -> dict[str, Any]:
+    """What was scored, as fields of an `EvalResult`: the official split, and what was taken of it."""
+    if not card.tells_origin:
+        return {}
+    official = re.search(r"official (\w+) set", card.results["split_origin"])
+    taken = {name: card.results[name] for name in ("split", "examples", "split_origin")}
+    return {"dataset_split": official[1] if official else None, "dataset_args": taken}
+
+
 def _use(card: Card) -> str:
     method = card.config.method
     lines = _FULL if method == "full" else _PEFT if method in PEFT_METHODS else _OWN
     code = lines.format(here=_HERE, base=card.base_model, text=card.task.template)
-    own = "`pip install pemt`; the path is this folder, or its id on the hub.\n\n"
+    own = (
+        f"First {how_to_install()}: on PyPI `pemt` is another program. The path is this folder, or its id on "
+        "the hub.\n\n"
+    )
     asked = f"An input is `{card.task.template}` with the fields filled in"
     if card.task.labels:
         names = ((label, label_name(card.task, label)) for label in card.task.labels)
@@ -176,16 +174,18 @@ def _scores(card: Card) -> str:
     if not card.metrics:
         return "## Scores\n\nThe run was not scored."
     rows = [f"| {name} | {value:.2f} |" for name, value in card.metrics.items()]
-    return "\n".join(["## Scores", "", "On the test split, in percent.", "", "| metric | score |",
+    told = (
+        f"{scored_text(card.results)}; in percent."
+        if card.tells_origin
+        else "On the test split, in percent."
+    )
+    return "\n".join(["## Scores", "", told, "", "| metric | score |",
                       "|---|---|", *rows])  # fmt: skip
 
 
 def _experts(card: Card) -> str:
-    means = np.asarray(card.gates_LK).mean(axis=0)
-    rows = [
-        f"| {name} | {mean:.3f} |"
-        for name, mean in zip(card.results["sources"], means, strict=True)
-    ]
+    means = mean_by_source(card.gates)
+    rows = [f"| {name} | {mean:.3f} |" for name, mean in means.items()]
     return "\n".join(
         ["## Experts", "", "How much the gates gave to each source task, over all FFNs and test inputs.",
          "", "| source | mean gate |", "|---|---|", *rows, "",
@@ -199,12 +199,13 @@ def _training(card: Card) -> str:
     steps = (
         f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs} epochs"
     )
+    chosen = chosen_text(card.results) if card.tells_origin else "The best checkpoint on validation"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return (
         f"## Training\n\nUp to {steps}{few}; AdamW, learning rate {config.learning_rate:g}, "
         f"{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} examples a rank and step, "
         f"inputs of up to {config.max_source_length} tokens, seed {config.seed}. "
-        f"The best checkpoint on validation. Written with {versions}; {card.bytes / 2**20:.1f} MiB in {card.dtype}."
+        f"{chosen[0].upper()}{chosen[1:]}. Written with {versions}; {card.bytes / 2**20:.1f} MiB in {card.dtype}."
     )
 
 

@@ -16,6 +16,7 @@ from pemt.bank import read_bank
 from pemt.checkpoint import RESULTS
 from pemt.config import AdaptConfig
 from pemt.model import FullT5, PeftT5, bars_on_terminals_alone, base_digest, base_shape
+from pemt.monitor import save_gate_map
 from pemt.publish.adapter_format import (
     CONFIG,
     FORMAT,
@@ -26,8 +27,9 @@ from pemt.publish.adapter_format import (
     SourceSettings,
     write_adapter,
 )
-from pemt.publish.card import GATES, Card, base_licence, draw_gates, model_card
+from pemt.publish.card import GATES, Card, base_licence, model_card
 from pemt.run import LoadedRun, load_finished
+from pemt.tasks import longest_target
 
 README = "README.md"
 
@@ -57,7 +59,7 @@ def export_run(
         PublishError: a source run, a folder in use, or it cannot be written.
         PemtError: as `load_finished`.
     """
-    target = Path(folder)
+    run_dir, target = Path(run_dir).expanduser(), Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PublishError(f"{target}: is not empty; give a new folder")
     finished = load_finished(run_dir)
@@ -69,8 +71,15 @@ def export_run(
         )
     name = base_model or config.model_name_or_path
     with _whole(target) as temporary:
+        # as it was scored, for whoever asks it by transformers alone
+        answers = finished.model.base.generation_config
+        answers.num_beams, answers.max_new_tokens = (
+            config.num_beams,
+            longest_target(finished.task, config.max_target_length),
+        )
         if isinstance(finished.model, PeftT5):
             _write_peft(temporary, finished.model, name)
+            answers.save_pretrained(temporary)
         elif isinstance(finished.model, FullT5):
             with bars_on_terminals_alone():
                 finished.model.base.save_pretrained(temporary)
@@ -80,16 +89,14 @@ def export_run(
         card = Card(
             base_model=name,
             licence=licence or base_licence(config.model_name_or_path),
-            results=_results(Path(run_dir)),
+            results=_results(run_dir),
             config=config,
             task=finished.task,
             dtype=dtype if config.method in METHODS else "float32",
             bytes=sum(path.stat().st_size for path in temporary.iterdir()),
         )
-        if card.gates_LK:
-            encoder_layers = finished.model.base.config.num_layers
-            sources = finished.source_names
-            draw_gates(card.gates_LK, sources, encoder_layers, temporary / GATES)
+        if card.gates:
+            save_gate_map(card.gates, temporary / GATES, title="Mean gate on the test set")
         (temporary / README).write_text(model_card(card), encoding="utf-8")
     return target
 
@@ -117,7 +124,7 @@ def _write_own(
         template=task.template,
         labels=list(task.labels),
         max_source_length=config.max_source_length,
-        max_new_tokens=config.max_target_length or task.max_target_length,
+        max_new_tokens=longest_target(task, config.max_target_length),
         num_beams=config.num_beams,
         reduction_factor=config.adapter.reduction_factor,
         train_layer_norms=config.mixture.train_layer_norms,

@@ -1,6 +1,6 @@
 """What there is to see in a run: where sources act, what is confused, best and worst, what it cost.
 
-Shapes: L FFNs (the encoder's first), K sources, C classes.
+Shapes: C classes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from pemt.monitor import STACKS, mean_by_source, of_stack
 from pemt.report.record import Record
 
 MOST_CLASSES = 20
@@ -50,41 +51,33 @@ class SourceUse:
 
 def gate_matrices(record: Record) -> list[Matrix]:
     """Mean gates, a matrix a stack: layers × sources."""
-    gates_LK = record.gates_LK
-    if not gates_LK:
-        return []
-    # A log tells where the encoder ends; T5's stacks are of the same depth unless it says otherwise.
-    layers = {
-        tag.split("/")[2] for line in record.log for tag in line if tag.startswith("gate/encoder/")
-    }
-    encoder = len(layers) or len(gates_LK) // 2
-    return [
-        Matrix(
-            title=stack,
-            rows=[str(layer) for layer in range(len(part))],
-            columns=record.sources,
-            values=part,
-        )
-        for stack, part in (("encoder", gates_LK[:encoder]), ("decoder", gates_LK[encoder:]))
-    ]
+    matrices = []
+    for stack in STACKS:
+        gates = of_stack(record.gates, stack)
+        if gates:
+            rows = [site.partition("/")[2] for site in gates]
+            values = [[weights[name] for name in record.sources] for weights in gates.values()]
+            matrices.append(Matrix(title=stack, rows=rows, columns=record.sources, values=values))
+    return matrices
 
 
 def source_uses(record: Record) -> list[SourceUse]:
     """Which source helped where, the most used first."""
-    gates_LK = record.gates_LK
+    gates = record.gates
+    means = mean_by_source(gates)
     led = defaultdict(list)
     for line in record.predictions:
         if line.get("gates"):
             led[max(line["gates"], key=line["gates"].get)].append(line)
     found = []
-    for k, name in enumerate(record.sources):
+    for name in record.sources:
         scores = [score for line in led[name] if (score := score_of(line)) is not None]
         cosines = record.series(f"prompt_similarity/{name}")[1]
         found.append(
             SourceUse(
                 name=name,
-                mean_gate=mean(gates_K[k] for gates_K in gates_LK),
-                leads_ffns=sum(gates_K[k] == max(gates_K) for gates_K in gates_LK),
+                mean_gate=means[name],
+                leads_ffns=sum(each[name] == max(each.values()) for each in gates.values()),
                 similarity=cosines[-1] if cosines else None,
                 leads=len(led[name]),
                 score=mean(scores) if scores else None,

@@ -12,7 +12,7 @@ import yaml
 
 from pemt.checkpoint import CONFIG, PREDICTIONS, RESULTS, STATUS, checkpoint_folders, trained_count
 from pemt.config import PemtError
-from pemt.monitor import LOG_FILE, read_log
+from pemt.monitor import LOG_FILE, NamedGates, gates_in, read_log
 
 
 class ReportError(PemtError):
@@ -64,16 +64,16 @@ class Record:
         return list(dict.fromkeys(names))
 
     @property
-    def gates_LK(self) -> list[list[float]]:
+    def gates(self) -> NamedGates:
         """Mean gates of the test set or, without one, of the last training steps that were logged."""
         if self.results:
-            return list(self.results.get("gates") or [])
-        rows_K: dict[tuple[bool, int], list[float]] = {}
+            return gates_in(self.results)
+        gates: NamedGates = {}
         for tag, value in self.logged_gates.items():
             if tag.startswith("gate/"):
-                _, stack, layer, _ = tag.split("/", 3)
-                rows_K.setdefault((stack != "encoder", int(layer)), []).append(float(value))
-        return [gates_K for _, gates_K in sorted(rows_K.items())]
+                _, stack, layer, source = tag.split("/", 3)
+                gates.setdefault(f"{stack}/{layer}", {})[source] = float(value)
+        return gates
 
     @property
     def logged_gates(self) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pemt.bank import read_bank
-from pemt.config import PEFT_METHODS, AdaptConfig, RunConfig, SourceConfig
+from pemt.config import PEFT_METHODS, AdaptConfig, PemtError, RunConfig, SourceConfig
+from pemt.engine import Engine
 from pemt.model import (
     BitFitT5,
     FullT5,
@@ -19,6 +20,8 @@ from pemt.model import (
     peft_settings,
     starts_from_text,
 )
+from pemt.monitor import GateNames
+from pemt.ops import OpsError, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,11 @@ class Built:
     model: TrainedT5
     stage: str
     source_names: list[str]
+
+    @property
+    def gate_names(self) -> GateNames:
+        """What the axes of the model's gates stand for."""
+        return GateNames(sources=self.source_names, sites=self.model.gate_sites)
 
 
 def build_model(
@@ -70,6 +78,23 @@ def build_model(
     else:
         model, names = _target_model(config, base, tokenizer, description)
     return Built(model=model, stage="adapt", source_names=names)
+
+
+def build_ops(config: RunConfig, engine: Engine) -> None:
+    """Compile the fused op where a run uses it and nobody has yet, while the machine's other ranks wait (all ranks
+    call).
+
+    Raises:
+        PemtError: PEMT_OPS names an implementation that cannot be had here.
+    """
+    # On a CPU every method answers through it.
+    if engine.device.type != "cpu" and getattr(config, "method", None) != "pemt":
+        return
+    with engine.local_first("compiling the fused op"):
+        try:
+            select.prepare(engine.device.type)
+        except OpsError as error:
+            raise PemtError(str(error)) from None
 
 
 def _target_model(

@@ -21,7 +21,7 @@ from pemt.data import EvalBatches, collate, lengths_of
 from pemt.engine import Engine
 from pemt.model import PemtOutput, TrainedT5
 from pemt.monitor import EvaluationBar
-from pemt.tasks import Task, score
+from pemt.tasks import Task, longest_target, score
 
 IGNORED_LABEL = -100
 NO_EXAMPLE = -1
@@ -80,7 +80,7 @@ def evaluate(
         on_batch_end: called by all ranks after each batch; what it raises ends the evaluation.
     """
     started = time.perf_counter()
-    longest = config.max_target_length or task.max_target_length
+    longest = longest_target(task, config.max_target_length)
 
     def measure(indices: list[int]) -> list[Tensor]:
         batch = collate(
@@ -107,10 +107,14 @@ def evaluate(
             on_batch_end=after_batch,
         )
     predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
-    metrics = engine.broadcast_object(score(task, predictions, dataset) if engine.is_main else None)
+    loss = float(loss_N.sum() / targets_N.sum().clamp(min=1))
+    # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
+    metrics, loss = engine.on_rank0(
+        lambda: (score(task, predictions, dataset), loss), f"scoring {len(predictions)} answers"
+    )
     return Evaluation(
         metrics=metrics,
-        loss=float(loss_N.sum() / targets_N.sum().clamp(min=1)),
+        loss=loss,
         gates_NLK=gates[0] if gates else None,
         predictions=predictions,
         runtime=time.perf_counter() - started,
@@ -190,23 +194,13 @@ def answer_batch(
             synced_gpus=engine.zero_stage == 3 and engine.world_size > 1,
         )
     padding = longest + 1 - tokens_BT.shape[1]
-    padded_BT = F.pad(tokens_BT, (0, padding), value=module.base.config.pad_token_id)
+    padded_BT = F.pad(tokens_BT, (0, padding), value=module.base.generation_config.pad_token_id)
     return [padded_BT] if gates_BLK is None else [padded_BT, gates_BLK.float()]
 
 
 def gates_of(out: PemtOutput) -> list[Tensor]:
     """The gates [B,L,K] of a forward pass, in a list; an empty one where there are none."""
     return [] if out.gates_LBK is None else [out.gates_LBK.float().transpose(0, 1)]
-
-
-def ffn_names(model: TrainedT5) -> list[str]:
-    """`encoder/0` …, `decoder/0` …: the FFNs in the gates' order, by stack and layer."""
-    config = model.base.config
-    assert config.num_decoder_layers is not None
-    return [
-        *(f"encoder/{layer}" for layer in range(config.num_layers)),
-        *(f"decoder/{layer}" for layer in range(config.num_decoder_layers)),
-    ]
 
 
 def _pad_rows(tensor: Tensor, count: int) -> Tensor:

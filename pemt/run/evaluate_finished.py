@@ -12,7 +12,7 @@ from pemt.data import load_split
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import evaluate
-from pemt.run.finished import finished_config, load_finished, prepare_finished
+from pemt.run.finished import finished_config, load_on_all, prepare_finished
 from pemt.run.results import results_block, scores_of, write_results
 from pemt.tasks import SPLITS
 
@@ -47,12 +47,11 @@ def evaluate_run(
         )
     engine = Engine(config)
     quiet_libraries(engine.is_main)
-    finished = load_finished(run_dir, config)
+    finished = load_on_all(run_dir, config, engine)
     # Trained on an answer a time, scored once an example.
     task = replace(finished.task, train_on_every_answer=False)
-    examples, notes = load_split(
-        task, config, finished.tokenizer, split, local_main_first=engine.local_main_first
-    )
+    with engine.local_first(f"preparing the examples of {task.name}"):
+        examples, notes, made = load_split(task, config, finished.tokenizer, split)
     prepare_finished(finished, engine)
     scored = evaluate(engine, examples, task=task, tokenizer=finished.tokenizer, config=config)
     results = {
@@ -61,14 +60,20 @@ def evaluate_run(
         "task_name": config.task_name,
         "split": split,
         "examples": len(scored.predictions),
-        **scores_of(scored, finished.source_names, split=split),
+        "split_origin": made,
+        **scores_of(scored, finished.gate_names, split=split),
     }
-    if engine.is_main:
+
+    def write() -> None:
         own = finished_config(run_dir).task_name == config.task_name
         name = f"{split}_results.json" if own else f"{config.task_name}_{split}_results.json"
+        path = Path(output_file or finished.folder / name)
         for note in notes:
             print(note)
-        print(results_block(results, split), flush=True)
-        write_results(Path(output_file or finished.folder / name), results)
+        files = {"results": path, "checkpoint": finished.checkpoint}
+        print(results_block(results, files), flush=True)
+        write_results(path, results)
+
+    engine.on_rank0(write, "writing results")
     engine.release()
     return results

@@ -10,16 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from pemt.checkpoint import (
     WEIGHTS,
-    Progress,
+    TrainState,
     load_trained,
 )
 from pemt.config import AdaptConfig, RunConfig
 from pemt.engine import Engine
-from pemt.model import TrainedT5, base_digest, checked_base, load_base, read_lazy
-from pemt.run.build import build_model
+from pemt.model import TrainedT5, base_digest, checked_base, fetch_base, load_base, read_lazy
+from pemt.monitor import GateNames
+from pemt.run.build import build_model, build_ops
 from pemt.run.finished_config import FinishedError, best_checkpoint, finished_config
 from pemt.storage import read_manifest, read_tensors
-from pemt.tasks import Task, get_task
+from pemt.tasks import Task, get_task, longest_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,12 @@ class LoadedRun:
     model: TrainedT5
     source_names: list[str]
     checkpoint: Path
-    progress: Progress
+    progress: TrainState
+
+    @property
+    def gate_names(self) -> GateNames:
+        """What the axes of the model's gates stand for."""
+        return GateNames(sources=self.source_names, sites=self.model.gate_sites)
 
 
 def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> LoadedRun:
@@ -60,9 +66,10 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
         FinishedError: as `finished_config`; or the base model's weights are others than the run's.
         PemtError: base model, bank, task or checkpoint cannot be read, or do not go together any more.
     """
+    run_dir = Path(run_dir).expanduser()
     own = finished_config(run_dir)
     config = config or own
-    checkpoint, progress, stage = best_checkpoint(Path(run_dir))
+    checkpoint, progress, stage = best_checkpoint(run_dir)
     manifest = read_manifest(checkpoint)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
     same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
@@ -81,11 +88,15 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     built = build_model(as_trained, base=base, tokenizer=tokenizer, description=description)
     weights = read_tensors(checkpoint, WEIGHTS, manifest)
     load_trained(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
+    task = get_task(config.task_name, config.task_file)
+    if task.max_target_length is None:  # open answers: what the run has measured
+        length = manifest["run"].get("max_target_length")
+        task = replace(task, max_target_length=longest_target(task, length))
     return LoadedRun(
-        folder=Path(run_dir),
+        folder=run_dir,
         config=config,
         stage=stage,
-        task=get_task(config.task_name, config.task_file),
+        task=task,
         tokenizer=tokenizer,
         model=built.model.eval(),
         source_names=built.source_names,
@@ -94,11 +105,20 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     )
 
 
+def load_on_all(run_dir: str | Path, config: RunConfig, engine: Engine) -> LoadedRun:
+    """`load_finished` on every rank of a job; of a machine one alone fetches what is on the hub (all ranks call)."""
+    with engine.local_first(f"fetching {config.model_name_or_path}"):
+        fetch_base(config)
+    with engine.together(f"reading {run_dir}"):
+        return load_finished(run_dir, config)
+
+
 def prepare_finished(finished: LoadedRun, engine: Engine) -> None:
     """Hand the model to the engine for evaluation.
 
     As in training, with an optimizer that takes no step: every DeepSpeed JSON that trains also evaluates.
     """
+    build_ops(finished.config, engine)
     trained = [parameter for _, parameter in finished.model.trainable_parameters()]
     optimizer = torch.optim.AdamW(trained, lr=finished.config.learning_rate)
     engine.prepare(finished.model, optimizer, read_lazy=read_lazy)

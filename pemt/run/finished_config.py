@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pemt.checkpoint import CONFIG, Progress, checkpoint_folders, progress_of
-from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config
+from pemt.checkpoint import CONFIG, TrainState, checkpoint_folders, train_state_of
+from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config, value_sources
 from pemt.run.early import check_base_place
 from pemt.storage import read_manifest
 from pemt.tasks import get_task
@@ -44,31 +44,35 @@ def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunCo
         ConfigError: `config.yaml` or an override is wrong.
         StorageError: the checkpoint's manifest is damaged.
     """
-    path = Path(run_dir) / CONFIG
+    run_dir = Path(run_dir).expanduser()
+    path = run_dir / CONFIG
     if not path.is_file():
         raise FinishedError(
             f"{run_dir}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
         )
-    _, _, stage = best_checkpoint(Path(run_dir))
+    _, _, stage = best_checkpoint(run_dir)
     kind: type[RunConfig] = SourceConfig if stage == "source" else AdaptConfig
-    arguments = ["--config", str(path)]
-    config = parse_config(kind, [*arguments, *overrides], prog="pemt evaluate")
-    if config.task_name != parse_config(kind, arguments, prog="pemt evaluate").task_name:
-        arguments += ["--data_dir", "null", "--task_file", "null"]
-        config = parse_config(kind, [*arguments, *overrides], prog="pemt evaluate")
+    own = ["--config", str(path)]
+    config = parse_config(kind, [*own, *overrides], prog="pemt evaluate")
+    if config.task_name != parse_config(kind, own, prog="pemt evaluate").task_name:
+        sources = value_sources(kind, [*own, *overrides])
+        if sources["data_dir"] == str(path):
+            config = replace(config, data_dir=None)
+        if sources["task_file"] == str(path):
+            config = replace(config, task_file=None)
     return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
 
 
-def best_checkpoint(folder: Path) -> tuple[Path, Progress, str]:
+def best_checkpoint(folder: Path) -> tuple[Path, TrainState, str]:
     """The best validated checkpoint (the newest where nothing was validated), its progress and stage."""
     folders = checkpoint_folders(folder)
     if not folders:
         raise FinishedError(f"{folder}: holds a run without a checkpoint; train it first")
-    newest = progress_of(read_manifest(folders[-1]))
+    newest = train_state_of(read_manifest(folders[-1]))
     best = folder / f"checkpoint-{newest.best_step}"
     chosen = best if newest.best_step is not None and best.is_dir() else folders[-1]
     manifest = read_manifest(chosen)
     run = manifest.get("run")
     if not isinstance(run, dict) or run.get("stage") not in ("source", "adapt"):
         raise FinishedError(f"{chosen}: tells no stage; it was written by another version")
-    return chosen, progress_of(manifest), run["stage"]
+    return chosen, train_state_of(manifest), run["stage"]

@@ -9,17 +9,18 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from pemt.checkpoint import (
     Checkpoint,
     Checkpoints,
-    Progress,
+    TrainState,
     holds_run,
     load_into_model,
     resume_target,
     start_run_folder,
+    warmup_notes,
 )
 from pemt.config import RunConfig
 from pemt.data import (
@@ -32,13 +33,14 @@ from pemt.data import (
 )
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
-from pemt.monitor import GateNames, Monitor
+from pemt.monitor import Monitor
 from pemt.run.build import Built
 from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.meter import Meter
+from pemt.run.meter import Meter, shares
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.session import Session
-from pemt.tasks import Task
+from pemt.storage import TensorFile
+from pemt.tasks import Task, told_once
 
 Batches: TypeAlias = TrainBatches | StreamBatches
 
@@ -59,13 +61,13 @@ class Fitted:
     """What training leaves.
 
     Args:
-        weights: the best checkpoint's trained weights, fp32, by parameter name.
+        weights: the best checkpoint's trained weights, fp32, by parameter name, in their file.
         progress: the last step, and the best one.
         epoch: passes over the training data.
     """
 
-    weights: dict[str, Tensor]
-    progress: Progress
+    weights: TensorFile
+    progress: TrainState
     epoch: float
 
 
@@ -122,7 +124,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     batches = train_batches(config, setup, resumed.progress.position if resumed else None)
     total_steps = _total_steps(config, batches)
     schedule = prepare(config, engine, model, resumed, total_steps=total_steps)
-    progress = _restore(setup, schedule, resumed) if resumed else Progress()
+    progress = _restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(progress.step)
     model.train()
     with (
@@ -132,7 +134,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             initial_step=progress.step,
             is_main=engine.is_main,
             description=f"{built.stage} {setup.task.name}",
-            gates=gate_names(model, built.source_names),
+            gates=built.gate_names,
         ) as monitor,
         checkpoints,
     ):
@@ -178,7 +180,8 @@ def _begin(
 ) -> tuple[Checkpoints, Checkpoint | None]:
     """The run's folder, ready to be written, and what to go on from."""
     engine = setup.engine
-    checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
+    with engine.together("reading the digest of the base model's weights"):
+        checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
     resumed = checkpoints.resume(resume_target(config), expected=session.saved_before)
     session.attach_checkpoints(checkpoints)
     if (
@@ -188,14 +191,17 @@ def _begin(
         and holds_run(Path(config.output_dir))
     ):
         print(f"{config.output_dir}: the run begun here had saved no checkpoint yet", flush=True)
-    engine.on_rank0(lambda: start_run_folder(config))
+    engine.on_rank0(lambda: start_run_folder(config), "writing the run's configuration")
     return checkpoints, resumed
 
 
 def _identity(setup: Setup, built: Built) -> dict[str, Any]:
     """What a checkpoint of this run belongs to, besides what the configuration tells."""
-    train = setup.data.train
+    train, data = setup.data.train, setup.data
+    # What a finished run answers with: its data may be gone by then.
+    measured = {"max_target_length": data.max_target_length} if data.is_measured else {}
     return {
+        **measured,
         "stage": built.stage,
         "sources": built.source_names,
         "train_examples": None if isinstance(train, TrainStream) else len(train),
@@ -204,16 +210,19 @@ def _identity(setup: Setup, built: Built) -> dict[str, Any]:
 
 
 def _take_step(
-    setup: Setup, schedule: LRScheduler, meter: Meter, micro_batches: list[list[Any]]
+    setup: Setup, schedule: LambdaLR, meter: Meter, micro_batches: list[list[Any]]
 ) -> tuple[dict[str, float], list[Tensor]]:
     """One optimizer step over this rank's micro-batches: its learning rate and gradient norm, and their losses."""
     engine = setup.engine
-    losses = []
-    for number, indices in enumerate(micro_batches):
-        batch = _batch(setup, indices)
+    assert isinstance(engine.module, TrainedT5)
+    weight, losses = engine.module.sparsity_loss_weight, []
+    batches = [_batch(setup, indices) for indices in micro_batches]
+    for number, (batch, share) in enumerate(zip(batches, shares(engine, batches), strict=True)):
+        batch = {key: value.to(engine.device) for key, value in batch.items()}
         out = engine.model(**batch)
-        engine.backward(out.loss, last=number == len(micro_batches) - 1)
-        meter.add(out, batch)
+        step_loss = share.of_loss(out, weight)
+        engine.backward(step_loss, last=number == len(batches) - 1)
+        meter.add(out, batch, share, step_loss)
         losses.append(out.loss.detach())
     learning_rate = float(schedule.get_last_lr()[0])
     grad_norm = engine.step()
@@ -224,8 +233,7 @@ def _take_step(
 def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None:
     """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
     scalars, gates_LK = meter.read()
-    names = gate_names(run.built.model, run.built.source_names)
-    gates = {} if gates_LK is None else names.scalars(gates_LK)
+    gates = {} if gates_LK is None else run.built.gate_names.scalars(gates_LK)
     epoch = {"train/epoch": run.batches.epochs_at(step)}
     run.monitor.log(step, {**scalars, **rates, **epoch, **gates})
     run.monitor.advance(
@@ -233,11 +241,11 @@ def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None
         loss=scalars["train/loss"],
         samples_per_second=scalars["train/samples_per_second"],
     )
-    for line in run.batches.notes() if step == run.total_steps else []:
+    for line in run.batches.notes(at_end=step == run.total_steps):
         run.monitor.message(line)
 
 
-def _finish_step(run: _Run, progress: Progress) -> Progress:
+def _finish_step(run: _Run, progress: TrainState) -> TrainState:
     """Validate and save where it is due; save and leave where a rank was told to stop."""
     _tell_of_saving(run)
     try:
@@ -267,9 +275,12 @@ def _tell_of_saving(run: _Run) -> None:
 
 def _log_config(run: _Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
-    monitor, size = run.monitor, _size_line(run.built.model, run.setup.engine)
-    monitor.log_config(run.config, {"job": size, "device": str(run.setup.engine.device)})
-    for line in (*(resumed.notes if resumed else ()), *run.setup.data.notes, size):
+    monitor, engine = run.monitor, run.setup.engine
+    size = _size_line(run.built.model, engine)
+    with engine.together("opening the logs"):  # rank 0 alone has some
+        monitor.log_config(run.config, {"job": size, "device": str(engine.device)})
+    warmup = warmup_notes(run.config, run.total_steps)
+    for line in (size, *(resumed.notes if resumed else ()), *run.setup.data.notes, *warmup):
         monitor.message(line)
     if resumed:
         step = resumed.progress.step
@@ -282,7 +293,7 @@ def _size_line(model: TrainedT5, engine: Engine) -> str:
     stage = "no DeepSpeed" if engine.zero_stage is None else f"ZeRO-{engine.zero_stage}"
     return (
         f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
-        f"{engine.world_size} rank(s), {stage}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
+        f"{engine.world_size} rank(s), {stage}, {engine.precision}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
     )
 
 
@@ -311,13 +322,12 @@ def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
 
 
 def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
-    """A micro-batch on this rank's device."""
-    batch = collate(
+    """A micro-batch, on the CPU."""
+    return collate(
         _rows(setup, micro_batch),
         pad_token_id=setup.tokenizer.pad_token_id,
         pad_to_multiple_of=setup.data.pad_to_multiple_of,
     )
-    return {key: value.to(setup.engine.device) for key, value in batch.items()}
 
 
 def prepare(
@@ -327,7 +337,7 @@ def prepare(
     resumed: Checkpoint | None,
     *,
     total_steps: int,
-) -> LRScheduler:
+) -> LambdaLR:
     """Optimizer over the trained parameters alone, schedule, and the model into the engine."""
     trained = dict(model.trainable_parameters())
     if resumed:
@@ -351,8 +361,8 @@ def prepare(
     return schedule
 
 
-def _restore(setup: Setup, schedule: LRScheduler, resumed: Checkpoint) -> Progress:
-    """Optimizer, schedule and generators as they were when the checkpoint was saved; its tensors are let go."""
+def _restore(setup: Setup, schedule: LambdaLR, resumed: Checkpoint) -> TrainState:
+    """Optimizer, schedule and generators as they were when the checkpoint was saved."""
     progress = resumed.progress
     # One token: a batch of the data may be the very one that gives no finite loss.
     token = torch.tensor([[setup.tokenizer.eos_token_id]], device=setup.engine.device)
@@ -362,15 +372,23 @@ def _restore(setup: Setup, schedule: LRScheduler, resumed: Checkpoint) -> Progre
         step=progress.step - progress.skipped,
         batch={"input_ids": token, "attention_mask": torch.ones_like(token), "labels": token},
     )
-    for _ in range(progress.step):
-        schedule.step()
+    set_schedule_step(schedule, progress.step)
     setup.engine.load_random_states(resumed.random)
-    for tensors in (resumed.weights, resumed.moments, resumed.random):
-        tensors.clear()  # 12 bytes a trained parameter, on every rank and to the run's end otherwise
     return progress
 
 
-def _validate(run: _Run, progress: Progress) -> Progress:
+def set_schedule_step(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule where `step` calls of its own `step` would have taken it."""
+    schedule.last_epoch = step
+    rates = [
+        base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
+def _validate(run: _Run, progress: TrainState) -> TrainState:
     setup, name = run.setup, run.setup.task.name
     validated = evaluate(
         setup.engine,
@@ -386,10 +404,12 @@ def _validate(run: _Run, progress: Progress) -> Progress:
         progress.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()}
     )
     if (seen := mixture_seen(setup.engine, validated)) is not None:
-        run.monitor.mixture(progress.step, *seen)
-    listed = ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items())
+        setup.engine.on_rank0(
+            lambda: run.monitor.mixture(progress.step, *seen), "drawing gates and prompts"
+        )
+    listed = ", ".join(f"{metric} {value:.4g}" for metric, value in told_once(scores).items())
     run.monitor.message(f"step {progress.step}: validation of {name}: {listed}")
-    return progress.measured(validated.metrics["average_metrics"])
+    return progress.measured(validated.metrics["average_metrics"], validated.loss)
 
 
 def mixture_seen(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:
@@ -399,8 +419,3 @@ def mixture_seen(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor]
     if evaluated.gates_NLK is None or similarity_MM is None:
         return None
     return evaluated.gates_NLK, similarity_MM.cpu()
-
-
-def gate_names(model: TrainedT5, source_names: list[str]) -> GateNames:
-    """What the axes of this model's gates stand for."""
-    return GateNames(sources=source_names, encoder_layers=model.base.config.num_layers)

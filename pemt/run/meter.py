@@ -1,16 +1,56 @@
-"""Averages what training steps report, between two log lines."""
+"""How much each micro-batch counts in its step, and averages of what steps report between two log lines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pemt.engine import Engine
 from pemt.model import PemtOutput
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a micro-batch is of its step, times the step's micro-batches on all ranks: 1 where all are alike.
+
+    So a mean over micro-batches and ranks, which is what engine and meter take, is one over the step's target
+    tokens (`average_tokens_across_devices` in transformers) or samples, however the step is cut.
+
+    Args:
+        tokens: by target tokens, for the cross-entropy, which is a mean over them.
+        samples: for what is a mean over samples: gates, and the sparsity loss, a product of two such means.
+    """
+
+    tokens: float
+    samples: float
+
+    def of_loss(self, out: PemtOutput, sparsity_weight: float) -> Tensor:
+        """What to take the gradient of: `out.loss`, with each of its parts at its own share."""
+        assert out.loss is not None
+        loss = out.loss * self.tokens
+        if out.sparsity_loss is None:
+            return loss
+        return loss + sparsity_weight * out.sparsity_loss * (self.samples - self.tokens)
+
+
+def shares(engine: Engine, batches: Sequence[Mapping[str, Tensor]]) -> list[Share]:
+    """Of each of this rank's micro-batches of one step (all ranks call, each with as many).
+
+    Args:
+        batches: on the CPU, so that no device is waited for.
+    """
+    counts = [(int((each["labels"] >= 0).sum()), len(each["labels"])) for each in batches]
+    micro_batches = len(batches) * engine.world_size
+    tokens, samples = engine.totals([sum(column) for column in zip(*counts, strict=True)])
+    return [
+        Share(micro_batches * own / max(tokens, 1), micro_batches * rows / samples)
+        for own, rows in counts
+    ]
 
 
 class Meter:
@@ -32,21 +72,26 @@ class Meter:
         self._tokens = torch.zeros((), device=self._engine.device)
         self._real, self._places = torch.zeros((), device=self._engine.device), 0
 
-    def add(self, out: PemtOutput, batch: Mapping[str, Tensor]) -> None:
-        """Count one micro-batch of this rank."""
+    def add(
+        self, out: PemtOutput, batch: Mapping[str, Tensor], share: Share, step_loss: Tensor
+    ) -> None:
+        """Count one micro-batch of this rank, and what was taken the gradient of."""
         self._micro_batches += 1
-        for name in ("loss", "ce_loss", "sparsity_loss"):
-            value = getattr(out, name)
-            if value is not None:
-                self._losses[name] = self._losses.get(name, 0.0) + value.detach().float()
+        self._sum("loss", step_loss, 1.0)
+        self._sum("ce_loss", out.ce_loss, share.tokens)
+        self._sum("sparsity_loss", out.sparsity_loss, share.samples)
         if out.gates_LBK is not None:
-            gates_LK = out.gates_LBK.float().mean(dim=1)
+            gates_LK = out.gates_LBK.float().mean(dim=1) * share.samples
             self._gates_LK = gates_LK if self._gates_LK is None else self._gates_LK + gates_LK
         self._samples += len(batch["input_ids"])
         real = batch["attention_mask"].sum()
         self._tokens += real + (batch["labels"] >= 0).sum()
         self._real += real
         self._places += batch["attention_mask"].numel()
+
+    def _sum(self, name: str, value: Tensor | None, share: float) -> None:
+        if value is not None:
+            self._losses[name] = self._losses.get(name, 0.0) + value.detach().float() * share
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,12 +24,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pemt.config import PemtError, RunConfig
-from pemt.data import collate, encode_sources, read_inputs, sources_of
+from pemt.data import collate, encode_sources, note_on_inputs, read_inputs, sources_of, unknown
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
-from pemt.run.evaluate import answer_batch, ffn_names, over_ranks
-from pemt.run.finished import LoadedRun, finished_config, load_finished, prepare_finished
-from pemt.tasks import get_task, label_name
+from pemt.run.evaluate import answer_batch, over_ranks
+from pemt.run.finished import (
+    LoadedRun,
+    finished_config,
+    load_finished,
+    load_on_all,
+    prepare_finished,
+)
+from pemt.tasks import get_task, label_name, longest_target
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
 BATCHES = 32
@@ -74,7 +81,6 @@ class Predictor:
         self.finished = finished
         self.engine = engine or Engine(finished.config)
         prepare_finished(finished, self.engine)
-        self._ffns = ffn_names(finished.model)
 
     @classmethod
     def load(cls, run_dir: str | Path, overrides: Sequence[str] = ()) -> Predictor:
@@ -83,7 +89,7 @@ class Predictor:
 
     def __call__(
         self,
-        inputs: Sequence[str | Mapping[str, Any]],
+        inputs: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
         *,
         batch_size: int | None = None,
         num_beams: int | None = None,
@@ -92,7 +98,7 @@ class Predictor:
         """A prediction for every input, in their order (all ranks call, with the same inputs).
 
         Args:
-            inputs: source texts, or rows with the fields of the task's template.
+            inputs: source texts, or rows with the fields of the task's template; one alone is a list of one.
             batch_size: inputs of a rank's batch; default: per_device_eval_batch_size.
             num_beams, max_new_tokens: default: as the run was scored.
 
@@ -100,11 +106,11 @@ class Predictor:
             RowError: a row lacks a field.
         """
         config, task = self.finished.config, self.finished.task
-        longest = max_new_tokens or config.max_target_length or task.max_target_length
+        longest = longest_target(task, max_new_tokens or config.max_target_length)
         beams = num_beams or config.num_beams
         texts = [
             text
-            for each in inputs
+            for each in ([inputs] if isinstance(inputs, str | Mapping) else inputs)
             for text in ([each] if isinstance(each, str) else sources_of(task, each))
         ]
         if not texts:
@@ -117,7 +123,11 @@ class Predictor:
             measure=lambda indices: self._measure([ids[i] for i in indices], longest, beams),
         )
         answers = self.finished.tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
-        named = [self._named(gates_LK) for gates_LK in gates[0]] if gates else [{} for _ in texts]
+        named = (
+            [self.finished.gate_names.named(gates_LK) for gates_LK in gates[0]]
+            if gates
+            else [{} for _ in texts]
+        )
         return [
             Prediction(input=text, prediction=answer, label=label_name(task, answer), gates=weights)
             for text, answer, weights in zip(texts, answers, named, strict=True)
@@ -133,10 +143,6 @@ class Predictor:
         )
         batch = {key: value.to(engine.device) for key, value in batch.items()}
         return answer_batch(engine, batch, longest=longest, num_beams=num_beams)
-
-    def _named(self, gates_LK: Tensor) -> dict[str, dict[str, float]]:
-        rows = zip(self._ffns, gates_LK.tolist(), strict=True)
-        return {ffn: dict(zip(self.finished.source_names, row, strict=True)) for ffn, row in rows}
 
 
 def predict_file(
@@ -162,16 +168,18 @@ def predict_file(
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     # Rank 0 alone reads: all share one stdin.
-    texts = engine.on_rank0(lambda: _read(config, input_file, output_file))
-    predictor = Predictor(load_finished(run_dir, config), engine)
-    if engine.is_main:
-        _tell_cuts(predictor.finished, texts)
+    texts = engine.on_rank0(lambda: _read(config, input_file, output_file), "reading the input")
+    predictor = Predictor(load_on_all(run_dir, config, engine), engine)
+    engine.on_rank0(lambda: _tell_cuts(predictor.finished, texts), "measuring the input")
     with _opened(output_file if engine.is_main else None) as file:
         for predictions in _chunks(predictor, texts):
-            if engine.is_main:
-                file.writelines(f"{each.line()}\n" for each in predictions)
-                file.flush()
+            engine.on_rank0(partial(_write, file, predictions), "writing predictions")
     engine.release()
+
+
+def _write(file: IO[str], predictions: list[Prediction]) -> None:
+    file.writelines(f"{each.line()}\n" for each in predictions)
+    file.flush()
 
 
 def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[str]:
@@ -179,17 +187,24 @@ def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[s
     folder = Path(output_file or ".").parent
     if not folder.is_dir():
         raise PemtError(f"output_file: there is no folder {folder}; make it first")
-    return read_inputs(get_task(config.task_name, config.task_file), input_file)
+    task = get_task(config.task_name, config.task_file)
+    texts = read_inputs(task, input_file)
+    if note := note_on_inputs(task, input_file):
+        print(note, file=sys.stderr)
+    return texts
 
 
 def _tell_cuts(finished: LoadedRun, texts: list[str]) -> None:
     longest = finished.config.max_source_length
-    _, cut = encode_sources(texts, finished.tokenizer, max_length=longest)
-    if any(cut):
-        print(
-            f"{sum(cut)} of {len(cut)} inputs are longer than {longest} tokens and are cut",
-            file=sys.stderr,
-        )
+    ids, cut = encode_sources(texts, finished.tokenizer, max_length=longest)
+    strange = unknown(ids, finished.tokenizer)
+    for flags, told in (
+        (cut, f"are longer than {longest} tokens and are cut"),
+        (strange, "contain pieces unknown to this vocabulary"),
+    ):
+        if any(flags):
+            first = f"; the first: {texts[flags.index(True)]!r:.60}" if flags is strange else ""
+            print(f"{sum(flags)} of {len(flags)} inputs {told}{first}", file=sys.stderr)
 
 
 def _chunks(predictor: Predictor, texts: list[str]) -> Iterator[list[Prediction]]:

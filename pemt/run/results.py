@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from pemt.checkpoint import Progress, RunFolderError
+from pemt.checkpoint import RunFolderError, TrainState
+from pemt.data import TaskData
+from pemt.monitor import GateNames
 from pemt.run.evaluate import Evaluation
 from pemt.storage import write_text
-from pemt.tasks import Task, example_scores
+from pemt.tasks import Task, example_scores, told_once
 
 
 def results_of(
-    tested: Evaluation, *, progress: Progress, epoch: float, source_names: Sequence[str]
+    tested: Evaluation,
+    *,
+    progress: TrainState,
+    epoch: float,
+    gates: GateNames,
+    data: TaskData,
 ) -> dict[str, Any]:
-    """The final report under its published names, with the sources that `moe_weight_k` speaks of."""
+    """The final report under its published names, with the sources that `moe_weight_k` speaks of.
+
+    It also tells what was scored (`split`, `examples`, `split_origin`) and how the checkpoint was chosen.
+    """
+    first, *others = (name for name in tested.metrics if name != "average_metrics")
     return {
         "epoch": epoch,
-        **scores_of(tested, source_names, split="test"),
+        **scores_of(tested, gates, split="test"),
+        "split": "test",
+        "examples": len(tested.predictions),
+        "split_origin": data.origins["test"],
         "best_checkpoint": f"checkpoint-{progress.step if progress.best_step is None else progress.best_step}",
         "best_validation_average_metrics": progress.best_metric,
+        "best_validation_loss": progress.best_loss,
+        "checkpoint_metric": "average_metrics" if others else first,
+        "checkpoints_validated": progress.validations,
+        "validation_examples": len(data.validation),
+        "validation_origin": data.origins["validation"],
     }
 
 
-def scores_of(scored: Evaluation, source_names: Sequence[str], *, split: str) -> dict[str, Any]:
+def scores_of(scored: Evaluation, gates: GateNames, *, split: str) -> dict[str, Any]:
     """An evaluation under the published names, which begin with the split's."""
     scores = {
         **scored.metrics,
@@ -38,9 +57,8 @@ def scores_of(scored: Evaluation, source_names: Sequence[str], *, split: str) ->
     }
     return {
         **{f"{split}_{name}": value for name, value in scores.items()},
-        "sources": list(source_names),
-        # per FFN, the encoder's first, the mean gate of each source
-        "gates": [] if scored.gates_LK is None else scored.gates_LK.tolist(),
+        "sources": list(gates.sources),
+        "gates": {} if scored.gates_LK is None else gates.named(scored.gates_LK),
     }
 
 
@@ -54,7 +72,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def write_predictions(
-    path: Path, scored: Evaluation, dataset: Dataset, task: Task, source_names: Sequence[str]
+    path: Path, scored: Evaluation, dataset: Dataset, task: Task, names: GateNames
 ) -> None:
     """Write what was predicted, a line of JSON for every example, in the data set's order (rank 0 calls).
 
@@ -77,7 +95,7 @@ def write_predictions(
             "prediction": prediction,
             "scores": example_scores(task, prediction, references),
             "gates": {
-                name: round(weight, 4) for name, weight in zip(source_names, gates_K, strict=True)
+                name: round(weight, 4) for name, weight in zip(names.sources, gates_K, strict=True)
             },
             **({"group": row["group"]} if row["group"] else {}),
         }
@@ -85,14 +103,40 @@ def write_predictions(
     _write(path, "".join(lines))
 
 
-def results_block(results: dict[str, Any], split: str = "test") -> str:
-    """The final report as the published code prints it: names and aligned values, and whose weight a weight is."""
+def scored_text(results: dict[str, Any]) -> str:
+    """What was scored: `test: 28 examples, half of ...`."""
+    return f"{results['split']}: {results['examples']} examples, {results['split_origin']}"
+
+
+def chosen_text(results: dict[str, Any]) -> str:
+    """Which checkpoint a run's report is about, and how it was chosen."""
+    best, validated = results["best_checkpoint"], results["checkpoints_validated"]
+    if results["best_validation_average_metrics"] is None:
+        return f"{best}: the last one, since none was validated"
+    return (
+        f"{best}: the best of {'all' if validated is None else validated} validated, by {results['checkpoint_metric']} "
+        f"on validation ({results['validation_examples']} examples, {results['validation_origin']}); a tie goes to "
+        "the lower loss"
+    )
+
+
+def results_block(results: dict[str, Any], files: Mapping[str, Path]) -> str:
+    """The final report as the published code prints it: names and aligned values, and whose weight a weight is.
+
+    Below it what was scored, how the checkpoint was chosen, and where the files lie.
+
+    Args:
+        results: what `results_of`, or `pemt evaluate`, gives.
+        files: paths by what lies there.
+    """
+    split = results["split"]
     sources = {f"{split}_moe_weight_{k}": name for k, name in enumerate(results["sources"])}
-    rows = {
-        name: value
-        for name, value in results.items()
-        if name == "epoch" or name.startswith(f"{split}_")
+    prefix = f"{split}_"
+    scores = {
+        name.removeprefix(prefix): results[name] for name in results if name.startswith(prefix)
     }
+    rows = {f"{prefix}{name}": value for name, value in told_once(scores).items()}
+    rows = {"epoch": results["epoch"], **rows} if "epoch" in results else rows
     texts = {
         name: f"{value:.4f}" if isinstance(value, float) else str(value)
         for name, value in rows.items()
@@ -102,7 +146,11 @@ def results_block(results: dict[str, Any], split: str = "test") -> str:
         f"  {name:<{name_width}} = {text:>{value_width}}{f'  {sources[name]}' if name in sources else ''}"
         for name, text in texts.items()
     ]
-    return "\n".join([f"***** {split} metrics *****", *lines])
+    told = [scored_text(results)]
+    if "best_checkpoint" in results:
+        told.append(chosen_text(results))
+    places = [f"{what}: {path}" for what, path in files.items()]
+    return "\n".join([f"***** {split} metrics *****", *lines, *told, *places])
 
 
 def _write(path: Path, text: str) -> None:

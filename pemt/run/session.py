@@ -47,10 +47,12 @@ class Session:
         self._step, self._told = 0, time.monotonic()
 
     def __enter__(self) -> Session:
-        self._engine.on_rank0(self._begin)
+        self._engine.on_rank0(self._begin, "taking the run's folder")
         self._signals = self._watched.__enter__()
         # Chosen by one rank: machines may count the launcher's restarts differently.
         self._watchdog.start(self._engine.broadcast_object(uuid4().hex), self._engine.barrier)
+        # Who waits gets on, and from here on the watchdog tells of the dead.
+        self._engine.waiting.while_waiting = self._watchdog.waits
         return self
 
     def _begin(self) -> None:
@@ -96,7 +98,7 @@ class Session:
         failed = engine.is_main and self._failure() is not None
         told = engine.all_reduce_max(_FAILED if failed else -1 if reason is None else engine.rank)
         if told == _FAILED:
-            engine.on_rank0(self._fail)
+            engine.on_rank0(self._fail, "telling why the run must end")
         if told >= 0:
             raise Interrupted(reason or f"rank {told} was told to")
 
@@ -116,6 +118,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         # An error may be this rank's alone; then its death is to be seen.
+        self._engine.waiting.while_waiting = None
         self._watchdog.stop(together=kind is None or isinstance(error, Interrupted))
         self._watched.__exit__()
         if not self._engine.is_main:

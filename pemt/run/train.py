@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from pemt.checkpoint import (
 from pemt.config import AdaptConfig, RunConfig, SourceConfig
 from pemt.data import load_task_data
 from pemt.engine import Engine
-from pemt.model import PemtT5, base_shape, load_base, precision_warning
+from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
 from pemt.monitor import quiet_libraries, record_outcome
-from pemt.run.build import Built, build_model
+from pemt.run.build import Built, build_model, build_ops
 from pemt.run.early import check_base_place, check_method
 from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.loop import Fitted, Setup, fit, gate_names, mixture_seen
+from pemt.run.loop import Fitted, Setup, fit, mixture_seen
 from pemt.run.results import results_block, results_of, write_predictions, write_results
 from pemt.run.session import Session
 from pemt.tasks import get_task
+
+_LOOKING, _BUILDING = "looking at the run's folder", "building the model"
 
 
 def run_source(config: SourceConfig) -> Path:
@@ -46,14 +49,15 @@ def run_source(config: SourceConfig) -> Path:
     # refuses a name now, not after training
     entry = entry_folder(config.bank_dir, config.task_name)
     config, engine = begin(config)
-    if engine.on_rank0(lambda: finished_results(config) is not None and entry.exists()):
+    if engine.on_rank0(lambda: finished_results(config) is not None and entry.exists(), _LOOKING):
         _say_finished(config)
         return entry
     setup = set_up(config, engine)
     task, base = setup.task, setup.base
     shape = base_shape(base.config)
     description = config.description or task.description
-    built = build_model(config, base=base, tokenizer=setup.tokenizer, description=description)
+    with engine.together(_BUILDING):
+        built = build_model(config, base=base, tokenizer=setup.tokenizer, description=description)
     with Session(config, engine) as session:
         fitted, tested = _fit_and_test(config, setup, built, session)
         model = built.model
@@ -66,7 +70,8 @@ def run_source(config: SourceConfig) -> Path:
                 description=description,
                 metrics=tested.metrics,
                 dtype="float32",
-            )
+            ),
+            f"writing {entry}",
         )
         if engine.is_main:
             print(f"{task.name} is in the bank: {entry}", flush=True)
@@ -86,18 +91,19 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
         PemtError: anything the user can mend; raised before anything is written.
     """
     config, engine = begin(config)
-    results = engine.on_rank0(lambda: finished_results(config))
+    results = engine.on_rank0(lambda: finished_results(config), _LOOKING)
     if results is not None:
         _say_finished(config)
         return results
     check_method(config)
     setup = set_up(config, engine)
-    built = build_model(
-        config,
-        base=setup.base,
-        tokenizer=setup.tokenizer,
-        description=config.description or setup.task.description,
-    )
+    with engine.together(_BUILDING):
+        built = build_model(
+            config,
+            base=setup.base,
+            tokenizer=setup.tokenizer,
+            description=config.description or setup.task.description,
+        )
     if len(built.source_names) == 1 and engine.is_main:
         print(
             f"pemt: {built.source_names[0]} is the only expert: its gate is 1 everywhere, with nothing to choose from",
@@ -119,21 +125,31 @@ def begin(config: Config) -> tuple[Config, Engine]:
     """
     own = resolve_config(config)
     engine = Engine(own)
-    config = engine.broadcast_object(own)
-    return config, engine if config == own else Engine(config)
+    decided: Config = engine.broadcast_object(engine.config)
+    return decided, engine if decided == engine.config else Engine(decided)
 
 
 def set_up(config: RunConfig, engine: Engine) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
     quiet_libraries(engine.is_main)
-    engine.on_rank0(lambda: check_run_folder(config))
-    engine.on_rank0(lambda: check_lock(Path(config.output_dir)))
-    engine.on_rank0(lambda: check_base_place(config))
+    engine.on_rank0(lambda: check_run_folder(config), _LOOKING)
+    engine.on_rank0(
+        lambda: check_lock(Path(config.output_dir)),
+        f"watching for another run in {config.output_dir}",
+    )
+    engine.on_rank0(lambda: check_base_place(config), f"looking for {config.model_name_or_path}")
     task = get_task(config.task_name, config.task_file)
-    base, tokenizer = load_base(config, lazy=True)
+    build_ops(config, engine)
+    with engine.local_first(f"fetching {config.model_name_or_path}"):
+        fetch_base(config)
+    with engine.together(f"reading {config.model_name_or_path}"):
+        base, tokenizer = load_base(config, lazy=True)
     if (warning := precision_warning(config, base)) and engine.is_main:
         print(f"pemt: {warning}", file=sys.stderr, flush=True)
-    data = load_task_data(task, config, tokenizer, local_main_first=engine.local_main_first)
+    with engine.local_first(f"preparing the examples of {task.name}"):
+        data = load_task_data(task, config, tokenizer)
+    if data.is_measured:
+        task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
     return Setup(engine=engine, task=task, tokenizer=tokenizer, base=base, data=data)
 
@@ -172,21 +188,34 @@ def _report(
     """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
     engine = setup.engine
     results = results_of(
-        tested, progress=fitted.progress, epoch=fitted.epoch, source_names=built.source_names
+        tested,
+        progress=fitted.progress,
+        epoch=fitted.epoch,
+        gates=built.gate_names,
+        data=setup.data,
     )
-    if engine.is_main:
+    mixture = mixture_seen(engine, tested)
+
+    def write() -> None:
         folder = Path(config.output_dir)
         write_predictions(
-            folder / PREDICTIONS, tested, setup.data.test, setup.task, built.source_names
+            folder / PREDICTIONS, tested, setup.data.test, setup.task, built.gate_names
         )
         record_outcome(
             folder,
             step=fitted.progress.step,
             config=config,
             results=results,
-            gates=gate_names(built.model, built.source_names),
-            mixture=mixture_seen(engine, tested),
+            gates=built.gate_names,
+            mixture=mixture,
         )
         write_results(folder / RESULTS, results)
-        print(results_block(results), flush=True)
+        files = {
+            "results": folder / RESULTS,
+            "predictions": folder / PREDICTIONS,
+            "checkpoint": folder / results["best_checkpoint"],
+        }
+        print(results_block(results, files), flush=True)
+
+    engine.on_rank0(write, "writing results and pictures")
     return results

@@ -22,3 +22,4 @@ from .manifest import (
     check_file as check_file,
     read_manifest as read_manifest,
 )
+from .tensor_file import TensorFile as TensorFile, open_tensors as open_tensors

@@ -77,8 +77,9 @@ def local_folder(path_or_id: str, *, files: Sequence[str], revision: str | None 
     Raises:
         HubError: neither such a folder nor such a repository, or the hub is out of reach.
     """
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
     try:
         fetched = snapshot_download(path_or_id, allow_patterns=list(files), revision=revision)
     except (OSError, ValueError, HTTPError) as error:

@@ -84,7 +84,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         SweepError: anything wrong in any run; a line per fault, each with file and key.
     """
-    content = read_yaml_mapping(path)
+    content = read_yaml_mapping(path.expanduser())
     faults = [
         f"{path}: unknown key `{key}`{nearest(key, list(KEYS), what=f'there are {KEYS}')}"
         for key in content
@@ -97,6 +97,7 @@ def read_sweep(path: Path) -> Sweep:
     if not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
         raise SweepError(f"{path}: seeds: found {seeds}, expected a list of whole numbers")
     shared = content.get("fields") or {}
+    output_dir = Path(content["output_dir"]).expanduser()
     _stop(list(_unknown(path, shared, methods, tasks)))
 
     runs: list[Run] = []
@@ -108,7 +109,7 @@ def read_sweep(path: Path) -> Sweep:
         }
         recipe = methods[method].get("recipe", content.get("recipe"))
         own = {
-            "output_dir": str(Path(content["output_dir"]) / task / method / f"seed-{seed}"),
+            "output_dir": str(output_dir / task / method / f"seed-{seed}"),
             "task_name": task,
             "seed": seed,
         }
@@ -120,7 +121,7 @@ def read_sweep(path: Path) -> Sweep:
             faults.append(f"{path}: {_placed(str(error), levels, method=method, task=task)}")
     _stop(faults)
     return Sweep(
-        output_dir=Path(content["output_dir"]),
+        output_dir=output_dir,
         methods=list(methods),
         tasks=list(tasks),
         seeds=list(dict.fromkeys(seeds)),

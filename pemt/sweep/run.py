@@ -76,7 +76,11 @@ def _waiting(sweep: Sweep, *, alone: bool) -> list[Run]:
         return sorted(numbers, key=lambda number: (sweep.runs[number].folder / ERROR).is_file())
 
     # Each run has an engine of its own; this one, of any run, connects the ranks.
-    numbers = look() if alone else Engine(sweep.runs[0].config).on_rank0(look)
+    numbers = (
+        look()
+        if alone
+        else Engine(sweep.runs[0].config).on_rank0(look, "looking for finished runs")
+    )
     return [sweep.runs[number] for number in numbers]
 
 

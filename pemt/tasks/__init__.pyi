@@ -1,16 +1,23 @@
 from .registry import register_task as register_task, task_names as task_names
-from .scoring import example_scores as example_scores, score as score
+from .scoring import example_scores as example_scores, score as score, told_once as told_once
 from .task import (
+    DEFAULT_TARGET_LENGTH as DEFAULT_TARGET_LENGTH,
     SPLITS as SPLITS,
     HubSource as HubSource,
-    RowError as RowError,
     Task as Task,
     TaskError as TaskError,
     class_name as class_name,
-    encodable as encodable,
     example_of as example_of,
     has_label as has_label,
+    is_class_id as is_class_id,
     label_name as label_name,
+    longest_target as longest_target,
     source_of as source_of,
 )
 from .task_file import get_task as get_task, load_task_file as load_task_file
+from .values import (
+    ClassId as ClassId,
+    RowError as RowError,
+    encodable as encodable,
+    has_numbers as has_numbers,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pemt.tasks.published import (
+    label_scitail,
     prepare_commonsense_qa,
     unpack_commonsense_qa,
     unpack_paws,
@@ -53,6 +54,14 @@ CLASSIFICATION_TASKS = (
         label_names=("entailment", "neutral"),
         metrics=("accuracy",),
         hub=HubSource(path="allenai/scitail", config="snli_format", test="test"),
+        aliases=(
+            ("sentence1", "premise"),
+            ("sentence2", "hypothesis"),
+            ("gold_label", "label"),
+        ),
+        # The tsv_format, and with a fourth column the dgem_format.
+        tsv_columns=("premise", "hypothesis", "label", "hypothesis_graph_structure"),
+        prepare_label=label_scitail,
     ),
     Task(
         name="paws",

@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from pemt.tasks.task import Row, RowError, field_of, text_of
+from pemt.tasks.task import Row, field_of, text_of
+from pemt.tasks.values import RowError
 
 NEAR = 3  # words between a WSC span and its index that are put right
 
@@ -73,11 +74,13 @@ def unpack_questions(record: Row) -> Iterator[Row | RowError]:
 
     MRQA's header line has no rows.
     """
-    if "paragraphs" in record:
+    if "question" in record and "context" in record:
+        yield record
+    elif "paragraphs" in record:
         yield from each(record, "paragraphs", squad_rows)
     elif "qas" in record:
         yield from mrqa_rows(record)
-    elif "header" not in record:
+    elif "header" not in record or "question" in record:  # triviaqa has no context
         yield record
 
 
@@ -132,7 +135,7 @@ def answers_drop(row: Row) -> Row:
 
 def unpack_multirc(record: Row) -> Iterator[Row | RowError]:
     """A passage with its questions and their answers to one row per answer."""
-    if "passage" not in record:
+    if "passage" not in record or "paragraph" in record:
         yield record
         return
     passage = part_of(record, "passage", dict)
@@ -171,7 +174,7 @@ def question_multirc(row: Row) -> Row:
 
 def unpack_record(record: Row) -> Iterator[Row | RowError]:
     """A passage with its queries to one row per query; a span's `end` is inclusive."""
-    if "qas" not in record:
+    if "qas" not in record or "query" in record:
         yield record
         return
     passage = part_of(record, "passage", dict)
@@ -206,7 +209,7 @@ def prepare_record(row: Row) -> Row:
 
 def unpack_wsc(record: Row) -> Iterator[Row]:
     """The spans of a published WSC record lie one level down, in `target`."""
-    if "target" not in record:
+    if "target" not in record or "span1_text" in record:
         yield record
         return
     yield {**part_of(record, "target", dict), **{k: v for k, v in record.items() if k != "target"}}
@@ -269,6 +272,11 @@ def prepare_commonsense_qa(row: Row) -> Row:
     return {**row, **texts}
 
 
+def label_scitail(row: Row) -> Row:
+    """The tsv_format and the dgem_format say "entails"."""
+    return {**row, "gold_label": "entailment"} if row.get("gold_label") == "entails" else row
+
+
 def unpack_commonsense_qa(record: Row) -> Iterator[Row]:
     """The published jsonl nests stem and choices in `question`."""
     if not isinstance(record.get("question"), dict):
@@ -298,7 +306,7 @@ def unpack_paws(record: Row) -> Iterator[Row]:
 
 def unpack_yelp_full(record: Row) -> Iterator[Row]:
     """Five-star reviews (field `ori`, 0 to 4) to polarity; the middle class has no polarity."""
-    if "ori" not in record:
+    if "ori" not in record or "text" in record:
         yield record
         return
     stars = field_of(record, "label")

@@ -8,6 +8,8 @@ from typing import Any
 from pemt.tasks.metrics import best, compute, exact_match, token_f1
 from pemt.tasks.task import Task, TaskError
 
+_NO_METRICS = ("average_metrics", "loss", "runtime", "samples_per_second")
+
 
 def score(
     task: Task, predictions: Sequence[str], rows: Sequence[Mapping[str, Any]]
@@ -26,6 +28,18 @@ def score(
     references = [list(row["references"]) for row in rows]
     groups = [str(row["group"]) for row in rows]
     return compute(task.metrics, task.labels, list(predictions), references, groups)
+
+
+def told_once(scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores to be read by people: without `average_metrics` where it is the mean of one metric."""
+    metrics = [
+        name for name in scores if name not in _NO_METRICS and not name.startswith("moe_weight_")
+    ]
+    return {
+        name: value
+        for name, value in scores.items()
+        if name != "average_metrics" or len(metrics) != 1
+    }
 
 
 def example_scores(task: Task, prediction: str, references: Sequence[str]) -> dict[str, float]:

@@ -14,26 +14,24 @@ from typing import Any, Literal, TypedDict
 
 from pemt.config import PemtError
 from pemt.tasks.metric_kinds import METRIC_KINDS
+from pemt.tasks.values import (
+    RowError,
+    class_of,
+    encodable,
+    is_one_of,
+    number_of,
+    plain,
+    written,
+)
 
 Row = Mapping[str, Any]
-LONGEST_ERROR = 500
 SPLITS = ("train", "validation", "test")
 Kind = Literal["classification", "regression", "answer"]
+DEFAULT_TARGET_LENGTH = 16
 
 
 class TaskError(PemtError):
     """A task that does not exist, or whose description is wrong."""
-
-
-class RowError(ValueError):
-    """A row that cannot become an example; the reader adds the file and the line.
-
-    What it tells is one line of UTF-8, whatever stands in the row.
-    """
-
-    def __init__(self, told: str) -> None:
-        line = " ".join(told.encode("utf-8", errors="backslashreplace").decode("utf-8").split())
-        super().__init__(line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}…")
 
 
 class Example(TypedDict):
@@ -86,13 +84,19 @@ class Task:
     group: tuple[str, ...] = ()
     # One training example per accepted answer instead of the first answer only.
     train_on_every_answer: bool = False
-    max_target_length: int = 16
+    # In tokens; default: 16, and of open answers what their data need.
+    max_target_length: int | None = None
     hub: HubSource | None = None
-    # Published files: other names of a field, and the columns where a file has no header line.
+    # Published files: other names of a field, and the columns where a table has no header line (the
+    # first of them where it has fewer).
     aliases: tuple[tuple[str, str], ...] = ()
     tsv_columns: tuple[str, ...] = ()
+    # Whether quotes in a table are syntax ("minimal") or text ("none"); None: what the file shows.
+    quoting: str | None = None
     # (split, path) pairs; a data_dir is not needed then.
     files: tuple[tuple[str, str], ...] = ()
+    # The share of the training examples that become validation and test where there is neither.
+    validation_split: float | None = None
     # A RowError in place of a row that is malformed.
     unpack: Callable[[Row], Iterable[Row | RowError]] | None = None
     # What the template needs, and what label and group need; rows to predict have the former alone.
@@ -106,15 +110,9 @@ class Task:
             allowed = ", ".join(sorted(METRIC_KINDS))
             raise TaskError(f"task {self.name}: metrics: found {found}; allowed: {allowed}")
         self._check_metrics()
-        if self.label_names and len(self.label_names) != len(self.labels):
-            raise TaskError(
-                f"task {self.name}: label_names has {len(self.label_names)} entries, labels has "
-                f"{len(self.labels)}; give one name per label or none"
-            )
-        if len(set(self.labels)) != len(self.labels):
-            raise TaskError(
-                f"task {self.name}: labels: a label stands twice in {list(self.labels)}"
-            )
+        if self.max_target_length is None and self.kind != "answer":
+            object.__setattr__(self, "max_target_length", DEFAULT_TARGET_LENGTH)
+        self._check_labels()
         if self.labels and self.score_step is not None:
             raise TaskError(f"task {self.name}: give labels or score_step, not both")
         if not self.fields:
@@ -136,6 +134,31 @@ class Task:
                 raise TaskError(
                     f"task {self.name}: metrics: {name} scores {needed}, found {found}; "
                     f"allowed here: {', '.join(fitting)}"
+                )
+
+    def _check_labels(self) -> None:
+        """Refuse labels that are no texts, and a text that means two classes."""
+        for key in ("labels", "label_names"):
+            texts = getattr(self, key)
+            for text in texts:
+                if not isinstance(text, str):
+                    raise TaskError(
+                        f"task {self.name}: {key}: found {text!r}, a {type(text).__name__}; give texts, in quotes"
+                    )
+            if len(set(texts)) != len(texts):
+                raise TaskError(f"task {self.name}: {key}: a label stands twice in {list(texts)}")
+        if not self.label_names:
+            return
+        if len(self.label_names) != len(self.labels):
+            raise TaskError(
+                f"task {self.name}: label_names has {len(self.label_names)} entries, labels has "
+                f"{len(self.labels)}; give one name per label or none"
+            )
+        for name, label in zip(self.label_names, self.labels, strict=True):
+            if name != label and name in self.labels:
+                raise TaskError(
+                    f"task {self.name}: label_names: {name!r} is what files call {label!r}, and a label of another "
+                    "class itself; a row with it could mean either: give other labels"
                 )
 
     @property
@@ -162,6 +185,11 @@ class Task:
         return tuple(dict.fromkeys(name for _, name, _, _ in parts if name))
 
 
+def longest_target(task: Task, given: int | None) -> int:
+    """The tokens that a target and an answer may have: those given, else the task's own."""
+    return given or task.max_target_length or DEFAULT_TARGET_LENGTH
+
+
 def told(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
     """A kind of task in words."""
     if kind != "classification":
@@ -172,7 +200,7 @@ def told(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
 
 def label_name(task: Task, answer: str) -> str | None:
     """What a class is called whose target text this is; None for any other text, and where classes have no names."""
-    return dict(zip(task.labels, task.label_names, strict=False)).get(answer)
+    return dict(zip(task.labels, task.label_names, strict=False)).get(answer.strip())
 
 
 def class_name(task: Task, label: str) -> str:
@@ -187,6 +215,8 @@ def example_of(task: Task, row: Row) -> Example | None:
     Raises RowError for a missing field, a wrong type, an unknown label or text that is no UTF-8.
     """
     labelled = task.prepare_label(row) if task.prepare_label else row
+    if "null" in task.no_label and task.label in labelled and labelled[task.label] is None:
+        return None
     answer = field_of(labelled, task.label)
     if is_unlabelled(task, answer):
         return None
@@ -205,7 +235,8 @@ def has_label(task: Task, row: Row) -> bool:
         answer = field_of(labelled, task.label)
     except RowError:
         return False
-    return not is_unlabelled(task, answer) and "-1" not in spellings(answer)
+    is_nothing = answer != answer or is_one_of(answer, ("-1",))  # NaN is pandas' null
+    return not is_unlabelled(task, answer) and not is_nothing
 
 
 def source_of(task: Task, row: Row) -> str:
@@ -218,11 +249,13 @@ def source_of(task: Task, row: Row) -> str:
 
 
 def field_of(row: Row, name: str) -> Any:
-    """A field of a row; RowError names the fields that are there."""
-    if name not in row or row[name] is None:
+    """A field of a row, as a value of Python's own; RowError names the fields that are there."""
+    value = plain(row[name]) if name in row else None
+    if value is None:
         found = ", ".join(str(key) for key in row) or "nothing"
-        raise RowError(f"field {name!r} is missing; found: {found}")
-    return row[name]
+        null = " (it is null)" if name in row else ""
+        raise RowError(f"field {name!r} is missing{null}; found: {found}")
+    return value
 
 
 def text_of(row: Row, name: str) -> str:
@@ -239,34 +272,17 @@ def shown(row: Row, name: str) -> str:
     return text_of(row, name) if text is None else text
 
 
-def written(value: Any) -> str | None:
-    """A text, or a finite number as text; None for anything else."""
-    if isinstance(value, str):
-        return value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number and abs(value) < float("inf") else None
-
-
-def encodable(text: str) -> str:
-    """The text, or RowError where JSON's \\ud800 … \\udfff left a half of a character in it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"no UTF-8: {text[error.start]!r} is half of a character") from None
-    return text
-
-
 def is_unlabelled(task: Task, answer: Any) -> bool:
     """Whether a row has no gold label: a value of `no_label`, or an empty list of answers."""
     if task.kind == "answer":
         return bool(answer == [])
-    return any(text in task.no_label for text in spellings(answer))
+    return is_one_of(answer, task.no_label)
 
 
 def references_of(task: Task, answer: Any) -> list[str]:
     """Every accepted answer as target text, the one to train on first."""
     if task.kind == "classification":
-        return [task.labels[class_id(task, answer)]]
+        return [task.labels[class_id(task, answer)[0]]]
     if task.score_step is not None:
         return [score_text(answer, task.score_step)]
     texts = [written(each) for each in (answer if isinstance(answer, list) else [answer])]
@@ -278,28 +294,26 @@ def references_of(task: Task, answer: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def class_id(task: Task, value: Any) -> int:
-    """The class that a file means: its name, its target text, its class id, true or false."""
-    # With numerals for labels ("1", "2", as in Winogrande) an id would be ambiguous.
-    ids = () if task.labels[0].isdecimal() else tuple(map(str, range(len(task.labels))))
-    for text in spellings(value):
-        for names in (task.label_names, task.labels, ids):
-            if text in names:
-                return names.index(text)
-    if len(task.labels) == 2 and str(value).strip().lower() in ("false", "true"):
-        return int(str(value).strip().lower() == "true")
-    allowed = ", ".join(dict.fromkeys((*task.labels, *task.label_names)))
-    raise RowError(f"field {task.label!r}: unknown label {value!r:.60}; allowed: {allowed}")
+def class_id(task: Task, answer: Any) -> tuple[int, bool]:
+    """The class that a label means, and whether nothing but its place in `labels` says so; RowError for none or two."""
+    try:
+        return class_of(answer, task.labels, task.label_names)
+    except RowError as error:
+        raise RowError(f"field {task.label!r}: {error}") from None
 
 
-def spellings(value: Any) -> tuple[str, str]:
-    """A label as text, true as 1; and without the .0 that a column of floats puts behind it."""
-    text = str(int(value)) if isinstance(value, bool) else str(value).strip()
-    return text, text.removesuffix(".0")
+def is_class_id(task: Task, row: Row) -> bool:
+    """Whether the label of a well-formed row is a number that means a class by nothing but its place in `labels`."""
+    if task.kind != "classification":
+        return False
+    labelled = task.prepare_label(row) if task.prepare_label else row
+    return class_id(task, field_of(labelled, task.label))[1]
 
 
 def score_text(value: Any, step: float) -> str:
     """A score rounded to the next step, as T5 does for STS-B (1910.10683, section 2.4)."""
+    if isinstance(value, bool) or (isinstance(value, str) and number_of(value.strip()) is None):
+        raise RowError(f"the score must be a number, found {value!r:.60}")
     try:
         steps = round(float(value) / step)  # of NaN a ValueError, of infinity an OverflowError
     except (TypeError, ValueError):

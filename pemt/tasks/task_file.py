@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ def load_task_file(path: str | Path) -> Task:
     Raises TaskError for a missing file, malformed YAML, an unknown or missing key, a value of a
     wrong type, or whatever `Task` itself refuses.
     """
-    path = Path(path)
-    values = mapping_of(path)
+    path = Path(path).expanduser()
+    values, as_written = mapping_of(path)
     read: dict[str, Any] = {}
     for key, value in values.items():
         if key not in READERS:
@@ -69,6 +69,8 @@ def load_task_file(path: str | Path) -> Task:
             raise TaskError(f"{path}: unknown key {key!r}; {hint}allowed: {', '.join(READERS)}")
         try:
             read[key] = READERS[key](value)
+            if READERS[key] is texts:
+                check_as_written(read[key], as_written.get(key))
         except WrongType as error:
             raise TaskError(f"{path}: {key}: found {value!r:.60}, it must be {error}") from None
     like = read.pop("like", None)
@@ -76,17 +78,20 @@ def load_task_file(path: str | Path) -> Task:
     if missing:
         raise TaskError(f"{path}: missing key {', '.join(missing)}")
     if "files" in read:
-        read["files"] = tuple((split, str(path.parent / name)) for split, name in read["files"])
+        read["files"] = tuple(
+            (split, str(path.parent / Path(name).expanduser())) for split, name in read["files"]
+        )
     try:
         return Task(**read) if like is None else dataclasses.replace(known_task(like), **read)
     except TaskError as error:
         raise TaskError(f"{path}: {error}") from None
 
 
-def mapping_of(path: Path) -> Mapping[Any, Any]:
-    """The YAML file's top-level mapping."""
+def mapping_of(path: Path) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]:
+    """The YAML file's top-level mapping, and the same with all values as they are written."""
     try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        values, as_written = load_yaml(content), yaml.load(content, Loader=yaml.BaseLoader)
     except OSError as error:
         raise TaskError(f"task_file: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -98,7 +103,7 @@ def mapping_of(path: Path) -> Mapping[Any, Any]:
         raise TaskError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise TaskError(f"{path}: found {type(values).__name__}, it must be a mapping of keys")
-    return values
+    return values, as_written
 
 
 def text(value: Any) -> str:
@@ -109,11 +114,21 @@ def text(value: Any) -> str:
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """A list of strings; numbers become text, yes and no must be quoted."""
+    """A list of strings; integers become text, whatever else YAML makes of a text must be quoted."""
     entries = value if isinstance(value, list) else [value]
     if not entries or any(isinstance(e, bool) or not isinstance(e, str | int) for e in entries):
-        raise WrongType("a list of texts (put yes, no, true and false in quotes)")
+        raise WrongType(
+            "a list of texts (put yes, no, true and false in quotes, null, dates and numbers with a point as well)"
+        )
     return tuple(str(entry) for entry in entries)
+
+
+def check_as_written(read: Sequence[str], as_written: Any) -> None:
+    """Refuse an integer that YAML reads otherwise than it is written: 010 as 8, 1_0 as 10, 1:30 as 90."""
+    written = as_written if isinstance(as_written, list) else [as_written]
+    for ours, theirs in zip(read, written, strict=False):
+        if isinstance(theirs, str) and theirs.strip() != ours.strip():
+            raise WrongType(f"in quotes where YAML reads {theirs} as {ours}")
 
 
 def positive_integer(value: Any) -> int:
@@ -121,6 +136,28 @@ def positive_integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise WrongType("a positive integer")
     return value
+
+
+def share(value: Any) -> float:
+    """A number between 0 and 1."""
+    if not (isinstance(value, float) and 0 < value < 1):
+        raise WrongType("a number between 0 and 1")
+    return value
+
+
+def quoting(value: Any) -> str:
+    """Whether quotes are syntax."""
+    if value not in ("minimal", "none"):
+        raise WrongType("minimal (quotes are syntax) or none (quotes are text)")
+    return str(value)
+
+
+def columns(value: Any) -> tuple[str, ...]:
+    """Names of columns, each once."""
+    names = texts(value)
+    if len(set(names)) < len(names):
+        raise WrongType("a list of texts, each of them once")
+    return names
 
 
 def positive_number(value: Any) -> float:
@@ -191,7 +228,10 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "group": texts,
     "max_target_length": positive_integer,
     "aliases": aliases,
+    "tsv_columns": columns,
+    "quoting": quoting,
     "files": files,
+    "validation_split": share,
     "hub": hub,
 }
 REQUIRED = ("name", "description", "template", "metrics")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import pemt.run.loop
-from pemt.checkpoint.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from pemt.checkpoint.checkpoint import CheckpointError, Checkpoints
 from pemt.checkpoint.names import checkpoint_folders, step_of
 from pemt.config.schema import ExpertConfig, SourceConfig
 from pemt.run.train import run_source
@@ -75,34 +72,6 @@ def written(run: Path) -> dict[Path, int]:
     """All that a run leaves, with its time of change; the status alone says that somebody has tried."""
     files = (path for path in run.rglob("*") if path.is_file() and path.name != "status.json")
     return {path: path.stat().st_mtime_ns for path in files}
-
-
-def test_what_was_read_is_let_go_before_the_first_step(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(world / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
-    read: list[weakref.ref[torch.Tensor]] = []
-    alive: list[int] = []
-    resume, take_step = Checkpoints.resume, pemt.run.loop._take_step
-
-    def watched_resume(
-        checkpoints: Checkpoints, choice: str | bool, **known: Any
-    ) -> Checkpoint | None:
-        found = resume(checkpoints, choice, **known)
-        assert found is not None
-        read.extend(map(weakref.ref, (*found.weights.values(), *found.moments.values())))
-        return found
-
-    def watched_step(*arguments: Any) -> Any:
-        alive.append(sum(each() is not None for each in read))
-        return take_step(*arguments)
-
-    monkeypatch.setattr(Checkpoints, "resume", watched_resume)
-    monkeypatch.setattr(pemt.run.loop, "_take_step", watched_step)
-    run_source(resumed(world, tmp_path / "run"))
-    assert len(read) > 0
-    assert alive == [0, 0]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)

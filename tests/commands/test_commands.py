@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from pemt.commands import COMMANDS, readiness as doctor
 from pemt.commands.overview import overview
+from pemt.config import version_line
 from pemt.config.schema import PemtError
 from tests.conftest import ROOT
 
@@ -94,7 +95,7 @@ def test_version() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pemt", "--version"], capture_output=True, text=True
     )
-    assert done.stdout == f"pemt {version('pemt')}\n", done.stderr
+    assert done.stdout == f"{version_line()}\n", done.stderr
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:
@@ -186,7 +187,7 @@ def test_doctor_tells_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("accelerate", "no-such-package"))
     needed = Requirement("accelerate==0.1.*")
     monkeypatch.setattr(doctor, "_needed", lambda: {"accelerate": needed})
-    _, wrong, absent = doctor.packages()
+    *_, wrong, absent = doctor.packages()
     assert wrong.state == absent.state == "missing"
     assert wrong.advice == "pip install 'accelerate==0.1.*'"
     assert wrong.lines()[1] == "      -> pip install 'accelerate==0.1.*'"
@@ -205,7 +206,7 @@ def test_doctor_on_machines_with_and_without_gpu(monkeypatch: pytest.MonkeyPatch
     ]
     monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
     old, new = doctor.devices()
-    assert "--bf16 false" in old.advice
+    assert "fp32" in old.advice
     assert new.found == "A100, 80 GiB, sm_80"
 
 

@@ -18,7 +18,9 @@ FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
 def filled(path: Path) -> dict[str, Any]:
-    config = SourceConfig(model_name_or_path="m", output_dir="o", task_name="t", bank_dir="b")
+    config = SourceConfig(
+        model_name_or_path="m", output_dir="o", task_name="t", bank_dir="b", bf16=True
+    )
     return fill_deepspeed_json(read_deepspeed_json(path), config, world_size=1, path=path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import os
@@ -222,21 +221,6 @@ def test_another_file_template_or_length_is_read_anew(folder, tokenizer, monkeyp
     assert load_task_data(TASK, config(folder), tokenizer).train[0]["source"] == "text: w9"
 
 
-def test_everything_is_built_inside_the_context(folder, tokenizer, monkeypatch):
-    events = []
-
-    @contextlib.contextmanager
-    def local_main_first():
-        events.append("enter")
-        yield
-        events.append("exit")
-
-    original = loading_module.build
-    monkeypatch.setattr(loading_module, "build", lambda *a: events.append("build") or original(*a))
-    load_task_data(TASK, config(folder), tokenizer, local_main_first=local_main_first)
-    assert events == ["enter", "build", "exit"]
-
-
 def test_the_tasks_own_files_are_read_without_a_data_dir(folder, tokenizer):
     files = tuple((split, str(folder / f"{split}.jsonl")) for split in ("train", "test"))
     task = Task(**{**vars(TASK), "files": files})
@@ -273,20 +257,26 @@ def test_a_test_file_with_labels_is_used_whatever_the_hub_has(folder, tokenizer)
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_split_alone_is_as_it_is_among_the_others(folder, tokenizer, split):
     data = load_task_data(TASK, config(folder, max_eval_samples=5), tokenizer)
-    alone, notes = load_split(TASK, config(folder, max_eval_samples=5), tokenizer, split)
+    alone, notes, made = load_split(TASK, config(folder, max_eval_samples=5), tokenizer, split)
     assert alone[:] == getattr(data, split)[:]
     assert notes == ()
+    assert made == data.origins[split]
+    if split != "train":
+        of = {"validation": 12, "test": 8}[split]
+        assert made == f"max_eval_samples 5 of the {of} of the official {split} set"
     # By the split rule, one half of validation.
     (folder / "test.jsonl").unlink()
     data = load_task_data(TASK, config(folder), tokenizer)
-    alone, _ = load_split(TASK, config(folder), tokenizer, split)
+    alone, _, made = load_split(TASK, config(folder), tokenizer, split)
     assert alone[:] == getattr(data, split)[:]
     assert len(alone) == {"train": 40, "validation": 6, "test": 6}[split]
+    whole, half = "the official train set", "half of the official validation set, data_seed 42"
+    assert made == data.origins[split] == (whole if split == "train" else half)
 
 
 def test_a_training_set_alone_is_the_one_that_was_drawn(folder, tokenizer):
     few = config(folder, few_shot=4)
-    alone, _ = load_split(TASK, few, tokenizer, "train")
+    alone, *_ = load_split(TASK, few, tokenizer, "train")
     assert alone[:] == load_task_data(TASK, few, tokenizer).train[:]
     assert len(alone) == 8
 
@@ -299,7 +289,7 @@ def test_a_split_alone_needs_no_other(folder, tokenizer, monkeypatch, split):
     for path in folder.iterdir():
         if path.name != f"{split}.jsonl":
             path.unlink()
-    alone, _ = load_split(TASK, config(folder), tokenizer, split)
+    alone, *_ = load_split(TASK, config(folder), tokenizer, split)
     assert len(alone) == {"train": 40, "validation": 12, "test": 8}[split]
     other = "test" if split == "train" else "train"
     with pytest.raises(DataError, match=f"found {split}; train and at least one of validation"):

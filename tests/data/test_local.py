@@ -12,13 +12,17 @@ import pytest
 from pemt.data import DataError
 from pemt.data.formats import read_records
 from pemt.data.local_files import find_files, read_rows
+from pemt.data.tables import Columns
 from pemt.tasks import RowError, get_task
 
 ROWS = [{"text": 'a, "b"', "label": "0"}, {"text": "c\td é", "label": "1"}]
 
 
-def rows_of(path, **options):
-    return [record for _, record in read_records(path, **options)]
+COLUMNS = Columns(names=("text", "label"), known=frozenset(["text", "label"]))
+
+
+def rows_of(path, columns=None):
+    return [record for _, record in read_records(path, columns)]
 
 
 def errors_of(path):
@@ -52,15 +56,17 @@ def test_tsv_is_read_without_quoting_and_with_or_without_a_header(tmp_path):
     (tmp_path / "a.tsv").write_text("\ufefftext\tlabel\n" + body, encoding="utf-8")
     (tmp_path / "b.tsv").write_text(body, encoding="utf-8")
     assert rows_of(tmp_path / "a.tsv") == expected
-    assert rows_of(tmp_path / "a.tsv", tsv_columns=("text", "label")) == expected
-    assert rows_of(tmp_path / "b.tsv", tsv_columns=("text", "label")) == expected
+    assert rows_of(tmp_path / "a.tsv", COLUMNS) == expected
+    assert rows_of(tmp_path / "b.tsv", COLUMNS) == expected
 
 
 def test_a_csv_field_may_span_lines_and_the_place_is_its_first(tmp_path):
-    (tmp_path / "a.csv").write_text('text,label\n"two\nlines",0\nshort\n', encoding="utf-8")
+    (tmp_path / "a.csv").write_text(
+        'text,label\n"two\nlines",0\nwhole,1\nshort\n', encoding="utf-8"
+    )
     places = [place.rpartition(":")[2] for place, _ in read_records(tmp_path / "a.csv")]
     assert rows_of(tmp_path / "a.csv")[0] == {"text": "two\nlines", "label": "0"}
-    assert places == ["2", "4"]
+    assert places == ["2", "4", "5"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +84,7 @@ def test_a_csv_field_may_span_lines_and_the_place_is_its_first(tmp_path):
             "JSON that is not read: Exceeds",
         ),
         ("a.jsonl", b'{"x": 1}\n' + b"[" * 100_000 + b"\n", 2, "not read: nested too deep"),
-        ("a.tsv", b"x\ty\n1\t2\n1\n", 3, "found 1 fields, the header has 2"),
+        ("a.tsv", b"x\ty\n1\n", 2, "found 1 fields, the header has 2"),
         ("a.tsv", b"x\ty\n1\t\xff\n", 2, "bad UTF-8"),
         ("a.csv", b"x,y\n1,2\n1,2,3\n", 3, "found 3 fields, the header has 2"),
         ("a.csv", b'x,y\n1,"a"b\n', 2, "broken CSV"),
@@ -124,9 +130,9 @@ def test_good_rows_behind_a_bad_one_are_still_read(tmp_path):
 
 
 def test_files_that_are_no_data_files(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match="the extension is 'txt'; allowed: jsonl, json, csv"):
-        rows_of(tmp_path / "a.txt")
+    (tmp_path / "a.xlsx").write_text("x")
+    with pytest.raises(DataError, match="the extension is 'xlsx'; allowed: jsonl, json, csv"):
+        rows_of(tmp_path / "a.xlsx")
     (tmp_path / "a.parquet").write_text("x")
     with pytest.raises(DataError, match="no readable parquet file"):
         rows_of(tmp_path / "a.parquet")
@@ -167,7 +173,7 @@ def test_files_that_are_no_data_files(tmp_path):
 def test_splits_are_found_by_their_published_names(tmp_path, names, expected):
     for name in names:
         (tmp_path / name).touch()
-    found = find_files(get_task("rte"), tmp_path)
+    found, _ = find_files(get_task("rte"), tmp_path)
     assert [path.name for paths in found.values() for path in paths] == expected
 
 
@@ -175,7 +181,8 @@ def test_shards_of_a_split_belong_together(tmp_path):
     names = [f"train-0000{i}-of-00002.parquet" for i in range(2)]
     for name in names:
         (tmp_path / name).touch()
-    assert [path.name for path in find_files(get_task("rte"), tmp_path)["train"]] == names
+    found, _ = find_files(get_task("rte"), tmp_path)
+    assert [path.name for path in found["train"]] == names
 
 
 def test_a_folder_without_the_files_says_what_was_looked_for(tmp_path):

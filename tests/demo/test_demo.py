@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import T5Config
 
-from pemt.demo import tiny_t5
+from pemt.demo import pretraining, run as demo_run, tiny_t5
 from pemt.demo.report import HEAT_MAP, REPORT, Row, write_report
 from pemt.demo.tasks import (
     KIND_OF,
@@ -23,6 +32,8 @@ from pemt.demo.tasks import (
     write_task_files,
 )
 from pemt.demo.world import FACTS, World
+from pemt.engine import Engine
+from pemt.engine.signals import Interrupted
 from pemt.tasks import get_task
 
 SEED = 3
@@ -104,7 +115,7 @@ def test_corruption_hides_a_fifth_and_loses_nothing() -> None:
     vocabulary = 100
     for length in range(4, 30):
         ids = list(range(2, 2 + length))
-        row = tiny_t5.corrupted(ids, draw, vocabulary)
+        row = pretraining.corrupted(ids, draw, vocabulary)
         pieces, rest = row["labels"], []
         for token in row["input_ids"][:-1]:
             if token < vocabulary - tiny_t5.SENTINELS:
@@ -130,18 +141,111 @@ def test_every_word_of_the_tasks_is_one_token(world: World, files: Path) -> None
     assert tokenizer.convert_tokens_to_ids("<extra_id_0>") == len(tokenizer) - 1 == max(ids)
 
 
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    return Engine(demo_run.Demo(tmp_path / "out", tmp_path / "cache", SEED).source(SOURCES[0]))
+
+
 def test_pretraining_learns_and_is_cached(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World,
+    tmp_path: Path,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(tiny_t5, "STEPS", 50)
-    lines: list[str] = []
+    monkeypatch.setattr(pretraining, "STEPS", 50)
     corpus = world.corpus(0)
     texts = [next(corpus) for _ in range(100)]
-    folder = tiny_t5.cached_base(world, texts, tmp_path, seed=SEED, say=lines.append)
-    assert float(lines[-1].split("loss ")[1]) < 4.5, "no better than guessing among all words"
+    folder = tiny_t5.cached_base(world, texts, tmp_path, seed=SEED, engine=engine)
+    losses = re.findall(r"step (\d+)/50, loss ([\d.]+)", capsys.readouterr().out)
+    assert [int(step) for step, _ in losses] == [10, 20, 30, 40, 50]
+    assert float(losses[-1][1]) < 4.5, "no better than guessing among all words"
     made = (folder / "model.safetensors").stat().st_mtime_ns
-    assert tiny_t5.cached_base(world, texts, tmp_path, seed=SEED, say=lines.append) == folder
+    assert tiny_t5.cached_base(world, texts, tmp_path, seed=SEED, engine=engine) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
+    assert [path.name for path in tmp_path.glob("*tiny-t5*")] == [folder.name]
+    assert not (folder / tiny_t5.STATE).exists()
+
+
+def test_a_killed_pretraining_goes_on_to_the_same_model(
+    world: World, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "STEPS", 6)
+    monkeypatch.setattr(pretraining, "STEPS_A_SAVE", 2)
+    taken: list[int] = []
+    real = pretraining.Pretraining._take_step
+
+    def step(self: Any, rows: Any, step: int, *, told: bool) -> tuple[float, bool]:
+        taken.append(step)
+        return real(self, rows, step, told=told)
+
+    def made(name: str) -> dict[str, Tensor]:
+        base = tiny_t5.cached_base(world, ["a b"], tmp_path / name, seed=SEED, engine=engine)
+        return load_file(base / "model.safetensors")
+
+    monkeypatch.setattr(pretraining.Pretraining, "_take_step", step)
+    whole = made("whole")
+
+    def killed(self: Any, rows: Any, number: int, *, told: bool) -> tuple[float, bool]:
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, rows, number, told=told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.Pretraining, "_take_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made("cut")
+    taken.clear()
+    cut = made("cut")
+    assert taken == [3, 4, 5, 6]
+    assert cut.keys() == whole.keys()
+    assert all(cut[name].equal(whole[name]) for name in whole)
+
+
+def test_told_to_stop_pretraining_saves_and_leaves(
+    world: World, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "STEPS", 6)
+    real = pretraining.clip_grad_norm_
+
+    def told(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(pretraining, "clip_grad_norm_", told)
+    with pytest.raises(Interrupted):
+        tiny_t5.cached_base(world, ["a b"], tmp_path, seed=SEED, engine=engine)
+    (state,) = tmp_path.glob(f".tiny-t5-*/{tiny_t5.STATE}")
+    # told in the first step, heard of in the second
+    assert torch.load(state, weights_only=True)["step"] == 2
+
+
+def test_shares_of_a_batch_give_the_gradient_of_the_whole(
+    world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two ranks one after the other: what each would add to the sum."""
+    corpus = world.corpus(0)
+    tokenizer = tiny_t5.train_tokenizer([next(corpus) for _ in range(500)])
+    shape = {**tiny_t5.SHAPE, "num_layers": 1, "vocab_size": len(tokenizer), "dropout_rate": 0.0}
+
+    sent: list[Tensor] = []
+
+    def send(gradients_G: Tensor) -> Tensor:
+        sent.append(gradients_G.clone())
+        return gradients_G
+
+    def summed(ranks: int) -> Tensor:
+        total = torch.zeros(())
+        for rank in range(ranks):
+            one = SimpleNamespace(rank=rank, world_size=ranks, device=engine.device, sum=send)
+            made = pretraining.Pretraining(T5Config(**shape), world, tokenizer, one, seed=0)
+            made._take_step(next(made._batches(0)), 1, told=False)
+            total = total + sent.pop()
+        return total
+
+    whole = summed(1)
+    assert whole[:-2].abs().max() > 0
+    torch.testing.assert_close(summed(3), whole, rtol=1e-4, atol=1e-6)
 
 
 def test_tasks_are_known(files: Path) -> None:
@@ -151,15 +255,16 @@ def test_tasks_are_known(files: Path) -> None:
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gates = [[0.7, 0.1, 0.1, 0.1]] * 6
+    weights = dict(zip(SOURCES, [0.7, 0.1, 0.1, 0.1], strict=True))
+    gates = {f"{stack}/{layer}": weights for stack in ("encoder", "decoder") for layer in range(3)}
     found = [
         Row(
             method=method,
             target=target,
             seed=seed,
             accuracy=accuracy + seed,
-            gate_weights=dict(zip(SOURCES, gates[0], strict=True)) if method == "pemt" else {},
-            gates_LK=gates if method == "pemt" else [],
+            gate_weights=weights if method == "pemt" else {},
+            gates=gates if method == "pemt" else {},
         )
         for target in TARGETS
         for seed in (0, 2)

@@ -34,7 +34,7 @@ def started(tmp_path: Path, **views: Any) -> Any:
         max_grad_norm=0.7,
     )
     return SimpleNamespace(
-        _config=config,
+        config=config,
         model=SimpleNamespace(**deepspeed),
         world_size=RANKS,
         _deepspeed_json=Path("ds.json"),

@@ -36,7 +36,13 @@ step = 0
 while not select.select([sys.stdin], [], [], 0.05)[0]:
     step += 1
     watchdog.came_by(step)
-if sys.stdin.readline() == "leave\\n":
+line = sys.stdin.readline()
+if line == "wait\\n":
+    while not select.select([sys.stdin], [], [], 0.05)[0]:
+        watchdog.waits()
+if line in ("wait\\n", "work\\n"):
+    line = sys.stdin.readline()
+if line == "leave\\n":
     watchdog.stop(together=True)
     time.sleep(1)
     sys.exit(0)
@@ -180,6 +186,22 @@ def test_a_store_that_comes_back_in_time_is_used_again(
     assert [process.poll() for process in ranks] == [None] * RANKS
     ranks[2].send_signal(signal.SIGSTOP)
     assert f"rank 2 (host {HERE[0]}" in ended(ranks)[0][2]
+
+
+def test_long_work_that_the_others_wait_for_is_no_hang(
+    ranks: list[subprocess.Popen[str]],
+) -> None:
+    def tell(*lines: str) -> None:
+        for process, line in zip(ranks, lines, strict=True):
+            assert process.stdin is not None
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+
+    tell("wait", "work", "wait")
+    time.sleep(2 * TIMEOUT)
+    assert [process.poll() for process in ranks] == [None] * RANKS
+    tell(*["leave"] * RANKS)
+    assert [(status, error) for status, _, error in ended(ranks)] == [(0, "")] * RANKS
 
 
 def test_who_leaves_is_not_missed(ranks: list[subprocess.Popen[str]]) -> None:

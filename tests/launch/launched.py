@@ -26,6 +26,7 @@ from pemt.model import PemtT5
 from pemt.run.build import build_model
 from pemt.run.loop import Setup, prepare, train_batches
 from pemt.run.train import run_adapt, run_source, set_up
+from tests.launch.launched_cuts import cuts
 from tests.support.tiny import adapt_config, source_config, tiny_task
 
 SOURCES = ("tiny-a", "tiny-b")
@@ -63,6 +64,7 @@ def main(world: Path, folder: Path) -> None:
             source_config(base, data, folder / "x", bank, TARGET, expert=EXPERT, **fields)
         ),
         "adapt": inspect_run(adapt_config(base, data, folder / "y", bank, TARGET, **fields)),
+        "cuts": cuts(world, folder),
     }
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / "report.json").write_text(json.dumps(report))
@@ -136,7 +138,8 @@ def take_one_step(config: RunConfig, setup: Setup) -> None:
     engine = setup.engine
     for number, indices in enumerate(next(train_batches(config, setup).epoch(0))):
         last = number == config.gradient_accumulation_steps - 1
-        engine.backward(engine.model(**_batch(setup, indices)).loss, last=last)
+        batch = {key: value.to(engine.device) for key, value in _batch(setup, indices).items()}
+        engine.backward(engine.model(**batch).loss, last=last)
     engine.step()
 
 

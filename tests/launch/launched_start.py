@@ -69,7 +69,10 @@ def started(world: Path, folder: Path) -> dict[str, Any]:
 def take_steps(config: Any, setup: Setup) -> list[float]:
     losses = []
     for (indices,) in list(train_batches(config, setup).epoch(0))[:STEPS]:
-        loss = setup.engine.model(**_batch(setup, indices)).loss
+        batch = {
+            key: value.to(setup.engine.device) for key, value in _batch(setup, indices).items()
+        }
+        loss = setup.engine.model(**batch).loss
         setup.engine.backward(loss, last=True)
         setup.engine.step()
         losses.append(float(setup.engine.mean(loss.detach())))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.launch.launched import RESUMED_STEP, SOURCES, TARGET
+from tests.launch.launched_cuts import UNEVEN, write_uneven_files
 from tests.support.tiny import losses, make_base, write_task_files
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_base(folder / "base")
     for seed, task in enumerate((*SOURCES, TARGET)):
         write_task_files(folder / task, seed=seed)
+    write_uneven_files(folder / UNEVEN)
     for name in (*LAUNCHES, *OFFLOADS):
         (folder / name).mkdir()
         launch(folder, name)
@@ -79,6 +81,22 @@ def test_gradient_norms_and_results_agree(world: Path, name: str) -> None:
     for key in ("test_accuracy", "test_loss", "test_moe_weight_0", "test_moe_weight_1"):
         assert ours[key] == pytest.approx(reference[key], rel=1e-5)
     assert ours["sources"] == list(SOURCES)
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_however_the_same_rows_are_cut_it_is_the_same_step(world: Path, name: str) -> None:
+    """Targets of 2 to 16 tokens: a mean over micro-batches of means over tokens would be another loss."""
+    whole = report(world, "plain")["cuts"]["1x8x1"]
+    ways = report(world, name)["cuts"]
+    assert set(ways) == (
+        {"1x8x1", "1x4x2", "1x2x4", "1x1x8"} if name == "plain" else {"2x4x1", "2x2x2", "2x1x4"}
+    )
+    for way, found in ways.items():
+        for ours, reference in zip(found["logged"], whole["logged"], strict=True):
+            assert ours == pytest.approx(reference, rel=2e-5), way
+        for parameter, values in whole["weights"].items():
+            assert found["weights"][parameter] == pytest.approx(values, abs=1e-5), (way, parameter)
+    assert whole["logged"][0] != pytest.approx(whole["logged"][1], rel=1e-3), "nothing was learned"
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

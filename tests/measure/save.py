@@ -22,7 +22,7 @@ import torch
 
 from pemt.bench.step import StepBench, build_model
 from pemt.checkpoint.checkpoint import Checkpoints
-from pemt.checkpoint.progress import Progress
+from pemt.checkpoint.train_state import TrainState
 from pemt.config.schema import AdaptConfig
 from pemt.engine import Engine, shut_down
 from tests.measure.zero import optimizer_of, random_batch
@@ -74,7 +74,7 @@ def measure(
     for number in range(1, rounds + 1):
         plain.append(seconds_of_a_round())
         began = time.perf_counter()
-        checkpoints.save(Progress(step=number))
+        checkpoints.save(TrainState(step=number))
         blocked_seconds.append(time.perf_counter() - began)
         saving.append(blocked_seconds[-1] + seconds_of_a_round())
         checkpoints.finish()

@@ -27,7 +27,7 @@ from pemt.run.train import run_adapt, run_source
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
 SOURCES, TARGET = ("tiny-board-a", "tiny-board-b"), "tiny-board-target"
-NAMES = GateNames(sources=("mnli", "qqp.x"), encoder_layers=1)
+NAMES = GateNames(sources=("mnli", "qqp.x"), sites=("encoder/0", "decoder/0"))
 GATES_NLK = torch.tensor([[[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [1.0, 0.0]]])
 SIMILARITY_MM = torch.tensor([[1.0, 0.5, -0.25], [0.5, 1.0, 0.0], [-0.25, 0.0, 1.0]])
 

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         check=False,
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = (folder / "dist").glob("pemt-*.whl")
+    (path,) = (folder / "dist").glob("pemt_trainer-*.whl")
     return zipfile.ZipFile(path)
 
 
@@ -59,7 +59,7 @@ def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
 def test_metadata(wheel: zipfile.ZipFile) -> None:
     (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     metadata = HeaderParser().parsestr(wheel.read(f"{folder}/METADATA").decode())
-    assert metadata["Name"] == "pemt"
+    assert metadata["Name"] == "pemt-trainer"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     entry_points = wheel.read(f"{folder}/entry_points.txt").decode()

@@ -53,6 +53,12 @@ def predictor(world: Path) -> Predictor:
     return Predictor.load(world / "pemt")
 
 
+def test_one_text_or_row_alone_is_a_list_of_one(predictor: Predictor) -> None:
+    text = "text : the box is red"
+    (alone,) = predictor(text)
+    assert alone == predictor([text])[0] == predictor({"text": "the box is red"})[0]
+
+
 def test_answers_and_gates_are_those_of_the_final_test(world: Path, predictor: Predictor) -> None:
     rows = rows_of(world)
     answers = predictor(rows, batch_size=3)
@@ -64,11 +70,11 @@ def test_answers_and_gates_are_those_of_the_final_test(world: Path, predictor: P
     assert {answer.prediction for answer in answers} == {"no", "yes"}
     assert 100 * sum(right) / len(right) == pytest.approx(results["test_accuracy"])
     names = ["encoder/0", "encoder/1", "decoder/0", "decoder/1"]
-    for ffn, name in enumerate(names):
+    for name in names:
         assert list(answers[0].gates) == names
-        for k, source in enumerate(SOURCES):
+        for source in SOURCES:
             mean = sum(answer.gates[name][source] for answer in answers) / len(answers)
-            assert mean == pytest.approx(results["gates"][ffn][k], abs=1e-6)
+            assert mean == pytest.approx(results["gates"][name][source], abs=1e-6)
 
 
 def test_the_order_is_kept_whatever_the_batches(world: Path, predictor: Predictor) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from pemt.bank.entries import read_bank, read_entry
 from pemt.bank.tools import verify
-from pemt.checkpoint import Progress, progress_of
+from pemt.checkpoint import TrainState, train_state_of
 from pemt.checkpoint.checkpoint import CheckpointError
 from pemt.config.deepspeed import fill_deepspeed_json, read_deepspeed_json
 from pemt.config.parse import parse_config
@@ -110,14 +110,14 @@ def test_bank_whose_tensors_are_sealed_anew(bank: Path) -> None:
 
 def test_progress_of_a_checkpoint() -> None:
     outcomes = Outcomes()
-    original = {"progress": asdict(Progress(step=5, best_metric=71.5, best_step=4))}
+    original = {"progress": asdict(TrainState(step=5, best_metric=71.5, best_step=4))}
 
     @fuzz
     @given(mutated_values(original))
     def run(manifest: dict[str, Any]) -> None:
         def use() -> None:
-            found = progress_of(manifest)
-            if not isinstance(found.measured(3.0), Progress) or found.step < 0:
+            found = train_state_of(manifest)
+            if not isinstance(found.measured(3.0, 1.0), TrainState) or found.step < 0:
                 raise CheckpointError("a progress of that kind was let through")
 
         outcomes.of(use)

@@ -31,6 +31,7 @@ WORDS = (
     "text",
     ":",
     *COLOURS,
+    *"012345",  # labels of the published tasks
 )
 
 

@@ -1,8 +1,9 @@
-"""What a checkpoint's manifest tells without its tensors: how far the run is, how much it trains."""
+"""How far a run is, as a checkpoint keeps it beside the tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,22 @@ from pemt.storage import StorageError, read_manifest
 
 WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
 
+# Fields that older checkpoints of this format lack.
+_ADDED = ("best_loss", "validations")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainState:
     """How far a run is.
 
     Args:
-        step: optimizer steps done; the position in the data follows from it, but for a stream.
+        step: optimizer steps done; the learning rate follows from it, and, but for a stream, the position in
+            the data.
         best_metric: best validation `average_metrics` so far, in percent; None before the first.
+        best_loss: validation loss of the same step: of equal metrics the lower loss is the better one. None before the
+            first, and in checkpoints that were written before it was kept.
         best_step: the step at which it was measured.
+        validations: how many were made that the best one is the best of; None in such checkpoints.
         validated_step: the last step that was validated; a run that is stopped before a validation
             makes it when it goes on.
         skipped: steps that changed nothing, since loss or gradient was not finite.
@@ -28,27 +36,58 @@ class Progress:
 
     step: int = 0
     best_metric: float | None = None
+    best_loss: float | None = None
+    validations: int | None = 0
     best_step: int | None = None
     validated_step: int | None = None
     skipped: int = 0
     position: dict[str, Any] | None = None
 
-    def measured(self, metric: float) -> Progress:
-        """Progress after a validation at this step."""
-        validated = replace(self, validated_step=self.step)
-        if self.best_metric is None or metric > self.best_metric:
-            return replace(validated, best_metric=metric, best_step=self.step)
+    def state_dict(self) -> dict[str, Any]:
+        """The values to be saved, which `train_state_of` reads back from a manifest."""
+        return asdict(self)
+
+    def measured(self, metric: float, loss: float) -> TrainState:
+        """The state after a validation at this step; the best is the highest metric, of equal ones the lowest loss."""
+        count = None if self.validations is None else self.validations + 1
+        validated = replace(self, validated_step=self.step, validations=count)
+        if self.best_metric is None or _merit(metric, loss) > _merit(
+            self.best_metric, self.best_loss
+        ):
+            return replace(validated, best_metric=metric, best_loss=loss, best_step=self.step)
         return validated
 
+    def without_best(self) -> TrainState:
+        """The state whose best checkpoint is lost: the best is chosen anew, this step among the candidates."""
+        return replace(
+            self,
+            best_metric=None,
+            best_loss=None,
+            best_step=None,
+            validated_step=None,
+            validations=0,
+        )
 
-def progress_of(manifest: dict[str, Any]) -> Progress:
-    """The progress that a checkpoint's manifest tells.
+
+def _merit(metric: float, loss: float | None) -> tuple[float, float]:
+    """What is compared; NaN is the worst there is, and a loss that is not known wins a tie."""
+    return _or_worst(metric), math.inf if loss is None else _or_worst(-loss)
+
+
+def _or_worst(value: float) -> float:
+    return value if value == value else -math.inf  # NaN is not
+
+
+def train_state_of(manifest: dict[str, Any]) -> TrainState:
+    """The state that a checkpoint's manifest tells.
 
     Raises:
         StorageError: a field is missing, unknown or of another kind.
     """
     found = manifest.get("progress")
-    names = [each.name for each in fields(Progress)]
+    names = [each.name for each in fields(TrainState)]
+    if isinstance(found, dict):
+        found = {**dict.fromkeys(_ADDED), **found}
     if not isinstance(found, dict) or found.keys() != set(names):
         raise StorageError(f"manifest.json: progress: found {found}, expected {names}")
     position = found["position"]
@@ -58,12 +97,12 @@ def progress_of(manifest: dict[str, Any]) -> Progress:
         if name == "position":
             continue
         optional = name not in ("step", "skipped")
-        kinds = (int, float) if name == "best_metric" else (int,)
+        kinds = (int, float) if name in ("best_metric", "best_loss") else (int,)
         if not (optional and value is None) and (type(value) not in kinds or value < 0):
             raise StorageError(
                 f"manifest.json: progress.{name}: found {value!r}, expected a number"
             )
-    return Progress(**found)
+    return TrainState(**found)
 
 
 def trained_count(folder: Path) -> int | None:

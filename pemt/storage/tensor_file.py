@@ -1,0 +1,91 @@
+"""A file of tensors in a checked folder, of which each tensor is read when it is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pemt.storage.manifest import MANIFEST, StorageError, check_file, check_name
+
+# Network file systems may hide a new file from other machines for so long (NFS: acdirmax).
+VISIBLE_WITHIN_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class TensorFile(Mapping[str, Tensor]):
+    """Maps a tensor's name to its value on the CPU; holds none of them, and can be sent to other ranks.
+
+    Args:
+        path: the safetensors file.
+        listed: what the manifest says of it: size, sha256, and dtype and shape by tensor.
+    """
+
+    path: Path
+    listed: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.listed["tensors"]:
+            raise KeyError(name)
+        try:
+            with safe_open(self.path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"{self.path}: cannot be read: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.listed["tensors"])
+
+    def __len__(self) -> int:
+        return len(self.listed["tensors"])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes, by name; nothing is read for it."""
+        return {name: tuple(each["shape"]) for name, each in self.listed["tensors"].items()}
+
+    def wait_until_visible(self) -> bool:
+        """Whether this machine sees the file in its full size, if need be after a while."""
+        until = time.monotonic() + VISIBLE_WITHIN_SECONDS
+        while not self._is_visible():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.5)
+        return True
+
+    def _is_visible(self) -> bool:
+        try:
+            with self.path.open(
+                "rb"
+            ) as file:  # opened, since network file systems remember old sizes
+                return file.seek(0, 2) == self.listed["bytes"]
+        except OSError:
+            return False
+
+
+def open_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> TensorFile:
+    """One file of a folder, after its size, checksum and table of contents have been found right.
+
+    Raises:
+        StorageError: the manifest does not list the file, or the file is missing, a link, cut or altered.
+    """
+    check_name(folder / MANIFEST, name)
+    path = folder / name
+    try:
+        check_file(path, manifest["files"].get(name))
+        with safe_open(path, "pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from None
+    opened = TensorFile(path, manifest["files"][name])
+    try:
+        listed = opened.shapes()
+    except (LookupError, TypeError, AttributeError):
+        listed = {}
+    if found != listed:
+        raise StorageError(f"{path}: holds other tensors than {MANIFEST} lists; it is damaged")
+    return opened

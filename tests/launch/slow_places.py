@@ -1,0 +1,125 @@
+"""What two ranks run for test_waiting.py: both stages and parts of the demo, with one rank's work slowed or ended.
+
+    accelerate launch ... -m tests.launch.slow_places FOLDER slow
+    accelerate launch ... -m tests.launch.slow_places FOLDER PLACE
+
+FOLDER has a base model and task files. `slow`: at every place of PLACES the rank named there takes three times
+`ddp_timeout`, once. A place's name: that rank dies there, of kill -9.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pemt.config.schema import ExpertConfig
+from pemt.demo import pretraining, run as demo, tasks
+from pemt.engine import shut_down, waiting
+from pemt.engine.exit import run_and_exit
+from pemt.engine.watchdog import Watchdog
+from pemt.run import session
+from pemt.run.train import run_adapt, run_source
+from tests.support.tiny import adapt_config, source_config, tiny_task
+
+SOURCE, TARGET = "tiny-a", "tiny-target"
+TIMEOUT = 6
+# What is slow, where it is looked up, and on which rank.
+PLACES = {
+    "op": ("pemt.run.build.select.prepare", 0),
+    "files": ("pemt.demo.run.write_task_files", 0),
+    "pre-training": ("pemt.demo.pretraining.write_state", 0),
+    "fetching": ("pemt.run.train.fetch_base", 0),
+    "reading": ("pemt.run.train.load_base", 1),
+    "examples": ("pemt.data.loading.encode", 0),
+    "digest": ("pemt.run.loop.base_digest", 1),
+    "weights": ("pemt.engine.engine.place", 1),
+    "logs": ("pemt.monitor.monitor.TensorBoardWriter", 0),
+    "scoring": ("pemt.run.evaluate.score", 0),
+    "pictures": ("pemt.monitor.monitor.Monitor.mixture", 0),
+    "writing": ("pemt.run.train.write_predictions", 0),
+    "report": ("pemt.demo.run.write_report", 0),
+}
+
+
+def hooked(name: str, act: Callable[[], None]) -> None:
+    """Have a function act on one rank before it is called for the first time."""
+    path, rank = PLACES[name]
+    owner_path, attribute = path.rsplit(".", 1)
+    owner = pkgutil.resolve_name(owner_path)
+    real, called = getattr(owner, attribute), False
+
+    def function(*arguments: Any, **fields: Any) -> Any:
+        nonlocal called
+        if int(os.environ["RANK"]) == rank and not called:
+            called = True
+            print(f"at {name}", flush=True)
+            act()
+        return real(*arguments, **fields)
+
+    setattr(owner, attribute, function)
+
+
+def die() -> None:
+    print(f"died at {time.time()}", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def demo_parts(folder: Path) -> None:
+    tasks.SIZES.update(source=(40, 8, 8), target=(40, 8, 8))
+    pretraining.STEPS, pretraining.STEPS_A_SAVE = 4, 2
+    made = demo.Demo(folder / "demo", folder / "cache", 0)
+    made.prepare()
+    row = demo.Row(
+        method="pemt",
+        target="stable",
+        seed=0,
+        accuracy=1.0,
+        gate_weights={"diet": 1.0},
+        gates_LK=[[1.0]] * 2,
+    )
+    rows = [row, demo.Row(**{**vars(row), "method": "adapter"})]
+    made.report(rows)
+
+
+def stages(folder: Path) -> None:
+    bank, base = folder / "bank", folder / "base"
+    fields: dict[str, Any] = {"max_steps": 2, "ddp_timeout": TIMEOUT}
+    run_source(
+        source_config(
+            base,
+            folder / SOURCE,
+            folder / "source",
+            bank,
+            SOURCE,
+            expert=ExpertConfig(rank=2),
+            **fields,
+        )
+    )
+    adapt = adapt_config(base, folder / TARGET, folder / "adapt", bank, TARGET, **fields)
+    run_adapt(adapt)
+
+
+def main(folder: Path, what: str) -> None:
+    for task in (SOURCE, TARGET):
+        tiny_task(task)
+    waiting.TELL_SECONDS_IN_FILE = TIMEOUT
+    # A busy machine's slow start is a hang to the run's watchdog; that it lets those work who are waited for is
+    # shown in test_watchdog.py.
+    session.Watchdog = lambda **given: Watchdog(**{**given, "timeout": 20 * TIMEOUT})
+    for name in PLACES if what == "slow" else [what]:
+        hooked(name, (lambda: time.sleep(3 * TIMEOUT)) if what == "slow" else die)
+    stages(folder)
+    demo_parts(folder)
+    shut_down()
+    if os.environ["RANK"] == "0":
+        print("finished", flush=True)
+
+
+if __name__ == "__main__":
+    run_and_exit(lambda: main(Path(sys.argv[1]), sys.argv[2]))
