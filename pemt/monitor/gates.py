@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a report reads gates without torch
+    from torch import Tensor
 
 STACKS = ("encoder", "decoder")
 
@@ -34,8 +34,7 @@ class GateNames:
 
     def named(self, gates_LK: Tensor) -> NamedGates:
         """Each gate under its site and source."""
-        rows = zip(self.sites, gates_LK.tolist(), strict=True)
-        return {site: dict(zip(self.sources, gates_K, strict=True)) for site, gates_K in rows}
+        return _named(self.sites, self.sources, gates_LK.tolist())
 
     def scalars(self, gates_LK: Tensor) -> dict[str, float]:
         """`gate/<site>/<source>`, and `gate_mean/<source>` over all sites."""
@@ -91,7 +90,14 @@ def gates_in(results: Mapping[str, Any]) -> NamedGates:
     half = len(gates) // 2
     sites = [f"{stack}/{layer}" for stack in STACKS for layer in range(half)]
     sites += [f"decoder/{layer}" for layer in range(half, len(gates) - half)]
-    return GateNames(sources=results["sources"], sites=sites).named(torch.tensor(gates))
+    return _named(sites, results["sources"], gates)
+
+
+def _named(
+    sites: Sequence[str], sources: Sequence[str], gates_LK: Sequence[Sequence[float]]
+) -> NamedGates:
+    rows = zip(sites, gates_LK, strict=True)
+    return {site: dict(zip(sources, gates_K, strict=True)) for site, gates_K in rows}
 
 
 def entropy_NL(gates_NLK: Tensor) -> Tensor:
@@ -102,4 +108,4 @@ def entropy_NL(gates_NLK: Tensor) -> Tensor:
     """
     if gates_NLK.shape[-1] == 1:
         return gates_NLK.new_zeros(gates_NLK.shape[:-1])
-    return torch.special.entr(gates_NLK).sum(dim=-1) / math.log(gates_NLK.shape[-1])
+    return -gates_NLK.xlogy(gates_NLK).sum(dim=-1) / math.log(gates_NLK.shape[-1])
