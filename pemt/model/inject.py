@@ -99,7 +99,8 @@ def checked_base(base: PreTrainedModel) -> Base:
             "model_name_or_path: its config.json has no decoder_start_token_id; "
             "set it to what the decoder was trained to start from, for T5 the pad id"
         )
-    for block in base.decoder.block:
+    blocks: Any = base.decoder.block
+    for block in blocks:
         # transformers 5.17 forgets it for UMT5, whose decoder then reads the very tokens that it is to predict.
         block.layer[0].SelfAttention.is_causal = True
     return base
