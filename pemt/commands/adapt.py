@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pemt.config import AdaptConfig, Parser
-from pemt.engine import StopSignals
-from pemt.engine.sign_of_life import LIBRARIES, telling
+from pemt.engine import LIBRARIES, StopSignals, telling
 
 
 def run(arguments: list[str]) -> None:

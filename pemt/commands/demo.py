@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from pemt.config import Parser, PemtError, command_parser
-from pemt.engine import StopSignals, own_cache
-from pemt.engine.sign_of_life import LIBRARIES, telling
+from pemt.engine import LIBRARIES, StopSignals, own_cache, telling
 
 
 def run(arguments: list[str]) -> None:

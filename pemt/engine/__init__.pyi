@@ -7,6 +7,7 @@ from .job import (
 )
 from .precision import bf16_is_native as bf16_is_native
 from .process import peak as peak, start_ticks as start_ticks, watch_peak as watch_peak
+from .sign_of_life import LIBRARIES as LIBRARIES, telling as telling
 from .signals import (
     INTERRUPTED_STATUS as INTERRUPTED_STATUS,
     KILLED_STATUS as KILLED_STATUS,

@@ -16,7 +16,7 @@ from pemt.engine.signals import INTERRUPTED_STATUS, Interrupted
 from tests.support.jobs import World, last_step, status
 
 # What is called in these moments, and where it is looked up.
-MOMENTS = {"imports": "pemt.config.parse.parse_config", "data": "pemt.run.train.load_task_data"}
+MOMENTS = {"imports": "pemt.config.parse_config", "data": "pemt.run.train.load_task_data"}
 
 
 @pytest.fixture(autouse=True)

@@ -114,8 +114,9 @@ def test_the_warning_is_told_before_the_data_is_read(
     monkeypatch.setattr("pemt.run.train.load_task_data", stop)
     config = adapt_config(base, tmp_path, tmp_path / "run", tmp_path, TASK, bf16=False, fp16=True)
     tiny_task(TASK)
+    engine = mock.MagicMock(device=torch.device("cpu"))  # fp16 without DeepSpeed needs a GPU
     with pytest.raises(KeyboardInterrupt):
-        set_up(config, mock.Mock())  # fp16 without DeepSpeed needs a GPU
+        set_up(config, engine)
     assert "pemt: warning: fp16: activations of a T5" in capsys.readouterr().err
 
 
