@@ -47,6 +47,7 @@ def main(folder: Path) -> None:
         output_dir="none",
         task_name="none",
         per_device_train_batch_size=1,
+        bf16=True,
     )
     engine = Engine(config)
     engine.seed(0, per_rank=False)
