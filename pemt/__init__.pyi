@@ -4,4 +4,4 @@ from .config import (
     SourceConfig as SourceConfig,
 )
 from .publish import PemtModel as PemtModel, export_run as export_run
-from .run import run_adapt as run_adapt, run_source as run_source
+from .run import Predictor as Predictor, run_adapt as run_adapt, run_source as run_source
