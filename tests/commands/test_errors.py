@@ -107,7 +107,7 @@ def test_one_line(
 YAML_CASES = {
     "unknown key": ("learning_rat: 1\n", ["run.yaml", "`learning_rat`", "`learning_rate`"]),
     "malformed": ("learning_rate: [1\nseed: 2\n", ["run.yaml", "line", "malformed"]),
-    "a key twice": ("seed: 1\nseed: 2\n", ["run.yaml", "line 2", "`seed`", "twice"]),
+    "a key twice": ("seed: 1\nseed: 2\n", ["run.yaml", "line 2", "duplicate key `seed`"]),
     "no mapping": ("- seed\n", ["run.yaml", "list"]),
     "wrong type": ("learning_rate: fast\n", ["run.yaml", "learning_rate", "fast", "float"]),
 }

@@ -121,7 +121,7 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(
     for told in report(world, stage)["ended"]:
         assert told.startswith(f"NonFiniteError: {guilty}: holds the batch of step 5")
         assert "the last of 3 skipped steps in a row (max_skipped_steps)" in told
-        assert "changed nothing: the loss is inf on rank 1;" in told
+        assert "the loss is inf on rank 1;" in told
         assert "\n" not in told
     lines, others = (
         [json.loads(line) for line in path.read_text().splitlines()]
@@ -157,10 +157,10 @@ def test_two_ranks_go_back_to_the_checkpoint_before(
     world: Path, launched: dict[str, str], stage: str
 ) -> None:
     damaged = str(world / stage / "damaged")
-    lines = [line for line in launched[stage].splitlines() if line.startswith(damaged)]
+    lines = [line for line in launched[stage].splitlines() if damaged in line]
     told = [line for line in lines if "quarantined" in line]
     assert len(told) == 1
-    assert f"checkpoint-{STEPS}/moments.safetensors: is not the file" in told[0]
+    assert f"checkpoint-{STEPS}/moments.safetensors: checksum mismatch" in told[0]
     assert f"resuming from checkpoint-{STEPS - 1}" in told[0]
     for error in report(world, stage)["none_left"]:
         assert error.startswith("CheckpointError: ")
