@@ -23,13 +23,14 @@ def as_utf8(file: Any, name: str) -> io.BufferedReader:
 
     Raises DataError where it is not what its mark says.
     """
-    start: bytes = file.peek(4)[:4]
+    reader = io.BufferedReader(file)
+    start = reader.peek(4)[:4]
     if not start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return io.BufferedReader(file)
+        return reader
     encoding = "utf-32" if start == codecs.BOM_UTF32_LE else "utf-16"
-    with file:
+    with reader:
         try:
-            utf8 = io.BytesIO(file.read().decode(encoding).encode("utf-8"))
+            utf8 = io.BytesIO(reader.read().decode(encoding).encode("utf-8"))
             return io.BufferedReader(utf8)
         except UnicodeError as error:
             raise DataError(f"{name}: broken {encoding}: {error}; save it as UTF-8") from None
