@@ -67,7 +67,7 @@ def launch_ranks(
     *arguments: str,
     zero: int | Path,
     num_processes: int = 2,
-    timeout: float = 300,
+    timeout: float = 900,  # the first launch on a machine compiles DeepSpeed's Adam
     environment: dict[str, str] | None = None,
     check: bool = True,
 ) -> Launched:

@@ -106,7 +106,7 @@ def apart(world: Path, zero: Zero) -> Path:
             for rank in (0, 1)
         ]
         try:
-            outputs = [process.communicate(timeout=200)[0] for process in started]
+            outputs = [process.communicate(timeout=600)[0] for process in started]
         finally:
             for process in started:
                 kill_session(process)
