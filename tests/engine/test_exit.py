@@ -18,7 +18,7 @@ libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
 """
 PROGRAM = """
 import atexit, sys, threading, time
-from pemt.engine.exit import run_and_leave
+from pemt.engine.exit import run_and_exit
 def work():
     time.sleep(0.3)
     print("the thread has ended")
@@ -45,7 +45,7 @@ def test_what_aborts_at_exit_aborts_a_process_that_leaves_as_python_does() -> No
     ("end", "status"), [("", 0), ("sys.exit()", 0), ("sys.exit(3)", 3)], ids=["return", "0", "3"]
 )
 def test_the_status_and_all_of_pythons_exit_stay(end: str, status: int) -> None:
-    done = run(f"{ABORTING}{PROGRAM}    {end}\nrun_and_leave(main)")
+    done = run(f"{ABORTING}{PROGRAM}    {end}\nrun_and_exit(main)")
     assert (done.returncode, done.stdout.splitlines(), done.stderr) == (status, TOLD, "")
 
 
@@ -55,7 +55,7 @@ def test_the_status_and_all_of_pythons_exit_stay(end: str, status: int) -> None:
     ids=["exit with a text", "exception"],
 )
 def test_an_error_is_told_as_ever(end: str, message: str) -> None:
-    done = run(f"{PROGRAM}    {end}\nrun_and_leave(main)")
+    done = run(f"{PROGRAM}    {end}\nrun_and_exit(main)")
     assert (done.returncode, done.stdout.splitlines()) == (1, TOLD)
     assert done.stderr.endswith(message)
 

@@ -104,7 +104,7 @@ def test_a_step_is_one_plain_line_of_one_rank(world: Path, name: str) -> None:
     out = (world / f"{name}.out").read_text()
     assert "\r" not in out, "a bar in a file"
     for step in range(1, 6):
-        line = rf"^source tiny-a: step {step}/5, loss \d+\.\d+, [\d.]+ samples/s, \d+:\d+ left$"
+        line = rf"^\[.* rank 0\] source tiny-a: step {step}/5, loss \d+\.\d+, [\d.]+ samples/s, \d+:\d+ left$"
         assert len(re.findall(line, out, flags=re.MULTILINE)) == 1, step
 
 
