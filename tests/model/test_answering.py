@@ -100,7 +100,7 @@ def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -
     assert {each.data_ptr() for each in weights} <= set(calls)
     with pytest.MonkeyPatch.context() as patched:
         for place in ("pemt_t5", "baselines"):
-            patched.setattr(f"pemt.model.{place}.faster_answers", lambda base: nullcontext())
+            patched.setattr(f"pemt.model.{place}.fast_generate", lambda base: nullcontext())
         for place in ("mixture", "experts"):
             patched.setattr(f"pemt.model.{place}.linear", nn.functional.linear)
         patched.setattr("pemt.ops.linear.linear", nn.functional.linear)
