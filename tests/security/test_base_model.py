@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pemt.data import DataError
 from pemt.model.base import BaseModelError, load_pretrained
+from pemt.model.tokenizer import TokenizerError
 from tests.support.tiny import make_base
 
 
@@ -87,7 +87,7 @@ def test_code_of_an_unknown_tokenizer_is_not_even_offered(
     load_pretrained(str(base), str(base))  # what stands in tokenizer.json does
     assert not (tmp_path / "made").exists()
     (base / "tokenizer.json").unlink()
-    with pytest.raises(DataError):
+    with pytest.raises(TokenizerError):
         load_pretrained(str(base), str(base))
     assert not (tmp_path / "made").exists()
 
