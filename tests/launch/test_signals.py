@@ -30,7 +30,7 @@ def stopped(job: Job, told: str, number: signal.Signals) -> int:
     step = found["step"]
     assert (job.run / f"checkpoint-{step}").is_dir()
     assert last_step(job.run) == step, "the step was finished, logged, and no further one taken"
-    assert "it is saved" in job.output
+    assert "a checkpoint is saved" in job.output
     assert not (job.run / "run.lock").exists()
     return step
 
