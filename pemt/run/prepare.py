@@ -95,6 +95,7 @@ def train_batches(
 
 
 def total_steps_of(config: RunConfig, batches: Batches) -> int:
+    """Optimizer steps of the whole run: `max_steps`, or `num_train_epochs` times an epoch's."""
     if config.max_steps > 0:
         return config.max_steps
     assert batches.steps_per_epoch is not None, "a stream needs max_steps"

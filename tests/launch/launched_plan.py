@@ -147,10 +147,10 @@ class Weighed:
             self.now["wire"].append(interface_bytes())
             return norm
 
-        def started(engine: Engine, *arguments: Any) -> None:
+        def started(engine: Engine, *arguments: Any, **options: Any) -> None:
             dist.barrier()
             before = interface_bytes()
-            prepare_model(engine, *arguments)
+            prepare_model(engine, *arguments, **options)
             dist.barrier()
             self.now["start"] = [interface_bytes()[way] - before[way] for way in (0, 1)]
 

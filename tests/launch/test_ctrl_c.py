@@ -71,7 +71,7 @@ def test_the_first_is_taken_note_of() -> None:
 def test_the_second_ends_at_once_even_where_no_handler_runs(where: str) -> None:
     started = program(where)
     os.kill(started.pid, signal.SIGINT)
-    told(started, "once more")
+    told(started, "a second one stops at once")
     os.kill(started.pid, signal.SIGINT)
     assert started.wait(timeout=50) == KILLED_STATUS
     _, errors = started.communicate()
@@ -83,7 +83,7 @@ def test_behind_a_launcher_the_same_ctrl_c_may_come_twice() -> None:
     """From the terminal and passed on; torch's launcher passes the second one on as SIGTERM."""
     started = program("here", LOCAL_RANK="0")
     os.kill(started.pid, signal.SIGINT)
-    told(started, "once more")
+    told(started, "a second one stops at once")
     os.kill(started.pid, signal.SIGINT)
     time.sleep(SAME_SECONDS + 0.2)
     assert started.poll() is None
@@ -96,7 +96,7 @@ def test_sigterm_alone_never_ends_at_once() -> None:
     started = program("here", LOCAL_RANK="0")
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         os.kill(started.pid, number)
-    told(started, "once more")
+    told(started, "a second one stops at once")
     assert started.poll() is None
     started.kill()
     started.communicate()
@@ -106,7 +106,7 @@ def test_what_a_forked_process_gets_is_not_counted() -> None:
     """The workers that tokenise are in the terminal's group too."""
     started = program("here", "forked")
     os.killpg(started.pid, signal.SIGINT)
-    told(started, "once more")
+    told(started, "a second one stops at once")
     time.sleep(0.3)
     assert started.poll() is None
     os.killpg(started.pid, signal.SIGKILL)

@@ -27,7 +27,7 @@ def test_a_warned_job_goes_back_into_the_queue_and_ends_with_the_same_bits(
     run = tmp_path / "runs" / "adapt-colours"
     environment = {
         **os.environ,
-        "PATH": f"{ROOT / 'tests' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{ROOT / 'tests' / 'support' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "FAKE_SLURM": str(tmp_path),
         "TARGET_TASK": "colours",

@@ -59,7 +59,7 @@ def submit(
     environment = {
         **os.environ,
         **variables,
-        "PATH": f"{ROOT / 'tests' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{ROOT / 'tests' / 'support' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "FAKE_SLURM": str(world / "fake"),
         "MODEL": str(world / "base"),
@@ -165,7 +165,7 @@ def test_an_interrupted_job_is_queued_again_and_a_failed_one_is_not(
         f"run_and_requeue {tmp_path} {sys.executable} {tmp_path}/child.py {tmp_path} {told} {then}\n"
     )
     environment = {**os.environ, "FAKE_SLURM": str(tmp_path)}
-    environment["PATH"] = f"{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}"
+    environment["PATH"] = f"{ROOT / 'tests' / 'support' / 'slurm'}:{os.environ['PATH']}"
     job = subprocess.Popen(
         ["sbatch", str(script)],
         cwd=ROOT,
