@@ -6,12 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+
+from tests.support import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,61 +70,78 @@ def launch() -> Launch:
 
 def launch_ranks(
     *arguments: str,
-    zero: int | Path,
+    zero: int | Path | None,
     num_processes: int = 2,
     timeout: float = 900,  # the first launch on a machine compiles DeepSpeed's Adam
     environment: dict[str, str] | None = None,
     check: bool = True,
 ) -> Launched:
-    """Start `accelerate launch` with DeepSpeed and wait for it.
+    """Run a module on several ranks with DeepSpeed, as `accelerate launch` would, and wait for it.
 
     Args:
-        arguments: what stands after `python`: a script or `-m module`, and its own arguments.
-        zero: a ZeRO stage, for ds_configs/zero<stage>.json, or the path of another DeepSpeed JSON.
+        arguments: `-m module`, and its own arguments.
+        zero: a ZeRO stage, for ds_configs/zero<stage>.json, or the path of another DeepSpeed JSON; None: one process
+            without a launcher.
         timeout: seconds; after that every process of the launch is killed and the test fails.
-        environment: variables on top of this process's.
+        environment: variables on top of this process's; with them accelerate itself starts fresh interpreters.
         check: fail the test where the launch's exit status is not 0.
     """
-    deepspeed_json = zero if isinstance(zero, Path) else ROOT / "ds_configs" / f"zero{zero}.json"
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", str(ROOT / "launchers" / "accelerate" / "cpu.yaml")),
-        *("--deepspeed_config_file", str(deepspeed_json)),
-        *("--num_processes", str(num_processes)),
-        *arguments,
-    ]
+    command = list(arguments)
+    if zero is not None:
+        json_path = zero if isinstance(zero, Path) else ROOT / "ds_configs" / f"zero{zero}.json"
+        command = [
+            *("--config_file", str(ROOT / "launchers" / "accelerate" / "cpu.yaml")),
+            *("--deepspeed_config_file", str(json_path)),
+            *("--num_processes", str(num_processes)),
+            *arguments,
+        ]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        status = _finish(command, out, timeout, environment)
+        output = out.read_text()
+    told = f"{' '.join(command)}\n%s\n{output}"
+    if status is None:
+        pytest.fail(told % f"still ran after {timeout} s:")
+    if check and status != 0:
+        pytest.fail(told % f"exited with {status}:")
+    return Launched(returncode=status, output=output)
+
+
+def _finish(
+    command: list[str], out: Path, timeout: float, environment: dict[str, str] | None
+) -> int | None:
+    """A launch's exit status; None where it was killed after `timeout` seconds."""
+    if environment is None:
+        forked = ranks.start(command, out)
+        try:
+            forked.join(timeout)
+            return forked.exitcode
+        finally:  # also at Ctrl-C: no rank may outlive the test run
+            kill_session(forked)
     # DeepSpeed and torch start ninja by name; the venv need not be activated for the tests.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PATH": path, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with out.open("w") as written:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *command],
+            cwd=ROOT,
+            env={**os.environ, "PATH": path, **environment},
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        output, _ = process.communicate(timeout=timeout)
+        return process.wait(timeout)
     except subprocess.TimeoutExpired:
+        return None
+    finally:
         kill_session(process)
-        output, _ = process.communicate()
-        pytest.fail(f"{' '.join(command)}\nstill ran after {timeout} s:\n{output}")
-    except BaseException:  # Ctrl-C: no rank may outlive the test run
-        kill_session(process)
-        raise
-    if check and process.returncode != 0:
-        pytest.fail(f"{' '.join(command)}\nexited with {process.returncode}:\n{output}")
-    return Launched(returncode=process.returncode, output=output)
 
 
-def kill_session(process: subprocess.Popen[str]) -> None:
+def kill_session(process: subprocess.Popen[Any] | BaseProcess) -> None:
     """Kill a launcher and all ranks below it: torch gives each rank a session of its own."""
     try:
-        family = [
-            psutil.Process(process.pid),
-            *psutil.Process(process.pid).children(recursive=True),
-        ]
+        launcher = psutil.Process(process.pid)
+        family = [launcher, *launcher.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
     for member in family:

@@ -99,10 +99,22 @@ def _say(text: str) -> None:
             print(f"pemt: SIGINT: {text}", file=sys.stderr, flush=True)
 
 
+def _hold_signals() -> None:
+    _held.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.before)
+
+
 def _forget_in_child() -> None:
-    """What a forked process receives is not this one's."""
+    """What a forked process receives is not this one's, from its first moment on."""
     if StopSignals._outermost is not None and StopSignals._outermost._before:
         signal.set_wakeup_fd(-1)
+    _release_signals()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+_held = threading.local()
+os.register_at_fork(
+    before=_hold_signals, after_in_parent=_release_signals, after_in_child=_forget_in_child
+)

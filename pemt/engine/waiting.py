@@ -1,8 +1,9 @@
 """Waiting for other ranks outside of collectives, which have a timeout: honest work can take longer.
 
-Every rank tells the others through the launcher's store, at which it has met them, what it is doing and how
-many meetings it has come to; a thread of its own tells every second that its process lives. Who waits looks
-there: it goes on when the others have come, says what they do meanwhile, and ends the job when one has died.
+Every rank tells the others through a store that rank 0 keeps (the launcher's dies with the launcher, which the ranks
+outlive to save) what it is doing and how many meetings it has come to; a thread of its own tells every second that
+its process lives. Who waits looks there: it goes on when the others have come, says what they do meanwhile, and ends
+the job when one has died.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from uuid import uuid4
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch.distributed import TCPStore
 
 from pemt.config import PemtError
 from pemt.engine.process import start_ticks
@@ -40,18 +41,21 @@ class Waiting:
 
     Args:
         rank, world_size, local_rank: which this is, of how many, and which of its machine.
-        name: the same on all ranks, and of no other start of them: the launcher's store outlives a restart.
+        port: of the store on rank 0's machine; None where there is one rank.
 
     `timeout` is the seconds after which a process of this machine that is stopped ends the job; `while_waiting`,
     where it is set, is called at every look, and leaves deaths to whoever has set it.
     """
 
-    def __init__(self, *, rank: int, world_size: int, local_rank: int, name: str) -> None:
+    def __init__(
+        self, *, rank: int = 0, world_size: int = 1, local_rank: int = 0, port: int | None = None
+    ) -> None:
         self._rank, self._world_size = rank, world_size
         self._local_main = rank - local_rank
         self.timeout = 1800.0
         self.while_waiting: Callable[[], None] | None = None
-        self._keys = [f"pemt/waiting/{name}/{each}" for each in range(world_size)]
+        self.kept: TCPStore | None = None  # by rank 0, for all
+        self._keys = [str(each) for each in range(world_size)]
         pid = os.getpid()
         self._me = Beat(
             number=0,
@@ -66,7 +70,8 @@ class Waiting:
         self._stopped = threading.Event()
         self._beats = [self._me] * world_size
         self._moved: dict[int, tuple[int, float]] = {}
-        self._store = connected() if world_size > 1 else None
+        self._port = port
+        self._store = None if port is None else connected(port)
         self._tell()
         threading.Thread(target=self._talk, name="waiting", daemon=True).start()
 
@@ -146,7 +151,7 @@ class Waiting:
 
     def _look(self) -> None:
         """Read what the ranks tell; what was read before stays where the store does not answer."""
-        if self._store is None:
+        if self._store is None or self._port is None:
             return
         with self._lock:
             try:
@@ -154,7 +159,7 @@ class Waiting:
             except RuntimeError:
                 # It may be a cable. Of the old connection a late answer could be taken for the next one's.
                 with contextlib.suppress(RuntimeError):
-                    self._store = connected(seconds=BEAT_SECONDS)
+                    self._store = connected(self._port, seconds=BEAT_SECONDS)
                 return
         self._beats = [Beat(**json.loads(text)) for text in texts]
 
@@ -234,15 +239,20 @@ class Waiting:
 @functools.cache
 def waiting_of_job() -> Waiting:
     """The one of this process (all ranks call, after the process group is open)."""
-    world_size = 1
-    if torch.distributed.is_initialized() and "MASTER_ADDR" in os.environ:
-        world_size = torch.distributed.get_world_size()
+    if not torch.distributed.is_initialized() or "MASTER_ADDR" not in os.environ:
+        return Waiting()
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if world_size == 1:
+        return Waiting()
+    kept = None
+    if rank == 0:
+        kept = TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
     made = Waiting(
-        rank=torch.distributed.get_rank() if world_size > 1 else 0,
+        rank=rank,
         world_size=world_size,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0,
-        name=broadcast_object_list([uuid4().hex])[0] if world_size > 1 else "alone",
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        port=broadcast_object_list([kept and kept.port])[0],
     )
-    if world_size > 1:
-        torch.distributed.barrier()  # from now on every rank has told something
+    made.kept = kept
+    torch.distributed.barrier()  # from now on every rank has told something
     return made

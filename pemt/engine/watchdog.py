@@ -214,11 +214,11 @@ class Watchdog:
         return f"rank {rank} (host {beat.host}, process {beat.pid}, after step {beat.step})"
 
 
-def connected(seconds: float = 60) -> TCPStore:
-    """The store at which the launcher brought the ranks together."""
+def connected(port: int | None = None, seconds: float = 60) -> TCPStore:
+    """A store on the first machine; without a port the one at which the launcher brought the ranks together."""
     return TCPStore(
         os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        port or int(os.environ["MASTER_PORT"]),
         is_master=False,
         timeout=timedelta(seconds=seconds),
     )

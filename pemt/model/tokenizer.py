@@ -8,6 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
 from pemt.config import PemtError
 
+WORD_START = "▁"  # what the empty one has beside its special tokens
+
 
 class TokenizerError(PemtError):
     """A tokenizer that cannot be loaded."""
@@ -20,7 +22,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     AutoTokenizer does not do.
 
     Raises:
-        TokenizerError: nothing can be loaded.
+        TokenizerError: nothing can be loaded, or what is loaded knows no text: of a T5 without a tokenizer's files
+            transformers makes one of special tokens alone.
     """
     folder = Path(name_or_path)
     bare = (folder / "spiece.model").is_file() and not any(
@@ -30,7 +33,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         if bare:
             return T5Tokenizer.from_pretrained(name_or_path)
         # Left unsaid, transformers asks on stdin whether to run code that a repository brings along.
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, WORD_START}:
+            raise ValueError("there are no tokenizer's files")
+        return tokenizer
     except (OSError, ValueError) as error:
         raise TokenizerError(
             f"tokenizer_name: nothing could be loaded from {name_or_path}: "

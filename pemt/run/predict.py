@@ -80,6 +80,7 @@ class Predictor:
     def __init__(self, finished: LoadedRun, engine: Engine | None = None) -> None:
         self.finished = finished
         self.engine = engine or Engine(finished.config)
+        self._told = False
         prepare_finished(finished, self.engine)
 
     @classmethod
@@ -115,7 +116,7 @@ class Predictor:
         ]
         if not texts:
             return []
-        ids, _ = encode_sources(texts, self.finished.tokenizer, max_length=config.max_source_length)
+        ids = self._encoded(texts)
         tokens_NT, *gates = over_ranks(
             self.engine,
             [len(each) for each in ids],
@@ -132,6 +133,26 @@ class Predictor:
             Prediction(input=text, prediction=answer, label=label_name(task, answer), gates=weights)
             for text, answer, weights in zip(texts, answers, named, strict=True)
         ]
+
+    def tell_cuts(self, texts: Sequence[str]) -> None:
+        """Say on stderr how many of the inputs are cut, or not known to the vocabulary; calls say it no more."""
+        self._encoded(texts)
+        self._told = True
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids; the first call that has something to tell of them tells it."""
+        tokenizer, longest = self.finished.tokenizer, self.finished.config.max_source_length
+        ids, cut = encode_sources(texts, tokenizer, max_length=longest)
+        strange = unknown(ids, tokenizer)
+        for flags, told in (
+            (cut, f"are longer than max_source_length, {longest} tokens, and are cut"),
+            (strange, "contain pieces unknown to this vocabulary"),
+        ):
+            if any(flags) and not self._told and self.engine.is_main:
+                first = f"; the first: {texts[flags.index(True)]!r:.60}" if flags is strange else ""
+                print(f"{sum(flags)} of {len(flags)} inputs {told}{first}", file=sys.stderr)
+        self._told = self._told or any(cut) or any(strange)
+        return ids
 
     def _measure(self, ids: list[list[int]], longest: int, num_beams: int) -> list[Tensor]:
         """Of one batch: generated ids [B,T], and gates [B,L,K] where there are experts."""
@@ -170,7 +191,7 @@ def predict_file(
     # Rank 0 alone reads: all share one stdin.
     texts = engine.on_rank0(lambda: _read(config, input_file, output_file), "reading the input")
     predictor = Predictor(load_on_all(run_dir, config, engine), engine)
-    engine.on_rank0(lambda: _tell_cuts(predictor.finished, texts), "measuring the input")
+    engine.on_rank0(lambda: predictor.tell_cuts(texts), "measuring the input")
     with _opened(output_file if engine.is_main else None) as file:
         for predictions in _chunks(predictor, texts):
             engine.on_rank0(partial(_write, file, predictions), "writing predictions")
@@ -192,19 +213,6 @@ def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[s
     if note := note_on_inputs(task, input_file):
         print(note, file=sys.stderr)
     return texts
-
-
-def _tell_cuts(finished: LoadedRun, texts: list[str]) -> None:
-    longest = finished.config.max_source_length
-    ids, cut = encode_sources(texts, finished.tokenizer, max_length=longest)
-    strange = unknown(ids, finished.tokenizer)
-    for flags, told in (
-        (cut, f"are longer than {longest} tokens and are cut"),
-        (strange, "contain pieces unknown to this vocabulary"),
-    ):
-        if any(flags):
-            first = f"; the first: {texts[flags.index(True)]!r:.60}" if flags is strange else ""
-            print(f"{sum(flags)} of {len(flags)} inputs {told}{first}", file=sys.stderr)
 
 
 def _chunks(predictor: Predictor, texts: list[str]) -> Iterator[list[Prediction]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Config
 
 from pemt.config.schema import SourceConfig
 from pemt.data import (
@@ -337,6 +337,10 @@ def test_an_unreachable_hub_points_at_data_dir(tokenizer):
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
     with pytest.raises(TokenizerError, match="tokenizer_name: nothing could be loaded from"):
+        load_tokenizer(str(tmp_path))
+    # Of a base model alone transformers would make a tokenizer that knows special tokens only.
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(TokenizerError, match="there are no tokenizer's files"):
         load_tokenizer(str(tmp_path))
 
 

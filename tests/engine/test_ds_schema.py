@@ -14,6 +14,7 @@ from pemt.engine import Engine, EngineError, check_world_size
 from pemt.engine.schema import check_schema
 from tests.config.test_ds_configs import FILES, filled
 from tests.conftest import ROOT, Launch
+from tests.support.ranks import deepspeed_json
 from tests.support.tiny import adapt_config
 
 ZERO = "zero_optimization"
@@ -140,7 +141,7 @@ def test_one_process_of_an_allocation_may_train(monkeypatch: pytest.MonkeyPatch)
 def test_quantised_zero3_takes_steps(tmp_path: Path, launch: Launch) -> None:
     """Not run so far: the quantisers are CUDA operators. On one GPU there is no second copy (hpZ)."""
     gpus = torch.cuda.device_count()
-    path = quantized_json(tmp_path, ranks=gpus)
+    path = deepspeed_json(tmp_path, "zero3_quantized", zero_hpz_partition_size=gpus)
     told = launch("-m", "pemt.engine.probe", zero=path, num_processes=gpus).output
     assert f"probe: {gpus} rank(s), ZeRO-3, cuda" in told
 
@@ -149,12 +150,8 @@ def test_quantised_zero3_takes_steps(tmp_path: Path, launch: Launch) -> None:
 @pytest.mark.slow
 def test_quantised_zero3_gathers_what_it_was_given(tmp_path: Path, launch: Launch) -> None:
     """All but the CUDA operators: these are written in torch here."""
-    launch(
-        "-m",
-        "tests.launch.launched_quantized",
-        str(tmp_path),
-        zero=quantized_json(tmp_path, ranks=2),
-    )
+    zero = deepspeed_json(tmp_path, "zero3_quantized", zero_hpz_partition_size=2)
+    launch("-m", "tests.launch.launched_quantized", str(tmp_path), zero=zero)
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["second_copies"] == 2, "of the frozen weight and bias"
     assert found["quantised"] > 0
@@ -162,14 +159,6 @@ def test_quantised_zero3_gathers_what_it_was_given(tmp_path: Path, launch: Launc
     for error in found["errors"]:
         assert 0 < error < 0.02
     assert found["losses"] == sorted(found["losses"], reverse=True)
-
-
-def quantized_json(folder: Path, *, ranks: int) -> Path:
-    content = json.loads((ROOT / "ds_configs" / "zero3_quantized.json").read_text())
-    content[ZERO] |= {"zero_hpz_partition_size": ranks, "stage3_param_persistence_threshold": 0}
-    path = folder / "ds.json"
-    path.write_text(json.dumps(content))
-    return path
 
 
 @pytest.mark.gpu

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from pemt.storage.manifest import read_manifest
-from tests.conftest import ROOT, Launch
+from tests.conftest import Launch
 from tests.launch.launched_faults import BAD_STEP, ENDS, SOURCE, STEPS
 from tests.support.damages import DAMAGES, Damage
+from tests.support.ranks import deepspeed_json
 from tests.support.tiny import losses, make_base, write_task_files
 
 STAGES = {
@@ -58,16 +59,9 @@ def launched(world: Path, launch: Launch) -> dict[str, str]:
     """What each stage's launch printed."""
     outputs = {}
     for stage, parts in STAGES.items():
-        content = json.loads((ROOT / "ds_configs" / f"{stage}.json").read_text())
-        # Without this ZeRO-3 keeps parameters as small as these whole, and shows nothing.
-        content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        (world / f"{stage}.json").write_text(json.dumps(content))
         (world / stage).mkdir()
         arguments = ("-m", "tests.launch.launched_faults", str(world), str(world / stage), *parts)
-        environment = {"PYTHONPATH": str(ROOT)}
-        outputs[stage] = launch(
-            *arguments, zero=world / f"{stage}.json", environment=environment
-        ).output
+        outputs[stage] = launch(*arguments, zero=deepspeed_json(world, stage)).output
     return outputs
 
 

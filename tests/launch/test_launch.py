@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import launch_ranks
 from tests.launch.launched import RESUMED_STEP, SOURCES, TARGET
 from tests.launch.launched_cuts import UNEVEN, write_uneven_files
+from tests.support.ranks import deepspeed_json
 from tests.support.tiny import losses, make_base, write_task_files
 
 ROOT = Path(__file__).parents[2]
@@ -40,22 +39,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(world: Path, name: str) -> None:
-    command = [sys.executable]
-    if name != "plain":
-        content = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-        # Without this ZeRO-3 keeps parameters as small as these whole, and shows nothing.
-        content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        (world / f"{name}.json").write_text(json.dumps(content))
-        command += ["-m", "accelerate.commands.launch"]
-        command += ["--config_file", "launchers/accelerate/cpu.yaml"]
-        command += ["--deepspeed_config_file", str(world / f"{name}.json")]
-    command += ["-m", "tests.launch.launched", str(world), str(world / name)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    (world / f"{name}.out").write_text(done.stdout)
+    program = ("-m", "tests.launch.launched", str(world), str(world / name))
+    launch_ranks(*program, zero=None if name == "plain" else deepspeed_json(world, name))
 
 
 def report(world: Path, name: str) -> dict[str, Any]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,9 @@ import yaml
 from pemt.config.schema import AdaptConfig, RunConfig
 from pemt.run.finished import load_finished
 from pemt.sweep.plan import read_sweep
+from tests.conftest import launch_ranks
 from tests.launch.launched_methods import METHODS, RESUMED, RESUMED_STEP, SHARED, SWEEP, TASK
+from tests.support.ranks import deepspeed_json
 from tests.support.tiny import losses, make_base, run_fields, tiny_task, write_task_files
 
 ROOT = Path(__file__).parents[2]
@@ -55,21 +54,8 @@ def write_sweep(world: Path, folder: Path) -> None:
 
 
 def launch(world: Path, name: str) -> None:
-    command = [sys.executable]
-    if name != "plain":
-        content = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-        # Without this ZeRO-3 keeps parameters as small as these whole, and shows nothing.
-        content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        (world / f"{name}.json").write_text(json.dumps(content))
-        command += ["-m", "accelerate.commands.launch"]
-        command += ["--config_file", "launchers/accelerate/cpu.yaml"]
-        command += ["--deepspeed_config_file", str(world / f"{name}.json")]
-    command += ["-m", "tests.launch.launched_methods", str(world), str(world / name)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    program = ("-m", "tests.launch.launched_methods", str(world), str(world / name))
+    launch_ranks(*program, zero=None if name == "plain" else deepspeed_json(world, name))
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

@@ -10,8 +10,9 @@ import pytest
 
 from pemt.config.schema import ExpertConfig
 from pemt.run.train import run_adapt, run_source
-from tests.conftest import ROOT, launch_ranks
+from tests.conftest import launch_ranks
 from tests.launch.launched_scores import BATCH_SIZES, TASK, measure
+from tests.support.ranks import deepspeed_json
 from tests.support.tiny import (
     adapt_config,
     losses,
@@ -45,11 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / str(ranks)).mkdir()
     measure(folder, folder / "1")
     # ZeRO-3, in which ranks must call the model equally often; and shards that do not divide the weights.
-    content = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    sharded = folder / "zero3.json"
-    sharded.write_text(json.dumps(content))
-    for ranks, zero in ((2, sharded), (3, 2)):
+    for ranks, zero in ((2, deepspeed_json(folder, "zero3")), (3, 2)):
         arguments = ("-m", "tests.launch.launched_scores", str(folder), str(folder / str(ranks)))
         launch_ranks(*arguments, zero=zero, num_processes=ranks)
     return folder

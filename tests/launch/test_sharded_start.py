@@ -15,8 +15,9 @@ from pemt.model import ExpertSource, base_shape
 from pemt.model.base import load_pretrained
 from pemt.model.experts import expert_shapes
 from pemt.model.lazy import read_lazy
-from tests.conftest import ROOT, Launch
+from tests.conftest import Launch
 from tests.launch.launched_start import TASK
+from tests.support.ranks import deepspeed_json
 from tests.support.tiny import make_base, write_task_files
 
 LARGE = {"d_model": 1024, "d_ff": 4096, "d_kv": 64, "num_heads": 4, "num_layers": 12}
@@ -45,20 +46,19 @@ def report(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> dict[str
     write_task_files(world / TASK, seed=0)
     for name in ("one", "two"):
         random_bank(world / "bank", world / "base", name)
-    content = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     # A step may gather a few layers at a time; DeepSpeed's own limits are above this whole model.
-    content["zero_optimization"] |= {
-        "stage3_param_persistence_threshold": 0,
-        "stage3_max_live_parameters": 10_000_000,
-        "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": 1_000_000,
-    }
-    (world / "zero3.json").write_text(json.dumps(content))
+    zero3 = deepspeed_json(
+        world,
+        "zero3",
+        stage3_max_live_parameters=10_000_000,
+        stage3_max_reuse_distance=0,
+        stage3_prefetch_bucket_size=1_000_000,
+    )
     # Freed memory goes back at once; otherwise glibc keeps far more of it than the model is large.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     launch(
         *("-m", "tests.launch.launched_start", str(world), str(world)),
-        zero=world / "zero3.json",
+        zero=zero3,
         environment=environment,
     )
     found = json.loads((world / "report.json").read_text())

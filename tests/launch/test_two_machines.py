@@ -26,6 +26,7 @@ from pemt.plan.memory import gradient_bytes, memory, optimizer_bytes
 from pemt.plan.traffic import at_start, per_step
 from tests.conftest import ROOT, kill_session, launch_ranks
 from tests.launch.launched_plan import JOBS, LARGE, STEPS, make_world
+from tests.support.ranks import deepspeed_json
 from tests.support.tiny import losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
@@ -41,10 +42,8 @@ PAIR = Cluster(nodes=2, gpus_per_node=1, chip=CHIPS["a10-24"], backend="gloo")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_world(tmp_path_factory.mktemp("plan"))
     for stage in STAGES:
-        content = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
         # so that some weights stay whole, and some are gathered
-        content["zero_optimization"]["stage3_param_persistence_threshold"] = 10_000
-        (folder / f"zero{stage}.json").write_text(json.dumps(content))
+        deepspeed_json(folder, f"zero{stage}", stage3_param_persistence_threshold=10_000)
     return folder
 
 

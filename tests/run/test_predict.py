@@ -212,8 +212,18 @@ def test_long_inputs_are_cut_and_counted(
     lines = json.dumps({"text": "the " * 50}) + "\n" + json.dumps({"text": "the"}) + "\n"
     predict(str(world / "pemt"), stdin=lines.encode(), monkeypatch=monkeypatch)
     out, err = capsys.readouterr()
-    assert "1 of 2 inputs are longer than 24 tokens and are cut" in err
+    assert "1 of 2 inputs are longer than max_source_length, 24 tokens, and are cut" in err
     assert len(out.splitlines()) == 2
+
+
+def test_from_python_it_is_told_once_as_well(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictor = Predictor.load(world / "pemt")
+    predictor(["the box", "the ☃"])
+    assert "1 of 2 inputs contain pieces unknown" in capsys.readouterr().err
+    predictor(["the ☃"])
+    assert capsys.readouterr().err == ""
 
 
 def test_predictions_are_frozen_records() -> None:
