@@ -6,12 +6,12 @@ Where the launcher itself, a variable that is read at import or a fresh interpre
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import runpy
 import sys
 import traceback
+from argparse import Namespace
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -56,7 +56,7 @@ def _run(command: list[str], out: str, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     if command[0] == "-m":
-        _program(command[1], command[2:])
+        return _program(command[1], command[2:])
     try:
         _launch(command)
     except BaseException:
@@ -65,23 +65,22 @@ def _run(command: list[str], out: str, environment: dict[str, str]) -> None:
 
 
 def _launch(command: list[str]) -> None:
-    """As accelerate launches with DeepSpeed on one machine, but for how a rank comes into being."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils import _filter_args, prepare_deepspeed_cmd_env
+    """Be `accelerate launch *command`, but for how a rank comes into being."""
+    from accelerate.commands import launch
+    from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, get_args_parser
 
-    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
-    _, variables = prepare_deepspeed_cmd_env(arguments)
-    os.environ.update(variables)
-    options = ["--training_script", arguments.training_script]
-    config, *_ = config_from_args(_filter_args(arguments, get_args_parser(), options))
-    launcher = elastic_launch(replace(config, start_method="fork"), _program)
-    launcher(arguments.training_script, arguments.training_script_args)
+    def run_forked(arguments: Namespace) -> None:
+        config, *_ = run.config_from_args(arguments)
+        launcher = elastic_launch(replace(config, start_method="fork"), _program)
+        launcher(arguments.training_script, arguments.training_script_args)
+
+    run.run = run_forked
+    launch.launch_command(launch.launch_command_parser().parse_args(command))
 
 
 def _program(module: str, arguments: list[str]) -> None:
-    """Be `python -m module *arguments`, to the last exit function."""
+    """Be `python -m module *arguments`; torch's launcher waits for functions to return, so success returns."""
     sys.argv = [module, *arguments]
     status = 0
     try:
@@ -91,7 +90,7 @@ def _program(module: str, arguments: list[str]) -> None:
     except BaseException:  # noqa: BLE001 what the interpreter does with it
         traceback.print_exc()
         status = 1
-    atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(status)
+    if status:
+        os._exit(status)
