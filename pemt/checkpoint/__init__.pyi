@@ -5,10 +5,6 @@ from .folder import (
     PREDICTIONS as PREDICTIONS,
     RESULTS as RESULTS,
     RunFolderError as RunFolderError,
-    check_run_folder as check_run_folder,
-    finished_results as finished_results,
-    holds_run as holds_run,
-    resume_target as resume_target,
     start_run_folder as start_run_folder,
 )
 from .load import load_into_model as load_into_model, load_trained as load_trained
@@ -16,8 +12,10 @@ from .lock import LockError as LockError, RunLock as RunLock, check_lock as chec
 from .names import checkpoint_folders as checkpoint_folders
 from .resume import (
     Config as Config,
-    after_restart as after_restart,
-    resolve_config as resolve_config,
+    Finished as Finished,
+    Fresh as Fresh,
+    Resume as Resume,
+    resolve_run as resolve_run,
     warmup_notes as warmup_notes,
 )
 from .status import (

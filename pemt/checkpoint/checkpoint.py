@@ -201,12 +201,11 @@ class Checkpoints:
             )
         return file
 
-    def resume(self, choice: str | bool, *, expected: int | None = None) -> Checkpoint | None:
+    def resume(self, checkpoint: str | None, *, expected: int | None = None) -> Checkpoint | None:
         """The checkpoint to resume from, chosen and checked by rank 0 for all (all ranks call).
 
         Args:
-            choice: a checkpoint's folder, or True for the newest intact one; a folder that holds no
-                run yet gives None, so that one command both starts a run and resumes it. False: none.
+            checkpoint: a checkpoint's folder; None for the newest intact one, if the run has left any.
             expected: step of a checkpoint that the run is known to have written, on rank 0.
 
         Raises:
@@ -214,15 +213,15 @@ class Checkpoints:
                 are gone, or a rank does not see it.
         """
         found = self._engine.on_rank0(
-            lambda: self._choose(choice, expected), "checking the checkpoint to resume from"
+            lambda: self._choose(checkpoint, expected), "checking the checkpoint to resume from"
         )
         if found is not None:
             for file in (found.weights, found.moments, found.random):
                 self._seen_by_all(file)
         return found
 
-    def _choose(self, choice: str | bool, expected: int | None) -> Checkpoint | None:
-        found = self._chooser.choose(choice, expected)
+    def _choose(self, checkpoint: str | None, expected: int | None) -> Checkpoint | None:
+        found = self._chooser.choose(checkpoint, expected)
         if found and found.folder.resolve().parent == self._output_dir.resolve():
             self.saved = found.progress.step
         return found

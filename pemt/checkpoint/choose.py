@@ -60,12 +60,10 @@ class CheckpointChooser:
     config: Mapping[str, Any]
     identity: Mapping[str, Any]
 
-    def choose(self, choice: str | bool, expected: int | None) -> Checkpoint | None:
+    def choose(self, checkpoint: str | None, expected: int | None) -> Checkpoint | None:
         """As `Checkpoints.resume`; what a killed save left is removed, and the checkpoints of later steps."""
         remove_partial_writes(self.output_dir, is_checkpoint_name)
-        if not choice:
-            return None
-        found = self._newest_usable() if choice is True else self._read(Path(str(choice)))
+        found = self._newest_usable() if checkpoint is None else self._read(Path(checkpoint))
         if found:
             self._remove_later(found.progress)
             return self._with_intact_best(found)

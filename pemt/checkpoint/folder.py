@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from pemt.checkpoint.names import UNUSABLE, checkpoint_folders
+from pemt.checkpoint.names import UNUSABLE, checkpoint_folders, is_checkpoint_name
 from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig, load_yaml
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
-from pemt.storage import write_text
+from pemt.storage import remove_partial_writes, write_text
 
 CONFIG, RESULTS, PREDICTIONS = "config.yaml", "all_results.json", "predictions.jsonl"
 
@@ -57,13 +57,6 @@ def check_run_folder(config: RunConfig) -> None:
             f"output_dir: {folder} already holds a run{differences}; give --resume_from_checkpoint true to resume "
             "it all the same, --overwrite_output_dir true to delete it, or another folder"
         )
-
-
-def resume_target(config: RunConfig) -> bool | str:
-    """What to resume: a checkpoint's folder, True for the newest one there may be, False for none."""
-    if config.resume_from_checkpoint is None:
-        return not config.overwrite_output_dir
-    return config.resume_from_checkpoint
 
 
 def _differences(config: RunConfig, folder: Path) -> str:
@@ -129,13 +122,22 @@ def holds_run(folder: Path) -> bool:
     return (folder / CONFIG).exists() or bool(checkpoint_folders(folder))
 
 
-def start_run_folder(config: RunConfig) -> None:
-    """Make the folder and write the configuration into it (rank 0 calls).
+def start_run_folder(config: RunConfig, *, fresh: bool) -> None:
+    """Make the folder and write the configuration into it (rank 0 calls, when the folder is locked).
+
+    Args:
+        fresh: the run begins at its first step.
 
     Raises:
-        RunFolderError: it cannot be written.
+        RunFolderError: it cannot be written, or another run has begun in it since it was looked at.
     """
     folder = Path(config.output_dir)
+    if fresh and not config.overwrite_output_dir and holds_run(folder):
+        raise RunFolderError(
+            f"output_dir: another run has begun in {folder} meanwhile; give another folder, or run the same "
+            "command again to resume that run"
+        )
+    remove_partial_writes(folder, is_checkpoint_name)
     try:
         if config.overwrite_output_dir:
             _remove_run(folder)

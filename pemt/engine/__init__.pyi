@@ -1,3 +1,4 @@
+from .collectives import Job as Job
 from .engine import Engine as Engine
 from .exit import finish as finish, run_and_exit as run_and_exit
 from .job import (

@@ -1,4 +1,4 @@
-"""What the ranks of a job tell one another."""
+"""The ranks of a job, and what they tell one another; there is no model in it yet."""
 
 from __future__ import annotations
 
@@ -11,38 +11,69 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.state import PartialState
+from accelerate.utils import broadcast_object_list, gather, parse_flag_from_env, reduce
 from torch import Tensor
 
-from pemt.config import PemtError
+from pemt.config import PemtError, RunConfig
+from pemt.engine.exit import before_exit
+from pemt.engine.job import (
+    check_world_size,
+    cpu_group,
+    process_group_kwargs,
+    re_rendezvous,
+    shut_down,
+)
 from pemt.engine.process import memory_in_use
-from pemt.engine.waiting import Waiting
+from pemt.engine.sign_of_life import telling
+from pemt.engine.waiting import waiting_of_job
 
 T = TypeVar("T")
 
 
-class Collectives:
-    """Every rank calls them equally often; `Engine` says between whom."""
+class Job:
+    """The ranks that the launcher has started; every rank calls every method equally often.
 
-    _accelerator: Accelerator
-    _hosts: torch.distributed.ProcessGroup | None
-    waiting: Waiting
-    world_size: int
-    is_main: bool
-    device: torch.device
+    There is one process group for the whole job, which the first one opens: another is made in no time.
+
+    Args:
+        config: `ddp_timeout` is how long a collective may take.
+
+    Raises:
+        EngineError: the launcher's WORLD_SIZE differs from accelerate's number of processes.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        # DeepSpeed compiles something of its own the first time.
+        with re_rendezvous(), telling("opening the process group"):
+            state = PartialState(
+                cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_kwargs(config)
+            )
+        check_world_size(state.num_processes)
+        self.rank: int = state.process_index
+        self.world_size: int = state.num_processes
+        self.is_main: bool = state.is_main_process
+        self.is_local_main: bool = state.is_local_main_process
+        self.device: torch.device = state.device
+        before_exit(shut_down)
+        self._hosts = cpu_group()
+        self.waiting = waiting_of_job()
+        self.waiting.timeout = config.ddp_timeout
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate over ranks along dimension 0; the same shape on every rank."""
-        return self._accelerator.gather(tensor.contiguous())
+        gathered: Tensor = gather(tensor.contiguous())
+        return gathered
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Mean over ranks."""
-        return self._accelerator.reduce(tensor, reduction="mean")
+        mean: Tensor = reduce(tensor, reduction="mean")
+        return mean
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
-        return self._accelerator.reduce(tensor, reduction="sum")
+        total: Tensor = reduce(tensor, reduction="sum")
+        return total
 
     def memory(self) -> dict[str, float]:
         """GB (1e9 bytes) that the rank with the most has in use, by tag (all ranks call)."""

@@ -1,4 +1,4 @@
-"""The run's processes, device and optimizer step.
+"""The model of a run on the job's ranks: device, precision, optimizer step.
 
 ZeRO stage, offload and sharding come from the DeepSpeed JSON that `accelerate launch` was given.
 Without one the same calls run in one plain process, or under DDP.
@@ -19,35 +19,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pemt.config import RunConfig
-from pemt.engine.collectives import Collectives
-from pemt.engine.exit import before_exit
-from pemt.engine.job import (
-    EngineError,
-    bf16_is_native_everywhere,
-    check_world_size,
-    cpu_group,
-    deepspeed_plugin,
-    process_group_kwargs,
-    re_rendezvous,
-    shut_down,
-)
+from pemt.engine.collectives import Job
+from pemt.engine.job import EngineError, bf16_is_native_everywhere, deepspeed_plugin
 from pemt.engine.precision import precision_text, resolve_precision, warn_of_emulation
-from pemt.engine.sign_of_life import telling
 from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trained_state import TrainedState
-from pemt.engine.waiting import waiting_of_job
 
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 
-class Engine(Collectives):
+class Engine(Job):
     """One run on this job's processes.
 
     Args:
@@ -64,14 +52,9 @@ class Engine(Collectives):
     def __init__(self, config: RunConfig) -> None:
         # accelerate keeps one state per process; a second run needs its own DeepSpeed configuration.
         AcceleratorState._reset_state()
-        # DeepSpeed compiles something of its own the first time.
-        with re_rendezvous(), telling("opening the process group"):
-            # The process group first: the ranks agree on the precision, which DeepSpeed's configuration holds.
-            job = PartialState(
-                cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_kwargs(config)
-            )
-        check_world_size(job.num_processes)
-        native = bf16_is_native_everywhere(job.device)
+        # The process group first: the ranks agree on the precision, which DeepSpeed's configuration holds.
+        super().__init__(config)
+        native = bf16_is_native_everywhere(self.device)
         self.config = config = resolve_precision(config, native=native)
         self.precision = precision_text(config, native=native)
         plugin, path = deepspeed_plugin(config)
@@ -84,15 +67,6 @@ class Engine(Collectives):
         # transformers would hand out empty shards at stage 3; PEMT's modules are built on weights that are
         # whole by their shape, and unread: `prepare` shards them.
         unset_hf_deepspeed_config()
-        self.rank: int = self._accelerator.process_index
-        self.world_size: int = self._accelerator.num_processes
-        self.is_main: bool = self._accelerator.is_main_process
-        self.is_local_main: bool = self._accelerator.is_local_main_process
-        self.device: torch.device = self._accelerator.device
-        before_exit(shut_down)
-        self._hosts = cpu_group()
-        self.waiting = waiting_of_job()
-        self.waiting.timeout = config.ddp_timeout
         self.zero_stage: int | None = plugin.zero_stage if plugin else None
         self._deepspeed_json = path
         if config.bf16 and not native and self.is_main:

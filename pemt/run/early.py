@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from pemt.bank import chosen_entries, entry_folder, manifest_of
-from pemt.checkpoint import after_restart, check_lock, finished_results
+from pemt.checkpoint import Finished, check_lock, resolve_run
 from pemt.config import (
     PEFT_METHODS,
     AdaptConfig,
@@ -33,7 +33,8 @@ def check_early(config: RunConfig) -> None:
     launched_deepspeed_json(config)
     if isinstance(config, SourceConfig):
         entry_folder(config.bank_dir, config.task_name)
-    if finished_results(after_restart(config)) is not None:
+    start = resolve_run(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if isinstance(start, Finished):
         return  # nothing is read any more
     check_lock(Path(config.output_dir))
     task = get_task(config.task_name, config.task_file)

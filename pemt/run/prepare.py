@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from pemt.checkpoint import (
     Checkpoint,
     Checkpoints,
+    Fresh,
+    Resume,
     TrainState,
-    holds_run,
     load_into_model,
-    resume_target,
     start_run_folder,
 )
 from pemt.config import RunConfig
@@ -36,6 +36,7 @@ class Setup:
     """What a run needs before its model is built; making one writes nothing."""
 
     engine: Engine
+    start: Fresh[Any] | Resume[Any]
     task: Task
     tokenizer: PreTrainedTokenizerBase
     base: PreTrainedModel
@@ -46,19 +47,20 @@ def open_run(
     config: RunConfig, setup: Setup, built: Built, session: Session
 ) -> tuple[Checkpoints, Checkpoint | None]:
     """The run's folder, ready to be written, and the checkpoint to resume from."""
-    engine = setup.engine
+    engine, start, resumed = setup.engine, setup.start, None
     with engine.together("reading the digest of the base model's weights"):
         checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
-    resumed = checkpoints.resume(resume_target(config), expected=session.saved_before)
+    if isinstance(start, Resume):
+        resumed = checkpoints.resume(start.checkpoint, expected=session.saved_before)
+        if not resumed and engine.is_main:
+            progress_logger().info(
+                f"{config.output_dir}: the run started here has no checkpoint yet"
+            )
     session.attach_checkpoints(checkpoints)
-    if (
-        engine.is_main
-        and resume_target(config)
-        and not resumed
-        and holds_run(Path(config.output_dir))
-    ):
-        progress_logger().info(f"{config.output_dir}: the run started here has no checkpoint yet")
-    engine.on_rank0(lambda: start_run_folder(config), "writing the run's configuration")
+    engine.on_rank0(
+        lambda: start_run_folder(config, fresh=isinstance(start, Fresh)),
+        "writing the run's configuration",
+    )
     return checkpoints, resumed
 
 

@@ -5,7 +5,6 @@ The loop itself, the same for both, is in `loop.py`.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +15,17 @@ from pemt.checkpoint import (
     PREDICTIONS,
     RESULTS,
     Config,
+    Finished,
+    Fresh,
+    Resume,
     check_lock,
-    check_run_folder,
-    finished_results,
-    resolve_config,
+    resolve_run,
 )
 from pemt.config import AdaptConfig, RunConfig, SourceConfig
 from pemt.data import load_task_data
-from pemt.engine import Engine
+from pemt.engine import Engine, Job
 from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
-from pemt.monitor import quiet_libraries, record_outcome
+from pemt.monitor import progress_logger, quiet_libraries, record_outcome
 from pemt.run.build import Built, build_model, build_ops
 from pemt.run.early import check_base_place, check_method
 from pemt.run.evaluate import Evaluation, evaluate
@@ -35,7 +35,7 @@ from pemt.run.results import results_block, results_of, write_predictions, write
 from pemt.run.session import Session
 from pemt.tasks import get_task
 
-_LOOKING, _BUILDING = "checking the run's folder", "building the model"
+_BUILDING = "building the model"
 
 
 def run_source(config: SourceConfig) -> Path:
@@ -49,11 +49,11 @@ def run_source(config: SourceConfig) -> Path:
     """
     # refuses a name now, not after training
     entry = entry_folder(config.bank_dir, config.task_name)
-    config, engine = begin(config)
-    if engine.on_rank0(lambda: finished_results(config) is not None and entry.exists(), _LOOKING):
-        _say_finished(config)
+    start = begin(config, product=entry)
+    if isinstance(start, Finished):
         return entry
-    setup = set_up(config, engine)
+    config, engine = _with_engine(start)
+    setup = set_up(config, engine, start)
     task, base = setup.task, setup.base
     shape = base_shape(base.config)
     description = config.description or task.description
@@ -91,13 +91,12 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
-    config, engine = begin(config)
-    results = engine.on_rank0(lambda: finished_results(config), _LOOKING)
-    if results is not None:
-        _say_finished(config)
-        return results
+    start = begin(config)
+    if isinstance(start, Finished):
+        return start.results
+    config, engine = _with_engine(start)
     check_method(config)
-    setup = set_up(config, engine)
+    setup = set_up(config, engine, start)
     with engine.together(_BUILDING):
         built = build_model(
             config,
@@ -118,22 +117,35 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
     return results
 
 
-def begin(config: Config) -> tuple[Config, Engine]:
-    """The configuration as rank 0 resolves it, for a fresh or resumed run, and its engine (all ranks call).
+def begin(
+    config: Config, product: Path | None = None
+) -> Fresh[Config] | Resume[Config] | Finished[Config]:
+    """What `resolve_run` decides on rank 0, for all ranks; and the terminal is told (all ranks call)."""
+    job = Job(config)
+    start = job.on_rank0(
+        lambda: resolve_run(config, world_size=job.world_size, product=product),
+        "checking the run's folder",
+    )
+    if job.is_main and isinstance(start, Resume):
+        for note in start.notes:
+            progress_logger().info(note)
+    if job.is_main and isinstance(start, Finished):
+        print(
+            f"{config.output_dir}: this run is finished; give --overwrite_output_dir true to train it again",
+            flush=True,
+        )
+    return start
 
-    The others look too, since there is no engine without a configuration; but a network disk may show
-    them an older folder than rank 0 sees.
-    """
-    own = resolve_config(config)
-    engine = Engine(own)
-    decided: Config = engine.broadcast_object(engine.config)
-    return decided, engine if decided == engine.config else Engine(decided)
+
+def _with_engine(start: Fresh[Config] | Resume[Config]) -> tuple[Config, Engine]:
+    """The run's engine, and its configuration with the precision that the devices have."""
+    engine = Engine(start.config)
+    return replace(start.config, bf16=engine.config.bf16), engine
 
 
-def set_up(config: RunConfig, engine: Engine) -> Setup:
+def set_up(config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any]) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
     quiet_libraries(engine.is_main)
-    engine.on_rank0(lambda: check_run_folder(config), _LOOKING)
     engine.on_rank0(
         lambda: check_lock(Path(config.output_dir)),
         f"watching for another run in {config.output_dir}",
@@ -152,15 +164,7 @@ def set_up(config: RunConfig, engine: Engine) -> Setup:
     if data.is_measured:
         task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
-    return Setup(engine=engine, task=task, tokenizer=tokenizer, base=base, data=data)
-
-
-def _say_finished(config: RunConfig) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{config.output_dir}: this run is finished; give --overwrite_output_dir true to train it again",
-            flush=True,
-        )
+    return Setup(engine=engine, start=start, task=task, tokenizer=tokenizer, base=base, data=data)
 
 
 def _fit_and_test(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pemt.config import PemtError
-from pemt.engine import Engine
+from pemt.engine import Job
 from pemt.run import run_adapt
 from pemt.storage import write_text
 from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
@@ -75,11 +75,8 @@ def _waiting(sweep: Sweep, *, alone: bool) -> list[Run]:
         numbers = [number for number, run in enumerate(sweep.runs) if not run.finished]
         return sorted(numbers, key=lambda number: (sweep.runs[number].folder / ERROR).is_file())
 
-    # Each run has an engine of its own; this one, of any run, connects the ranks.
     numbers = (
-        look()
-        if alone
-        else Engine(sweep.runs[0].config).on_rank0(look, "looking for finished runs")
+        look() if alone else Job(sweep.runs[0].config).on_rank0(look, "looking for finished runs")
     )
     return [sweep.runs[number] for number in numbers]
 

@@ -6,12 +6,16 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pemt.checkpoint.resume import WorldSizeError, with_the_same_batch
+from pemt.checkpoint.folder import start_run_folder
+from pemt.checkpoint.resume import Finished, Fresh, Resume, WorldSizeError, resolve_run
+from pemt.checkpoint.status import write_status
 from pemt.config import AdaptConfig, PemtError
 from pemt.config.parse import parse_config
+from pemt.run import train
 from pemt.run.train import run_adapt
 from tests.support.jobs import World, assert_same_end, logged, results, status
 from tests.support.stopped import stopped_at_every_step
@@ -96,22 +100,63 @@ def test_another_number_of_ranks_keeps_the_global_batch(
     world_size: int,
     batch: int,
     accumulation: object,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Begun on one rank that accumulates two micro-batches of four."""
-    config = config_of(world, whole)
+    config = config_of(world, whole, resume_from_checkpoint="true")
     if accumulation is WorldSizeError:
         with pytest.raises(WorldSizeError, match=r"global batch of 8, which 4 rank\(s\)"):
-            with_the_same_batch(config, world_size)
+            resolve_run(config, world_size=world_size)
         return
-    config = replace(config, per_device_train_batch_size=batch)
-    resolve_config = with_the_same_batch(config, world_size)
-    told = capsys.readouterr().out
+    config = replace(config, per_device_train_batch_size=batch, bf16=False)
+    start = resolve_run(config, world_size=world_size)
+    assert isinstance(start, Resume)
     if accumulation is None:  # another micro-batch is another run, and the checkpoint says so
-        assert resolve_config == config
+        assert start.config == config
     else:
-        assert resolve_config.gradient_accumulation_steps == accumulation
-        assert ("global batch stays 8" in told) == (world_size != 1)
+        assert start.config.gradient_accumulation_steps == accumulation
+        assert any("global batch stays 8" in note for note in start.notes) == (world_size != 1)
+
+
+def test_how_a_run_begins(world: World, whole: Path, tmp_path: Path) -> None:
+    def start(run: Path, product: Path | None = None, **fields: object) -> object:
+        return resolve_run(config_of(world, run, **fields), world_size=1, product=product)
+
+    assert isinstance(start(tmp_path / "none"), Fresh)
+    assert isinstance(start(tmp_path / "none", resume_from_checkpoint="true"), Fresh)
+    finished = start(whole)
+    assert isinstance(finished, Finished)
+    assert finished.results == results(whole)
+    assert isinstance(start(whole, product=whole / "no entry in the bank"), Resume)
+    assert isinstance(start(whole, overwrite_output_dir="true"), Fresh)
+    newest = start(whole, resume_from_checkpoint="true")
+    assert isinstance(newest, Resume)
+    assert newest.checkpoint is None
+    chosen = start(tmp_path / "none", resume_from_checkpoint=whole / "checkpoint-10")
+    assert isinstance(chosen, Resume)
+    assert chosen.checkpoint == str(whole / "checkpoint-10")
+    begun = tmp_path / "begun"
+    start_run_folder(config_of(world, begun), fresh=True)
+    assert isinstance(start(begun), Resume), "it may have died before its first checkpoint"
+    (begun / "config.yaml").unlink()
+    write_status(begun, "failed", step=3, checkpoint=2)
+    assert isinstance(start(begun), Resume), "its checkpoints are gone, which is to be refused"
+
+
+def test_a_run_that_begins_meanwhile_is_not_written_over(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found the folder empty; the other was done before this one came to lock it."""
+    config = config_of(world, tmp_path / "run")
+
+    def meanwhile(*arguments: Any) -> Any:
+        if not (tmp_path / "run").exists():
+            start_run_folder(config, fresh=True)
+        return set_up(*arguments)
+
+    set_up = train.set_up
+    monkeypatch.setattr(train, "set_up", meanwhile)
+    with pytest.raises(PemtError, match=r"another run has begun in .* meanwhile"):
+        run_adapt(config)
 
 
 def test_an_extended_run_is_unfinished_again(world: World, whole: Path, tmp_path: Path) -> None:

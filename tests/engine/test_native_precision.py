@@ -15,11 +15,12 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from pemt.checkpoint.folder import RunFolderError, check_run_folder, start_run_folder
+from pemt.checkpoint.resume import resolve_run
 from pemt.commands import readiness as doctor
 from pemt.config.parse import parse_config
 from pemt.config.schema import AdaptConfig, RunConfig
-from pemt.engine import job, precision
-from pemt.run.train import begin, run_adapt
+from pemt.engine import Engine, job, precision
+from pemt.run.train import run_adapt
 from tests.conftest import ROOT
 from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
 
@@ -162,6 +163,11 @@ def config(tmp_path: Path) -> AdaptConfig:
     return adapt_config(*paths, TASK, method="adapter", bf16=None, max_steps=1)
 
 
+def precision_of(config: AdaptConfig) -> bool | None:
+    """Whether a run of this configuration would compute in bf16 now."""
+    return Engine(resolve_run(config, world_size=1).config).config.bf16
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_a_run_tells_what_it_has_taken_and_keeps_it_on_another_machine(
     config: AdaptConfig,
@@ -179,19 +185,20 @@ def test_a_run_tells_what_it_has_taken_and_keeps_it_on_another_machine(
     assert yaml.safe_load((folder / "config.yaml").read_text())["bf16"] is native
 
     machine(monkeypatch, native=not native)
-    assert begin(config)[0].bf16 is native, "from the checkpoint"
-    assert ("emulates it" in capsys.readouterr().err) == native
     run_adapt(config)
     assert "this run is finished" in capsys.readouterr().out
+    (folder / "all_results.json").unlink()
+    assert precision_of(config) is native, "from the checkpoint"
+    assert ("emulates it" in capsys.readouterr().err) == native
     for checkpoint in folder.glob("checkpoint-*"):
         checkpoint.rename(folder / f"away-{checkpoint.name}")
-    assert begin(config)[0].bf16 is native, "from config.yaml"
-    assert begin(replace(config, overwrite_output_dir=True))[0].bf16 is not native
-    assert begin(replace(config, output_dir=f"{folder}-2"))[0].bf16 is not native
+    assert precision_of(config) is native, "from config.yaml"
+    assert precision_of(replace(config, overwrite_output_dir=True)) is not native
+    assert precision_of(replace(config, output_dir=f"{folder}-2")) is not native
 
 
 def test_a_run_of_another_precision_is_still_another_run(config: AdaptConfig) -> None:
-    start_run_folder(replace(config, bf16=True))
+    start_run_folder(replace(config, bf16=True), fresh=True)
     check_run_folder(config)
     check_run_folder(replace(config, bf16=True))
     with pytest.raises(RunFolderError, match="with bf16 True, not False"):
@@ -205,8 +212,8 @@ def test_emulation_is_warned_of_once_with_measured_milliseconds(
     monkeypatch.setattr(precision, "product_ms", lambda *_: next(measured))
     machine(monkeypatch, native=False)
     wanted = replace(config, bf16=True)
-    begin(wanted)
-    begin(wanted)
+    precision_of(wanted)
+    precision_of(wanted)
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "emulates" in line]
     assert "takes 90.0 ms in bf16 and 7.2 ms in fp32" in warning
     assert "--bf16 false" in warning
