@@ -5,6 +5,8 @@ from .folder import (
     PREDICTIONS as PREDICTIONS,
     RESULTS as RESULTS,
     RunFolderError as RunFolderError,
+    begun_config as begun_config,
+    plain_values as plain_values,
     start_run_folder as start_run_folder,
 )
 from .load import load_into_model as load_into_model, load_trained as load_trained

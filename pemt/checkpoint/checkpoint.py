@@ -21,8 +21,8 @@ from pemt.checkpoint.choose import (
     Checkpoint,
     CheckpointChooser,
     CheckpointError,
-    plain_values,
 )
+from pemt.checkpoint.folder import plain_values
 from pemt.checkpoint.names import checkpoint_folders, step_of
 from pemt.checkpoint.train_state import MOMENTS, RANDOM, WEIGHTS, TrainState
 from pemt.checkpoint.writer import BackgroundWriter, Snapshot

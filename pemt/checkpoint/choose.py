@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pemt.checkpoint.names import checkpoint_folders, is_checkpoint_name, quarantine, step_of
 from pemt.checkpoint.train_state import MOMENTS, RANDOM, WEIGHTS, TrainState, train_state_of
-from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig
+from pemt.config import NON_IDENTITY_FIELDS, PemtError
 from pemt.storage import (
     StorageError,
     TensorFile,
@@ -168,8 +167,3 @@ class CheckpointChooser:
             if before.get(name) != value and name not in NON_IDENTITY_FIELDS
         ]
         return (f"changed since the checkpoint: {', '.join(changed)}",) if changed else ()
-
-
-def plain_values(config: RunConfig) -> dict[str, Any]:
-    """A configuration as JSON gives it back."""
-    return json.loads(json.dumps(asdict(config)))

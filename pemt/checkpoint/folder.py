@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from pemt.checkpoint.names import UNUSABLE, checkpoint_folders, is_checkpoint_name
-from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig, load_yaml
+from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig, flat, load_yaml
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
 from pemt.storage import remove_partial_writes, write_text
 
@@ -66,10 +66,10 @@ def _differences(config: RunConfig, folder: Path) -> str:
     theirs = begun_config(folder)
     if theirs is None:
         return f", whose {CONFIG} cannot be read"
-    ours = _flat(yaml.safe_load(_config_text(config)))
+    ours = flat(plain_values(config))
     # A field that was not there when the run began had the default.
     defaults = {each.name: each.default for each in fields(config)}
-    theirs = {**{name: defaults.get(name, value) for name, value in ours.items()}, **_flat(theirs)}
+    theirs = {**{name: defaults.get(name, value) for name, value in ours.items()}, **flat(theirs)}
     if None in (ours["bf16"], theirs["bf16"]):  # left to the device, which is asked later
         ours["bf16"] = theirs["bf16"]
     found = [
@@ -87,17 +87,6 @@ def begun_config(folder: Path) -> dict[str, Any] | None:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     return values if isinstance(values, dict) else None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, its keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def finished_results(config: RunConfig) -> dict[str, Any] | None:
@@ -143,13 +132,15 @@ def start_run_folder(config: RunConfig, *, fresh: bool) -> None:
             _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULTS).unlink(missing_ok=True)
-        write_text(folder / CONFIG, _config_text(config))
+        write_text(folder / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
     except OSError as error:
         raise RunFolderError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
 
 
-def _config_text(config: RunConfig) -> str:
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """A configuration as JSON and YAML give it back."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return values
 
 
 def _remove_run(folder: Path) -> None:

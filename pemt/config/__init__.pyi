@@ -20,6 +20,8 @@ from .distribution import (
 from .errors import ConfigError as ConfigError, PemtError as PemtError
 from .parse import (
     field_keys as field_keys,
+    flat as flat,
+    make_config as make_config,
     parse_config as parse_config,
     read_yaml_mapping as read_yaml_mapping,
     recipe_names as recipe_names,

@@ -14,10 +14,10 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jsonargparse
 import yaml
@@ -28,6 +28,7 @@ from pemt.config.schema import RunConfig
 from pemt.config.yaml_file import load_yaml
 
 PRINT_CONFIG = "--print_config"
+INLINE = "peft_config"  # a field that may name a file, and becomes what that holds
 RECIPES = Path(__file__).parents[1] / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
 _EXAMPLES = {
@@ -50,21 +51,25 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         ConfigError: unknown key, wrong type, value out of range, unreadable or malformed YAML.
         SystemExit: after `--help` or `--print_config`.
     """
-    files, flags = _files_and_flags(kind, arguments)
-    try:
-        parser = _parser(kind, prog)  # type: ignore[arg-type]
-        # jsonargparse goes by order alone: what was typed goes last.
-        ordered = [*(f"--config={file}" for file in files), *flags]
-        if PRINT_CONFIG in ordered:
-            _print_config(parser, ordered, _sources(field_keys(kind), files, flags))
-        namespace = parser.parse_args(ordered)
-        values = dict(vars(parser.instantiate(namespace)))
-    except ConfigError:
-        raise
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(str(error), files)) from None
-    values.pop("config", None)
-    return kind(**values)
+    given, flags = _read(kind, arguments)
+    if PRINT_CONFIG in flags:
+        _print_config(kind, prog, given, flags)
+    return _config(kind, prog, given, flags)
+
+
+def make_config(
+    kind: type[Config], values: Mapping[str, Any], *, recipe: str | None = None, prog: str
+) -> Config:
+    """A configuration from values as YAML gives them, whose keys are those of `field_keys`; they win over a recipe.
+
+    Raises:
+        ConfigError: as `parse_config`.
+    """
+    keys = field_keys(kind)
+    given = _from_files([] if recipe is None else [_config_file(recipe)], keys)
+    for key, value in values.items():
+        given[key] = (_inline(value) if key == INLINE else value), None
+    return _config(kind, prog, given, [])
 
 
 def value_sources(kind: type[RunConfig], arguments: list[str]) -> dict[str, str]:
@@ -73,38 +78,87 @@ def value_sources(kind: type[RunConfig], arguments: list[str]) -> dict[str, str]
     Raises:
         ConfigError: an unknown key, or a file that cannot be read.
     """
-    return _sources(field_keys(kind), *_files_and_flags(kind, arguments))
+    return _sources(kind, *_read(kind, arguments))
 
 
-def _files_and_flags(kind: type[Any], arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """The files behind `--config`, and all else that was typed; every key of both is known."""
+# What files give: key -> its value, and the file; None for a value that comes from none.
+_Given: TypeAlias = dict[str, tuple[Any, "Path | None"]]
+
+
+def _read(kind: type[Any], arguments: list[str]) -> tuple[_Given, list[str]]:
+    """What the files behind `--config` hold, and all else that was typed; every key of both is known."""
     files, flags = _config_files(_inline_mappings(arguments))
     keys = field_keys(kind)
-    for file in files:
-        _check_yaml(file, keys)
     _check_flags(flags, keys)
-    return files, flags
+    return _from_files(files, keys), flags
 
 
-def _sources(keys: list[str], files: list[Path], flags: list[str]) -> dict[str, str]:
+def _from_files(files: list[Path], keys: list[str]) -> _Given:
+    given: _Given = {}
+    for file in files:
+        for key, value in flat(read_yaml_mapping(file), keys).items():
+            if key not in keys:
+                raise ConfigError(f"{file}: unknown key `{key}`{nearest(key, keys)}")
+            if not is_section(key, keys):
+                given[key] = value, file
+            elif value != {}:
+                raise ConfigError(f"{file}: {key}: found `{value}`, expected `key: value` lines")
+    return given
+
+
+def flat(values: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, Any]:
+    """Nested mappings as one, its keys joined by dots.
+
+    Args:
+        keys: a configuration's; a field that is no section of its own, as peft_config, stays as it is. Default: all
+            mappings are unfolded.
+    """
+    unfolded: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value and (keys is None or is_section(key, keys)):
+            dotted = f"{key}."
+            inner = keys and [each.removeprefix(dotted) for each in keys if each.startswith(dotted)]
+            unfolded |= {f"{key}.{name}": each for name, each in flat(value, inner).items()}
+        else:
+            unfolded[str(key)] = value
+    return unfolded
+
+
+def is_section(key: str, keys: list[str]) -> bool:
+    """Whether a key of a configuration stands for others below it."""
+    return any(each.startswith(f"{key}.") for each in keys)
+
+
+def _config(kind: type[Config], prog: str, given: _Given, flags: list[str]) -> Config:
+    try:
+        parser = _parser(kind, prog)  # type: ignore[arg-type]
+        values = {key: value for key, (value, _) in given.items()}
+        namespace = parser.parse_args(flags, namespace=jsonargparse.Namespace(values))
+        values = dict(vars(parser.instantiate(namespace)))
+    except ConfigError:
+        raise
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(_one_line(str(error), given)) from None
+    values.pop("config", None)
+    return kind(**values)
+
+
+def _sources(kind: type[RunConfig], given: _Given, flags: list[str]) -> dict[str, str]:
+    sources = dict.fromkeys(field_keys(kind), "default")
+    sources |= {key: str(file) for key, (_, file) in given.items()}
     typed = {_flag_name(flag) for flag in flags if flag.startswith("--")}
-    sources = {}
-    for key in keys:
-        holders = [str(file) for file in files if _mentions(file, key)]
-        is_typed = key in typed or key.split(".")[0] in typed
-        sources[key] = "command line" if is_typed else (holders or ["default"])[-1]
-    return sources
+    return sources | {
+        key: "command line" for key in sources if key in typed or key.split(".")[0] in typed
+    }
 
 
-def _print_config(
-    parser: jsonargparse.ArgumentParser, ordered: list[str], sources: dict[str, str]
-) -> None:
+def _print_config(kind: type[RunConfig], prog: str, given: _Given, flags: list[str]) -> None:
     """Print the whole configuration as YAML, each value with where it comes from, and leave."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        parser.parse_args(
-            ordered
-        )  # required fields may be missing yet, which is jsonargparse's to know
+        # required fields may be missing yet, which is jsonargparse's to know
+        _config(kind, prog, given, flags)
+    sources = _sources(kind, given, flags)
     print("\n".join(_with_sources(load_yaml(printed.getvalue()), sources)), flush=True)
     sys.exit(0)
 
@@ -206,22 +260,27 @@ def _inline_mappings(arguments: list[str]) -> list[str]:
     resolved = list(arguments)
     for place, argument in enumerate(arguments):
         name, _, inline = argument.partition("=")
-        if name != "--peft_config" or (not inline and place + 1 == len(arguments)):
+        if name != f"--{INLINE}" or (not inline and place + 1 == len(arguments)):
             continue
-        value = inline or arguments[place + 1]
-        if value.startswith("{") or value == "null":
-            continue
-        file = Path(value).expanduser()
-        if not file.is_file():
-            raise ConfigError(
-                f"--peft_config {value}: no such file; give a YAML or JSON file, or {{peft_type: ...}}"
-            )
-        content = json.dumps(read_yaml_mapping(file))
+        content = _inline(inline or arguments[place + 1])
+        text = content if isinstance(content, str) else json.dumps(content)
         if inline:
-            resolved[place] = f"{name}={content}"
+            resolved[place] = f"{name}={text}"
         else:
-            resolved[place + 1] = content
+            resolved[place + 1] = text
     return resolved
+
+
+def _inline(value: Any) -> Any:
+    """The mapping in a file that is named; any other value as it is."""
+    if not isinstance(value, str) or value.startswith("{") or value == "null":
+        return value
+    file = Path(value).expanduser()
+    if not file.is_file():
+        raise ConfigError(
+            f"--{INLINE} {value}: no such file; give a YAML or JSON file, or {{peft_type: ...}}"
+        )
+    return read_yaml_mapping(file)
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
@@ -246,19 +305,6 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_yaml(path: Path, keys: list[str]) -> None:
-    def check(mapping: dict[str, Any], prefix: str) -> None:
-        for key, value in mapping.items():
-            name = f"{prefix}{key}"
-            if name not in keys:
-                raise ConfigError(f"{path}: unknown key `{name}`{nearest(name, keys)}")
-            # a field that is no section of its own, as peft_config, holds what keys it likes
-            if isinstance(value, dict) and any(each.startswith(f"{name}.") for each in keys):
-                check(value, f"{name}.")
-
-    check(read_yaml_mapping(path), "")
-
-
 def _check_flags(arguments: list[str], keys: list[str]) -> None:
     allowed = {*keys, "config", "help", "print_config"}
     for argument in arguments:
@@ -273,7 +319,7 @@ def _flag_name(flag: str) -> str:
     return re.split(r"[=+]", flag[2:], maxsplit=1)[0]
 
 
-def _one_line(message: str, files: list[Path]) -> str:
+def _one_line(message: str, given: _Given) -> str:
     """jsonargparse's complaint as `file: key: found …, expected …`."""
     where = re.search(r'Parser key "([\w.]+)"', message)
     found = re.search(r"(?:Got value|Given value): (.*)", message)
@@ -281,8 +327,8 @@ def _one_line(message: str, files: list[Path]) -> str:
     if not where:
         return " ".join(message.split())
     key = where[1]
-    holders = [str(path) for path in files if _mentions(path, key)]
-    prefix = f"{holders[-1]}: " if holders else ""
+    file = given.get(key, (None, None))[1]
+    prefix = f"{file}: " if file else ""
     if not found or not expected:
         return f"{prefix}{key}: " + " ".join(message.split("\n", 1)[-1].split())
     wanted = re.sub(r"<class '(\w+)'>|typing\.", r"\1", expected[1] or expected[2]).replace(
@@ -291,12 +337,3 @@ def _one_line(message: str, files: list[Path]) -> str:
     if "list" in wanted:
         wanted += ", written like [a,b]"
     return f"{prefix}{key}: found `{found[1].strip()}`, expected {wanted}"
-
-
-def _mentions(path: Path, key: str) -> bool:
-    value: Any = read_yaml_mapping(path)
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return False
-        value = value[part]
-    return True

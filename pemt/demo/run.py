@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pemt.config import AdaptConfig, RunConfig, SourceConfig, parse_config
+from pemt.config import AdaptConfig, RunConfig, SourceConfig, make_config
 from pemt.demo.report import Row, write_report
 from pemt.demo.tasks import SOURCES, TARGETS, register_tasks, write_task_files
 from pemt.demo.tiny_t5 import cached_base
@@ -101,14 +101,13 @@ class Demo:
 
     def _config(self, kind: Any, recipe: str, task: str, run: str, **fields: Any) -> Any:
         given: dict[str, Any] = {
-            "model_name_or_path": self.base,
-            "data_dir": self.output_dir / "data" / task,
-            "output_dir": self.output_dir / run,
-            "bank_dir": self.output_dir / "bank",
+            "model_name_or_path": str(self.base),
+            "data_dir": str(self.output_dir / "data" / task),
+            "output_dir": str(self.output_dir / run),
+            "bank_dir": str(self.output_dir / "bank"),
             "task_name": task,
-            "overwrite_output_dir": "true",
+            "overwrite_output_dir": True,
             **fields,
         }
-        flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
-        config: RunConfig = parse_config(kind, ["--config", recipe, *flags], prog="pemt demo")
+        config: RunConfig = make_config(kind, given, recipe=recipe, prog="pemt demo")
         return config

@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from pemt.config import flat
 from pemt.report import findings
 from pemt.report.charts import Series, line_chart
 from pemt.report.record import Record, read_records
@@ -143,7 +144,7 @@ def comparison(records: Sequence[Record]) -> dict[str, list[tuple[str, list[str]
     """Rows of a table with a column a run: what they score, cost, and differ in."""
     scores = [scores_of(record) for record in records]
     costs = [findings.costs(record) for record in records]
-    fields = [_flat(record.config) for record in records]
+    fields = [flat(record.config) for record in records]
     names = dict.fromkeys(name for each in fields for name in each)
     differing = [
         name
@@ -162,16 +163,6 @@ def comparison(records: Sequence[Record]) -> dict[str, list[tuple[str, list[str]
 def _rows(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for each in columns for name in each)
     return [(name, [each.get(name, "–") for each in columns]) for name in names]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _markup(svg: str | None) -> Markup | None:

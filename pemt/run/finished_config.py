@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from pemt.checkpoint import CONFIG, TrainState, checkpoint_folders, train_state_of
+from pemt.checkpoint import CONFIG, TrainState, begun_config, checkpoint_folders, train_state_of
 from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config, value_sources
 from pemt.run.early import check_base_place
 from pemt.storage import read_manifest
@@ -52,15 +53,14 @@ def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunCo
         )
     _, _, stage = best_checkpoint(run_dir)
     kind: type[RunConfig] = SourceConfig if stage == "source" else AdaptConfig
-    own = ["--config", str(path)]
-    config = parse_config(kind, [*own, *overrides], prog="pemt evaluate")
-    if config.task_name != parse_config(kind, own, prog="pemt evaluate").task_name:
-        sources = value_sources(kind, [*own, *overrides])
-        if sources["data_dir"] == str(path):
-            config = replace(config, data_dir=None)
-        if sources["task_file"] == str(path):
-            config = replace(config, task_file=None)
-    return replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
+    arguments = ["--config", str(path), *overrides]
+    config = parse_config(kind, arguments, prog="pemt evaluate")
+    changes: dict[str, Any] = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+    if config.task_name != (begun_config(run_dir) or {}).get("task_name"):
+        sources = value_sources(kind, arguments)
+        own = [field for field in ("data_dir", "task_file") if sources[field] == str(path)]
+        changes |= dict.fromkeys(own)
+    return replace(config, **changes)
 
 
 def best_checkpoint(folder: Path) -> tuple[Path, TrainState, str]:

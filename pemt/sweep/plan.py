@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pemt.checkpoint import CONFIG, RESULTS
+from pemt.checkpoint import CONFIG, RESULTS, plain_values
 from pemt.config import (
     AdaptConfig,
     ConfigError,
     PemtError,
     field_keys,
+    flat,
+    make_config,
     nearest,
-    parse_config,
     read_yaml_mapping,
 )
 from pemt.run import check_method
@@ -171,20 +169,11 @@ def _unknown(
     for name, each in methods.items():
         levels[f"methods.{name}"] = {key: each[key] for key in each if key != "recipe"}
     for level, fields in levels.items():
-        for key, _ in _flat(fields, field_keys(AdaptConfig)):
+        for key in flat(fields, field_keys(AdaptConfig)):
             if key in OWN:
                 yield f"{path}: {level}.{key}: the sweep sets it for each run; leave it out"
             elif key not in known:
                 yield f"{path}: {level}: unknown key `{key}`{nearest(key, known)}"
-
-
-def _flat(fields: Mapping[str, Any], known: list[str]) -> Iterator[tuple[str, Any]]:
-    """Fields with sections' names before their keys: `mixture.prompt_dropout`."""
-    for key, value in fields.items():
-        if isinstance(value, dict) and any(each.startswith(f"{key}.") for each in known):
-            yield from ((f"{key}.{inner}", each) for inner, each in value.items())
-        else:
-            yield str(key), value
 
 
 def _config(
@@ -193,20 +182,13 @@ def _config(
     known = field_keys(AdaptConfig)
     given: dict[str, Any] = {}
     for fields in reversed(list(levels.values())):
-        given |= dict(_flat(fields, known))
+        given |= flat(fields, known)
     given.pop("recipe", None)
     given.setdefault("method", method)
-    flags = [f"--{key}={_text(value)}" for key, value in (given | own).items()]
-    config = parse_config(
-        AdaptConfig, [*(["--config", recipe] if recipe else []), *flags], prog="pemt sweep"
-    )
+    config = make_config(AdaptConfig, given | own, recipe=recipe, prog="pemt sweep")
     get_task(config.task_name, config.task_file)
     check_method(config)
     return config
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _placed(
@@ -215,7 +197,7 @@ def _placed(
     """A complaint about a run, with the place in the sweep that it comes from."""
     key = message.removeprefix("--").split(":")[0].split(" ")[0]
     for level, fields in levels.items():
-        if key in dict(_flat(fields, field_keys(AdaptConfig))) or key.split(".")[0] in fields:
+        if key in flat(fields, field_keys(AdaptConfig)) or key.split(".")[0] in fields:
             return f"{level}.{message.removeprefix('--')}"
     if key == "method":
         return f"methods.{method}: {message}"
@@ -228,8 +210,7 @@ def _check_folder(config: AdaptConfig) -> None:
     if not path.is_file():
         return
     there = read_yaml_mapping(path)
-    ours = yaml.safe_load(yaml.safe_dump(asdict(config)))
-    for key, value in ours.items():
+    for key, value in plain_values(config).items():
         if key not in OWN and there.get(key) != value:
             raise ConfigError(
                 f"{key}: found {value}, and {path}, of an earlier run, has {there.get(key)}; delete that "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from pemt.config.parse import parse_config, value_sources
+from pemt.config.parse import make_config, parse_config, read_yaml_mapping, value_sources
 from pemt.config.schema import AdaptConfig, ConfigError
 
 NEEDED = ["--output_dir", "out", "--task_name", "rte", "--bank_dir", "bank"]
@@ -75,3 +76,34 @@ def test_sources_of_sections_and_lists(file: str) -> None:
 def test_a_config_without_its_file_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"--config: no file behind it; .*adapt"):
         parsed("--config")
+
+
+def test_each_file_is_read_once(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return read_yaml_mapping(path)
+
+    monkeypatch.setattr("pemt.config.parse.read_yaml_mapping", counted)
+    assert parsed("--config", "adapt", "--config", file).seed == 7
+    assert [path.stem for path in read] == ["adapt", "run"]
+
+
+@pytest.mark.parametrize("section", ["3", "[1]", "null"])
+def test_a_section_that_holds_no_fields_is_refused(tmp_path: Path, section: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"mixture: {section}\n")
+    with pytest.raises(ConfigError, match=r"run.yaml: mixture: found .*, expected `key: value`"):
+        parsed("--config", str(path))
+
+
+def test_values_are_taken_as_they_are_and_win_over_a_recipe() -> None:
+    values = {"output_dir": "out", "task_name": "rte", "bank_dir": "bank"}
+    given = {**values, "description": "--seed 3", "mixture.prompt_dropout": 0.5}
+    config = make_config(AdaptConfig, given, recipe="adapt_few_shot", prog="pemt sweep")
+    assert config.description == "--seed 3"
+    assert config.mixture.prompt_dropout == 0.5
+    assert config.few_shot == 16
+    with pytest.raises(ConfigError, match="^learning_rate: found `fast`, expected float"):
+        make_config(AdaptConfig, {**given, "learning_rate": "fast"}, prog="pemt sweep")

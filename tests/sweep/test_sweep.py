@@ -303,7 +303,7 @@ def test_on_several_ranks_an_error_ends_the_sweep_with_its_table(
     tried = failing(monkeypatch, "colours")
     monkeypatch.setenv("WORLD_SIZE", "2")
     rank_0 = SimpleNamespace(on_rank0=lambda look, _: look())
-    monkeypatch.setattr("pemt.sweep.run.Engine", lambda _: rank_0)
+    monkeypatch.setattr("pemt.sweep.run.Job", lambda _: rank_0)
     with pytest.raises(torch.OutOfMemoryError):
         run_sweep(path)
     assert tried == ["colours"]
