@@ -105,5 +105,5 @@ def test_values_are_taken_as_they_are_and_win_over_a_recipe() -> None:
     assert config.description == "--seed 3"
     assert config.mixture.prompt_dropout == 0.5
     assert config.few_shot == 16
-    with pytest.raises(ConfigError, match="^learning_rate: found `fast`, expected float"):
+    with pytest.raises(ConfigError, match=r"^learning_rate: found `fast`, expected float"):
         make_config(AdaptConfig, {**given, "learning_rate": "fast"}, prog="pemt sweep")
