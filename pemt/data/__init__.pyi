@@ -1,4 +1,9 @@
-from .batching import EvalBatches as EvalBatches, TrainBatches as TrainBatches, collate as collate
+from .batching import (
+    EvalBatches as EvalBatches,
+    TrainBatches as TrainBatches,
+    collate as collate,
+    to_device as to_device,
+)
 from .encoding import encode_sources as encode_sources
 from .errors import DataError as DataError
 from .loading import (

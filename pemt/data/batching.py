@@ -194,18 +194,31 @@ class EvalBatches:
 
 
 def collate(
-    rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, pad_to_multiple_of: int | None = None
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Pads rows on the right.
+    """Rows, padded on the right, as a batch on a device.
+
+    Args:
+        rows: token ids: `input_ids`, and `labels` unless they are only to be answered.
 
     Returns `input_ids` and `attention_mask` [B, S], `labels` [B, T] with -100 for padding, as
     int64; S and T are the longest row's, rounded up to `pad_to_multiple_of` if it is given.
     """
     multiple_of = pad_to_multiple_of or 1
     input_ids, lengths = padded([row["input_ids"] for row in rows], pad_token_id, multiple_of)
-    labels, _ = padded([row["labels"] for row in rows], IGNORED, multiple_of)
+    labels, _ = padded([row.get("labels", []) for row in rows], IGNORED, multiple_of)
     mask = torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]
-    return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
+    batch = {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
+    return to_device(batch, device)
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """A batch of the CPU on a device."""
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int, multiple_of: int) -> tuple[Tensor, Tensor]:

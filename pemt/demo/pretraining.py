@@ -1,10 +1,11 @@
-"""The demo's pre-training: span corruption by all ranks, which goes on where it was interrupted.
+"""The demo's pre-training: span corruption by all ranks, which resumes where it was interrupted.
 
 Shapes: G all gradients in a row.
 """
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -58,7 +59,7 @@ class Pretraining:
         """Train to the end (all ranks call).
 
         Args:
-            state: the file of each machine that keeps what an interrupted pre-training goes on from.
+            state: the file of each machine that keeps what an interrupted pre-training resumes from.
 
         Raises:
             Interrupted: a rank was told to stop; what was trained is saved.
@@ -66,7 +67,7 @@ class Pretraining:
         engine = self._engine
         first = self._restored(state)
         if first and engine.is_main:
-            print(f"pre-training goes on after step {first} of {STEPS}: {state}", flush=True)
+            print(f"pre-training resumes after step {first} of {STEPS}: {state}", flush=True)
         lines = _Lines(first, shown=engine.is_main)
         with StopSignals() as signals:
             for step, rows in enumerate(self._batches(first), start=first + 1):
@@ -81,8 +82,8 @@ class Pretraining:
                 if told:
                     if engine.is_main:
                         print(
-                            f"stopped in pre-training after step {step}; it is saved, and the same command goes on "
-                            "from there",
+                            f"stopped in pre-training after step {step}; its state is saved, and the same command "
+                            "resumes from it",
                             flush=True,
                         )
                     raise Interrupted(signals.reason() or "another rank was told to")
@@ -97,7 +98,7 @@ class Pretraining:
                 step / WARM_UP, (STEPS - step + 1) / (STEPS - WARM_UP)
             )
         own = rows[engine.rank :: engine.world_size]
-        batch = {key: each.to(engine.device) for key, each in collate(own, pad_token_id=0).items()}
+        batch = collate(own, pad_token_id=0, device=engine.device)
         share = _tokens(own) / _tokens(rows)
         loss = self.model(**batch).loss * share
         loss.backward()
@@ -127,7 +128,13 @@ class Pretraining:
             if state.exists():
                 try:
                     saved = torch.load(state, weights_only=True, map_location=self._engine.device)
-                except Exception as error:  # noqa: BLE001 whatever is wrong with it, there is another way
+                except (
+                    OSError,
+                    RuntimeError,
+                    ValueError,
+                    EOFError,
+                    pickle.UnpicklingError,
+                ) as error:
                     print(f"{state}: cannot be read ({error}); pre-training begins again")
         steps = self._engine.all_gather_object(saved["step"] if saved else 0)
         if saved is None or set(steps) != {saved["step"]}:

@@ -107,10 +107,12 @@ class PemtModel:
 
     def _generate(self, ids: list[list[int]], **generation_kwargs: Any) -> torch.Tensor:
         pad_id = self.tokenizer.pad_token_id
-        batch = collate([{"input_ids": each, "labels": []} for each in ids], pad_token_id=pad_id)
+        batch = collate(
+            [{"input_ids": each} for each in ids], pad_token_id=pad_id, device=self.device
+        )
         return self.model.generate(
-            batch["input_ids"].to(self.device),
-            batch["attention_mask"].to(self.device),
+            batch["input_ids"],
+            batch["attention_mask"],
             do_sample=False,
             **generation_kwargs,
         )

@@ -165,8 +165,8 @@ def _measure(
         list(dataset.select(indices)),
         pad_token_id=tokenizer.pad_token_id,
         pad_to_multiple_of=config.pad_to_multiple_of,
+        device=engine.device,
     )
-    batch = {key: value.to(engine.device) for key, value in batch.items()}
     labels_BT = batch["labels"]
     out = engine.model(**batch)
     loss_BT = F.cross_entropy(

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pemt.checkpoint import Checkpoint, Checkpoints, TrainState, warmup_notes
 from pemt.config import RunConfig
-from pemt.data import TrainStream, collate
+from pemt.data import TrainStream, collate, to_device
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5
 from pemt.monitor import Monitor
@@ -161,7 +161,7 @@ def _take_step(
     weight, losses = engine.module.sparsity_loss_weight, []
     batches = [_batch(setup, indices) for indices in micro_batches]
     for number, (batch, share) in enumerate(zip(batches, shares(engine, batches), strict=True)):
-        batch = {key: value.to(engine.device) for key, value in batch.items()}
+        batch = to_device(batch, engine.device)
         out = engine.model(**batch)
         step_loss = share.of_loss(out, weight)
         engine.backward(step_loss, last=number == len(batches) - 1)
@@ -247,7 +247,7 @@ def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
 
 
 def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
-    """A micro-batch, on the CPU."""
+    """A micro-batch, on the CPU: its tokens are counted there, so that no device is waited for."""
     return collate(
         _rows(setup, micro_batch),
         pad_token_id=setup.tokenizer.pad_token_id,

@@ -142,7 +142,7 @@ class Predictor:
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids; the first call that has something to tell of them tells it."""
         tokenizer, longest = self.finished.tokenizer, self.finished.config.max_source_length
-        ids, cut = encode_sources(texts, tokenizer, max_length=longest)
+        ids, cut = encode_sources(list(texts), tokenizer, max_length=longest)
         strange = unknown(ids, tokenizer)
         for flags, told in (
             (cut, f"are longer than max_source_length, {longest} tokens, and are cut"),
@@ -158,11 +158,11 @@ class Predictor:
         """Of one batch: generated ids [B,T], and gates [B,L,K] where there are experts."""
         tokenizer, engine = self.finished.tokenizer, self.engine
         batch = collate(
-            [{"input_ids": each, "labels": []} for each in ids],
+            [{"input_ids": each} for each in ids],
             pad_token_id=tokenizer.pad_token_id,
             pad_to_multiple_of=self.finished.config.pad_to_multiple_of,
+            device=engine.device,
         )
-        batch = {key: value.to(engine.device) for key, value in batch.items()}
         return answer_batch(engine, batch, longest=longest, num_beams=num_beams)
 
 

@@ -186,6 +186,8 @@ def test_evaluation_pads_the_same_examples_together_on_any_number_of_ranks():
 def test_collate_pads_right():
     rows = [{"input_ids": [5, 6, 1], "labels": [9, 1]}, {"input_ids": [7] * 9, "labels": [1]}]
     batch = collate(rows, pad_token_id=0)
+    on_meta = collate(rows, pad_token_id=0, device="meta")
+    assert {each.device.type for each in on_meta.values()} == {"meta"}
     assert batch["input_ids"].tolist() == [[5, 6, 1, *[0] * 6], [7] * 9]
     assert batch["attention_mask"].sum(dim=1).tolist() == [3, 9]
     assert batch["labels"].tolist() == [[9, 1], [1, -100]]
