@@ -5,9 +5,15 @@ from __future__ import annotations
 import typing
 from typing import Any, Literal
 
-import shtab
-
-from pemt.config import AdaptConfig, Parser, RunConfig, command_parser, field_keys
+from pemt.config import (
+    AdaptConfig,
+    Parser,
+    RunConfig,
+    SourceConfig,
+    command_parser,
+    field_keys,
+)
+from pemt.engine import LIBRARIES, StopSignals, telling
 
 FILES = {"task_file", "peft_config"}
 FOLDERS = {"data_dir", "output_dir", "bank_dir", "model_name_or_path", "tokenizer_name"}
@@ -38,8 +44,28 @@ def fields_parser(name: str, kind: type[RunConfig], about: str) -> Parser:
     return add_fields(parser, kind)
 
 
+def train(kind: type[RunConfig], name: str, arguments: list[str]) -> None:
+    """What `pemt source` and `pemt adapt` do."""
+    with StopSignals():  # from here on, since reading libraries and data takes minutes
+        from pemt.config import parse_config
+
+        config = parse_config(kind, arguments, prog=f"pemt {name}")
+        from pemt.run import check_early
+
+        check_early(config)
+        with telling(LIBRARIES):
+            from pemt.run import run_adapt, run_source
+
+        if isinstance(config, SourceConfig):
+            run_source(config)
+        elif isinstance(config, AdaptConfig):
+            run_adapt(config)
+
+
 def add_fields(parser: Parser, kind: type[RunConfig] = AdaptConfig) -> Parser:
     """Add `--config` and a configuration's fields, so that a shell can complete them; gives the parser."""
+    import shtab
+
     from pemt.tasks import task_names
 
     own = set(parser.options())

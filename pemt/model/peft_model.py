@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pemt.config import PemtError
+from pemt.config import PemtError, nearest
 from pemt.model.baselines import BaselineT5
 from pemt.model.experts import ModelError
 from pemt.model.inject import Base
@@ -95,9 +94,8 @@ def _check_fields(fields: Mapping[str, Any], cls: type[Any]) -> None:
     names = [each.name for each in dataclasses.fields(cls) if each.init]
     for key in fields:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=3)
-            told = f"did you mean {' or '.join(near)}?" if near else f"allowed are {names}"
-            raise PeftError(f"peft_config.{key}: {cls.__name__} has no such field; {told}")
+            hint = nearest(str(key), names, what=f"allowed are {names}")
+            raise PeftError(f"peft_config.{key}: {cls.__name__} has no such field{hint}")
 
 
 class PeftT5(BaselineT5):

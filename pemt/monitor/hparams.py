@@ -13,7 +13,7 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-from pemt.config import AdaptConfig, RunConfig, SourceConfig
+from pemt.config import AdaptConfig, RunConfig, SourceConfig, field_keys, flat
 
 # Where files lie and how often something is written do not tell two runs apart.
 LEFT_OUT = frozenset(
@@ -80,13 +80,10 @@ def columns() -> list[tuple[str, int]]:
 
 def values(config: RunConfig) -> dict[str, Any]:
     """What this run has in those columns, but for what is null."""
-    flat = {}
-    for name, value in asdict(config).items():
-        if isinstance(value, dict) and name != "peft_config":
-            flat.update({f"{name}.{inner}": each for inner, each in value.items()})
-        elif name not in LEFT_OUT:
-            flat[name] = value
-    return {name: value for name, value in flat.items() if value is not None}
+    found = flat(asdict(config), field_keys(type(config)))
+    return {
+        name: value for name, value in found.items() if value is not None and name not in LEFT_OUT
+    }
 
 
 def _type(annotation: str) -> int:

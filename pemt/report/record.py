@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pemt.checkpoint import CONFIG, PREDICTIONS, RESULTS, STATUS, checkpoint_folders, trained_count
-from pemt.config import PemtError
+from pemt.config import PemtError, read_yaml_mapping
 from pemt.monitor import LOG_FILE, NamedGates, gates_in, read_log
 
 
@@ -115,7 +113,7 @@ def _read(folder: Path, name: str) -> Record:
         raise ReportError(
             f"{folder}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
         )
-    config = _config(folder / CONFIG)
+    config = read_yaml_mapping(folder / CONFIG)
     results = _json_object(folder / RESULTS) if (folder / RESULTS).is_file() else {}
     checkpoint = _checkpoint(folder, results)
     return Record(
@@ -144,16 +142,6 @@ def _checkpoint(folder: Path, results: dict[str, Any]) -> Path | None:
     named = [each for each in folders if each.name == results.get("best_checkpoint")]
     chosen = named or folders[-1:]
     return chosen[0] if chosen else None
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ReportError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ReportError(f"{path}: found {type(content).__name__}, expected a run's configuration")
-    return content
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ Shapes: N inputs, B batch, L all FFNs (encoder first), K experts.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from pemt.run.finished import (
     load_on_all,
     prepare_finished,
 )
+from pemt.storage import replacing
 from pemt.tasks import get_task, label_name, longest_target
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
@@ -238,12 +238,8 @@ def _opened(name: str | None) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     path = Path(name)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             yield file
-        temporary.replace(path)
     except OSError as error:
         raise PemtError(f"output_file: {path} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

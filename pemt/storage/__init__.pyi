@@ -4,6 +4,7 @@ from .folders import (
     recover_interrupted_replace as recover_interrupted_replace,
     remove_folder as remove_folder,
     remove_partial_writes as remove_partial_writes,
+    replacing as replacing,
     save_tensors as save_tensors,
     write_folder as write_folder,
     write_text as write_text,

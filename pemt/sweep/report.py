@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pemt.checkpoint import RESULTS, trained_count
-from pemt.storage import write_text
+from pemt.storage import replacing, write_text
 from pemt.sweep.plan import Sweep
 
 TABLE, CSV, CHART = "sweep.md", "sweep.csv", "sweep.png"
@@ -155,6 +155,5 @@ def draw(sweep: Sweep, cells: list[Cell], path: Path) -> None:
     axes.set_ylim(min(0.0, lowest), 100)
     axes.set_ylabel("mean of the test metrics, %")
     figure.legend(loc="outside upper center", ncols=min(len(sweep.methods), 4))
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -20,7 +20,6 @@ set on the hub (`hub: {path: owner/name, validation: null, test: test}`), or nei
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from pemt.config import load_yaml
+from pemt.config import load_yaml, nearest
 from pemt.tasks.registry import known_task
 from pemt.tasks.task import SPLITS, HubSource, Task, TaskError
 
@@ -64,9 +63,8 @@ def load_task_file(path: str | Path) -> Task:
     read: dict[str, Any] = {}
     for key, value in values.items():
         if key not in READERS:
-            near = difflib.get_close_matches(str(key), READERS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise TaskError(f"{path}: unknown key {key!r}; {hint}allowed: {', '.join(READERS)}")
+            hint = nearest(str(key), list(READERS), what=f"allowed: {', '.join(READERS)}")
+            raise TaskError(f"{path}: unknown key `{key}`{hint}")
         try:
             read[key] = READERS[key](value)
             if READERS[key] is texts:

@@ -80,7 +80,7 @@ def test_a_task_may_be_like_a_known_one(written, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("label: team", "lable: team", "unknown key 'lable'; did you mean label"),
+        ("label: team", "lable: team", "unknown key `lable`; did you mean `label`"),
         ("name: tickets\n", "", "missing key name"),
         ("template: ", "template: 3 #", "template: found 3, it must be text"),
         ("[billing, network]", "[yes, no]", "labels: found .*put yes, no"),
