@@ -24,7 +24,7 @@ from pemt.data import (
     load_task_data,
 )
 from pemt.model.tokenizer import TokenizerError, load_tokenizer
-from pemt.tasks import HubSource, Task, task as task_module
+from pemt.tasks import HubSource, Task
 
 WORDS = ["<pad>", "</s>", "<unk>", "text", ":", "no", "yes", *(f"w{i}" for i in range(20))]
 TASK = Task(
@@ -208,28 +208,6 @@ def test_the_number_of_processes_does_not_make_the_cache_another_one(
     encoded = count_calls(monkeypatch, encoding_module, "encode_batch")
     load_task_data(TASK, config(folder, preprocessing_num_workers=1), tokenizer)
     assert not encoded
-
-
-CODE = (
-    '"""Says."""\n\nLIMIT = 3\n\n\ndef cut(text):  # why\n    """How."""\n    return text[:LIMIT]\n'
-)
-SAME_CODE = 'LIMIT = 3\ndef cut(\n    text,\n):\n    """How else."""\n    # because\n    return (text[:LIMIT])\n'
-
-
-def test_a_comment_a_docstring_and_layout_make_no_other_cache():
-    program_of = examples_module.program_of
-    assert program_of(CODE) == program_of(SAME_CODE)
-    assert program_of(CODE) != program_of(CODE.replace("= 3", "= 4"))
-    assert program_of(CODE) != program_of(CODE.replace("[:LIMIT]", "[LIMIT:]"))
-    assert program_of('"""Only a docstring."""') == program_of("")
-
-
-def test_the_cache_knows_both_rooms(monkeypatch):
-    seen = []
-    monkeypatch.setattr(examples_module, "program_of", lambda text: seen.append(text) or text)
-    assert len(examples_module.source_hash.__wrapped__()) == 64
-    for module in (examples_module, encoding_module, task_module):
-        assert Path(module.__file__).read_text() in seen
 
 
 def test_another_file_template_or_length_is_read_anew(folder, tokenizer, monkeypatch):
