@@ -4,9 +4,9 @@ N tokens, F d_ff, D d_model, K experts, R rank, T = K R, H the target adapter's 
 
     loop     the reference: a loop over experts, again for the cosines, autograd's own backward
     stacked  the same with the K outputs made once and kept
-    packed   concatenated matrix products and the Gram identity in plain PyTorch
+    packed   concatenated matrix products in plain PyTorch
     fused    the compiled kernels
-    floor    bare matrix products of the FLOPs that packed and fused do, outputs preallocated
+    floor    bare matrix products of the FLOPs that packed and fused do, by the libraries that fused has them by
     frozen   no experts: wo and the target adapter alone
 
 All variants run in every round, in turn, and a ratio is the median of the rounds' ratios.
@@ -106,6 +106,7 @@ def measure(bench: OpBench) -> dict[str, object]:
         "milliseconds": medians,
         "ratios": ratios,
         "floor_tflops": floor.flops / medians["floor"] / 1e9,
+        "floor_products": dict(floor.libraries),
     }
 
 
@@ -155,4 +156,9 @@ def table(result: dict[str, object]) -> str:
     )
     rows = [f"  {name:<8} {value:10.3f} ms" for name, value in milliseconds.items()]
     rows += [f"  {name:<15} {value:8.3f}" for name, value in ratios.items()]
-    return "\n".join([head, *rows, f"  floor at {result['floor_tflops']:.3f} TFLOP/s"])
+    products = result["floor_products"]
+    assert isinstance(products, dict)
+    told = ", ".join(f"{count} by {library}" for library, count in products.items())
+    return "\n".join(
+        [head, *rows, f"  floor at {result['floor_tflops']:.3f} TFLOP/s: products {told}"]
+    )

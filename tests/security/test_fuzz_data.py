@@ -52,7 +52,7 @@ RECORDS: dict[str, Any] = {
 }
 
 
-def materialize_all(name: str, path: Path) -> None:
+def read_all(name: str, path: Path) -> None:
     """Every row as a run would take it; the first malformed one is told at the end, as a run tells it."""
     task, problems = get_task(name), []
     for place, row in read_rows(task, [path]):
@@ -71,7 +71,7 @@ def test_nested_records(tmp_path: Path) -> None:
     def run(name: str, data: st.DataObject) -> None:
         changed = data.draw(mutated_values(RECORDS[name]))
         path.write_text(f"{json.dumps(changed)}\n{json.dumps(RECORDS[name])}\n")
-        outcomes.of(lambda: materialize_all(name, path))
+        outcomes.of(lambda: read_all(name, path))
 
     run()
     outcomes.check()
@@ -93,7 +93,7 @@ def test_bytes_of_data_files(tmp_path: Path) -> None:
     @given(st.sampled_from(sorted(originals)), st.data())
     def run(name: str, data: st.DataObject) -> None:
         (tmp_path / name).write_bytes(data.draw(mutated_text([originals[name]])))
-        outcomes.of(lambda: materialize_all("superglue-cb", tmp_path / name))
+        outcomes.of(lambda: read_all("superglue-cb", tmp_path / name))
 
     run()
     outcomes.check()
@@ -117,7 +117,7 @@ def test_bytes_of_packed_files(tmp_path: Path) -> None:
         if data.draw(st.integers(0, 9)) == 0:
             del content[data.draw(st.integers(0, len(content))) :]
         (tmp_path / name).write_bytes(content)
-        outcomes.of(lambda: materialize_all("superglue-cb", tmp_path / name))
+        outcomes.of(lambda: read_all("superglue-cb", tmp_path / name))
 
     run()
     outcomes.check()

@@ -1,9 +1,0 @@
-from .bars import EvaluationBar as EvaluationBar
-from .bars import quiet_libraries as quiet_libraries
-from .board import TENSORBOARD_FOLDER as TENSORBOARD_FOLDER
-from .board import record_outcome as record_outcome
-from .gates import GateNames as GateNames
-from .gates import entropy_NL as entropy_NL
-from .log_file import LOG_FILE as LOG_FILE
-from .log_file import read_log as read_log
-from .monitor import Monitor as Monitor

@@ -1,5 +1,0 @@
-from .adapter_format import CONFIG as CONFIG
-from .export import export_run as export_run
-from .pemt_model import PemtModel as PemtModel
-from .transfer import pull_folder as pull_folder
-from .transfer import push_folder as push_folder

@@ -1,8 +1,0 @@
-from .build import check_method as check_method
-from .evaluate import Evaluation as Evaluation
-from .evaluate_finished import evaluate_run as evaluate_run
-from .finished import Finished as Finished
-from .finished import load_finished as load_finished
-from .predict import predict_file as predict_file
-from .train import run_adapt as run_adapt
-from .train import run_source as run_source

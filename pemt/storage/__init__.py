@@ -1,5 +1,0 @@
-"""Folders of tensors on disk and on the hub: written whole or not at all, with checksums."""
-
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,0 @@
-from .run import run_sweep as run_sweep
