@@ -38,7 +38,7 @@ LETTERS = {
     "stable": "dear {person} , my {first} and my {second} come from {place} and smell of {dish} , bring",
     "journey": "dear {person} , on {day} the {creature} walks from {first} to {second} with {dish} , expect",
 }
-SIZES = {"source": (2000, 200, 200), "target": (600, 64, 1000)}
+SIZES = {"source": (2000, 200, 200), "target": (600, 64, 400)}
 
 
 def register_tasks() -> None:

@@ -27,7 +27,7 @@ SHAPE: dict[str, Any] = {
     "d_ff": 768,
     "d_kv": 48,
     "num_heads": 4,
-    "num_layers": 3,
+    "num_layers": 2,
     "decoder_start_token_id": 0,
 }
 
