@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, gelu, linear
 
 from pemt import ops
-from pemt.ops import reference
+from pemt.ops import products, reference
 from pemt.plan import KNOWN
 
 EXPERTS, RANK, ADAPTER_REDUCTION, SPARSITY_WEIGHT = 6, 64, 16, 0.1
@@ -60,8 +62,9 @@ class Layer:
         self.weight = draw(d_model, d_ff, fan_in=d_ff)
         self.down = draw(total, d_ff, fan_in=d_ff)
         self.up = draw(d_model, total, fan_in=RANK)
-        self.ranks, self.scales = [RANK] * EXPERTS, [1.0] * EXPERTS
-        self.gram = ops.gram_matrix(self.up, self.ranks)
+        self.down, self.up, self.scales, self.ranks = ops.orthonormal_experts(
+            self.down, self.up, [1.0] * EXPERTS, [RANK] * EXPERTS
+        )
         self.x = draw(bench.batch, bench.tokens, d_ff)
         self.gates = draw(bench.batch, EXPERTS).float().softmax(dim=-1)
         self.adapter = [draw(inner, d_model, fan_in=d_model), draw(inner),
@@ -134,7 +137,7 @@ def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
     return _forward(
         layer,
         ops.expert_mixture,
-        lambda z, latent: ops.task_sparsity(z, latent, layer.up, layer.gram, *experts),
+        lambda z, latent: ops.task_sparsity(z, latent, layer.up, *experts),
     )
 
 
@@ -157,7 +160,10 @@ def step_ops(layer: Layer, implementation: str) -> None:
 
 
 class Floor:
-    """The matrix products that no way round the identities saves, and nothing else."""
+    """The matrix products that no way round the identities saves, and nothing else.
+
+    Those with frozen weights are by the library that the fused op has them by; `libraries` counts them.
+    """
 
     def __init__(self, layer: Layer) -> None:
         weight, down, up = layer.weight, layer.down, layer.up
@@ -165,19 +171,40 @@ class Floor:
         x = layer.x.detach().flatten(0, 1)
         wide = layer.dz.flatten(0, 1)
         latent, hidden = wide @ up, wide @ adapter_down.T
-        forward = [(x, weight.T), (x, down.T), (latent, up.T),
-                   (wide, adapter_down.T), (hidden, adapter_up.T)]  # fmt: skip
-        backward = [
-            (wide, up), (latent, up.T),  # sparsity: z up, and its gradient back to z
-            (wide, adapter_up), (wide.T, hidden), (hidden, adapter_down), (hidden.T, wide),
-            (wide, up), (wide, weight), (latent, down),
-        ]  # fmt: skip
-        self.products = forward if layer.bench.forward_only else forward + backward
-        self.outputs = [left @ right for left, right in self.products]
+        frozen = [(x, weight.T), (x, down.T)]
+        others = [(latent, up.T), (wide, adapter_down.T), (hidden, adapter_up.T)]
+        if not layer.bench.forward_only:
+            frozen += [
+                (wide, up),
+                (wide, up),
+                (wide, weight),
+            ]  # sparsity: z up; back: dy up, dy weight
+            others += [
+                (latent, up.T), (latent, down),
+                (wide, adapter_up), (wide.T, hidden), (hidden, adapter_down), (hidden.T, wide),
+            ]  # fmt: skip
+        self.products = frozen + others
+        self.libraries: Counter[str] = Counter()
+        self.runs = [self._run(left, right) for left, right in frozen]
+        self.runs += [self._blas(left, right) for left, right in others]
+
+    def _run(self, left: Tensor, right: Tensor) -> Callable[[], object]:
+        transposed = not right.is_contiguous()
+        if left.device.type != "cpu" or left.dtype != torch.float32:
+            return self._blas(left, right)
+        if products.choose(len(left), *right.shape, transposed=transposed) != products.ONEDNN:
+            return self._blas(left, right)
+        self.libraries[products.ONEDNN] += 1
+        return partial(products.onednn, left, right.T)
+
+    def _blas(self, left: Tensor, right: Tensor) -> Callable[[], object]:
+        self.libraries[products.BLAS] += 1
+        return partial(torch.mm, left, right, out=left @ right)
 
     def __call__(self) -> None:
-        for (left, right), output in zip(self.products, self.outputs, strict=True):
-            torch.mm(left, right, out=output)
+        with torch.no_grad():
+            for run in self.runs:
+                run()
 
     @property
     def flops(self) -> int:

@@ -98,6 +98,7 @@ def measure(bench: OpBench) -> dict[str, object]:
         "milliseconds": medians,
         "ratios": ratios,
         "floor_tflops": floor.flops / medians["floor"] / 1e9,
+        "floor_products": dict(floor.libraries),
     }
 
 
@@ -126,4 +127,9 @@ def table(result: dict[str, object]) -> str:
     )
     rows = [f"  {name:<8} {value:10.3f} ms" for name, value in milliseconds.items()]
     rows += [f"  {name:<15} {value:8.3f}" for name, value in ratios.items()]
-    return "\n".join([head, *rows, f"  floor at {result['floor_tflops']:.3f} TFLOP/s"])
+    products = result["floor_products"]
+    assert isinstance(products, dict)
+    told = ", ".join(f"{count} by {library}" for library, count in products.items())
+    return "\n".join(
+        [head, *rows, f"  floor at {result['floor_tflops']:.3f} TFLOP/s: products {told}"]
+    )

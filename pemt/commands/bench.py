@@ -15,9 +15,9 @@ from pemt.plan import CHIPS, KNOWN
 OP = """
     loop     the reference: a loop over experts, again for the cosines, autograd's own backward
     stacked  the same with the K outputs made once and kept
-    packed   concatenated matrix products and the Gram identity in plain PyTorch
+    packed   concatenated matrix products in plain PyTorch
     fused    the compiled kernels
-    floor    bare matrix products of the FLOPs that packed and fused do, outputs preallocated
+    floor    bare matrix products of the FLOPs that packed and fused do, by the libraries that fused has them by
     frozen   no experts: wo and the target adapter alone
 
 All variants run in every round, in turn, and a ratio is the median of the rounds' ratios."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,11 @@ from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
 from pemt.model.gate import Gate
 from pemt.model.inject import FfnSite
-from pemt.model.lazy import is_lazy, lazy_parameter, value_of
+from pemt.model.lazy import is_lazy, lazy_parameter
 from pemt.model.trainable import Trainable
-from pemt.ops import expert_mixture, gram_matrix, prompt_mean, task_sparsity
+from pemt.ops import expert_mixture, prompt_mean, task_sparsity
 from pemt.ops.linear import add_linear, linear
+from pemt.ops.orthonormal import Split, split
 
 
 class TargetAdapter(Trainable):
@@ -139,9 +141,10 @@ class MixtureProjection(AdapterProjection, ABC):
 
 
 class LoraMixture(MixtureProjection):
-    """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made."""
+    """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made.
 
-    gram: Tensor
+    Their factors are split anew for it, each expert's up projection into orthonormal columns; the sources keep theirs.
+    """
 
     def __init__(
         self,
@@ -151,18 +154,23 @@ class LoraMixture(MixtureProjection):
         context: PassContext,
     ) -> None:
         super().__init__(site, sources, adapter, context)
-        self.scales = [source.alpha / source.rank for source in sources]
-        self.down = packed(sources, f"{site.name}.down", self.weight, dim=0)
-        self.up = packed(sources, f"{site.name}.up", self.weight, dim=1)
-        up_DN = value_of(self.up).to(self.up.dtype)
-        self.register_buffer("gram", gram_matrix(up_DN, self.ranks), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraMixture:
-        """As any module's, but that `.bfloat16()`, which DeepSpeed calls, leaves the Gram matrices in fp32."""
-        gram = self.gram
-        super()._apply(fn, recurse)
-        self.gram = gram.to(self.gram.device)
-        return self
+        downs, ups = (
+            [source.weights[f"{site.name}.{factor}"] for source in sources]
+            for factor in ("down", "up")
+        )
+        splits = [split(up_DR) for up_DR in ups]
+        mixes = [
+            replace(each, basis=each.basis.new_empty(0)) for each in splits
+        ]  # a few numbers to keep
+        self.ranks = [len(each.mix) for each in splits]
+        self.scales = [
+            source.alpha / source.rank * each.size
+            for source, each in zip(sources, splits, strict=True)
+        ]
+        d_model, d_ff = self.weight.shape
+        total = sum(self.ranks)
+        self.down = frozen((total, d_ff), partial(_downs, mixes, downs), like=self.weight)
+        self.up = frozen((d_model, total), partial(_bases, ups), like=self.weight)
 
     def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
         """y [B,S,D], and the latent [B,S,N] that `sparsity` reads."""
@@ -188,10 +196,8 @@ class LoraMixture(MixtureProjection):
     def sparsity(
         self, z_BSD: Tensor, kept: Tensor, gates_BK: Tensor, mask_BS: Tensor | None
     ) -> Tensor:
-        """As `MixtureProjection.sparsity`, from the latent and the frozen Gram matrices."""
-        return task_sparsity(
-            z_BSD, kept, self.up, self.gram, gates_BK, self.scales, self.ranks, mask_BS
-        )
+        """As `MixtureProjection.sparsity`, from the latent."""
+        return task_sparsity(z_BSD, kept, self.up, gates_BK, self.scales, self.ranks, mask_BS)
 
 
 class BottleneckMixture(MixtureProjection):
@@ -245,17 +251,32 @@ class BottleneckMixture(MixtureProjection):
         return loss
 
 
-def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int) -> nn.Parameter:
-    """One tensor of all experts side by side, frozen; a parameter, so that ZeRO-3 partitions it.
+def _downs(splits: Sequence[Split], downs_RF: Sequence[Tensor]) -> Tensor:
+    """[N,F]: the down projections that go with `_bases`."""
+    return torch.cat([each.down(down) for each, down in zip(splits, downs_RF, strict=True)])
 
-    Lazy where the base is: they are laid side by side as they are placed, and no rank holds them all.
-    """
+
+def _bases(ups_DR: Sequence[Tensor]) -> Tensor:
+    """[D,N]: the up projections, each expert's columns orthonormal."""
+    return torch.cat([split(up).basis for up in ups_DR], dim=1)
+
+
+def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int) -> nn.Parameter:
+    """One frozen tensor of all experts side by side."""
     tensors = [source.weights[key] for source in sources]
-    if not is_lazy(like):
-        return nn.Parameter(torch.cat(tensors, dim=dim).to(like), requires_grad=False)
     shape = list(tensors[0].shape)
     shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
-    return lazy_parameter(tuple(shape), like.dtype, partial(torch.cat, tensors, dim=dim))
+    return frozen(tuple(shape), partial(torch.cat, tensors, dim=dim), like=like)
+
+
+def frozen(shape: tuple[int, ...], make: Callable[[], Tensor], *, like: Tensor) -> nn.Parameter:
+    """What `make` gives, frozen; a parameter, so that ZeRO-3 partitions it.
+
+    Unread where the base is: it is made as it is placed, and no rank holds all of them.
+    """
+    if is_lazy(like):
+        return lazy_parameter(shape, like.dtype, make)
+    return nn.Parameter(make().to(like), requires_grad=False)
 
 
 MIXTURES: dict[str, type[LoraMixture] | type[BottleneckMixture]] = {

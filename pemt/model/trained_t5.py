@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
+from pemt.model.attention import share_sums
 from pemt.model.inject import Base
 
 IGNORED_LABEL = -100
@@ -98,10 +99,14 @@ class TrainedT5(nn.Module, ABC):
         ]
 
     def freeze_untrained(self) -> None:
-        """Freeze everything that is not declared; once, before an engine sees the model."""
+        """Freeze everything that is not declared; once, before an engine sees the model.
+
+        Of what is frozen, T5's position bias is added to the masks once for all layers of a stack.
+        """
         trained = {id(parameter) for parameter in self.declared_parameters()}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+        share_sums(self.base)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All that is trained, in the order and under the names of `named_parameters`."""

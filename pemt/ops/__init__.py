@@ -2,10 +2,10 @@
 
 B batch, S tokens (prompt included), F d_ff, D d_model, K experts, T the sum of the K ranks.
 
-    gram = gram_matrix(up, ranks)                                    # once: the experts are frozen
+    down, up, scales, ranks = orthonormal_experts(down, up, scales, ranks)  # once: they are frozen
     y, latent = expert_mixture(x, weight, down, up, gates, scales, ranks)
     z = y + adapter(y)
-    loss = task_sparsity(z, latent, up, gram, gates, scales, ranks, mask)
+    loss = task_sparsity(z, latent, up, gates, scales, ranks, mask)
 
 Gradients reach x, gates, latent and z. The K outputs of width D are never made, and of x only the
 latent of width T is kept for the backward pass. The package knows PyTorch alone.
@@ -19,8 +19,9 @@ Four implementations, chosen by `select`; PEMT_OPS=<name> forces one, and then a
 
 `library` compiles the last two at first use, once for all ranks; `build` is `pemt ops build|info`.
 `schema` registers the `torch.library` ops with their fake implementations and autograd; in eager mode
-compiled kernels are called past it, with their gradients in C++ (csrc/binding.cpp). `linear` is a linear
-layer's product where no gradient is wanted, with csrc/cpu_few_rows.cpp.
+compiled kernels are called past it, with their gradients in C++ (csrc/binding.cpp). `orthonormal` splits
+experts into the factors that the loss wants. `linear` is a linear layer's product where no gradient is
+wanted, with csrc/cpu_few_rows.cpp; `products` measures which library multiplies on a CPU.
 """
 
 from __future__ import annotations
@@ -32,36 +33,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import packed, schema  # noqa: F401  (schema registers the ops)
+from . import schema  # registers the ops
 from .checks import (
     OpsError,
-    check_gram,
     check_mixture,
     check_prompt,
     check_sparsity,
     compute_dtype,
 )
+from .orthonormal import orthonormal_experts
+from .products import choose_libraries
 from .select import Kernels, kernels_for
 
-__all__ = ["OpsError", "expert_mixture", "gram_matrix", "prompt_mean", "task_sparsity"]
-
-
-def gram_matrix(up: Tensor, ranks: Sequence[int]) -> Tensor:
-    """The frozen Gram matrices up_k^T up_k that `task_sparsity` needs.
-
-    Args:
-        up: [D, T], the experts' up projections side by side; expert k owns ranks[k] columns.
-        ranks: K ranks with sum T.
-
-    Returns:
-        [T, max(ranks) rounded up to 16] in float32 (float64 for float64): the rows of expert k,
-        zeros beyond its rank.
-
-    Raises:
-        OpsError: a shape is wrong.
-    """
-    check_gram(up, ranks)
-    return packed.gram_matrix(up, ranks)
+__all__ = ["OpsError", "expert_mixture", "orthonormal_experts", "prompt_mean", "task_sparsity"]
 
 
 def expert_mixture(
@@ -88,12 +72,13 @@ def expert_mixture(
     """
     x, weight, down, up = _autocast(x, weight, down, up)
     check_mixture(x, weight, down, up, gates, scales, ranks)
-    y, latent = _ops(x).expert_mixture(x, weight, down, up, gates, scales, ranks)
+    arguments = (x, weight, down, up, gates, scales, ranks)
+    y, latent = _call("expert_mixture", *arguments)
     return y, latent
 
 
 def task_sparsity(
-    z: Tensor, latent: Tensor, up: Tensor, gram: Tensor, gates: Tensor,
+    z: Tensor, latent: Tensor, up: Tensor, gates: Tensor,
     scales: Sequence[float], ranks: Sequence[int], mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The task sparsity loss of one FFN (arXiv 2402.15082).
@@ -104,7 +89,8 @@ def task_sparsity(
     Args:
         z: [B, S, D], the FFN's output after the target adapter.
         latent: [B, S, T] from `expert_mixture`.
-        up: [D, T], frozen; gram: from `gram_matrix(up, ranks)`.
+        up: [D, T], frozen, every expert's columns orthonormal (or zero), as `orthonormal_experts` makes them:
+            the norms of the outputs are taken from the latent.
         gates, scales, ranks: as in `expert_mixture`.
         mask: [B, S], nonzero where a token counts; without it all do.
 
@@ -113,15 +99,16 @@ def task_sparsity(
         eps of torch.nn.functional.cosine_similarity.
 
     Raises:
-        OpsError: a shape, dtype or device is wrong, or up or gram requires grad.
+        OpsError: a shape, dtype or device is wrong, or up requires grad.
     """
     z, latent, up = _autocast(z, latent, up)
-    check_sparsity(z, latent, up, gram, gates, scales, ranks, mask)
+    check_sparsity(z, latent, up, gates, scales, ranks, mask)
     token_weights = None
     if mask is not None:
         counted = (mask != 0).to(compute_dtype(z.dtype))
         token_weights = counted / counted.sum().clamp(min=1)
-    loss, *_ = _ops(z).task_sparsity(z, latent, up, gram, gates, scales, ranks, token_weights)
+    arguments = (z, latent, up, gates, scales, ranks, token_weights)
+    loss, *_ = _call("task_sparsity", *arguments)
     return loss
 
 
@@ -147,8 +134,12 @@ def prompt_mean(x: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
     return kernels.prompt_mean(x, prompt_length)
 
 
-def _ops(tensor: Tensor) -> Any:
-    return _direct(tensor) or torch.ops.pemt
+def _call(name: str, first: Tensor, *rest: Any) -> Any:
+    kernels = _direct(first)
+    if kernels is None:
+        return getattr(torch.ops.pemt, name)(first, *rest)
+    choose_libraries(kernels, first, *schema.PRODUCTS[name](first, *rest))
+    return getattr(kernels, name)(first, *rest)
 
 
 def _direct(tensor: Tensor) -> Kernels | None:

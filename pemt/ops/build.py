@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from . import library, select
+from . import library, products, select
 from .checks import OpsError
 
 
@@ -31,7 +31,7 @@ def build_all() -> list[str]:
 
 
 def describe() -> list[str]:
-    """Which libraries are built, for which machines, and what runs on each device and why."""
+    """Which libraries are built, for which machines, which multiply fastest here, and what runs on each device."""
     lines = [f"PyTorch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"]
     for name, make in library.LIBRARIES.items():
         try:
@@ -40,7 +40,8 @@ def describe() -> list[str]:
             lines.append(f"{name} library: {error}")
     forced = os.environ.get("PEMT_OPS", "")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return lines + [f"{device} tensors: {_choice(device, forced)}" for device in devices]
+    chosen = [f"{device} tensors: {_choice(device, forced)}" for device in devices]
+    return [*lines, *products.describe(), *chosen]
 
 
 def _state(found: library.Library) -> str:

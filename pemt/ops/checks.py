@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 MAX_EXPERTS = 128  # as kMaxExperts in csrc/kernels.h
-GRAM_MULTIPLE = 16  # as kGramMultiple in csrc/kernels.h
 
 
 class OpsError(ValueError):
@@ -36,23 +35,22 @@ def check_mixture(
 
 
 def check_sparsity(
-    z: Tensor, latent: Tensor, up: Tensor, gram: Tensor, gates: Tensor,
+    z: Tensor, latent: Tensor, up: Tensor, gates: Tensor,
     scales: Sequence[float], ranks: Sequence[int], mask: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise OpsError unless these are arguments of `task_sparsity`."""
     _check_experts(scales, ranks)
-    _check_dims(z=(z, 3), latent=(latent, 3), up=(up, 2), gram=(gram, 2), gates=(gates, 2))
+    _check_dims(z=(z, 3), latent=(latent, 3), up=(up, 2), gates=(gates, 2))
     batch, tokens, d_model = z.shape
     total = sum(ranks)
     _check_shape("latent", latent, (batch, tokens, total))
     _check_shape("up", up, (d_model, total))
-    _check_shape("gram", gram, (total, gram_width(ranks)))
     _check_shape("gates", gates, (batch, len(ranks)))
     if mask is not None:
         _check_shape("mask", mask, (batch, tokens))
     _check_same("z", z, latent=latent, up=up)
-    _check_device("z", z, gram=gram, gates=gates, **({} if mask is None else {"mask": mask}))
-    _check_frozen(up=up, gram=gram)
+    _check_device("z", z, gates=gates, **({} if mask is None else {"mask": mask}))
+    _check_frozen(up=up)
 
 
 def check_prompt(x: Tensor, prompt_length: int) -> None:
@@ -62,11 +60,13 @@ def check_prompt(x: Tensor, prompt_length: int) -> None:
         raise OpsError(f"prompt_length: found {prompt_length}; needs 1 to {x.shape[1]}, x's tokens")
 
 
-def check_gram(up: Tensor, ranks: Sequence[int]) -> None:
-    """Raise OpsError unless `up` is [D, T] with T the sum of the ranks."""
-    _check_experts([1.0] * len(ranks), ranks)
-    _check_dims(up=(up, 2))
+def check_factors(down: Tensor, up: Tensor, scales: Sequence[float], ranks: Sequence[int]) -> None:
+    """Raise OpsError unless these are the factors of experts side by side."""
+    _check_experts(scales, ranks)
+    _check_dims(down=(down, 2), up=(up, 2))
+    _check_shape("down", down, (sum(ranks), down.shape[1]))
     _check_shape("up", up, (up.shape[0], sum(ranks)))
+    _check_device("down", down, up=up)
 
 
 def _check_experts(scales: Sequence[float], ranks: Sequence[int]) -> None:
@@ -115,11 +115,6 @@ def _check_frozen(**tensors: Tensor) -> None:
                 f"{name}: requires grad, but it is frozen here and would get no gradient;"
                 f" call {name}.requires_grad_(False)"
             )
-
-
-def gram_width(ranks: Sequence[int]) -> int:
-    """The widest rank, rounded up so that a kernel's tile never reaches past a row."""
-    return -(-max(ranks) // GRAM_MULTIPLE) * GRAM_MULTIPLE
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,7 @@
 """A linear layer's product where no gradient is wanted: on a CPU in float32 faster than `F.linear`.
 
-For few rows, as when answering a token at a time, by a kernel of our own: with AVX-512 8 to 32 rows take 0.55 to
-0.85 of oneDNN's time, one row 0.7 to 1.1. For many by oneDNN, which takes 0.9 of the time of the BLAS behind
-`F.linear` (LOG.md, 2026-11-25 and 26).
+By oneDNN, the BLAS behind `F.linear`, or for few rows, as when answering a token at a time, a kernel of our own:
+whichever is the fastest on this machine (`products`).
 
 Shapes: I input width, O output width.
 """
@@ -13,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import FEW_ROWS, ONEDNN, OWN, choose, onednn
 from .select import kernels_for
-
-FEW_ROWS = 32  # beyond, less is gained: 64 rows take 0.80 to 0.91 of oneDNN's time
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -26,12 +24,17 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """
     if not _serves(x, weight_OI):
         return F.linear(x, weight_OI, bias_O)
-    few_rows = kernels_for(x).few_rows
-    if few_rows is not None and x.numel() <= FEW_ROWS * x.shape[-1]:
+    rows, (outputs, inputs) = x.numel() // max(1, x.shape[-1]), weight_OI.shape
+    few_rows = kernels_for(x).few_rows if rows <= FEW_ROWS else None
+    if x.numel() == 0 or outputs == 0:
+        return F.linear(x, weight_OI, bias_O)
+    way = choose(rows, inputs, outputs, transposed=weight_OI.is_contiguous(), few_rows=few_rows)
+    if way == OWN:
+        assert few_rows is not None
         y = few_rows(x, weight_OI)
         return y if bias_O is None else y.add_(bias_O)
-    if _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], None)
+    if way == ONEDNN:
+        return onednn(x, weight_OI, bias_O)
     return F.linear(x, weight_OI, bias_O)
 
 
@@ -49,8 +52,3 @@ def _serves(x: Tensor, weight_OI: Tensor) -> bool:
         and x.dtype == weight_OI.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def _has_onednn() -> bool:
-    # A private op of PyTorch's: it may go, or be left out of a build.
-    return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -2,9 +2,9 @@
 
 B batch, S tokens, F d_ff, D d_model, K experts, R rank of one expert, T the sum of the ranks.
 
-With o_k = s_k latent_k up_k^T, projection = z up and the Gram matrices gram_k = up_k^T up_k:
+With o_k = s_k latent_k up_k^T, projection = z up, and up_k's columns orthonormal:
     <z, o_k>  = s_k <latent_k, projection_k>
-    ||o_k||^2 = s_k^2 <latent_k, latent_k gram_k>
+    ||o_k||   = |s_k| ||latent_k||
     d loss / d gate_bk of the mixture = s_k sum over tokens <latent_k, (dy up)_k>
 so no expert output of width D is ever made. It runs on every device where no kernel is built.
 """
@@ -16,21 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import compute_dtype, gram_width
+from .checks import compute_dtype
 
 COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity's default
-
-
-def gram_matrix(up_DT: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Rows of expert k hold up_k^T up_k [R, R], then zeros up to `gram_width`."""
-    up = up_DT.detach().to(compute_dtype(up_DT.dtype))
-    gram = up.new_zeros(up.shape[1], gram_width(ranks))
-    start = 0
-    for rank in ranks:
-        up_DR = up[:, start : start + rank]
-        gram[start : start + rank, :rank] = up_DR.T @ up_DR
-        start += rank
-    return gram
 
 
 def expert_mixture(
@@ -69,7 +57,7 @@ def expert_mixture_backward(
 
 
 def task_sparsity(
-    z_BSD: Tensor, latent_BST: Tensor, up_DT: Tensor, gram_TR: Tensor, gates_BK: Tensor,
+    z_BSD: Tensor, latent_BST: Tensor, up_DT: Tensor, gates_BK: Tensor,
     scales: Sequence[float], ranks: Sequence[int], token_weights_BS: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, and for backward: projection [B,S,T], stats [B,S,2K+1], mean distances [K]).
@@ -80,7 +68,7 @@ def task_sparsity(
     projection_BST = (z_BSD.reshape(-1, z_BSD.shape[-1]) @ up_DT).view(latent_BST.shape)
     latent = latent_BST.to(precise)
     dot_BSK = _scaled(_sum_ranks(latent * projection_BST, ranks), scales)
-    square_BSK = _sum_ranks(latent * _times_gram(latent, gram_TR, ranks), ranks).clamp(min=0)
+    square_BSK = _sum_ranks(latent * latent, ranks)
     norm_BSK = _scaled(square_BSK.sqrt(), [abs(scale) for scale in scales])
     norm_z_BS1 = torch.linalg.vector_norm(z_BSD, dim=-1, keepdim=True, dtype=precise)
     cosine_BSK = dot_BSK / (norm_BSK.clamp(min=COSINE_EPS) * norm_z_BS1.clamp(min=COSINE_EPS))
@@ -91,7 +79,7 @@ def task_sparsity(
 
 
 def task_sparsity_backward(
-    grad: Tensor, z_BSD: Tensor, latent_BST: Tensor, up_DT: Tensor, gram_TR: Tensor,
+    grad: Tensor, z_BSD: Tensor, latent_BST: Tensor, up_DT: Tensor,
     gates_BK: Tensor, scales: Sequence[float], ranks: Sequence[int],
     token_weights_BS: Tensor | None,
     projection_BST: Tensor, stats_BSC: Tensor, distance_K: Tensor,
@@ -112,9 +100,7 @@ def task_sparsity_backward(
     shrink_z_BS1 = (weight_BSK * cosine_BSK).sum(-1, keepdim=True) * _over(safe_z_BS1, norm_z_BS1)
 
     along_BST = _per_rank(along_BSK, ranks)
-    dlatent_BST = along_BST * projection_BST + _per_rank(shrink_BSK, ranks) * _times_gram(
-        latent, gram_TR, ranks
-    )
+    dlatent_BST = along_BST * projection_BST + _per_rank(shrink_BSK, ranks) * latent
     dz_BSD = (shrink_z_BS1 * z_BSD).to(z_BSD.dtype)
     dz_BSD.view(-1, z_BSD.shape[-1]).addmm_(
         (along_BST * latent).to(z_BSD.dtype).flatten(0, 1), up_DT.T
@@ -152,12 +138,6 @@ def _rank_factors(gates_BK: Tensor, scales: Sequence[float], ranks: Sequence[int
 def _sum_ranks(value_T: Tensor, ranks: Sequence[int]) -> Tensor:
     """[..., T] -> [..., K]: the sum over the ranks of every expert."""
     return torch.stack([part.sum(-1) for part in value_T.split(list(ranks), dim=-1)], dim=-1)
-
-
-def _times_gram(latent_BST: Tensor, gram_TR: Tensor, ranks: Sequence[int]) -> Tensor:
-    gram = gram_TR.to(latent_BST.dtype)
-    rows = zip(latent_BST.split(list(ranks), dim=-1), gram.split(list(ranks)), strict=True)
-    return torch.cat([part @ gram_RR[:, : len(gram_RR)] for part, gram_RR in rows], dim=-1)
 
 
 def _token_weights(token_weights_BS: Tensor | None, like_BSK: Tensor) -> Tensor:

@@ -6,16 +6,18 @@ B batch, S tokens, F d_ff, D d_model, K experts, T the sum of the ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import compute_dtype
+from .products import choose_libraries
 from .select import kernels_for
 
 _EXPERTS = "Tensor gates, float[] scales, int[] ranks"
-_SPARSITY = f"Tensor z, Tensor latent, Tensor up, Tensor gram, {_EXPERTS}, Tensor? token_weights"
+_SPARSITY = f"Tensor z, Tensor latent, Tensor up, {_EXPERTS}, Tensor? token_weights"
 _SCHEMAS = {
     "expert_mixture": f"(Tensor x, Tensor weight, Tensor down, Tensor up, {_EXPERTS})"
     " -> (Tensor, Tensor)",
@@ -26,10 +28,32 @@ _SCHEMAS = {
     " Tensor distance) -> (Tensor, Tensor, Tensor)",
 }
 
+Weights = tuple[tuple[int, int, bool], ...]
+
+
+def mixture_products(x: Tensor, weight: Tensor, down: Tensor, *_: Any) -> Weights:
+    """I, O and `transposed` of the frozen weights that the mixture multiplies with, forward and backward."""
+    (d_model, d_ff), total = weight.shape, len(down)
+    forward = (d_ff, d_model, True), (d_ff, total, True)
+    return *forward, (d_model, total, False), (d_model, d_ff, False)
+
+
+def sparsity_products(z: Tensor, latent: Tensor, *_: Any) -> Weights:
+    """As `mixture_products`, of the loss."""
+    return ((z.shape[-1], latent.shape[-1], False),)
+
+
+PRODUCTS: dict[str, Callable[..., Weights]] = {
+    "expert_mixture": mixture_products,
+    "task_sparsity": sparsity_products,
+}
+
 
 def _define(name: str) -> None:
     def run(first: Tensor, *rest: Any) -> Any:
         kernels = kernels_for(rest[0] if first.dim() == 0 else first)
+        if name in PRODUCTS:
+            choose_libraries(kernels, first, *PRODUCTS[name](first, *rest))
         with torch.autocast(first.device.type, enabled=False):
             return getattr(kernels, name)(first, *rest)
 
@@ -54,7 +78,7 @@ def _(dy, dlatent, latent, weight, down, up, gates, scales, ranks, need_dx):  # 
 
 
 @torch.library.register_fake("pemt::task_sparsity")
-def _(z, latent, up, gram, gates, scales, ranks, token_weights):  # type: ignore[no-untyped-def]
+def _(z, latent, up, gates, scales, ranks, token_weights):  # type: ignore[no-untyped-def]
     precise, experts = compute_dtype(z.dtype), len(ranks)
     return (
         z.new_empty((), dtype=precise),
@@ -65,7 +89,7 @@ def _(z, latent, up, gram, gates, scales, ranks, token_weights):  # type: ignore
 
 
 @torch.library.register_fake("pemt::task_sparsity_backward")
-def _(grad, z, latent, up, gram, gates, *rest):  # type: ignore[no-untyped-def]
+def _(grad, z, latent, up, gates, *rest):  # type: ignore[no-untyped-def]
     return z.new_empty(z.shape), latent.new_empty(latent.shape), gates.new_empty(gates.shape)
 
 
@@ -87,20 +111,20 @@ def _mixture_backward(ctx: Any, dy: Tensor | None, dlatent: Tensor | None) -> tu
 
 
 def _save_sparsity(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, latent, up, gram, gates, ctx.scales, ctx.ranks, token_weights = inputs
-    ctx.save_for_backward(z, latent, up, gram, gates, token_weights, *output[1:])
+    z, latent, up, gates, ctx.scales, ctx.ranks, token_weights = inputs
+    ctx.save_for_backward(z, latent, up, gates, token_weights, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _sparsity_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 8
+        return (None,) * 7
     _check_first_derivative()
-    z, latent, up, gram, gates, token_weights, *stats = ctx.saved_tensors
+    z, latent, up, gates, token_weights, *stats = ctx.saved_tensors
     dz, dlatent, dgates = torch.ops.pemt.task_sparsity_backward(
-        grad, z, latent, up, gram, gates, ctx.scales, ctx.ranks, token_weights, *stats
+        grad, z, latent, up, gates, ctx.scales, ctx.ranks, token_weights, *stats
     )
-    return dz, dlatent, None, None, dgates, None, None, None
+    return dz, dlatent, None, dgates, None, None, None
 
 
 def _check_first_derivative() -> None:

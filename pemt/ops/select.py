@@ -20,7 +20,7 @@ from .checks import OpsError, compute_dtype
 class Kernels:
     """The bodies of `schema`'s four ops, with the signatures of `packed`; compiled ones have `prompt_mean` besides.
 
-    Compiled for a CPU they have the product of `linear` too.
+    Compiled for a CPU they have the product of `linear` too, and are told by `products` which library multiplies.
     """
 
     expert_mixture: Callable[..., tuple[Tensor, Tensor]]
@@ -29,6 +29,7 @@ class Kernels:
     task_sparsity_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     prompt_mean: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     few_rows: Callable[[Tensor, Tensor], Tensor] | None = None
+    choose_onednn: Callable[[list[int], bool], None] | None = None
 
     @classmethod
     def of(cls, namespace: Any) -> Kernels:
@@ -40,6 +41,7 @@ class Kernels:
             task_sparsity_backward=namespace.task_sparsity_backward,
             prompt_mean=getattr(namespace, "prompt_mean", None),
             few_rows=getattr(namespace, "few_rows", None),
+            choose_onednn=getattr(namespace, "choose_onednn", None),
         )
 
     @property
@@ -49,11 +51,11 @@ class Kernels:
 
 
 def _reference_sparsity(
-    z: Tensor, latent: Tensor, up: Tensor, gram: Tensor, gates: Tensor, scales: Any, ranks: Any,
+    z: Tensor, latent: Tensor, up: Tensor, gates: Tensor, scales: Any, ranks: Any,
     token_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The reference's loss, with packed's tensors for the backward pass."""
-    _, *saved = packed.task_sparsity(z, latent, up, gram, gates, scales, ranks, token_weights)
+    _, *saved = packed.task_sparsity(z, latent, up, gates, scales, ranks, token_weights)
     loss = reference.task_sparsity(z, latent, up, gates, scales, ranks, token_weights)
     if z.shape[0] * z.shape[1] == 0:
         loss = torch.zeros((), dtype=compute_dtype(z.dtype), device=z.device)

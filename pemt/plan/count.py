@@ -9,7 +9,6 @@ from typing import Literal
 
 from pemt.plan.job import Job
 
-GRAM_MULTIPLE = 16  # as in pemt.ops.checks, which would load torch
 Role = Literal["frozen", "expert", "trained"]
 
 
@@ -52,13 +51,6 @@ def sizes(found: list[Weight]) -> dict[Role, int]:
     for weight in found:
         total[weight.role] += weight.size
     return total
-
-
-def gram_bytes(job: Job) -> int:
-    """Of the experts' Gram matrices, kept beside the weights, in fp32 whatever these are (see `pemt.ops`)."""
-    layers = job.shape.num_layers + job.shape.num_decoder_layers
-    width = -(-max(job.ranks, default=0) // GRAM_MULTIPLE) * GRAM_MULTIPLE
-    return 4 * layers * job.all_ranks * width
 
 
 _Row = tuple[str, tuple[int, ...], Role]
@@ -109,8 +101,9 @@ def _projection(job: Job, stack: str) -> Iterator[_Row]:
         yield "expert.down", (rank, d_ff), "trained"
         yield "expert.up", (d_model, rank), "trained"
     if job.experts:
-        yield "down", (job.all_ranks, d_ff), "expert"
-        yield "up", (d_model, job.all_ranks), "expert"
+        total = sum(min(rank, d_model) for rank in job.ranks)  # as `pemt.ops.orthonormal` has them
+        yield "down", (total, d_ff), "expert"
+        yield "up", (d_model, total), "expert"
     if job.method in ("pemt", "adapter"):
         inner = d_model // job.adapter_reduction
         yield "adapter.down.weight", (inner, d_model), "trained"

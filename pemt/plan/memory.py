@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from pemt.plan.activations import Hardware, saved, transient
-from pemt.plan.count import Weight, gram_bytes, weights
+from pemt.plan.count import Weight, weights
 from pemt.plan.gather import gathered, is_kept
 from pemt.plan.job import Cluster, Job, Zero
 
@@ -20,7 +20,7 @@ class Memory:
     """Bytes of one rank; `host` lies in CPU memory, all else on the GPU.
 
     Args:
-        weights: of base, prompt and adapters; experts: frozen ones from the bank, with their Gram matrices.
+        weights: of base, prompt and adapters; experts: frozen ones from the bank.
         optimizer: fp32 masters and AdamW's moments.
         buffers: weights that stage 3 has gathered, buckets of gradients, the step's fp32 gradients.
         activations: kept for the backward pass, and the largest thing made on the way.
@@ -51,7 +51,7 @@ def memory(job: Job, zero: Zero, cluster: Cluster) -> Memory:
     buffers = _buffers(found, zero, job, world, hardware)
     result = Memory(
         weights=held["frozen"] + held["trained"],
-        experts=held["expert"] + gram_bytes(job),
+        experts=held["expert"],
         gradients=gradient_bytes(found, zero, job, world),
         optimizer=optimizer_bytes(found, zero, job, world),
         buffers=buffers,

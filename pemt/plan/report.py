@@ -15,7 +15,7 @@ from pemt.plan.traffic import at_start, per_step
 
 WORDS = {
     "weights": "weights",
-    "experts": "experts and their Gram matrices",
+    "experts": "experts",
     "gradients": "gradients",
     "optimizer": "fp32 masters and moments",
     "activations": "activations",

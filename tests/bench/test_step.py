@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pemt.bench import step
 from pemt.commands import COMMANDS
 from pemt.plan import Zero
-from pemt.plan.count import gram_bytes, sizes, weights
+from pemt.plan.count import sizes, weights
 from pemt.plan.job import CHIPS
 from pemt.plan.memory import optimizer_bytes
 from pemt.plan.shapes import KNOWN, Shape
@@ -87,7 +87,6 @@ def test_what_is_held_is_what_the_planner_counts(bench: step.StepBench) -> None:
     found = weights(job)
     optimizer = optimizer_bytes(found, Zero(name="none", stage=0), job, 1)
     held = job.bytes_per_value * sum(sizes(found).values()) + optimizer
-    held += gram_bytes(job)
     taken = step.take(bench, ("fused",))["fused"]
     assert taken.held_bytes == held
 

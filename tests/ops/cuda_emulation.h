@@ -1,5 +1,5 @@
 // CUDA's execution model on the host, as far as the kernels use it: a block's threads are fibers
-// that change places at barriers, shuffles and tensor-core products; blocks run one after another.
+// that change places at barriers and shuffles; blocks run one after another.
 // Replaces cuda_device.cuh. Odd blocks run their threads backwards, so that a missing barrier shows.
 // A barrier that not all threads reach ends the program with a message.
 #pragma once
@@ -41,7 +41,6 @@ struct Barrier {
 struct WarpSlots {  // what the lanes of a warp show each other
   Barrier barrier;
   double value[kWarpSize];
-  uint32_t a[kWarpSize][4], b[kWarpSize][2];
 };
 
 struct Fiber {
@@ -165,33 +164,6 @@ template <class R> R shuffle_xor(R value, int lane_mask) {
   const R result = R(warp.value[emulation::lane() ^ lane_mask]);
   emulation::wait(warp.barrier);
   return result;
-}
-
-// The fragment layout of mma.m16n8k16, from the PTX manual: with group = lane / 4 and
-// pair = lane % 4 * 2, a holds rows {group, group + 8} at k {pair, +1, pair + 8, +9}, b holds
-// column `group` at the same k, and the sums rows {group, group + 8} at columns {pair, +1}.
-template <class T>
-void tensor_core_product(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulation::WarpSlots& warp = emulation::warp();
-  const int lane = emulation::lane();
-  std::copy(a, a + 4, warp.a[lane]);
-  std::copy(b, b + 2, warp.b[lane]);
-  emulation::wait(warp.barrier);
-  const auto half_of = [](uint32_t bits, int which) {
-    T two[2];
-    std::memcpy(two, &bits, sizeof bits);
-    return real(two[which]);
-  };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const int owner = k % 8 / 2, upper = k / 8;
-      const float left = half_of(warp.a[row % 8 * 4 + owner][row / 8 + upper * 2], k % 2);
-      const float right = half_of(warp.b[column * 4 + owner][upper], k % 2);
-      sums[i] += left * right;
-    }
-  }
-  emulation::wait(warp.barrier);
 }
 
 template <class... Parameters, class... Arguments>

@@ -53,14 +53,19 @@ def make_case(
         return torch.randn(*shape, generator=generator, dtype=torch.float64) / fan_in**0.5
 
     total = sum(ranks)
+    x, weight = draw(batch, tokens, d_ff), draw(d_model, d_ff, fan_in=d_ff)
+    down, up = draw(total, d_ff, fan_in=d_ff), draw(d_model, total, fan_in=max(ranks))
+    gates = draw(batch, len(ranks)).softmax(dim=-1)
+    scales = [1.0 - 0.25 * k for k in range(len(ranks))]  # a zero and negative ones among them
+    down, up, scales, owned = ops.orthonormal_experts(down, up, scales, ranks)
     case = Case(
-        x=draw(batch, tokens, d_ff),
-        weight=draw(d_model, d_ff, fan_in=d_ff),
-        down=draw(total, d_ff, fan_in=d_ff),
-        up=draw(d_model, total, fan_in=max(ranks)),
-        gates=draw(batch, len(ranks)).softmax(dim=-1),
-        scales=[1.0 - 0.25 * k for k in range(len(ranks))],  # a zero and negative ones among them
-        ranks=list(ranks),
+        x=x,
+        weight=weight,
+        down=down,
+        up=up,
+        gates=gates,
+        scales=scales,
+        ranks=owned,
         mask=torch.rand(batch, tokens, generator=generator) > 0.3 if mask else None,
     )
     # Rounded once to the dtype under test, so that float64 copies hold the very same numbers.
@@ -88,11 +93,8 @@ def results(case: Case, *, through: str) -> dict[str, Tensor]:
         loss = reference.task_sparsity(z, latent, case.up, gates, *experts, weights)
         cosines = reference.expert_cosines(z, latent, case.up, *experts)
     else:
-        gram = ops.gram_matrix(case.up, case.ranks)
-        loss = ops.task_sparsity(z, latent, case.up, gram, gates, *experts, case.mask)
-        _, _, stats, _ = torch.ops.pemt.task_sparsity(
-            z, latent, case.up, gram, gates, *experts, weights
-        )
+        loss = ops.task_sparsity(z, latent, case.up, gates, *experts, case.mask)
+        _, _, stats, _ = torch.ops.pemt.task_sparsity(z, latent, case.up, gates, *experts, weights)
         cosines = stats[..., : len(case.ranks)]
     dz, dlatent, sparsity_dgates = torch.autograd.grad(loss, (z, latent, gates))
     return {

@@ -31,18 +31,14 @@ def layer_loss(case: Case, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor
     )
     z = y + torch.tanh(y)
     squares = z.square().mean()
-    gram = ops.gram_matrix(case.up, case.ranks)
     # The last, so that the first in the backward pass: a checkpoint is then recomputed from within it.
-    sparsity = ops.task_sparsity(
-        z, latent, case.up, gram, gates, case.scales, case.ranks, case.mask
-    )
+    sparsity = ops.task_sparsity(z, latent, case.up, gates, case.scales, case.ranks, case.mask)
     return squares + sparsity
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["all tokens", "masked"])
 def test_gradcheck(implementation, mask):
     case = make_case(batch=2, tokens=2, d_ff=3, d_model=3, ranks=(2, 1), mask=mask)
-    gram = ops.gram_matrix(case.up, case.ranks)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x, gates: ops.expert_mixture(
@@ -54,7 +50,7 @@ def test_gradcheck(implementation, mask):
     z, latent = y.detach().requires_grad_(), latent.detach().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda z, latent, gates: ops.task_sparsity(
-            z, latent, case.up, gram, gates, case.scales, case.ranks, case.mask
+            z, latent, case.up, gates, case.scales, case.ranks, case.mask
         ),
         (z, latent, gates),
     )
@@ -62,10 +58,9 @@ def test_gradcheck(implementation, mask):
 
 def test_a_second_derivative_is_refused(implementation):
     case = make_case()
-    gram = ops.gram_matrix(case.up, case.ranks)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
     y, latent = ops.expert_mixture(*case.mixture)
-    sparsity = ops.task_sparsity(y, latent, case.up, gram, gates, case.scales, case.ranks)
+    sparsity = ops.task_sparsity(y, latent, case.up, gates, case.scales, case.ranks)
     for result in (y.sum(), sparsity):
         with pytest.raises(NotImplementedError, match="there is no second derivative"):
             torch.autograd.grad(result, (x, gates), create_graph=True)
@@ -75,8 +70,7 @@ def test_past_schema_or_through_it_the_bits_are_the_same(implementation, monkeyp
     case = make_case(**MIXED, mask=True, dtype=torch.float32)
     case.x.requires_grad_()
     y, latent = ops.expert_mixture(*case.mixture)
-    gram = ops.gram_matrix(case.up, case.ranks)
-    loss = ops.task_sparsity(y, latent, case.up, gram, case.gates, case.scales, case.ranks)
+    loss = ops.task_sparsity(y, latent, case.up, case.gates, case.scales, case.ranks)
     compiled = implementation in ("cpu", "cuda on the host")
     assert ("pemt::" in y.grad_fn.name(), "pemt::" in loss.grad_fn.name()) == (compiled, compiled)
     eager = results(case, through="ops")
@@ -132,13 +126,11 @@ def test_opcheck(implementation, dtype):
     mixture = torch.ops.pemt.expert_mixture
     torch.library.opcheck(mixture, (case.x.requires_grad_(), *frozen, *experts))
     y, latent = (value.detach() for value in mixture(case.x, *frozen, *experts))
-    gram = ops.gram_matrix(case.up, case.ranks)
     weights = case.mask / case.mask.sum()
     inputs = (
         y.clone().requires_grad_(),
         latent.clone().requires_grad_(),
         case.up,
-        gram,
         *experts,
         weights,
     )
@@ -201,14 +193,13 @@ def test_activation_checkpointing_changes_nothing(implementation, use_reentrant)
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast_equals_casting_by_hand(implementation, backward_inside):
     case = make_case(batch=2, tokens=9, d_ff=64, d_model=32, dtype=torch.float32)
-    gram = ops.gram_matrix(case.up, case.ranks)
 
     def gradients(low: Case) -> tuple:
         x, gates = case.x.detach().requires_grad_(), case.gates.detach().requires_grad_()
         y, latent = ops.expert_mixture(
             x.to(low.x.dtype), low.weight, low.down, low.up, gates, low.scales, low.ranks
         )
-        loss = ops.task_sparsity(y, latent, low.up, gram, gates, low.scales, low.ranks)
+        loss = ops.task_sparsity(y, latent, low.up, gates, low.scales, low.ranks)
         return y, loss, (x, gates)
 
     y, loss, inputs = gradients(case.to(torch.bfloat16))
@@ -235,14 +226,12 @@ def test_a_trainable_expert_is_refused(name):
         ops.expert_mixture(*case.mixture)
 
 
-@pytest.mark.parametrize("name", ["up", "gram"])
-def test_a_trainable_expert_is_refused_by_the_sparsity(name):
+def test_a_trainable_expert_is_refused_by_the_sparsity():
     case = make_case()
     y, latent = ops.expert_mixture(*case.mixture)
-    frozen = {"up": case.up, "gram": ops.gram_matrix(case.up, case.ranks)}
-    frozen[name].requires_grad_()
-    with pytest.raises(OpsError, match=rf"{name}: requires grad.*requires_grad_\(False\)"):
-        ops.task_sparsity(y, latent, *frozen.values(), case.gates, case.scales, case.ranks)
+    up = case.up.requires_grad_()
+    with pytest.raises(OpsError, match=r"up: requires grad.*requires_grad_\(False\)"):
+        ops.task_sparsity(y, latent, up, case.gates, case.scales, case.ranks)
 
 
 @pytest.mark.parametrize(
@@ -272,16 +261,11 @@ def test_wrong_arguments_are_named(change, message):
 def test_wrong_arguments_of_the_sparsity_are_named():
     case = make_case(dtype=torch.float32)
     y, latent = ops.expert_mixture(*case.mixture)
-    gram = ops.gram_matrix(case.up, case.ranks)
     rest = (case.gates, case.scales, case.ranks)
-    with pytest.raises(OpsError, match=r"gram: found shape \(8, 3\); needs \(8, 16\)"):
-        ops.task_sparsity(y, latent, case.up, gram[:, :3], *rest)
     with pytest.raises(OpsError, match=r"mask: found shape \(2, 4\); needs \(2, 5\)"):
-        ops.task_sparsity(y, latent, case.up, gram, *rest, mask=torch.ones(2, 4))
-    with pytest.raises(OpsError, match="gram: is on meta; needs cpu as z"):
-        ops.task_sparsity(y, latent, case.up, gram.to("meta"), *rest)
+        ops.task_sparsity(y, latent, case.up, *rest, mask=torch.ones(2, 4))
     with pytest.raises(OpsError, match="mask: is on meta; needs cpu as z"):
-        ops.task_sparsity(y, latent, case.up, gram, *rest, mask=torch.ones(2, 5, device="meta"))
+        ops.task_sparsity(y, latent, case.up, *rest, mask=torch.ones(2, 5, device="meta"))
 
 
 @pytest.mark.parametrize("prompt_length", [0, 6])

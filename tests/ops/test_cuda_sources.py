@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from pemt.ops import gram_matrix
 from pemt.ops.library import BINDING, CSRC, CUDA_ARCHITECTURES
 from pemt.ops.select import kernels_for
 from tests.ops.op_cases import make_case, relative_error, results
@@ -137,11 +136,11 @@ def test_a_cuda_graph_captures_the_ops(monkeypatch):
     monkeypatch.setenv("PEMT_OPS", "cuda")
     case = make_case(batch=4, tokens=40, dtype=torch.float32).on("cuda")
     kernels, experts = kernels_for(case.x), (case.gates, case.scales, case.ranks)
-    gram, grad = gram_matrix(case.up, case.ranks), torch.ones((), device="cuda")
+    grad = torch.ones((), device="cuda")
 
     def step() -> list[torch.Tensor]:
         y, latent = kernels.expert_mixture(*case.mixture)
-        inputs = (y, latent, case.up, gram, *experts, None)
+        inputs = (y, latent, case.up, *experts, None)
         loss, *saved = kernels.task_sparsity(*inputs)
         dy, dlatent, dgates = kernels.task_sparsity_backward(grad, *inputs, *saved)
         frozen = (case.weight, case.down, case.up)

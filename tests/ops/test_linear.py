@@ -1,4 +1,4 @@
-"""`linear`: the sums of `F.linear`, by our kernel for few rows, by oneDNN for many."""
+"""`linear`: the sums of `F.linear`, by whichever way is chosen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pemt.ops import OpsError, linear as module, select
 from pemt.ops.library import CSRC
-from pemt.ops.linear import FEW_ROWS, add_linear, linear
+from pemt.ops.linear import add_linear, linear
+from pemt.ops.products import BLAS, FEW_ROWS, ONEDNN, OWN
 
 FEW = [(1, 1), (3, 8), (1, 2, 33), (8, 16), (2, 4, 70), (2, 16, 9)]  # the last is the width
 MANY = [(33, 8), (3, 15, 33), (40, 16)]
@@ -36,7 +37,7 @@ def few_rows() -> Product:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, few_rows: Product) -> Counter[str]:
-    """How often each way was taken."""
+    """How often each way was taken; chosen is our kernel where it is offered, else oneDNN."""
     taken: Counter[str] = Counter()
 
     def counted(name, function):
@@ -46,6 +47,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, few_rows: Product) -> Counter[str]:
 
         return call
 
+    def choose(*sizes, transposed, few_rows):
+        return OWN if few_rows is not None else ONEDNN
+
+    monkeypatch.setattr(module, "choose", choose)
     monkeypatch.setenv("PEMT_OPS", "counted")
     kernels = replace(select.PACKED, few_rows=counted("few_rows", few_rows))
     monkeypatch.setitem(select.ANY_DEVICE, "counted", kernels)
@@ -74,10 +79,11 @@ def test_the_product_is_that_of_a_linear_layer(shape, bias, calls):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 4, 3), (3, 0, 5), (3, 4, 0)])
-def test_sizes_of_zero(rows, inputs, outputs, calls):
+def test_sizes_of_zero(rows, inputs, outputs, calls, few_rows):
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
-    assert calls == {"few_rows": 1}
+    assert torch.equal(few_rows(x, weight), F.linear(x, weight))
+    assert not calls, "nothing to choose from"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -110,12 +116,10 @@ def test_where_it_does_not_serve(calls):
 
 
 @torch.no_grad()
-def test_without_onednn(calls, monkeypatch):
-    layer = nn.Linear(4, 3)
-    with torch.backends.mkldnn.flags(enabled=False):
-        check(torch.randn(33, 4), layer)
-    monkeypatch.setattr(module, "_has_onednn", lambda: False)
-    check(torch.randn(33, 4), layer)
+def test_by_the_blas(calls, monkeypatch):
+    monkeypatch.setattr(module, "choose", lambda *sizes, **options: BLAS)
+    check(torch.randn(33, 4), nn.Linear(4, 3))
+    check(torch.randn(2, 4), nn.Linear(4, 3))
     assert not calls
 
 

@@ -25,8 +25,7 @@ def ops_layer(case: Case, x: Tensor, gates: Tensor) -> Tensor:
     z, latent = ops.expert_mixture(
         x, case.weight, case.down, case.up, gates, case.scales, case.ranks
     )
-    gram = ops.gram_matrix(case.up, case.ranks)
-    return ops.task_sparsity(z, latent, case.up, gram, gates, case.scales, case.ranks)
+    return ops.task_sparsity(z, latent, case.up, gates, case.scales, case.ranks)
 
 
 def saved_floats_per_token(layer: Callable[..., Tensor], case: Case) -> float:
@@ -47,12 +46,24 @@ def saved_floats_per_token(layer: Callable[..., Tensor], case: Case) -> float:
     return floats / (x.shape[0] * x.shape[1])
 
 
+def largest_allocation(profile: torch.profiler.profile) -> int:
+    """Bytes. From the tree of events: `events()` lists only what is allocated outside of every operator."""
+    events = list(profile.profiler.kineto_results.experimental_event_tree())
+    sizes = []
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            sizes.append(event.extra_fields.alloc_size)
+    return max(sizes)
+
+
 def test_a_tenth_of_the_loop_is_kept_for_backward(implementation):
     case = make_case(**T5_BASE, dtype=torch.float32)
     loop, ours = saved_floats_per_token(loop_layer, case), saved_floats_per_token(ops_layer, case)
     tokens, total, d_model, experts = 128, 384, 768, 6
     by_count = 2 * total + d_model + 2 * experts + 1  # latent and projection, z, norms and cosines
-    constants = (total * 64 + 2 * experts + experts) / tokens  # gram, gates, mean distances
+    constants = (2 * experts + experts) / tokens  # gates, mean distances
     assert by_count <= ours <= by_count + constants + 1
     assert loop >= 10 * ours
 
@@ -61,17 +72,12 @@ def test_nothing_of_size_experts_by_tokens_by_width_is_allocated(implementation)
     case = make_case(**T5_BASE, dtype=torch.float32)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
 
-    def largest(layer: Callable[..., Tensor]) -> int:
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
-            layer(case, x, gates).backward()
-        sizes = [event.cpu_memory_usage for event in profile.events() if event.name == "[memory]"]
-        assert len(sizes) > 4
-        return max(sizes)
-
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        ops_layer(case, x, gates).backward()
     # dx is the one large thing that must be there
-    assert largest(ops_layer) <= x.numel() * 4 + 64
+    assert x.nbytes <= largest_allocation(profile) <= x.nbytes + 64
     assert x.numel() < len(case.ranks) * x.shape[0] * x.shape[1] * case.weight.shape[0]
 
 
@@ -79,18 +85,17 @@ def test_frozen_weights_may_be_away_between_forward_and_backward(implementation)
     """ZeRO-3 frees a parameter's data after the forward pass and gathers it before the backward."""
     case = make_case(dtype=torch.float32)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
-    gram = ops.gram_matrix(case.up, case.ranks)
     frozen = [
         torch.nn.Parameter(value.clone(), requires_grad=False)
-        for value in (case.weight, case.down, case.up, gram)
+        for value in (case.weight, case.down, case.up)
     ]
     away = [torch.nn.Parameter(torch.empty(0), requires_grad=False) for _ in frozen]
     for parameter, value in zip(away, frozen, strict=True):
         parameter.data = value.data
 
-    def loss(weight: Tensor, down: Tensor, up: Tensor, gram: Tensor) -> Tensor:
+    def loss(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
         z, latent = ops.expert_mixture(x, weight, down, up, gates, case.scales, case.ranks)
-        return ops.task_sparsity(z, latent, up, gram, gates, case.scales, case.ranks) + z.sum()
+        return ops.task_sparsity(z, latent, up, gates, case.scales, case.ranks) + z.sum()
 
     expected = torch.autograd.grad(loss(*frozen), (x, gates))
     total = loss(*away)

@@ -22,7 +22,7 @@ from pemt.model import FullT5, PemtT5, TrainedT5, base_shape
 from pemt.plan import Cluster, Job, Zero, read_zero
 from pemt.plan.activations import saved
 from pemt.plan.advice import advise, fits, largest_batch
-from pemt.plan.count import gram_bytes, sizes, weights
+from pemt.plan.count import sizes, weights
 from pemt.plan.gather import gathered
 from pemt.plan.job import CHIPS
 from pemt.plan.memory import memory
@@ -88,7 +88,7 @@ def test_every_parameter_and_buffer(method: str, gated: bool) -> None:
     model = model_of(job)
     found = [(p.name, p.shape, p.role == "trained") for p in weights(job)]
     assert found == [(n, tuple(p.shape), p.requires_grad) for n, p in model.named_parameters()]
-    assert gram_bytes(job) == sum(buffer.nbytes for buffer in model.buffers())
+    assert not list(model.buffers()), "memory that the plan does not count"
 
 
 # Published: the sizes that the model cards give, to the digits they give.

@@ -65,13 +65,13 @@ struct Kept {
 
 struct TaskSparsity : torch::autograd::Function<TaskSparsity> {
   static Tensor forward(AutogradContext* context, const Tensor& z, const Tensor& latent,
-      const Tensor& up, const Tensor& gram, const Tensor& gates, at::ArrayRef<double> scales,
-      at::IntArrayRef ranks, const OptionalTensor& token_weights, Kept* kept) {
+      const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
+      const OptionalTensor& token_weights, Kept* kept) {
     const Below below;
     Tensor loss;
     std::tie(loss, kept->projection, kept->stats, kept->distance) =
-        task_sparsity(z, latent, up, gram, gates, scales, ranks, token_weights);
-    context->save_for_backward({z, latent, up, gram, gates, token_weights.value_or(Tensor()),
+        task_sparsity(z, latent, up, gates, scales, ranks, token_weights);
+    context->save_for_backward({z, latent, up, gates, token_weights.value_or(Tensor()),
         kept->projection, kept->stats, kept->distance});
     context->saved_data["scales"] = scales.vec();
     context->saved_data["ranks"] = ranks.vec();
@@ -80,15 +80,15 @@ struct TaskSparsity : torch::autograd::Function<TaskSparsity> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    if (!gradients[0].defined()) return variable_list(9);
+    if (!gradients[0].defined()) return variable_list(8);
     check_first_derivative();
     const auto saved = context->get_saved_variables();  // may recompute a checkpointed block
     const Below below;
     const auto [dz, dlatent, dgates] = task_sparsity_backward(gradients[0], saved[0], saved[1],
-        saved[2], saved[3], saved[4], context->saved_data["scales"].toDoubleVector(),
-        context->saved_data["ranks"].toIntVector(), optional(saved[5]), saved[6], saved[7],
-        saved[8]);
-    return {dz, dlatent, {}, {}, dgates, {}, {}, {}, {}};
+        saved[2], saved[3], context->saved_data["scales"].toDoubleVector(),
+        context->saved_data["ranks"].toIntVector(), optional(saved[4]), saved[5], saved[6],
+        saved[7]);
+    return {dz, dlatent, {}, dgates, {}, {}, {}, {}};
   }
 };
 
@@ -124,11 +124,11 @@ std::tuple<Tensor, Tensor> expert_mixture_autograd(const Tensor& x, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity_autograd(const Tensor& z,
-    const Tensor& latent, const Tensor& up, const Tensor& gram, const Tensor& gates,
-    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights) {
+    const Tensor& latent, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
+    at::IntArrayRef ranks, const OptionalTensor& token_weights) {
   Kept kept;
   const Tensor loss =
-      TaskSparsity::apply(z, latent, up, gram, gates, scales, ranks, token_weights, &kept);
+      TaskSparsity::apply(z, latent, up, gates, scales, ranks, token_weights, &kept);
   return {loss, kept.projection, kept.stats, kept.distance};
 }
 
@@ -161,6 +161,7 @@ PEMT_DEFINE(PEMT_LIBRARY, library) {
   library.def("prompt_mean(Tensor(a) x, int prompt_length) -> (Tensor(a), Tensor)",
       dispatch(pemt::kDevice, TORCH_FN(pemt::prompt_mean)));
 #ifndef PEMT_CUDA
+  library.def("choose_onednn", TORCH_FN(pemt::choose_onednn));
   library.def("few_rows", dispatch(pemt::kDevice, TORCH_FN(pemt::few_rows)));
 #endif
 }

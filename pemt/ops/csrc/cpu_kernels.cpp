@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -14,8 +13,6 @@ namespace pemt {
 namespace {
 
 constexpr int kBlock = 64;  // tokens per partial sum
-constexpr int kRows = 8;    // tokens that share one pass over a Gram matrix
-constexpr double kCosineEps = 1e-8;
 
 template <class T>
 struct RealOf {
@@ -28,78 +25,19 @@ struct RealOf<double> {
 template <class T>
 using Real = typename RealOf<T>::type;
 
-template <class R>
-struct Lanes {
-  static constexpr int count = 64 / sizeof(R);
-  typedef R type __attribute__((vector_size(64), aligned(alignof(R)), may_alias));
-};
-
-template <class T, class R>
-void widen(const T* from, int64_t count, R* to) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = R(from[i]);
-}
-
-template <class T, class R>
-R dot(const T* left, const R* right, int64_t count) {
+template <class T>
+Real<T> dot(const T* left, const T* right, int64_t count) {
+  using R = Real<T>;
   R sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += R(left[i]) * right[i];
+  for (int64_t i = 0; i < count; ++i) sum += R(left[i]) * R(right[i]);
   return sum;
 }
 
 template <class T>
 Real<T> norm(const T* row, int64_t count) {
-  using R = Real<T>;
-  R sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += R(row[i]) * R(row[i]);
-  return std::sqrt(sum);
+  return std::sqrt(dot(row, row, count));
 }
-
-// kRows latents and their products with the Gram matrices. A tile of products may reach past its
-// expert's ranks: zeros there, which the next expert overwrites, and slack at the end.
-template <class T>
-struct GramRows {
-  using R = Real<T>;
-  using Vector = typename Lanes<R>::type;
-  static constexpr int lanes = Lanes<R>::count;
-  const Experts& experts;
-  int64_t stride;
-  std::vector<R> latent, product;
-
-  explicit GramRows(const Experts& e)
-      : experts(e),
-        stride(e.total + e.gram_width),
-        latent(kRows * stride),
-        product(kRows * stride) {}
-
-  void compute(const T* rows, int64_t count, const R* gram) {
-    for (int64_t r = 0; r < kRows; ++r) {
-      R* to = &latent[r * stride];
-      if (r < count) widen(rows + r * experts.total, experts.total, to);
-      else std::fill(to, to + experts.total, R(0));
-    }
-    for (int k = 0; k < experts.count; ++k) {
-      const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
-      for (int column = 0; column < rank; column += lanes)
-        tile(start, rank, column, gram + int64_t(start) * experts.gram_width);
-    }
-  }
-
-  void tile(int start, int rank, int column, const R* gram) {
-    Vector sums[kRows] = {};
-    for (int i = 0; i < rank; ++i) {
-      const Vector row =
-          *reinterpret_cast<const Vector*>(gram + int64_t(i) * experts.gram_width + column);
-      const R* factor = &latent[start + i];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sums[r] += factor[r * stride] * row;
-    }
-    for (int r = 0; r < kRows; ++r)
-      *reinterpret_cast<Vector*>(&product[r * stride + start + column]) = sums[r];
-  }
-};
 
 template <class R>
 std::vector<R> mean_gates(const Shape& shape, const Experts& experts, const R* gates) {
@@ -179,7 +117,7 @@ void mixture_backward_of(const Shape& shape, const Experts& experts, const Mixtu
 
 template <class T>
 void sparsity_forward_row(const Shape& shape, const Experts& experts, const SparsityForward& args,
-    int64_t n, const GramRows<T>& rows, int64_t r, Real<T>* sums) {
+    int64_t n, Real<T>* sums) {
   using R = Real<T>;
   const int count = experts.count;
   R* stats = static_cast<R*>(args.stats) + n * (2 * count + 1);
@@ -188,10 +126,10 @@ void sparsity_forward_row(const Shape& shape, const Experts& experts, const Spar
                                       : R(1) / R(shape.batch * shape.tokens);
   for (int k = 0; k < count; ++k) {
     const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
-    const R* latent = &rows.latent[r * rows.stride + start];
-    const T* projection = static_cast<const T*>(args.projection) + n * experts.total + start;
-    const R square = dot(&rows.product[r * rows.stride + start], latent, rank);
-    const R norm_k = std::sqrt(std::max(square, R(0))) * std::abs(R(experts.scale[k]));
+    const int64_t at = n * experts.total + start;
+    const T* latent = static_cast<const T*>(args.latent) + at;
+    const T* projection = static_cast<const T*>(args.projection) + at;
+    const R norm_k = norm(latent, rank) * std::abs(R(experts.scale[k]));
     const R cosine = dot(projection, latent, rank) * R(experts.scale[k]) /
                      (std::max(norm_k, R(kCosineEps)) * std::max(norm_z, R(kCosineEps)));
     stats[k] = cosine;
@@ -208,22 +146,12 @@ void sparsity_forward_of(const Shape& shape, const Experts& experts, const Spars
   const int64_t tokens = shape.batch * shape.tokens, blocks = sparsity_partials(shape);
   R* partials = static_cast<R*>(args.partials);
   R* distance = static_cast<R*>(args.distance);
-#pragma omp parallel
-  {
-    GramRows<T> rows(experts);
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < blocks; ++block) {
-      R* sums = partials + block * count;
-      std::fill(sums, sums + count, R(0));
-      const int64_t end = std::min((block + 1) * kBlock, tokens);
-      for (int64_t n = block * kBlock; n < end; n += kRows) {
-        const int64_t group = std::min<int64_t>(kRows, end - n);
-        rows.compute(static_cast<const T*>(args.latent) + n * experts.total, group,
-            static_cast<const R*>(args.gram));
-        for (int64_t r = 0; r < group; ++r)
-          sparsity_forward_row<T>(shape, experts, args, n + r, rows, r, sums);
-      }
-    }
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) {
+    R* sums = partials + block * count;
+    std::fill(sums, sums + count, R(0));
+    for (int64_t n = block * kBlock; n < std::min((block + 1) * kBlock, tokens); ++n)
+      sparsity_forward_row<T>(shape, experts, args, n, sums);
   }
   const auto mean = mean_gates(shape, experts, static_cast<const R*>(args.gates));
   double loss = 0;
@@ -238,7 +166,7 @@ void sparsity_forward_of(const Shape& shape, const Experts& experts, const Spars
 
 template <class T>
 void sparsity_backward_row(const Shape& shape, const Experts& experts, const SparsityBackward& args,
-    int64_t n, const GramRows<T>& rows, int64_t r, const std::vector<Real<T>>& grad_gates) {
+    int64_t n, const std::vector<Real<T>>& grad_gates) {
   using R = Real<T>;
   const int count = experts.count;
   const R* stats = static_cast<const R*>(args.stats) + n * (2 * count + 1);
@@ -249,8 +177,7 @@ void sparsity_backward_row(const Shape& shape, const Experts& experts, const Spa
   for (int k = 0; k < count; ++k) {
     const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
     const int64_t at = n * experts.total + start;
-    const R* latent = &rows.latent[r * rows.stride + start];
-    const R* product = &rows.product[r * rows.stride + start];
+    const T* latent = static_cast<const T*>(args.latent) + at;
     const T* projection = static_cast<const T*>(args.projection) + at;
     T* mix = static_cast<T*>(args.mix) + at;
     T* dlatent = static_cast<T*>(args.dlatent) + at;
@@ -263,8 +190,8 @@ void sparsity_backward_row(const Shape& shape, const Experts& experts, const Spa
     shrink_z += push * stats[k];
 #pragma omp simd
     for (int i = 0; i < rank; ++i) {
-      mix[i] = T(along * latent[i]);
-      dlatent[i] = T(along * R(projection[i]) + shrink * product[i]);
+      mix[i] = T(along * R(latent[i]));
+      dlatent[i] = T(along * R(projection[i]) + shrink * R(latent[i]));
     }
   }
   shrink_z = norm_z > 0 ? shrink_z / (safe_z * norm_z) : R(0);
@@ -283,18 +210,9 @@ void sparsity_backward_of(
   const R grad = *static_cast<const R*>(args.grad);
   auto grad_gates = mean_gates(shape, experts, static_cast<const R*>(args.gates));
   for (R& value : grad_gates) value *= grad;
-#pragma omp parallel
-  {
-    GramRows<T> rows(experts);
-#pragma omp for schedule(static)
-    for (int64_t group = 0; group < (tokens + kRows - 1) / kRows; ++group) {
-      const int64_t n = group * kRows, present = std::min<int64_t>(kRows, tokens - n);
-      rows.compute(static_cast<const T*>(args.latent) + n * experts.total, present,
-          static_cast<const R*>(args.gram));
-      for (int64_t r = 0; r < present; ++r)
-        sparsity_backward_row<T>(shape, experts, args, n + r, rows, r, grad_gates);
-    }
-  }
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < tokens; ++n)
+    sparsity_backward_row<T>(shape, experts, args, n, grad_gates);
   R* dgates = static_cast<R*>(args.dgates);
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int k = 0; k < count; ++k)

@@ -1,5 +1,5 @@
-// What the kernels need of CUDA beyond the language itself: number types, one tensor-core product,
-// checked launches. The tests replace this file by a host version and run the same kernels.
+// What the kernels need of CUDA beyond the language itself: number types, a shuffle, checked
+// launches. The tests replace this file by a host version and run the same kernels.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,23 +39,6 @@ __device__ inline T rounded(double value) {
 template <class R>
 __device__ inline R shuffle_xor(R value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
-}
-
-// sums[16x8] += a[16x16] b[16x8] over a warp, in the fragment layout of mma.m16n8k16.
-template <class T>
-__device__ inline void tensor_core_product(
-    float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
 }
 
 template <class... Parameters, class... Arguments>

@@ -2,8 +2,7 @@
 // float atomics, so runs repeat bit by bit and graphs can capture them.
 //
 // A block has all experts of its tokens, so that z is read once. What each must move, in numbers of
-// the tensors' type: sparsity_forward ND + 2 NT, sparsity_backward 2 ND + 4 NT; and 4 NTR
-// operations each on the Gram matrices, twice that where the tensor cores take them as two halves.
+// the tensors' type: sparsity_forward ND + 2 NT, sparsity_backward 2 ND + 4 NT.
 #include <algorithm>
 
 #include "cuda_tiles.cuh"
@@ -50,10 +49,8 @@ __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_forward_ke
   const bool present = place.row < place.count;
   for (int k = 0; k < count; ++k) {
     const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
-    R dot = 0, square = 0, product[kPack<T>], latent[kPack<T>], projection[kPack<T>];
+    R dot = 0, square = 0, latent[kPack<T>], projection[kPack<T>];
     for (int tile = 0; tile < rank; tile += kTile<T>) {
-      gram_product<T>(place, experts, k, tile, static_cast<const T*>(args.latent),
-          static_cast<const R*>(args.gram), wide, product);
       const int column = tile + place.column * kPack<T>, valid = present ? rank - column : 0;
       load(static_cast<const T*>(args.latent) + token_at + start + column, valid, wide, latent);
       load(static_cast<const T*>(args.projection) + token_at + start + column, valid, wide,
@@ -61,13 +58,13 @@ __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_forward_ke
 #pragma unroll
       for (int c = 0; c < kPack<T>; ++c) {
         dot += latent[c] * projection[c];
-        square += latent[c] * product[c];
+        square += latent[c] * latent[c];
       }
     }
     dot = lane_sum<kPerToken>(dot) * R(experts.scale[k]);
     square = lane_sum<kPerToken>(square);
     if (place.column == 0) {
-      const R norm = sqrt(max(square, R(0))) * abs(R(experts.scale[k]));
+      const R norm = sqrt(square) * abs(R(experts.scale[k]));
       const R safe_z = present ? max(norm_z[place.row], R(kCosineEps)) : R(1);
       const R cosine = dot / (max(norm, R(kCosineEps)) * safe_z);
       distance[place.row] =
@@ -147,17 +144,15 @@ __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_backward_k
     const R along = -push * scale / (safe_k * safe_z);
     const R shrink = norm_k > 0 ? push * cosine * scale * scale / (safe_k * norm_k) : R(0);
     shrink_sum += push * cosine;
-    R product[kPack<T>], latent[kPack<T>], projection[kPack<T>];
+    R latent[kPack<T>], projection[kPack<T>];
     for (int tile = 0; tile < rank; tile += kTile<T>) {
-      gram_product<T>(place, experts, k, tile, static_cast<const T*>(args.latent),
-          static_cast<const R*>(args.gram), wide, product);
       const int column = tile + place.column * kPack<T>, valid = present ? rank - column : 0;
       const int64_t at = token_at + start + column;
       load(static_cast<const T*>(args.latent) + at, valid, wide, latent);
       load(static_cast<const T*>(args.projection) + at, valid, wide, projection);
 #pragma unroll
       for (int c = 0; c < kPack<T>; ++c) {
-        projection[c] = along * projection[c] + shrink * product[c];
+        projection[c] = along * projection[c] + shrink * latent[c];
         latent[c] *= along;
       }
       store(latent, valid, wide, static_cast<T*>(args.mix) + at);
@@ -190,7 +185,7 @@ void sparsity_forward(void* stream, Dtype dtype, const Shape& shape, const Exper
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t blocks = sparsity_partials(shape);
-    const bool wide = ranks_aligned<T>(experts) && aligned(args.latent, args.projection, args.gram);
+    const bool wide = ranks_aligned<T>(experts) && aligned(args.latent, args.projection);
     const bool wide_z = shape.d_model % kPack<T> == 0 && aligned(args.z);
     if (blocks > 0)
       launch(sparsity_forward_kernel<T>, dim3(unsigned(blocks)), kThreads, stream, shape, experts,
@@ -205,8 +200,8 @@ void sparsity_backward(void* stream, Dtype dtype, const Shape& shape, const Expe
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t blocks = std::max<int64_t>(1, sparsity_partials(shape));  // one for the gates
-    const bool wide = ranks_aligned<T>(experts) &&
-                      aligned(args.latent, args.projection, args.gram, args.mix, args.dlatent);
+    const bool wide =
+        ranks_aligned<T>(experts) && aligned(args.latent, args.projection, args.mix, args.dlatent);
     const bool wide_z = shape.d_model % kPack<T> == 0 && aligned(args.z, args.dz);
     launch(sparsity_backward_kernel<T>, dim3(unsigned(blocks)), kThreads, stream, shape, experts,
         args, wide, wide_z);

@@ -1,24 +1,23 @@
 // What stands between the matrix products, as raw pointers and a stream: declared once here,
 // defined for the CPU in cpu_*.cpp and for CUDA in cuda_*.cu. No torch header.
 //
-// B batch, S tokens, N = B * S, D d_model, K experts, R rank, T the sum of the ranks,
-// W the width of the Gram matrix (the widest rank, rounded up to 16, zero filled).
-// "Reals" are float, or double where the tensors are double; all sums run in them.
+// B batch, S tokens, N = B * S, D d_model, K experts, R rank, T the sum of the ranks.
+// The experts' up projections have orthonormal columns: the norm of an output is that of its
+// latent. "Reals" are float, or double where the tensors are double; all sums run in them.
 #pragma once
 
 #include <cstdint>
 
 namespace pemt {
 
-constexpr int kMaxExperts = 128;   // as MAX_EXPERTS in checks.py
-constexpr int kGramMultiple = 16;  // as GRAM_MULTIPLE in packed.py
+constexpr int kMaxExperts = 128;     // as MAX_EXPERTS in checks.py
+constexpr double kCosineEps = 1e-8;  // torch.nn.functional.cosine_similarity's default
 
 enum class Dtype { f32, f64, bf16, f16 };
 
 struct Experts {  // small enough to be a kernel's argument
   int count;
   int total;
-  int gram_width;
   int offset[kMaxExperts + 1];  // expert k owns the ranks offset[k] .. offset[k + 1]
   double scale[kMaxExperts];
 };
@@ -58,7 +57,6 @@ struct SparsityForward {
   const void* z;              // [N,D]
   const void* latent;         // [N,T]
   const void* projection;     // [N,T], z up
-  const void* gram;           // [T,W] reals
   const void* gates;          // [B,K] reals
   const void* token_weights;  // [N] reals, or null for 1/N each
   void* stats;                // [N,2K+1] reals: cosines, norms of the outputs, norm of z
@@ -74,7 +72,6 @@ struct SparsityBackward {
   const void* z;              // [N,D]
   const void* latent;         // [N,T]
   const void* projection;     // [N,T]
-  const void* gram;           // [T,W] reals
   const void* gates;          // [B,K] reals
   const void* token_weights;  // [N] reals or null
   const void* stats;          // [N,2K+1] reals

@@ -3,6 +3,7 @@
 // B batch, S tokens, N = B * S, F d_ff, D d_model, K experts, T the sum of the ranks.
 #include "ops.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #ifdef PEMT_CUDA
@@ -10,10 +11,18 @@
 #  include <c10/cuda/CUDAStream.h>
 #endif
 
+#include <algorithm>
+#include <array>
+#include <map>
+#include <mutex>
+#include <shared_mutex>
+
 #include "kernels.h"
 
 namespace pemt {
 namespace {
+
+constexpr int64_t kMostRows = 256;  // as MOST_ROWS in products.py
 
 #ifdef PEMT_CUDA
 using Guard = c10::cuda::CUDAGuard;
@@ -50,41 +59,58 @@ Tensor reals(const Tensor& tensor, const Tensor& like) {
   return tensor.to(real_of(like)).contiguous();
 }
 
-// left right^T, a product with frozen weights. On the CPU by oneDNN where that can be had: it takes
-// a tenth less time than the BLAS that at::mm uses (LOG.md, 2026-11-25).
-Tensor times_transposed(const Tensor& left, const Tensor& right) {
 #ifndef PEMT_CUDA
-  using NoScalars = c10::List<std::optional<at::Scalar>>;
-  using Linear = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view,
-      NoScalars, std::optional<c10::string_view>);
-  // A private op of PyTorch's: where it is another one than here, at::mm serves.
-  static const auto linear = []() -> std::optional<c10::TypedOperatorHandle<Linear>> {
-    const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    try {
-      if (found) return found->typed<Linear>();
-    } catch (const c10::Error&) {
-    }
-    return std::nullopt;
-  }();
-  if (linear && at::globalContext().userEnabledMkldnn() && left.scalar_type() == at::kFloat &&
-      left.is_contiguous() && left.numel() > 0)
-    return linear->call(left, right, std::nullopt, "none", NoScalars(), std::nullopt);
+using ProductKey = std::array<int64_t, 5>;
+std::shared_mutex chosen_mutex;
+std::map<ProductKey, bool> chosen;
+
+using NoScalars = c10::List<std::optional<at::Scalar>>;
+using Linear = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view,
+    NoScalars, std::optional<c10::string_view>);
+
+// A private op of PyTorch's: where it is another one than here, at::mm serves.
+std::optional<c10::TypedOperatorHandle<Linear>> find_onednn() {
+  const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  try {
+    if (found) return found->typed<Linear>();
+  } catch (const c10::Error&) {
+  }
+  return std::nullopt;
+}
+
+bool onednn_multiplies(const Tensor& left, const Tensor& right) {
+  if (!at::globalContext().userEnabledMkldnn() || left.scalar_type() != at::kFloat ||
+      !left.is_contiguous() || left.numel() == 0)
+    return false;
+  int64_t rows = 1;  // as rows_like in products.py
+  while (rows < std::min<int64_t>(left.size(0), kMostRows)) rows *= 2;
+  const ProductKey key{
+      rows, right.size(0), right.size(1), !right.is_contiguous(), at::get_num_threads()};
+  const std::shared_lock lock(chosen_mutex);
+  const auto found = chosen.find(key);
+  return found != chosen.end() && found->second;
+}
 #endif
-  return at::mm(left, right.t());
+
+// left [N,I] right [I,O], a product with frozen weights.
+Tensor times(const Tensor& left, const Tensor& right) {
+#ifndef PEMT_CUDA
+  static const auto onednn = find_onednn();
+  if (onednn && onednn_multiplies(left, right))
+    return onednn->call(left, right.t(), std::nullopt, "none", NoScalars(), std::nullopt);
+#endif
+  return at::mm(left, right);
 }
 
 Experts experts_of(at::ArrayRef<double> scales, at::IntArrayRef ranks) {
   TORCH_CHECK(ranks.size() <= kMaxExperts && scales.size() == ranks.size());
   Experts experts{};
   experts.count = int(ranks.size());
-  int64_t widest = 0;
   for (size_t k = 0; k < ranks.size(); ++k) {
     experts.scale[k] = scales[k];
     experts.offset[k + 1] = experts.offset[k] + int(ranks[k]);
-    widest = std::max(widest, ranks[k]);
   }
   experts.total = experts.offset[ranks.size()];
-  experts.gram_width = int((widest + kGramMultiple - 1) / kGramMultiple) * kGramMultiple;
   return experts;
 }
 
@@ -104,8 +130,8 @@ std::tuple<Tensor, Tensor> expert_mixture(const Tensor& x, const Tensor& weight,
   const auto experts = experts_of(scales, ranks);
   const Shape shape{x.size(0), x.size(1), weight.size(0)};
   const Tensor x_NF = rows_of(x), gates_BK = reals(gates, x);
-  Tensor y_ND = times_transposed(x_NF, weight);
-  const Tensor latent_NT = times_transposed(x_NF, down);
+  Tensor y_ND = times(x_NF, weight.t());
+  const Tensor latent_NT = times(x_NF, down.t());
   const void* latents = latent_NT.const_data_ptr();
   const void* gate_values = gates_BK.const_data_ptr();
   const bool expanded =
@@ -131,7 +157,7 @@ std::tuple<Tensor, Tensor> expert_mixture_backward(const Tensor& dy, const Optio
   const Tensor gates_BK = reals(gates, dy);
   OptionalTensor outer;
   if (dlatent.has_value()) outer = dlatent->contiguous();
-  Tensor projection_NT = times_transposed(dy_ND, up.t());
+  Tensor projection_NT = times(dy_ND, up);
   const Tensor partials =
       at::empty({shape.batch, mixture_partials(shape), experts.count}, gates_BK.options());
   Tensor dgates = at::empty_like(gates_BK);
@@ -141,43 +167,42 @@ std::tuple<Tensor, Tensor> expert_mixture_backward(const Tensor& dy, const Optio
           need_dx});
   dgates = dgates.to(gates.scalar_type());
   if (!need_dx) return {at::empty({0}, dy.options()), dgates};
-  Tensor dx_NF = times_transposed(dy_ND, weight.t());
+  Tensor dx_NF = times(dy_ND, weight);
   dx_NF.addmm_(projection_NT, down);
   return {dx_NF.view({shape.batch, shape.tokens, weight.size(1)}), dgates};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(const Tensor& z, const Tensor& latent,
-    const Tensor& up, const Tensor& gram, const Tensor& gates, at::ArrayRef<double> scales,
-    at::IntArrayRef ranks, const OptionalTensor& token_weights) {
+    const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
+    const OptionalTensor& token_weights) {
   const Guard guard(z.device());
   const auto experts = experts_of(scales, ranks);
   const Shape shape{z.size(0), z.size(1), z.size(2)};
   const Tensor z_ND = rows_of(z).contiguous(), latent_NT = rows_of(latent).contiguous();
-  const Tensor gates_BK = reals(gates, z), gram_TW = reals(gram, z);
+  const Tensor gates_BK = reals(gates, z);
   OptionalTensor weights;
   if (token_weights.has_value()) weights = reals(*token_weights, z);
-  const Tensor projection_NT = times_transposed(z_ND, up.t());
+  const Tensor projection_NT = times(z_ND, up);
   const auto options = gates_BK.options();
   const Tensor stats = at::empty({shape.batch, shape.tokens, 2 * experts.count + 1}, options);
   const Tensor partials = at::empty({sparsity_partials(shape), experts.count}, options);
   const Tensor distance = at::empty({experts.count}, options), loss = at::empty({}, options);
   sparsity_forward(stream_of(z), dtype_of(z), shape, experts,
       {z_ND.const_data_ptr(), latent_NT.const_data_ptr(), projection_NT.const_data_ptr(),
-          gram_TW.const_data_ptr(), gates_BK.const_data_ptr(), pointer(weights),
-          stats.mutable_data_ptr(), partials.mutable_data_ptr(), distance.mutable_data_ptr(),
-          loss.mutable_data_ptr()});
+          gates_BK.const_data_ptr(), pointer(weights), stats.mutable_data_ptr(),
+          partials.mutable_data_ptr(), distance.mutable_data_ptr(), loss.mutable_data_ptr()});
   return {loss, projection_NT.view({shape.batch, shape.tokens, experts.total}), stats, distance};
 }
 
 std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, const Tensor& z,
-    const Tensor& latent, const Tensor& up, const Tensor& gram, const Tensor& gates,
-    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
-    const Tensor& projection, const Tensor& stats, const Tensor& distance) {
+    const Tensor& latent, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
+    at::IntArrayRef ranks, const OptionalTensor& token_weights, const Tensor& projection,
+    const Tensor& stats, const Tensor& distance) {
   const Guard guard(z.device());
   const auto experts = experts_of(scales, ranks);
   const Shape shape{z.size(0), z.size(1), z.size(2)};
   const Tensor z_ND = rows_of(z).contiguous(), latent_NT = rows_of(latent).contiguous();
-  const Tensor gates_BK = reals(gates, z), gram_TW = reals(gram, z), grad_1 = reals(grad, z);
+  const Tensor gates_BK = reals(gates, z), grad_1 = reals(grad, z);
   const Tensor projection_NT = projection.contiguous(), stats_NC = stats.contiguous();
   OptionalTensor weights;
   if (token_weights.has_value()) weights = reals(*token_weights, z);
@@ -185,10 +210,9 @@ std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, co
   const Tensor dlatent_NT = at::empty_like(latent_NT), dgates = at::empty_like(gates_BK);
   sparsity_backward(stream_of(z), dtype_of(z), shape, experts,
       {grad_1.const_data_ptr(), z_ND.const_data_ptr(), latent_NT.const_data_ptr(),
-          projection_NT.const_data_ptr(), gram_TW.const_data_ptr(), gates_BK.const_data_ptr(),
-          pointer(weights), stats_NC.const_data_ptr(), distance.const_data_ptr(),
-          dz_ND.mutable_data_ptr(), mix_NT.mutable_data_ptr(), dlatent_NT.mutable_data_ptr(),
-          dgates.mutable_data_ptr()});
+          projection_NT.const_data_ptr(), gates_BK.const_data_ptr(), pointer(weights),
+          stats_NC.const_data_ptr(), distance.const_data_ptr(), dz_ND.mutable_data_ptr(),
+          mix_NT.mutable_data_ptr(), dlatent_NT.mutable_data_ptr(), dgates.mutable_data_ptr()});
   dz_ND.addmm_(mix_NT, up.t());
   return {dz_ND.view({shape.batch, shape.tokens, shape.d_model}),
       dlatent_NT.view({shape.batch, shape.tokens, experts.total}), dgates.to(gates.scalar_type())};
@@ -199,6 +223,12 @@ std::tuple<Tensor, Tensor> prompt_mean(const Tensor& x, int64_t prompt_length) {
 }
 
 #ifndef PEMT_CUDA
+void choose_onednn(at::IntArrayRef product, bool onednn) {
+  TORCH_CHECK(product.size() == 5);
+  const std::unique_lock lock(chosen_mutex);
+  chosen[{product[0], product[1], product[2], product[3], product[4]}] = onednn;
+}
+
 Tensor few_rows(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK(x.is_cpu() && weight.is_cpu() && x.scalar_type() == at::kFloat &&
                   weight.scalar_type() == at::kFloat && weight.dim() == 2 && x.dim() > 0 &&

@@ -25,19 +25,23 @@ std::tuple<Tensor, Tensor> expert_mixture_backward(const Tensor& dy, const Optio
 
 // {loss, and for the backward pass: projection [B,S,T], stats [B,S,2K+1], mean distances [K]}
 std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(const Tensor& z, const Tensor& latent,
-    const Tensor& up, const Tensor& gram, const Tensor& gates, at::ArrayRef<double> scales,
-    at::IntArrayRef ranks, const OptionalTensor& token_weights);
+    const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
+    const OptionalTensor& token_weights);
 
 // {dz [B,S,D], dlatent [B,S,T], dgates [B,K]}
 std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, const Tensor& z,
-    const Tensor& latent, const Tensor& up, const Tensor& gram, const Tensor& gates,
-    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
-    const Tensor& projection, const Tensor& stats, const Tensor& distance);
+    const Tensor& latent, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
+    at::IntArrayRef ranks, const OptionalTensor& token_weights, const Tensor& projection,
+    const Tensor& stats, const Tensor& distance);
 
 // {x itself; [B,X] reals: the mean of x [B,S,X] over its first tokens}
 std::tuple<Tensor, Tensor> prompt_mean(const Tensor& x, int64_t prompt_length);
 
 #ifndef PEMT_CUDA
+// Whether oneDNN multiplies, or the BLAS of at::mm: product is {rows, I, O, transposed, threads} as
+// products.py has them. What nobody has told of is at::mm's.
+void choose_onednn(at::IntArrayRef product, bool onednn);
+
 // x w^T [...,O] of float x [...,I] and w [O,I]: a product for few rows
 Tensor few_rows(const Tensor& x, const Tensor& weight);
 #endif
