@@ -99,11 +99,9 @@ def launch_ranks(
         out = Path(folder) / "out"
         status = _finish(command, out, timeout, environment)
         output = out.read_text()
-    told = f"{' '.join(command)}\n%s\n{output}"
-    if status is None:
-        pytest.fail(told % f"still ran after {timeout} s:")
-    if check and status != 0:
-        pytest.fail(told % f"exited with {status}:")
+    if status is None or (check and status != 0):
+        end = f"still ran after {timeout} s" if status is None else f"exited with {status}"
+        pytest.fail(f"{' '.join(command)}\n{end}:\n{output}")
     return Launched(returncode=status, output=output)
 
 
@@ -111,20 +109,22 @@ def _finish(
     command: list[str], out: Path, timeout: float, environment: dict[str, str] | None
 ) -> int | None:
     """A launch's exit status; None where it was killed after `timeout` seconds."""
-    if environment is None:
+    # A forked process cannot use CUDA once its parent has asked for devices, as importing DeepSpeed does.
+    if environment is None and not Path("/dev/nvidiactl").exists():
         forked = ranks.start(command, out)
         try:
             forked.join(timeout)
             return forked.exitcode
         finally:  # also at Ctrl-C: no rank may outlive the test run
-            kill_session(forked)
+            if forked.exitcode is None:
+                kill_session(forked)
     # DeepSpeed and torch start ninja by name; the venv need not be activated for the tests.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     with out.open("w") as written:
         process = subprocess.Popen(
             [sys.executable, "-m", "accelerate.commands.launch", *command],
             cwd=ROOT,
-            env={**os.environ, "PATH": path, **environment},
+            env={**os.environ, "PATH": path, **(environment or {})},
             stdout=written,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -134,7 +134,9 @@ def _finish(
     except subprocess.TimeoutExpired:
         return None
     finally:
-        kill_session(process)
+        if process.poll() is None:
+            kill_session(process)
+            process.wait()
 
 
 def kill_session(process: subprocess.Popen[Any] | BaseProcess) -> None:

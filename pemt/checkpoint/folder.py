@@ -11,7 +11,14 @@ from typing import Any
 import yaml
 
 from pemt.checkpoint.names import UNUSABLE, checkpoint_folders, is_checkpoint_name
-from pemt.config import NON_IDENTITY_FIELDS, PemtError, RunConfig, flat, load_yaml
+from pemt.config import (
+    NON_IDENTITY_FIELDS,
+    PemtError,
+    RunConfig,
+    field_keys,
+    flat,
+    load_yaml,
+)
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
 from pemt.storage import remove_partial_writes, write_text
 
@@ -66,10 +73,14 @@ def _differences(config: RunConfig, folder: Path) -> str:
     theirs = begun_config(folder)
     if theirs is None:
         return f", whose {CONFIG} cannot be read"
-    ours = flat(plain_values(config))
+    keys = field_keys(type(config))  # so that a mapping of the user's own is compared whole
+    ours = flat(plain_values(config), keys)
     # A field that was not there when the run began had the default.
     defaults = {each.name: each.default for each in fields(config)}
-    theirs = {**{name: defaults.get(name, value) for name, value in ours.items()}, **flat(theirs)}
+    theirs = {
+        **{name: defaults.get(name, value) for name, value in ours.items()},
+        **flat(theirs, keys),
+    }
     if None in (ours["bf16"], theirs["bf16"]):  # left to the device, which is asked later
         ours["bf16"] = theirs["bf16"]
     found = [

@@ -68,7 +68,7 @@ def make_config(
     keys = field_keys(kind)
     given = _from_files([] if recipe is None else [_config_file(recipe)], keys)
     for key, value in values.items():
-        given[key] = (_inline(value) if key == INLINE else value), None
+        _add(given, key, _inline(value) if key == INLINE else value, None, keys)
     return _config(kind, prog, given, [])
 
 
@@ -97,13 +97,18 @@ def _from_files(files: list[Path], keys: list[str]) -> _Given:
     given: _Given = {}
     for file in files:
         for key, value in flat(read_yaml_mapping(file), keys).items():
-            if key not in keys:
-                raise ConfigError(f"{file}: unknown key `{key}`{nearest(key, keys)}")
-            if not is_section(key, keys):
-                given[key] = value, file
-            elif value != {}:
-                raise ConfigError(f"{file}: {key}: found `{value}`, expected `key: value` lines")
+            _add(given, key, value, file, keys)
     return given
+
+
+def _add(given: _Given, key: str, value: Any, file: Path | None, keys: list[str]) -> None:
+    where = "" if file is None else f"{file}: "
+    if key not in keys:
+        raise ConfigError(f"{where}unknown key `{key}`{nearest(key, keys)}")
+    if not is_section(key, keys):
+        given[key] = value, file
+    elif value != {}:
+        raise ConfigError(f"{where}{key}: found `{value}`, expected `key: value` lines")
 
 
 def flat(values: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, Any]:

@@ -100,11 +100,16 @@ def _say(text: str) -> None:
 
 
 def _hold_signals() -> None:
-    _held.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _held.before = None
+    if (
+        StopSignals._outermost is not None
+    ):  # Python's own handler of SIGINT must not run within these hooks
+        _held.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _release_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _held.before)
+    if _held.before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _held.before)
 
 
 def _forget_in_child() -> None:

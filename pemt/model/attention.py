@@ -48,35 +48,34 @@ def attend(
     queries, keys = query.shape[2], key.shape[2]
     causal = attention_mask is None and bool(module.is_causal) and queries > 1
     if (
-        position_bias is not None
+        not torch.compiler.is_compiling()
+        and position_bias is not None
         and position_bias.grad_fn is None
         and "is_causal" not in kwargs
         and not (causal and queries != keys)
-        and not torch.compiler.is_compiling()
     ):
         # A leaf that requires grad is transformers' tensor of zeros under checkpointing: nobody reads its gradient.
-        attention_mask, position_bias = _sum(position_bias, attention_mask, causal), None
+        attention_mask, position_bias = _sum(position_bias, attention_mask, causal, key.dtype), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, position_bias=position_bias, **kwargs
     )
 
 
-def _sum(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """[1 or B,H,Q,K]: the bias where there is attention, else the least number there is; made once for them all."""
+def _sum(bias: Tensor, mask: Tensor | None, causal: bool, dtype: torch.dtype) -> Tensor:
+    """[1 or B,H,Q,K]: the bias where there is attention, else the least of the keys' dtype; made once for them all."""
     known: tuple[Tensor | None, bool, Tensor] | None = getattr(bias, _SUM, None)
     if known is None or known[0] is not mask or known[1] != causal:
-        known = mask, causal, _added(bias.detach(), mask, causal).contiguous()
-        setattr(
-            bias, _SUM, known
-        )  # it lives as long as the bias: for this pass and its recomputation
+        known = mask, causal, _added(bias.detach(), mask, causal, dtype).contiguous()
+        # It lives as long as the bias: for this pass and its recomputation.
+        setattr(bias, _SUM, known)
     return known[2]
 
 
-def _added(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def _added(bias: Tensor, mask: Tensor | None, causal: bool, dtype: torch.dtype) -> Tensor:
     if mask is None and not causal:
         return bias
     if mask is None:
         mask = bias.new_ones(bias.shape[-2:], dtype=torch.bool).tril()
     if mask.dtype != torch.bool:
         return bias + mask
-    return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return torch.where(mask, bias, torch.finfo(dtype).min)

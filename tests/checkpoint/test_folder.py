@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pemt.checkpoint.checkpoint import CheckpointError
+from pemt.checkpoint.folder import check_run_folder, start_run_folder
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.config import ExpertConfig, PemtError
 from pemt.run.train import run_adapt, run_source
@@ -101,6 +102,17 @@ def test_another_runs_checkpoint_is_refused(world: Path, tmp_path: Path) -> None
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     with pytest.raises(PemtError, match=r"already holds a run, and .* is a checkpoint of another"):
         run_adapt(replace(elsewhere, resume_from_checkpoint=checkpoint))
+
+
+def test_a_mapping_of_the_users_own_is_compared_whole(tmp_path: Path) -> None:
+    """A key that was added, or taken away, makes another run of it."""
+    paths = (tmp_path / "base", tmp_path / "data", tmp_path / "run", tmp_path / "bank")
+    config = adapt_config(*paths, TASK, method="lora", peft_config={"r": 4})
+    start_run_folder(config, fresh=True)
+    check_run_folder(config)
+    for other in ({"r": 4, "lora_alpha": 9}, {}, None):
+        with pytest.raises(PemtError, match=r"peft_config \{'r': 4\}, not"):
+            check_run_folder(replace(config, peft_config=other))
 
 
 def test_a_source_run_is_finished_when_its_expert_is_in_the_bank(

@@ -107,3 +107,6 @@ def test_values_are_taken_as_they_are_and_win_over_a_recipe() -> None:
     assert config.few_shot == 16
     with pytest.raises(ConfigError, match=r"^learning_rate: found `fast`, expected float"):
         make_config(AdaptConfig, {**given, "learning_rate": "fast"}, prog="pemt sweep")
+    for section in (None, 3, [1]):
+        with pytest.raises(ConfigError, match=r"^mixture: found .*, expected `key: value` lines"):
+            make_config(AdaptConfig, {**given, "mixture": section}, prog="pemt sweep")

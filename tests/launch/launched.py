@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from pemt.checkpoint import Fresh
 from pemt.config.schema import ExpertConfig, MixtureConfig, RunConfig
 from pemt.engine import MOMENTS, Engine, shut_down
 from pemt.engine.exit import run_and_exit
@@ -104,7 +105,7 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
 
 
 def inspect_run(config: Any) -> dict[str, Any]:
-    setup = set_up(config, Engine(config))
+    setup = set_up(config, Engine(config), Fresh(config=config))
     built = build_model(
         config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description
     )

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pemt.checkpoint import Fresh
 from pemt.engine import Engine
 from pemt.run.build import build_model
 from pemt.run.loop import _take_step
@@ -61,7 +62,7 @@ def cuts(world: Path, folder: Path) -> dict[str, dict[str, Any]]:
 
 def two_steps(config: Any) -> dict[str, Any]:
     """Losses and gradient norms of each, and the weights behind the last."""
-    setup = set_up(config, Engine(config))
+    setup = set_up(config, Engine(config), Fresh(config=config))
     engine = setup.engine
     built = build_model(
         config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import pemt.run.train
+from pemt.checkpoint import Fresh
 from pemt.engine import Engine, full_size, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.engine.process import peak, watch_peak
@@ -48,7 +49,7 @@ def started(world: Path, folder: Path) -> dict[str, Any]:
     config = adapt_config(world / "base", world / TASK, folder / "run", world / "bank", TASK)
     before = watch_peak(CPU)
     with broadcast_bytes() as sent:
-        setup = pemt.run.train.set_up(config, Engine(config))
+        setup = pemt.run.train.set_up(config, Engine(config), Fresh(config=config))
         built = build_model(
             config, base=setup.base, tokenizer=setup.tokenizer, description="the lid"
         )

@@ -176,7 +176,7 @@ def test_a_launch_that_hangs_is_killed_with_all_its_ranks(launch, tmp_path: Path
     script = tmp_path / "hang.py"
     script.write_text("import time\nprint('rank is up', flush=True)\ntime.sleep(600)\n")
     with pytest.raises(pytest.fail.Exception, match="still ran after") as failure:
-        launch(str(script), zero=2, timeout=20)
+        launch(str(script), zero=2, timeout=60, environment={})
     assert failure.value.msg.count("rank is up") == 2
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline and ranks_of(script):

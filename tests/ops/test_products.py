@@ -110,6 +110,23 @@ def test_a_slower_way_is_measured_as_slower(machine, monkeypatch):
     assert times[BLAS] < times[ONEDNN]
 
 
+@needs_onednn
+def test_what_is_alike_stays_with_torch(machine, monkeypatch):
+    fixed(monkeypatch, mm=1.05, onednn=1.0)
+    assert choose(5, 6, 7, transposed=True) == BLAS
+
+
+@needs_onednn
+def test_a_way_that_fails_is_left_out(machine, monkeypatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("another signature")
+
+    monkeypatch.setattr(products, "onednn", broken)
+    assert choose(64, 8, 8, transposed=True) == BLAS
+    (times,) = json.loads(machine.read_text()).values()
+    assert list(times) == [BLAS]
+
+
 def test_our_kernel_takes_part_where_it_is_offered(machine, monkeypatch):
     few_rows = compiled("cpu").few_rows
     assert OWN in products.measure(

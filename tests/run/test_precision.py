@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 
+from pemt.checkpoint import Fresh
 from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
 from pemt.model import FullT5
 from pemt.model.base import precision_warning
@@ -115,7 +116,7 @@ def test_the_warning_is_told_before_the_data_is_read(
     tiny_task(TASK)
     engine = mock.MagicMock(device=torch.device("cpu"))  # fp16 without DeepSpeed needs a GPU
     with pytest.raises(KeyboardInterrupt):
-        set_up(config, engine)
+        set_up(config, engine, Fresh(config=config))
     assert "pemt: warning: fp16: activations of a T5" in capsys.readouterr().err
 
 
