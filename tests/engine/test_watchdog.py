@@ -106,7 +106,7 @@ def test_a_stopped_rank_is_named_in_time_and_killed(
     began = time.monotonic()
     teller = 1 if stopped == 0 else 0
     assert ranks[teller].wait(timeout=30) == 1
-    assert TIMEOUT / 2 < time.monotonic() - began < TIMEOUT
+    assert TIMEOUT / 2 < time.monotonic() - began < 3 * TIMEOUT, "within TIMEOUT on an idle machine"
     answers = ended(ranks)
     assert [status for status, _, _ in answers] == [
         -signal.SIGKILL if rank == stopped else 1 for rank in range(RANKS)
@@ -156,7 +156,7 @@ def test_a_machine_that_dies_with_the_store_is_named(
         process.kill()
     began = time.monotonic()
     status, out, error = ended(ranks)[2]
-    assert TIMEOUT / 2 < time.monotonic() - began < TIMEOUT
+    assert TIMEOUT / 2 < time.monotonic() - began < 3 * TIMEOUT, "within TIMEOUT on an idle machine"
     assert (status, out) == (1, "ended\n")
     assert error.count("pemt: error: ") == 1
     for process in ranks[:2]:
