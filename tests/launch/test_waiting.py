@@ -63,7 +63,8 @@ def test_work_of_three_timeouts_is_waited_for_wherever_one_rank_does_it(
     [
         ("examples", " while preparing the examples of tiny-a"),  # before the run's own watchdog
         ("scoring", ""),
-        ("pre-training", " while saving the state of pre-training"),
+        # The others find out by a collective that breaks, and the store in which rank 0 told what it did is gone with it.
+        ("pre-training", ""),
     ],
 )
 def test_who_dies_at_it_is_named(launch: Launch, folder: Path, place: str, doing: str) -> None:
