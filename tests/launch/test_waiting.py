@@ -63,7 +63,7 @@ def test_work_of_three_timeouts_is_waited_for_wherever_one_rank_does_it(
     [
         ("examples", " while preparing the examples of tiny-a"),  # before the run's own watchdog
         ("scoring", ""),
-        # The others find out by a collective that breaks, and the store in which rank 0 told what it did is gone with it.
+        # The others find out by a collective that breaks; the store where rank 0 told what it did is gone.
         ("pre-training", ""),
     ],
 )
