@@ -40,7 +40,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(world: Path, name: str) -> None:
     program = ("-m", "tests.launch.launched", str(world), str(world / name))
-    launch_ranks(*program, zero=None if name == "plain" else deepspeed_json(world, name))
+    launched = launch_ranks(*program, zero=None if name == "plain" else deepspeed_json(world, name))
+    (world / f"{name}.out").write_text(launched.output)
 
 
 def report(world: Path, name: str) -> dict[str, Any]:
