@@ -56,12 +56,9 @@ def _run(command: list[str], out: str, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     if command[0] == "-m":
-        return _program(command[1], command[2:])
-    try:
+        _program(command[1], command[2:])
+    else:
         _launch(command)
-    except BaseException:
-        traceback.print_exc()
-        raise
 
 
 def _launch(command: list[str]) -> None:
