@@ -23,7 +23,7 @@ import jsonargparse
 import yaml
 
 from pemt.config.command_line import nearest
-from pemt.config.errors import ConfigError
+from pemt.config.errors import ConfigError, told_to_typists
 from pemt.config.schema import RunConfig
 from pemt.config.yaml_file import load_yaml
 
@@ -51,10 +51,11 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         ConfigError: unknown key, wrong type, value out of range, unreadable or malformed YAML.
         SystemExit: after `--help` or `--print_config`.
     """
-    given, flags = _read(kind, arguments)
-    if PRINT_CONFIG in flags:
-        _print_config(kind, prog, given, flags)
-    return _config(kind, prog, given, flags)
+    with told_to_typists():
+        given, flags = _read(kind, arguments)
+        if PRINT_CONFIG in flags:
+            _print_config(kind, prog, given, flags)
+        return _config(kind, prog, given, flags)
 
 
 def make_config(

@@ -256,7 +256,8 @@ class Engine(Job):
             torch.cuda.set_rng_state(states["cuda"][self.rank].clone(), self.device)
 
     def release(self) -> None:
-        """Free the run's model and optimizer; the process group lives on for the next run."""
-        del self.module, self.model, self.optimizer, self.base_optimizer, self.trained
+        """Free the run's model and optimizer, if it has come so far; the process group lives on for the next run."""
+        for name in ("module", "model", "optimizer", "base_optimizer", "trained"):
+            vars(self).pop(name, None)
         self._accelerator.free_memory()
         gc.collect()

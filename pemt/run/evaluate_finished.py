@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.config import PemtError, RunConfig
-from pemt.data import load_split
+from pemt.config import PemtError, RunConfig, for_reader
+from pemt.data import Rows, load_split, memory_split
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import evaluate
 from pemt.run.finished import LoadedRun, finished_config, load_on_all, prepare_finished
 from pemt.run.results import results_block, scores_of, write_results
-from pemt.tasks import SPLITS
+from pemt.tasks import SPLITS, Metric, check_metrics
 
 
 def evaluate_run(
@@ -22,6 +22,9 @@ def evaluate_run(
     *,
     split: str = "test",
     output_file: str | None = None,
+    rows: Rows | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    constrain_labels: bool = False,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score a finished run on a split, print the scores and write them (all ranks call).
@@ -30,6 +33,10 @@ def evaluate_run(
         run_dir: the run's output folder; its best weights are scored.
         split: `train`, `validation` or `test`, as the run was given them.
         output_file: json; default: `<split>_results.json` in run_dir, after the task's name where it is not the run's.
+        rows: the split itself, in memory, as `run_adapt` takes it.
+        metrics: a caller's own, as `run_adapt` takes them.
+        constrain_labels: score the most likely label, too, where answers are labels: `<split>_accuracy_by_likelihood`
+            beside `<split>_accuracy`, which is by generation, as published.
         overrides: as for `finished_config`.
 
     Returns:
@@ -40,15 +47,29 @@ def evaluate_run(
     """
     config = finished_config(run_dir, overrides)
     _check_split(config, split)
+    data = None if rows is None else memory_split(split, rows)
+    if data is None:
+        _check_data(config, run_dir)
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     finished = load_on_all(run_dir, config, engine)
     # Trained on an answer a time, scored once an example.
     task = replace(finished.task, train_on_every_answer=False)
+    check_metrics(task, metrics or {})
+    if constrain_labels and not task.labels:
+        raise PemtError(f"constrain_labels: task {task.name} has no labels; leave it out")
     with engine.local_first(f"preparing the examples of {task.name}"):
-        examples, notes, made = load_split(task, config, finished.tokenizer, split)
+        examples, notes, made = load_split(task, config, finished.tokenizer, split, data)
     prepare_finished(finished, engine)
-    scored = evaluate(engine, examples, task=task, tokenizer=finished.tokenizer, config=config)
+    scored = evaluate(
+        engine,
+        examples,
+        task=task,
+        tokenizer=finished.tokenizer,
+        config=config,
+        metrics=metrics,
+        by_likelihood=constrain_labels,
+    )
     results = {
         "run": str(finished.folder),
         "checkpoint": finished.checkpoint.name,
@@ -61,6 +82,13 @@ def evaluate_run(
     engine.on_rank0(lambda: _write(finished, results, notes, output_file), "writing results")
     engine.release()
     return results
+
+
+def _check_data(config: RunConfig, run_dir: str | Path) -> None:
+    if config.data_fingerprint is not None and config.data_dir is None:
+        raise PemtError(
+            f"{run_dir}: was trained on rows in memory; give --data_dir, or in Python `evaluate_run(..., rows=...)`"
+        )
 
 
 def _check_split(config: RunConfig, split: str) -> None:
@@ -80,6 +108,6 @@ def _write(
         name = f"{finished.config.task_name}_{name}"
     path = Path(output_file or finished.folder / name)
     for note in notes:
-        print(note)
+        print(for_reader(note))
     print(results_block(results, {"results": path, "checkpoint": finished.checkpoint}), flush=True)
     write_results(path, results)

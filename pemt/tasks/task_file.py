@@ -85,6 +85,29 @@ def load_task_file(path: str | Path) -> Task:
         raise TaskError(f"{path}: {error}") from None
 
 
+def task_text(task: Task) -> str | None:
+    """A task as the YAML file that `load_task_file` reads; None for one with functions, which no file can hold."""
+    values: dict[str, Any] = {}
+    for each in dataclasses.fields(Task):
+        value = getattr(task, each.name)
+        if value == each.default:
+            continue
+        if each.name not in READERS:
+            return None
+        values[each.name] = value
+    plain = {
+        "aliases": lambda pairs: dict(pairs),
+        "hub": dataclasses.asdict,
+        "files": lambda pairs: {
+            split: [str(Path(name).absolute()) for of, name in pairs if of == split]
+            for split, _ in pairs
+        },
+    }
+    for key, value in values.items():
+        values[key] = plain.get(key, lambda v: list(v) if isinstance(v, tuple) else v)(value)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
 def mapping_of(path: Path) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]:
     """The YAML file's top-level mapping, and the same with all values as they are written."""
     try:
