@@ -157,8 +157,7 @@ class RunConfig:
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self)
-        self._expand_home()
+        self._read_types()
         _check_finite(self)
         self._at_least(
             1,
@@ -208,7 +207,9 @@ class RunConfig:
                 "to start over or to resume"
             )
 
-    def _expand_home(self) -> None:
+    def _read_types(self) -> None:
+        """Types are right, and `~` is home."""
+        check_types(self)
         for name in PATHS:
             value = getattr(self, name, None)
             if isinstance(value, str):

@@ -7,7 +7,6 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
 from typing import Any, Literal, TypeVar, Union
 
 from pemt.config.errors import ConfigError
@@ -23,7 +22,7 @@ def check_types(config: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: in the command line's words: `learning_rate: found `'1e-3'`, expected float`.
     """
-    hints = _hints(type(config))
+    hints = typing.get_type_hints(type(config))
     for each in fields(config):
         value, hint = getattr(config, each.name), hints[each.name]
         plain = _as_yaml(value, hint)
@@ -44,11 +43,6 @@ def inherits_docs(kind: T) -> T:
     *_, theirs = (parent.__doc__ or "").partition("    Args:\n")
     kind.__doc__ = f"{(kind.__doc__ or '').rstrip()}\n{theirs}"
     return kind
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def _as_yaml(value: Any, hint: Any) -> Any:

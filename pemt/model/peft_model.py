@@ -186,7 +186,9 @@ class PeftT5(BaselineT5):
 
         # What stands before the encoder's input peft puts there itself, in a pass of all.
         def logits_of(targets_BT: Tensor) -> Tensor:
-            return self.forward(input_ids, attention_mask, targets_BT).logits
+            logits_BTV = self.forward(input_ids, attention_mask, targets_BT).logits
+            assert logits_BTV is not None
+            return logits_BTV
 
         return log_likelihoods(logits_of, labels, input_ids), None
 

@@ -53,8 +53,8 @@ def check_nothing_given(config: RunConfig) -> None:
     """
     if config.data_fingerprint is not None:
         raise DataError(
-            "data_fingerprint: data or task of this run were given in Python: `run_adapt(config, train=..., task=...)`. "
-            "Give them there again; or take that line out, and give --data_dir and a new output_dir"
+            "data_fingerprint: data or task of this run were given in Python: `run_adapt(config, train=..., "
+            "task=...)`. Give them there again; or take that line out, and give --data_dir and a new output_dir"
         )
 
 

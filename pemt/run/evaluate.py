@@ -82,37 +82,26 @@ def evaluate(
         dataset: tokenised examples, as `load_task_data` gives them.
         task: tells metrics and the longest answer.
         metrics: a caller's own, as `score` takes them.
-        by_likelihood: score the most likely label of each example as well; the task must have labels.
+        by_likelihood: score the most likely label as well; the task must have labels.
         description: what the bar on rank 0 calls it.
         on_batch_end: called by all ranks after each batch; what it raises ends the evaluation.
     """
     started = time.perf_counter()
-    batch_size = config.per_device_eval_batch_size
-    what = f"{description} {task.name}"
-    with EvaluationBar(total=len(dataset), description=what, shown=engine.is_main) as bar:
-
-        def after_batch() -> None:
-            bar.advance(batch_size * engine.world_size)
-            on_batch_end()
-
-        labels = label_ids(task, tokenizer) if by_likelihood else []
-        tokens_NT, loss_N, targets_N, *more = over_ranks(
-            engine,
-            lengths_of(dataset),
-            batch_size=batch_size,
-            measure=partial(_measure, engine, dataset, task, tokenizer, config, labels),
-            on_batch_end=after_batch,
-        )
+    labels = label_ids(task, tokenizer) if by_likelihood else []
+    tokens_NT, loss_N, targets_N, *more = _with_bar(
+        engine,
+        dataset,
+        config,
+        description=f"{description} {task.name}",
+        measure=partial(_measure, engine, dataset, task, tokenizer, config, labels),
+        on_batch_end=on_batch_end,
+    )
     predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
     likely = [task.labels[i] for i in more.pop(0).argmax(dim=1)] if by_likelihood else None
     loss = float(loss_N.sum() / targets_N.sum().clamp(min=1))
     # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
     scores, likely_scores, loss = engine.on_rank0(
-        lambda: (
-            score(task, predictions, dataset, metrics),
-            None if likely is None else score(task, likely, dataset, metrics),
-            loss,
-        ),
+        lambda: (*_scored(task, predictions, likely, dataset, metrics), loss),
         f"scoring {len(predictions)} answers",
     )
     return Evaluation(
@@ -123,6 +112,44 @@ def evaluate(
         by_likelihood=likely_scores,
         runtime=time.perf_counter() - started,
     )
+
+
+def _with_bar(
+    engine: Engine,
+    dataset: Dataset,
+    config: RunConfig,
+    *,
+    description: str,
+    measure: Callable[[list[int]], list[Tensor]],
+    on_batch_end: Callable[[], None],
+) -> list[Tensor]:
+    """`over_ranks` with a bar on rank 0."""
+    batch_size = config.per_device_eval_batch_size
+    with EvaluationBar(total=len(dataset), description=description, shown=engine.is_main) as bar:
+
+        def after_batch() -> None:
+            bar.advance(batch_size * engine.world_size)
+            on_batch_end()
+
+        return over_ranks(
+            engine,
+            lengths_of(dataset),
+            batch_size=batch_size,
+            measure=measure,
+            on_batch_end=after_batch,
+        )
+
+
+def _scored(
+    task: Task,
+    predictions: list[str],
+    likely: list[str] | None,
+    dataset: Dataset,
+    metrics: Mapping[str, Metric] | None,
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Scores by generation, and by likelihood where that was asked for."""
+    generated = score(task, predictions, dataset, metrics)
+    return generated, None if likely is None else score(task, likely, dataset, metrics)
 
 
 def over_ranks(

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pemt.config import PemtError, RunConfig, for_reader
-from pemt.data import Rows, load_split, memory_split
+from pemt.data import MemoryData, Rows, load_split, memory_split
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
-from pemt.run.evaluate import evaluate
+from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.finished import LoadedRun, finished_config, load_on_all, prepare_finished
 from pemt.run.results import results_block, scores_of, write_results
-from pemt.tasks import SPLITS, Metric, check_metrics
+from pemt.tasks import SPLITS, Metric, Task, check_metrics
 
 
 def evaluate_run(
@@ -33,8 +33,7 @@ def evaluate_run(
         run_dir: the run's output folder; its best weights are scored.
         split: `train`, `validation` or `test`, as the run was given them.
         output_file: json; default: `<split>_results.json` in run_dir, after the task's name where it is not the run's.
-        rows: the split itself, in memory, as `run_adapt` takes it.
-        metrics: a caller's own, as `run_adapt` takes them.
+        rows, metrics: the split itself, in memory, and a caller's own metrics, as `run_adapt` takes them.
         constrain_labels: score the most likely label, too, where answers are labels: `<split>_accuracy_by_likelihood`
             beside `<split>_accuracy`, which is by generation, as published.
         overrides: as for `finished_config`.
@@ -47,17 +46,11 @@ def evaluate_run(
     """
     config = finished_config(run_dir, overrides)
     _check_split(config, split)
-    data = None if rows is None else memory_split(split, rows)
-    if data is None:
-        _check_data(config, run_dir)
+    data = _data(config, run_dir, split, rows)
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     finished = load_on_all(run_dir, config, engine)
-    # Trained on an answer a time, scored once an example.
-    task = replace(finished.task, train_on_every_answer=False)
-    check_metrics(task, metrics or {})
-    if constrain_labels and not task.labels:
-        raise PemtError(f"constrain_labels: task {task.name} has no labels; leave it out")
+    task = _scored_task(finished, metrics or {}, constrain_labels=constrain_labels)
     with engine.local_first(f"preparing the examples of {task.name}"):
         examples, notes, made = load_split(task, config, finished.tokenizer, split, data)
     prepare_finished(finished, engine)
@@ -70,25 +63,45 @@ def evaluate_run(
         metrics=metrics,
         by_likelihood=constrain_labels,
     )
-    results = {
-        "run": str(finished.folder),
-        "checkpoint": finished.checkpoint.name,
-        "task_name": config.task_name,
-        "split": split,
-        "examples": len(scored.predictions),
-        "split_origin": made,
-        **scores_of(scored, finished.gate_names, split=split),
-    }
+    results = _results(finished, scored, split=split, origin=made)
     engine.on_rank0(lambda: _write(finished, results, notes, output_file), "writing results")
     engine.release()
     return results
 
 
-def _check_data(config: RunConfig, run_dir: str | Path) -> None:
+def _scored_task(
+    finished: LoadedRun, metrics: Mapping[str, Metric], *, constrain_labels: bool
+) -> Task:
+    # Trained on an answer a time, scored once an example.
+    task = replace(finished.task, train_on_every_answer=False)
+    check_metrics(task, metrics)
+    if constrain_labels and not task.labels:
+        raise PemtError(f"constrain_labels: task {task.name} has no labels; leave it out")
+    return task
+
+
+def _results(finished: LoadedRun, scored: Evaluation, *, split: str, origin: str) -> dict[str, Any]:
+    return {
+        "run": str(finished.folder),
+        "checkpoint": finished.checkpoint.name,
+        "task_name": finished.config.task_name,
+        "split": split,
+        "examples": len(scored.predictions),
+        "split_origin": origin,
+        **scores_of(scored, finished.gate_names, split=split),
+    }
+
+
+def _data(
+    config: RunConfig, run_dir: str | Path, split: str, rows: Rows | None
+) -> MemoryData | None:
+    if rows is not None:
+        return memory_split(split, rows)
     if config.data_fingerprint is not None and config.data_dir is None:
         raise PemtError(
             f"{run_dir}: was trained on rows in memory; give --data_dir, or in Python `evaluate_run(..., rows=...)`"
         )
+    return None
 
 
 def _check_split(config: RunConfig, split: str) -> None:

@@ -119,9 +119,8 @@ class Predictor:
             inputs: source texts, or rows with the fields of the task's template; one alone is a list of one.
             batch_size: inputs of a rank's batch; default: per_device_eval_batch_size.
             num_beams, max_new_tokens: of a generated answer; default: as the run was scored.
-            constrain_labels: answer with the most likely label of the task, and tell how likely each is; false
-                generates, as the run was scored. Default: true where the task has labels and neither num_beams nor
-                max_new_tokens is given.
+            constrain_labels: answer with the most likely label, and tell how likely each is; false generates. Default:
+                true where the task has labels and neither num_beams nor max_new_tokens is given.
 
         Raises:
             RowError: a row lacks a field.
@@ -132,11 +131,7 @@ class Predictor:
         config, task = self.finished.config, self.finished.task
         longest = longest_target(task, max_new_tokens or config.max_target_length)
         beams = num_beams or config.num_beams
-        texts = [
-            text
-            for each in ([inputs] if isinstance(inputs, str | Mapping) else inputs)
-            for text in ([each] if isinstance(each, str) else sources_of(task, each))
-        ]
+        texts = _texts(task, inputs)
         if not texts:
             return []
         ids = self._encoded(texts)
@@ -150,9 +145,9 @@ class Predictor:
             ),
         )
         named = (
-            [self.finished.gate_names.named(gates_LK) for gates_LK in gates[0]]
+            [self.finished.gate_names.named(each) for each in gates[0]]
             if gates
-            else [{} for _ in texts]
+            else [{}] * len(texts)
         )
         return [
             Prediction(input=text, **answer, gates=weights)
@@ -211,6 +206,16 @@ class Predictor:
         if labels:
             return label_batch(engine, batch, labels)
         return answer_batch(engine, batch, longest=longest, num_beams=num_beams)
+
+
+def _texts(
+    task: Task, inputs: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
+) -> list[str]:
+    return [
+        text
+        for each in ([inputs] if isinstance(inputs, str | Mapping) else inputs)
+        for text in ([each] if isinstance(each, str) else sources_of(task, each))
+    ]
 
 
 def _constrains(task: Task, asked: bool | None, *, generating: bool) -> bool:

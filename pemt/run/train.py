@@ -39,8 +39,6 @@ from pemt.run.results import results_block, results_of, write_predictions, write
 from pemt.run.session import Session
 from pemt.tasks import Metric, Task, check_metrics
 
-_BUILDING = "building the model"
-
 
 def run_source(
     config: SourceConfig,
@@ -75,12 +73,7 @@ def run_source(
     config, engine = _with_engine(start)
     with usable_after_interrupt(engine):
         setup = set_up(config, engine, start, given)
-        base = setup.base
-        description = config.description or setup.task.description
-        with engine.together(_BUILDING):
-            built = build_model(
-                config, base=base, tokenizer=setup.tokenizer, description=description
-            )
+        built = _built(config, setup)
         with Session(config, engine) as session:
             fitted, tested = _fit_and_test(config, setup, built, session)
             engine.on_rank0(
@@ -149,25 +142,30 @@ def run_adapt(
     check_method(config)
     with usable_after_interrupt(engine):
         setup = set_up(config, engine, start, given)
-        with engine.together(_BUILDING):
-            built = build_model(
-                config,
-                base=setup.base,
-                tokenizer=setup.tokenizer,
-                description=config.description or setup.task.description,
-            )
-        if len(built.source_names) == 1 and engine.is_main:
-            print(
-                f"pemt: {built.source_names[0]} is the only expert: its gate is 1 everywhere, with nothing to choose "
-                "from",
-                file=sys.stderr,
-                flush=True,
-            )
+        built = _built(config, setup)
         with Session(config, engine) as session:
             fitted, tested = _fit_and_test(config, setup, built, session)
             results = _report(config, setup, built, fitted, tested)
     engine.release()
     return RunResults(results, config.output_dir)
+
+
+def _built(config: SourceConfig | AdaptConfig, setup: Setup) -> Built:
+    """The model; and what is to be said of it."""
+    with setup.engine.together("building the model"):
+        built = build_model(
+            config,
+            base=setup.base,
+            tokenizer=setup.tokenizer,
+            description=config.description or setup.task.description,
+        )
+    if len(built.source_names) == 1 and setup.engine.is_main:
+        print(
+            f"pemt: {built.source_names[0]} is the only expert: its gate is 1 everywhere, with nothing to choose from",
+            file=sys.stderr,
+            flush=True,
+        )
+    return built
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,11 @@ def test_the_order_is_kept_whatever_the_batches(world: Path, predictor: Predicto
 def test_texts_rows_and_inputs_are_the_same(world: Path, predictor: Predictor) -> None:
     row = {"text": "the box is red"}
     answers = predictor([row, "text : the box is red", {"input": "text : the box is red"}])
-    assert answers[0] == answers[1] == answers[2]
+    likely = [list((each.probabilities or {}).values()) for each in answers]
+    # a batch's rows are added up in different orders
+    assert likely[0] == pytest.approx(likely[1], abs=1e-5) == pytest.approx(likely[2], abs=1e-5)
+    first, *others = (replace(each, probabilities=None) for each in answers)
+    assert others == [first, first]
     assert predictor([]) == []
 
 
