@@ -130,7 +130,6 @@ class Predictor:
         constrain = _constrains(self.finished.task, constrain_labels, generating=generating)
         config, task = self.finished.config, self.finished.task
         longest = longest_target(task, max_new_tokens or config.max_target_length)
-        beams = num_beams or config.num_beams
         texts = _texts(task, inputs)
         if not texts:
             return []
@@ -141,7 +140,7 @@ class Predictor:
             [len(each) for each in ids],
             batch_size=batch_size or config.per_device_eval_batch_size,
             measure=lambda indices: self._measure(
-                [ids[i] for i in indices], longest, beams, labels
+                [ids[i] for i in indices], longest, num_beams or config.num_beams, labels
             ),
         )
         named = (
