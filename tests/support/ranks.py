@@ -6,19 +6,45 @@ Where the launcher itself, a variable that is read at import or a fresh interpre
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
+import subprocess
 import sys
 import traceback
 from argparse import Namespace
 from dataclasses import replace
 from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PRELOADED = ["pemt.engine.deepspeed_import", "datasets", "accelerate.commands.launch", "pemt.demo"]
+# By name all that a run imports: the packages of pemt and of transformers import their modules when they are used.
+PRELOADED = [
+    "pemt.engine.deepspeed_import",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "datasets",
+    "evaluate",
+    "peft",
+    "accelerate.commands.launch",
+    "torch._dynamo",
+    "scipy.io",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.t5.modeling_t5",
+    "transformers.models.t5.tokenization_t5",
+    "transformers.generation.utils",
+    "tensorboard.plugins.hparams.summary_v2",
+    "pemt.__main__",
+    "pemt.run.train",
+    "pemt.run.early",
+    "pemt.run.predict",
+    "pemt.run.evaluate_finished",
+    "pemt.sweep.run",
+    "pemt.demo.run",
+    "pemt.demo.pretraining",
+    "pemt.report.page",
+    "tests.support.tiny",
+]
 
 
 def deepspeed_json(folder: Path, name: str, **zero_fields: object) -> Path:
@@ -34,22 +60,48 @@ def deepspeed_json(folder: Path, name: str, **zero_fields: object) -> Path:
     return path
 
 
-def start(command: list[str], out: Path) -> BaseProcess:
-    """Start what `accelerate launch *command` would; `python *command` where it is the program itself, alone.
+class Forked:
+    """A forked launcher, or a program alone, as `subprocess.Popen` would show it.
 
     Args:
-        command: options of accelerate launch, and the program: `-m module`, and its arguments.
+        command: options of accelerate launch, and the program: `-m module`, and its arguments; the program alone where
+            there are no options.
         out: receives what all ranks print.
+        environment: all variables of the launcher and its ranks.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, __name__])
-    process = context.Process(target=_run, args=(command, str(out), dict(os.environ)))
-    process.start()
-    return process
+
+    def __init__(self, command: list[str], out: Path, environment: dict[str, str]) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload([*PRELOADED, __name__])
+        self.args = command
+        self._process = context.Process(target=_run, args=(command, str(out), environment))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not in `timeout` seconds.
+        """
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self._process.exitcode
 
 
 def _run(command: list[str], out: str, environment: dict[str, str]) -> None:
     os.setsid()
+    gc.freeze()  # each run of a test collects garbage at its end, half of its time over all that is imported
     written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):
         os.dup2(written, stream)
