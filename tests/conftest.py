@@ -43,7 +43,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("launch"):
             item.add_marker(pytest.mark.xdist_group("launch"))
     items.sort(key=lambda item: item.get_closest_marker("launch") is None)
-    # A run collects garbage at its end: over all that is imported that is half of a small run's time.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_imports() -> None:
+    """A run looks for garbage at its end; among all that is imported that takes half of a small run's time."""
     gc.collect()
     gc.freeze()
 
