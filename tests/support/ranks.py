@@ -68,13 +68,21 @@ class Forked:
             there are no options.
         out: receives what all ranks print.
         environment: all variables of the launcher and its ranks.
+        stdin: a pipe with a name, from which the program reads.
     """
 
-    def __init__(self, command: list[str], out: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        out: Path,
+        environment: dict[str, str],
+        *,
+        stdin: Path = Path(os.devnull),
+    ) -> None:
         context = get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED, __name__])
         self.args = command
-        self._process = context.Process(target=_run, args=(command, str(out), environment))
+        self._process = context.Process(target=_run, args=(command, out, stdin, environment))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -99,12 +107,13 @@ class Forked:
         return self._process.exitcode
 
 
-def _run(command: list[str], out: str, environment: dict[str, str]) -> None:
+def _run(command: list[str], out: Path, stdin: Path, environment: dict[str, str]) -> None:
     os.setsid()
     gc.freeze()  # each run of a test collects garbage at its end, half of its time over all that is imported
     written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):
         os.dup2(written, stream)
+    sys.stdin = stdin.open()
     os.environ.clear()
     os.environ.update(environment)
     if command[0] == "-m":
