@@ -34,7 +34,6 @@ PRELOADED = [
     "transformers.models.t5.tokenization_t5",
     "transformers.generation.utils",
     "tensorboard.plugins.hparams.summary_v2",
-    "pemt.__main__",
     "pemt.run.train",
     "pemt.run.early",
     "pemt.run.predict",
@@ -64,8 +63,8 @@ class Forked:
     """A forked launcher, or a program alone, as `subprocess.Popen` would show it.
 
     Args:
-        command: options of accelerate launch, and the program: `-m module`, and its arguments; the program alone where
-            there are no options.
+        command: options of accelerate launch, and the program: `-m module` and its arguments; that, or `-c text`, alone
+            where there are no options.
         out: receives what all ranks print.
         environment: all variables of the launcher and its ranks.
         stdin: a pipe with a name, from which the program reads.
@@ -110,14 +109,16 @@ class Forked:
 def _run(command: list[str], out: Path, stdin: Path, environment: dict[str, str]) -> None:
     os.setsid()
     gc.freeze()  # each run of a test collects garbage at its end, half of its time over all that is imported
-    written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600)
     for stream in (1, 2):
         os.dup2(written, stream)
-    sys.stdin = stdin.open()
+    # As an interpreter has them: line by line on a terminal.
+    sys.stdin, sys.stdout = stdin.open(), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(environment)
-    if command[0] == "-m":
-        _program(command[1], command[2:])
+    if command[0] in ("-m", "-c"):
+        _program(command[0], command[1], command[2:])
     else:
         _launch(command)
 
@@ -131,18 +132,21 @@ def _launch(command: list[str]) -> None:
     def run_forked(arguments: Namespace) -> None:
         config, *_ = run.config_from_args(arguments)
         launcher = elastic_launch(replace(config, start_method="fork"), _program)
-        launcher(arguments.training_script, arguments.training_script_args)
+        launcher("-m", arguments.training_script, arguments.training_script_args)
 
     run.run = run_forked
     launch.launch_command(launch.launch_command_parser().parse_args(command))
 
 
-def _program(module: str, arguments: list[str]) -> None:
-    """Be `python -m module *arguments`; torch's launcher waits for functions to return, so success returns."""
-    sys.argv = [module, *arguments]
+def _program(option: str, program: str, arguments: list[str]) -> None:
+    """Be `python -m` or `-c program *arguments`; torch's launcher waits for functions to return, so success returns."""
+    sys.argv = [program, *arguments]
     status = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if option == "-c":
+            exec(program, {"__name__": "__main__"})
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as left:
         status = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:  # noqa: BLE001 what the interpreter does with it
