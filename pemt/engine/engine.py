@@ -11,7 +11,6 @@ import pemt.engine.deepspeed_import  # noqa: F401
 # isort: split
 
 import contextlib
-import gc
 import math
 import warnings
 from collections.abc import Mapping
@@ -259,5 +258,4 @@ class Engine(Job):
         """Free the run's model and optimizer, if it has come so far; the process group lives on for the next run."""
         for name in ("module", "model", "optimizer", "base_optimizer", "trained"):
             vars(self).pop(name, None)
-        self._accelerator.free_memory()
-        gc.collect()
+        self._accelerator.free_memory()  # and collects what is garbage
