@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pemt import ops
-from pemt.ops import reference
+from pemt.ops import orthonormal, reference
 from tests.ops.op_cases import make_case, relative_error, results
 
 SHAPES = {
@@ -120,10 +120,31 @@ def test_an_expert_split_anew_is_the_same_product():
         torch.testing.assert_close(
             scales[0] * new_up @ new_down, 0.5 * up @ down, rtol=1e-5, atol=1e-2
         )
-        squares = new_up.T @ new_up
-        used = torch.diagonal(squares).round()
-        torch.testing.assert_close(squares, torch.diag(used), rtol=0, atol=1e-6)
+        squares = new_up.T @ new_up  # a projection on as many directions as the expert has
+        torch.testing.assert_close(squares @ squares, squares, rtol=0, atol=1e-6)
+        assert torch.diagonal(squares).sum().round() == min(rows, rank - 1)
         assert 0.1 < new_down.norm() / down.norm() < 10, "half precision holds what it held"
+
+
+@pytest.mark.parametrize(
+    "kind", ["independent", "a, a, b", "nearly dependent", "orthogonal", "zero", "rank above d_model"]
+)
+def test_both_factors_may_come_from_two_calls_that_round_differently(kind):
+    """The model makes them one after the other, and under ZeRO-3 every rank makes its part of each."""
+    torch.manual_seed(0)
+    up_DR = torch.randn(20, 33 if kind == "rank above d_model" else 12, dtype=torch.float64)
+    if kind == "a, a, b":
+        up_DR[:, 1] = up_DR[:, 0]
+    elif kind == "nearly dependent":
+        up_DR[:, 1] = up_DR[:, 0] + 1e-11 * up_DR[:, 1]
+    elif kind == "orthogonal":
+        up_DR = torch.linalg.qr(up_DR)[0]  # singular values alike: every turn of their vectors will do
+    elif kind == "zero":
+        up_DR[:] = 0
+    one_ulp = torch.finfo(torch.float64).eps * torch.randint(-1, 2, up_DR.shape)
+    first, second = orthonormal.split(up_DR), orthonormal.split(up_DR * (1 + one_ulp))
+    product = first.basis @ second.mix * second.size
+    torch.testing.assert_close(product, up_DR, rtol=1e-13, atol=1e-13)
 
 
 def test_an_expert_without_output_has_no_direction():
