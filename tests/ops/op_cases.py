@@ -117,6 +117,6 @@ def allowed_error(name: str, composed: dict[str, Tensor], truth: dict[str, Tenso
     allowed = 2 * relative_error(composed[source], truth[source])
     if (
         "dgates" in name
-    ):  # a few sums of numbers of both signs: in float32 PyTorch's can be exact by luck as well
+    ):  # a few sums of numbers of both signs: in float32 PyTorch's are exact by luck too
         allowed = max(allowed, 8 * torch.finfo(composed[name].dtype).eps)
     return allowed

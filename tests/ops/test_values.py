@@ -136,9 +136,7 @@ def test_both_factors_may_come_from_two_calls_that_round_differently(kind):
     elif kind == "nearly dependent":
         up_DR[:, 1] = up_DR[:, 0] + 1e-11 * up_DR[:, 1]
     elif kind == "orthogonal":
-        up_DR = torch.linalg.qr(up_DR)[
-            0
-        ]  # singular values alike: every turn of their vectors will do
+        up_DR = torch.linalg.qr(up_DR)[0]  # singular values alike: any turn of their vectors
     elif kind == "zero":
         up_DR[:] = 0
     one_ulp = torch.finfo(torch.float64).eps * torch.randint(-1, 2, up_DR.shape)
