@@ -2,8 +2,8 @@
 // defined for the CPU in cpu_*.cpp and for CUDA in cuda_*.cu. No torch header.
 //
 // B batch, S tokens, N = B * S, D d_model, K experts, R rank, T the sum of the ranks.
-// The experts' up projections are isometries: the norm of an output is that of its latent.
-// "Reals" are float, or double where the tensors are double; all sums run in them.
+// The experts' up projections have orthonormal columns: the norm of an output is that of its
+// latent. "Reals" are float, or double where the tensors are double; all sums run in them.
 #pragma once
 
 #include <cstdint>
