@@ -91,9 +91,8 @@ def test_experts_of_any_size_and_rank(implementation, dtype, d_model, kind):
     case = make_case(batch=16, tokens=4, d_ff=128, d_model=d_model, ranks=(1, 1, 1))
     down, up, ranks = raw_experts(kind, d_model, 128)
     given = replace(case, down=down, up=up, ranks=ranks, scales=[1.0, 0.5, -2.0])
-    factor = (
-        4 if dtype == torch.float32 else 2
-    )  # of PyTorch's error; factors are stored in float32 too
+    # of PyTorch's error. In float32 the new factors are rounded as well: 1.5 on average, up to 5 in 12 draws
+    factor = 8 if dtype == torch.float32 else 2
     exact = layer(given.to(torch.float64), reference.expert_mixture, reference.task_sparsity)
     composed = layer(given.to(dtype), reference.expert_mixture, reference.task_sparsity)
     down, up, scales, ranks = ops.orthonormal_experts(down, up, given.scales, ranks)
