@@ -143,7 +143,7 @@ class MixtureProjection(AdapterProjection, ABC):
 class LoraMixture(MixtureProjection):
     """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made.
 
-    Their factors are split anew for it, each expert's up projection into orthonormal columns; the sources keep theirs.
+    Their factors are split anew for it, each expert's up projection into an isometry; the sources keep theirs.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ def _downs(splits: Sequence[Split], downs_RF: Sequence[Tensor]) -> Tensor:
 
 
 def _bases(ups_DR: Sequence[Tensor]) -> Tensor:
-    """[D,N]: the up projections, each expert's columns orthonormal."""
+    """[D,N]: the up projections, each expert's an isometry."""
     return torch.cat([split(up).basis for up in ups_DR], dim=1)
 
 
