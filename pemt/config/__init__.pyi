@@ -23,6 +23,7 @@ from .parse import (
     flat as flat,
     make_config as make_config,
     parse_config as parse_config,
+    read_recipe as read_recipe,
     read_yaml_mapping as read_yaml_mapping,
     recipe_names as recipe_names,
     value_sources as value_sources,
@@ -35,6 +36,7 @@ from .parts import (
 from .schema import (
     NON_IDENTITY_FIELDS as NON_IDENTITY_FIELDS,
     PEFT_METHODS as PEFT_METHODS,
+    TENSORBOARD as TENSORBOARD,
     AdaptConfig as AdaptConfig,
     RunConfig as RunConfig,
     SourceConfig as SourceConfig,

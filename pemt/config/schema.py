@@ -20,6 +20,7 @@ NON_IDENTITY_FIELDS = (
     "output_dir",
     "gradient_accumulation_steps",
     "logging_steps",
+    "report_to",
     "max_skipped_steps",
     "save_steps",
     "save_total_limit",
@@ -29,6 +30,22 @@ NON_IDENTITY_FIELDS = (
     "ddp_timeout",
 )
 
+
+TENSORBOARD = "tensorboard"
+# What accelerate has trackers for.
+TRACKERS = (
+    *(
+        TENSORBOARD,
+        "wandb",
+        "mlflow",
+        "trackio",
+        "comet_ml",
+        "aim",
+        "clearml",
+        "dvclive",
+        "swanlab",
+    ),
+)
 
 # Fields that name files or folders: `~` in them is home, as in a shell.
 PATHS = (
@@ -86,6 +103,8 @@ class RunConfig:
         eval_strategy: when to validate: each epoch, every eval_steps, or never.
         eval_steps: validation interval in steps for `eval_strategy: steps`.
         logging_steps: interval of logged scalars, in steps.
+        report_to: experiment trackers besides log.jsonl, each by accelerate: tensorboard, wandb, mlflow, trackio,
+            comet_ml, aim, clearml, dvclive, swanlab; [] for none. All but the first are packages to install.
         save_steps: save every so many steps too; a checkpoint is written after each validation anyway,
             or after each epoch where there is none.
         save_total_limit: newest checkpoints kept; the best one stays besides.
@@ -138,6 +157,7 @@ class RunConfig:
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     eval_steps: int | None = None
     logging_steps: int = 10
+    report_to: list[str] = field(default_factory=lambda: [TENSORBOARD])
     save_steps: int | None = None
     save_total_limit: int = 2
     save_errors: Literal["stop", "warn"] = "stop"
@@ -182,6 +202,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MOST_SEED:
                 raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(f"report_to: found `{name}`, allowed are {', '.join(TRACKERS)}")
         if self.validation_split is not None and not 0 < self.validation_split < 1:
             raise ConfigError(
                 f"validation_split: found {self.validation_split}, a number between 0 and 1 is needed"
