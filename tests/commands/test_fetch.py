@@ -44,6 +44,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_base(root / "OWNER" / "tiny")
     glue = root / "OWNER" / "glue"
     glue.mkdir()
+    files = [f"  - split: {split}\n    path: {split}-*" for split in ("train", "validation")]
+    header = ["---", "configs:", "- config_name: default", "  data_files:", *files, "---"]
+    (glue / "README.md").write_text("\n".join([*header, "# A data set"]))
     for split, size in (("train", 20), ("validation", 8)):
         write_shard(glue, split, 0, 1, size, 0)
     (root.parent / "task.yaml").write_text(TASK)

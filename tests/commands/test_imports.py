@@ -107,7 +107,7 @@ ANSWERS = {
     "plan --model_name_or_path t5-base --bank_dir bank --ds_config {zero2}": "t5-base",
     "completion bash": "_shtab_pemt",
     "completion zsh": "_shtab_pemt",
-    "plan batch adapt --method adapter --config adapt --task_name rte --output_dir new": "32 examples",
+    "plan batch adapt --method adapter --config adapt --task_name rte --output_dir new": "8 4 1",
     "adapt --help": "--bank_dir",
     "fetch --help": "--to",
     "adapt --config adapt --print_config": "per_device_train_batch_size",

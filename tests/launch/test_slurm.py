@@ -179,6 +179,7 @@ def test_two_nodes_adapt_together_without_a_launcher(world: Path, bank: Path) ->
     assert sorted(hooked(world)) == ["node  lo", "node 0 lo", "node 1 lo"]
     assert "slurm_adapt.sbatch: NCCL_SOCKET_IFNAME=lo" in log
     assert "hf_secret" not in log
+    assert "Setting accelerator to CPU" not in log  # DeepSpeed's, of every rank
     (staged,) = (world / "scratch").glob("pemt-????????????")
     assert log.count(f"is copied to {staged}") == 1
     assert (staged / "datasets").is_dir()  # the examples were made there
