@@ -29,6 +29,7 @@ from .parse import (
     value_sources as value_sources,
 )
 from .parts import (
+    TENSORBOARD as TENSORBOARD,
     AdapterConfig as AdapterConfig,
     ExpertConfig as ExpertConfig,
     MixtureConfig as MixtureConfig,
@@ -36,7 +37,6 @@ from .parts import (
 from .schema import (
     NON_IDENTITY_FIELDS as NON_IDENTITY_FIELDS,
     PEFT_METHODS as PEFT_METHODS,
-    TENSORBOARD as TENSORBOARD,
     AdaptConfig as AdaptConfig,
     RunConfig as RunConfig,
     SourceConfig as SourceConfig,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pemt.config.errors import ConfigError
-from pemt.config.parts import AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.config.parts import TENSORBOARD, TRACKERS, AdapterConfig, ExpertConfig, MixtureConfig
 
 # Fields that may change when a run resumes: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
@@ -28,23 +28,6 @@ NON_IDENTITY_FIELDS = (
     "resume_from_checkpoint",
     "overwrite_output_dir",
     "ddp_timeout",
-)
-
-
-TENSORBOARD = "tensorboard"
-# What accelerate has trackers for.
-TRACKERS = (
-    *(
-        TENSORBOARD,
-        "wandb",
-        "mlflow",
-        "trackio",
-        "comet_ml",
-        "aim",
-        "clearml",
-        "dvclive",
-        "swanlab",
-    ),
 )
 
 # Fields that name files or folders: `~` in them is home, as in a shell.
@@ -175,6 +158,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._expand_home()
         _check_finite(self)
+        self._check_trackers()
         self._at_least(
             1,
             "max_source_length",
@@ -202,9 +186,6 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MOST_SEED:
                 raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
-        for name in self.report_to:
-            if name not in TRACKERS:
-                raise ConfigError(f"report_to: found `{name}`, allowed are {', '.join(TRACKERS)}")
         if self.validation_split is not None and not 0 < self.validation_split < 1:
             raise ConfigError(
                 f"validation_split: found {self.validation_split}, a number between 0 and 1 is needed"
@@ -231,6 +212,11 @@ class RunConfig:
             value = getattr(self, name, None)
             if isinstance(value, str):
                 object.__setattr__(self, name, os.path.expanduser(value))
+
+    def _check_trackers(self) -> None:
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(f"report_to: found `{name}`, allowed are {', '.join(TRACKERS)}")
 
     def _check_streaming(self) -> None:
         if self.max_steps <= 0:

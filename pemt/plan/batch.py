@@ -78,11 +78,13 @@ def _refusal(wanted: Wanted, nodes: int, ranks_per_node: int) -> str:
     fixed = "".join(f" x {name} {value}" for name, value in typed.items() if value is not None)
     at_once = ranks * (wanted.micro_batch or 1) * (wanted.accumulation or 1)
     dividing = [each for each in range(1, min(total, 64) + 1) if total % each == 0]
-    way_out = (
-        f"leave {' or '.join(name for name, value in typed.items() if value is not None)} out"
-        if fixed
-        else f"take {', '.join(map(str, dividing))} nodes"
-    )
+    if wanted.all_ranks:
+        given = " or ".join(name for name, value in typed.items() if value is not None)
+        way_out = f"leave {given} out"
+    elif fixed:  # it could not be resumed with another one
+        way_out = "as which the run in output_dir was begun: resume on fewer nodes, take another output_dir"
+    else:
+        way_out = f"take {', '.join(map(str, dividing))} nodes"
     return (
         f"global batch: found {nodes} node{'s' * (nodes > 1)} x {ranks_per_node} ranks{fixed} = {at_once} examples at "
         f"least, which does not divide the recipe's global batch of {total}; {way_out}, or set the global batch "

@@ -87,6 +87,9 @@ def test_a_run_that_was_begun_keeps_its_micro_batch(
         command = ["batch", "adapt", "--ranks_per_node", str(ranks), "--config", "adapt", *RUN]
         COMMANDS["plan"]([*command, "--output_dir", str(tmp_path)])
         assert capsys.readouterr().out == f"{numbers}\n"
+    (tmp_path / "config.yaml").write_text("per_device_train_batch_size: 32\n")
+    with pytest.raises(PemtError, match="the run in output_dir was begun: resume on fewer nodes"):
+        COMMANDS["plan"]([*command, "--num_nodes", "2", "--output_dir", str(tmp_path)])
 
 
 def test_a_division_reads_as_a_product() -> None:
