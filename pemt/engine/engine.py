@@ -11,7 +11,6 @@ import pemt.engine.deepspeed_import  # noqa: F401
 # isort: split
 
 import contextlib
-import gc
 import math
 import warnings
 from collections.abc import Mapping
@@ -270,5 +269,4 @@ class Engine(Job):
     def release(self) -> None:
         """Free the run's model and optimizer; the process group lives on for the next run."""
         del self.module, self.model, self.optimizer, self.base_optimizer, self.trained
-        self._accelerator.free_memory()
-        gc.collect()
+        self._accelerator.free_memory()  # and collects what is garbage
