@@ -107,7 +107,9 @@ def _docstring(kind: type[Any]) -> docstring_parser.Docstring:
 
 def _default(each: dataclasses.Field[Any]) -> str:
     if each.default_factory is not dataclasses.MISSING:
-        return "below"
+        if isinstance(each.default_factory, type):
+            return "below"
+        return f"`{json.dumps(each.default_factory())}`"
     if each.default is dataclasses.MISSING:
         return "required"
     shown = json.dumps(each.default) if isinstance(each.default, bool | None) else each.default

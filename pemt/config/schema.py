@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pemt.config.errors import ConfigError
-from pemt.config.parts import AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.config.parts import TENSORBOARD, TRACKERS, AdapterConfig, ExpertConfig, MixtureConfig
 
 # Fields that may change when a run resumes: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
@@ -20,6 +20,7 @@ NON_IDENTITY_FIELDS = (
     "output_dir",
     "gradient_accumulation_steps",
     "logging_steps",
+    "report_to",
     "max_skipped_steps",
     "save_steps",
     "save_total_limit",
@@ -28,7 +29,6 @@ NON_IDENTITY_FIELDS = (
     "overwrite_output_dir",
     "ddp_timeout",
 )
-
 
 # Fields that name files or folders: `~` in them is home, as in a shell.
 PATHS = (
@@ -86,6 +86,8 @@ class RunConfig:
         eval_strategy: when to validate: each epoch, every eval_steps, or never.
         eval_steps: validation interval in steps for `eval_strategy: steps`.
         logging_steps: interval of logged scalars, in steps.
+        report_to: experiment trackers besides log.jsonl, each by accelerate: tensorboard, wandb, mlflow, trackio,
+            comet_ml, aim, clearml, dvclive, swanlab; [] for none. All but the first are packages to install.
         save_steps: save every so many steps too; a checkpoint is written after each validation anyway,
             or after each epoch where there is none.
         save_total_limit: newest checkpoints kept; the best one stays besides.
@@ -138,6 +140,7 @@ class RunConfig:
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     eval_steps: int | None = None
     logging_steps: int = 10
+    report_to: list[str] = field(default_factory=lambda: [TENSORBOARD])
     save_steps: int | None = None
     save_total_limit: int = 2
     save_errors: Literal["stop", "warn"] = "stop"
@@ -155,6 +158,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._expand_home()
         _check_finite(self)
+        self._check_trackers()
         self._at_least(
             1,
             "max_source_length",
@@ -208,6 +212,11 @@ class RunConfig:
             value = getattr(self, name, None)
             if isinstance(value, str):
                 object.__setattr__(self, name, os.path.expanduser(value))
+
+    def _check_trackers(self) -> None:
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(f"report_to: found `{name}`, allowed are {', '.join(TRACKERS)}")
 
     def _check_streaming(self) -> None:
         if self.max_steps <= 0:

@@ -27,7 +27,7 @@ from pemt.engine import Engine, Job
 from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
 from pemt.monitor import progress_logger, quiet_libraries, record_outcome
 from pemt.run.build import Built, build_model, build_ops
-from pemt.run.early import check_base_place, check_method
+from pemt.run.early import check_base_place, check_method, check_trackers
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.loop import Fitted, fit, mixture_seen
 from pemt.run.prepare import Setup
@@ -151,6 +151,7 @@ def set_up(config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any]) -
         f"watching for another run in {config.output_dir}",
     )
     engine.on_rank0(lambda: check_base_place(config), f"looking for {config.model_name_or_path}")
+    engine.on_rank0(lambda: check_trackers(config), "looking for the trackers")
     task = get_task(config.task_name, config.task_file)
     build_ops(config, engine)
     with engine.local_first(f"fetching {config.model_name_or_path}"):
@@ -213,6 +214,7 @@ def _report(
             results=results,
             gates=built.gate_names,
             mixture=mixture,
+            trackers=engine.trackers,
         )
         write_results(folder / RESULTS, results)
         files = {
