@@ -12,7 +12,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from pemt.config import Parser
+from pemt.config import Parser, told_to_typists
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Command:
     about: str
 
     def __call__(self, arguments: list[str]) -> None:
-        """Run it on the command line behind its name."""
-        self._file().run(arguments)
+        """Run it on the command line behind its name; its errors name fields as they are typed."""
+        with told_to_typists():
+            self._file().run(arguments)
 
     def make_parser(self) -> Parser:
         """Its command line."""

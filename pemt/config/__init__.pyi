@@ -17,7 +17,12 @@ from .distribution import (
     other_distribution as other_distribution,
     version_line as version_line,
 )
-from .errors import ConfigError as ConfigError, PemtError as PemtError
+from .errors import (
+    ConfigError as ConfigError,
+    PemtError as PemtError,
+    for_reader as for_reader,
+    told_to_typists as told_to_typists,
+)
 from .parse import (
     field_keys as field_keys,
     flat as flat,

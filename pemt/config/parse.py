@@ -22,7 +22,7 @@ import jsonargparse
 import yaml
 
 from pemt.config.command_line import nearest
-from pemt.config.errors import ConfigError
+from pemt.config.errors import ConfigError, told_to_typists
 from pemt.config.help import help_text
 from pemt.config.schema import RunConfig
 from pemt.config.yaml_file import load_yaml
@@ -47,13 +47,14 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         ConfigError: unknown key, wrong type, value out of range, unreadable or malformed YAML.
         SystemExit: after `--help` or `--print_config`.
     """
-    given, flags = _read(kind, arguments)
-    if not {"--help", "-h"}.isdisjoint(flags):
-        print(help_text(kind, prog, _published(kind, prog), recipe_names()), end="")
-        sys.exit(0)
-    if PRINT_CONFIG in flags:
-        _print_config(kind, prog, given, flags)
-    return _config(kind, prog, given, flags)
+    with told_to_typists():
+        given, flags = _read(kind, arguments)
+        if not {"--help", "-h"}.isdisjoint(flags):
+            print(help_text(kind, prog, _published(kind, prog), recipe_names()), end="")
+            sys.exit(0)
+        if PRINT_CONFIG in flags:
+            _print_config(kind, prog, given, flags)
+        return _config(kind, prog, given, flags)
 
 
 def make_config(

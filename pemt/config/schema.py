@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pemt.config.errors import ConfigError
 from pemt.config.parts import TENSORBOARD, TRACKERS, AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.config.types import check_types, inherits_docs
 
 # Fields that may change when a run resumes: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
@@ -54,6 +55,8 @@ class RunConfig:
         task_name: the task to train on (`pemt tasks` lists them).
         task_file: YAML file that describes a task of your own.
         data_dir: read the task from local files in this folder instead of the hub.
+        data_fingerprint: set by `run_adapt` and `run_source` where data or task are given in Python: a hash of what
+            they say, so that a run resumes on the same ones alone.
         validation_split: the share of the training examples (of each class alike, drawn by data_seed) that
             becomes validation, for data that has no validation set; without a test set, half of it becomes that.
         streaming: read the training set while training instead of beforehand, for data larger than memory and
@@ -115,6 +118,7 @@ class RunConfig:
     tokenizer_name: str | None = None
     task_file: str | None = None
     data_dir: str | None = None
+    data_fingerprint: str | None = None
     validation_split: float | None = None
     streaming: bool = False
     shuffle_buffer_size: int = 10_000
@@ -156,7 +160,7 @@ class RunConfig:
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
-        self._expand_home()
+        self._read_types()
         _check_finite(self)
         self._check_trackers()
         self._at_least(
@@ -207,7 +211,9 @@ class RunConfig:
                 "to start over or to resume"
             )
 
-    def _expand_home(self) -> None:
+    def _read_types(self) -> None:
+        """Types are right, and `~` is home."""
+        check_types(self)
         for name in PATHS:
             value = getattr(self, name, None)
             if isinstance(value, str):
@@ -253,6 +259,7 @@ def _check_finite(config: Any, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{each.name}: found {value}, a finite number is needed")
 
 
+@inherits_docs
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(RunConfig):
     """Stage 1, `pemt source`: train one source task's expert and prompt.
@@ -280,6 +287,7 @@ class SourceConfig(RunConfig):
 PEFT_METHODS = ("lora", "prompt", "peft")
 
 
+@inherits_docs
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig(RunConfig):
     """Stage 2, `pemt adapt`: adapt to a target task, over a bank of frozen experts or by a baseline.

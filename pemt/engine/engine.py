@@ -267,6 +267,7 @@ class Engine(Job):
         return self.trackers
 
     def release(self) -> None:
-        """Free the run's model and optimizer; the process group lives on for the next run."""
-        del self.module, self.model, self.optimizer, self.base_optimizer, self.trained
+        """Free the run's model and optimizer, if it has come so far; the process group lives on for the next run."""
+        for name in ("module", "model", "optimizer", "base_optimizer", "trained"):
+            vars(self).pop(name, None)
         self._accelerator.free_memory()  # and collects what is garbage

@@ -19,7 +19,7 @@ from pemt.config import (
     SourceConfig,
     launched_deepspeed_json,
 )
-from pemt.data import task_files
+from pemt.data import DataError, task_files
 from pemt.tasks import get_task
 
 
@@ -39,6 +39,7 @@ def check_early(config: RunConfig) -> None:
         return  # nothing is read any more
     check_lock(Path(config.output_dir))
     check_trackers(config)
+    check_nothing_given(config)
     check_inputs(config)
 
 
@@ -66,6 +67,19 @@ def check_trackers(config: RunConfig) -> None:
             raise ConfigError(
                 f"report_to: found `{name}`, which is not installed here; `pip install {name}`, or leave it out"
             )
+
+
+def check_nothing_given(config: RunConfig) -> None:
+    """Refuse to train a run whose data or task were given in Python without them.
+
+    Raises:
+        DataError: it is one.
+    """
+    if config.data_fingerprint is not None:
+        raise DataError(
+            "data_fingerprint: data or task of this run were given in Python: `run_adapt(config, train=..., "
+            "task=...)`. Give them there again; or take that line out, and give --data_dir and a new output_dir"
+        )
 
 
 def check_base_place(config: RunConfig) -> None:
