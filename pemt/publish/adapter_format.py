@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +64,7 @@ class Settings:
         max_source_length, max_new_tokens, num_beams: how it was scored, tokens and beams.
         reduction_factor: of the target adapter.
         train_layer_norms: whether the layer norms are among the trained.
+        gate: as in `MixtureConfig`; folders of before 2026-11-28 do not tell it, and have learned ones.
         sources: the experts, in the gates' order.
         dtype: the tensors'.
     """
@@ -83,6 +84,7 @@ class Settings:
     train_layer_norms: bool
     sources: list[SourceSettings]
     dtype: Dtype
+    gate: Literal["learned", "uniform"] = "learned"
 
 
 def write_adapter(
@@ -130,7 +132,7 @@ def read_settings(folder: Path) -> Settings:
             "peft.PeftModel.from_pretrained loads adapters of its own types"
         )
     for each in fields(Settings):
-        if each.name not in found:
+        if each.name not in found and each.default is MISSING:
             raise PublishError(f"{path}: lacks `{each.name}`; export the run again")
     if found["format"] != FORMAT or found["method"] not in METHODS:
         raise PublishError(
@@ -195,7 +197,7 @@ def _untrained(
     return PemtT5.target(
         base,
         sources=[_source(path, k, each, tensors) for k, each in enumerate(settings.sources)],
-        mixture=MixtureConfig(train_layer_norms=settings.train_layer_norms),
+        mixture=MixtureConfig(gate=settings.gate, train_layer_norms=settings.train_layer_norms),
         adapter=AdapterConfig(reduction_factor=settings.reduction_factor),
         prompt_PD=trained[PROMPT_PARAMETER],
     )

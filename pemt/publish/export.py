@@ -136,6 +136,7 @@ def _write_own(
         num_beams=config.num_beams,
         reduction_factor=config.adapter.reduction_factor,
         train_layer_norms=config.mixture.train_layer_norms,
+        gate=config.mixture.gate,
         sources=[
             SourceSettings(name=each.name, kind=each.kind, rank=each.rank, alpha=each.alpha)
             for each in experts

@@ -50,7 +50,8 @@ class Prediction:
         input: the source text, as the task's template makes it.
         prediction: the decoded answer.
         label: what the task calls the class that was answered; None where it has no names, or this is no class.
-        gates: FFN (`encoder/0` …, `decoder/0` …) -> source task -> weight; a row sums to 1. Empty without experts.
+        gates: site (`encoder/0` …, `decoder/0/self/q` …) -> source task -> weight, of those there; a row sums to 1.
+            Empty without experts.
     """
 
     input: str

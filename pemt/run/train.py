@@ -104,12 +104,8 @@ def run_adapt(config: AdaptConfig) -> dict[str, Any]:
             tokenizer=setup.tokenizer,
             description=config.description or setup.task.description,
         )
-    if len(built.source_names) == 1 and engine.is_main:
-        print(
-            f"pemt: {built.source_names[0]} is the only expert: its gate is 1 everywhere, with nothing to choose from",
-            file=sys.stderr,
-            flush=True,
-        )
+    for note in built.notes() if engine.is_main else ():
+        print(f"pemt: {note}", file=sys.stderr, flush=True)
     with Session(config, engine) as session:
         fitted, tested = _fit_and_test(config, setup, built, session)
         results = _report(config, setup, built, fitted, tested)

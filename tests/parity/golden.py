@@ -182,7 +182,7 @@ _ADAPTER_PARTS = {
 def _published_names(model: PemtT5, parameters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     names = {"task_shared": model.prompt.prompt}
     for site, place in _places(model.base):
-        wo, dense = site.dense.wo, f"{place}.DenseReluDense"
+        wo, dense = site.module, f"{place}.DenseReluDense"
         if model.expert is None:
             (gate,) = {f"{dense}.wo.w_gate", f"{dense}.w_gate"} & parameters.keys()
             names[gate] = wo.gate.weight
