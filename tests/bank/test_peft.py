@@ -193,7 +193,7 @@ def test_ranks_differ_within_a_bank(base: Path, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "head": ({"target_modules": ["q", "lm_head"]}, r"found adapters on lm_head .*train it with"),
+    "head": ({"target_modules": ["q", "lm_head"]}, r"found adapters on lm_head.*train it with"),
     "embeddings": ({"target_modules": ["wo", "shared"]}, r"found adapters on shared"),
     "dora": ({"use_dora": True}, "use_dora: found true, which is more than a plain LoRA"),
     "biases": ({"bias": "lora_only"}, 'bias: found "lora_only"'),

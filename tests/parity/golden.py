@@ -217,5 +217,4 @@ def _adapter_tasks(parameters: Mapping[str, Tensor], prefix: str) -> list[str]:
 def _places(base: Any) -> Iterator[tuple[Any, str]]:
     """Every FFN site with its layer's published path."""
     for site in ffn_sites(base):
-        layer = 2 if site.in_decoder else 1
-        yield site, f"{site.stack}.block.{site.layer}.layer.{layer}"
+        yield site, site.site.module.removesuffix(".DenseReluDense.wo")
