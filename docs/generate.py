@@ -106,9 +106,9 @@ def _docstring(kind: type[Any]) -> docstring_parser.Docstring:
 
 
 def _default(each: dataclasses.Field[Any]) -> str:
+    if isinstance(each.default_factory, type) and dataclasses.is_dataclass(each.default_factory):
+        return "below"
     if each.default_factory is not dataclasses.MISSING:
-        if isinstance(each.default_factory, type):
-            return "below"
         return f"`{json.dumps(each.default_factory())}`"
     if each.default is dataclasses.MISSING:
         return "required"

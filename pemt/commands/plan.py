@@ -11,6 +11,7 @@ from typing import Any
 
 from pemt.commands import plan_batch
 from pemt.config import AdapterConfig, ConfigError, ExpertConfig, Parser, RunConfig, command_parser
+from pemt.model import projections_of, target_sites
 from pemt.plan import (
     CHIPS,
     KNOWN,
@@ -123,6 +124,13 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--expert_rank", type=int, default=ExpertConfig.rank, metavar="R", help="(64)"
     )
     training.add_argument(
+        "--expert_target_modules", nargs="+", default=["wo"], metavar="NAME",
+        help="the layers that an expert is on: q k v o wi wi_0 wi_1 wo (wo)",
+    )  # fmt: skip
+    training.add_argument(
+        "--gate", choices=["learned", "uniform"], default="learned", help="(learned)"
+    )
+    training.add_argument(
         "--prompt_tokens", type=int, metavar="N", help="default: guessed from the description"
     )
     training.add_argument(
@@ -224,10 +232,15 @@ def _job(options: argparse.Namespace, division: Division) -> Job:
         task = get_task(options.task_name)
         words, target = len(task.description.split()), task.max_target_length or target
     prompt = options.prompt_tokens or math.ceil(TOKENS_A_WORD * words)
+    shape, experts = read_shape(options.model_name_or_path), options.num_experts
+    experts = 1 if options.method == "source" else experts
+    sites = target_sites(options.expert_target_modules, shape.base_shape)
     job = Job(
-        shape=read_shape(options.model_name_or_path),
+        shape=shape,
         method=options.method,
-        ranks=(options.expert_rank,) * (1 if options.method == "source" else options.num_experts),
+        ranks=(options.expert_rank,) * experts,
+        ranks_by_site=({site.name: options.expert_rank for site in sites},) * experts,
+        learned_gates=options.gate == "learned",
         prompt_tokens=prompt,
         source_prompt_tokens=prompt * options.num_experts,
         adapter_reduction=options.adapter_reduction_factor,
@@ -247,10 +260,10 @@ def _job(options: argparse.Namespace, division: Division) -> Job:
 
 
 def _bank(bank_dir: str) -> dict[str, Any]:
-    """Ranks and prompt lengths of a bank's entries."""
-    from pemt.bank import PROMPT, entry_folder, entry_names, read_shapes
+    """Ranks, sites and prompt lengths of a bank's entries."""
+    from pemt.bank import PROMPT, entry_folder, entry_names, read_shapes, site_names
 
-    ranks, prompts = [], 0
+    ranks, places, prompts = [], [], 0
     for task in entry_names(bank_dir):
         manifest, shapes = read_shapes(entry_folder(bank_dir, task))
         if manifest.kind != "lora":
@@ -259,8 +272,13 @@ def _bank(bank_dir: str) -> dict[str, Any]:
                 "only LoRA experts can be planned with"
             )
         ranks.append(manifest.rank)
+        places.append({site: shapes[f"{site}.down"][0] for site in site_names(shapes)})
         prompts += shapes[PROMPT][0]
-    return {"ranks": tuple(ranks), "source_prompt_tokens": prompts}
+    return {
+        "ranks": tuple(ranks),
+        "ranks_by_site": tuple(places),
+        "source_prompt_tokens": prompts,
+    }
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
@@ -294,8 +312,8 @@ def _at_least_one(options: argparse.Namespace, *names: str) -> None:
 
 
 def _experts(job: Job) -> str:
-    if job.method == "source":
-        return f"one LoRA expert of rank {job.ranks[0]}"
-    if not job.experts:
+    if job.method != "source" and not job.experts:
         return "no experts"
-    return f"{job.experts} LoRA experts of rank {', '.join(map(str, sorted(set(job.ranks))))}"
+    layers = projections_of([name for each in job.ranks_by_site for name in each])
+    many = "one LoRA expert" if job.method == "source" else f"{job.experts} LoRA experts"
+    return f"{many} on {layers}, of rank {', '.join(map(str, sorted(set(job.ranks))))}"

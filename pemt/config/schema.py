@@ -268,7 +268,7 @@ class SourceConfig(RunConfig):
         bank_dir: the expert bank that receives the entry.
         description: one sentence about the task; its tokens' embeddings start the task prompt.
             Default: the task's own.
-        expert: the expert's kind and size.
+        expert: the expert's kind, place and size.
     """
 
     bank_dir: str
@@ -282,6 +282,11 @@ class SourceConfig(RunConfig):
                 raise ConfigError(
                     f"expert.{name}: found {getattr(self.expert, name)}, it must be positive"
                 )
+        if self.expert.kind == "bottleneck" and self.expert.target_modules != ["wo"]:
+            raise ConfigError(
+                f"expert.target_modules: found {self.expert.target_modules}, a bottleneck expert is on [wo]; "
+                "`expert.kind: lora` goes on other layers"
+            )
 
 
 PEFT_METHODS = ("lora", "prompt", "peft")

@@ -1,6 +1,6 @@
 """A run's TensorBoard folder: scalars, pictures, texts, layout, the outcome beside the configuration.
 
-Shapes: N examples, L FFNs (the encoder's first), K sources, M = 1 + K prompts.
+Shapes: N examples, L sites (the encoder's first), K sources, M = 1 + K prompts.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class TensorBoardWriter(NoBoard):
             part: the data set, in the tags.
             title: stands over the pictures.
         """
-        for stack, entropy_Nl in self._gates.by_stack(entropy_NL(gates_NLK), dim=1).items():
+        for stack, entropy_Nl in self._gates.by_stack(
+            entropy_NL(gates_NLK, self._gates), dim=1
+        ).items():
             self._writer.add_histogram(f"gate_entropy_{part}/{stack}", entropy_Nl, step)
         began = time.monotonic()
         if self._drawing + self._last_drawing > DRAWING_SHARE * (began - self._started):
@@ -89,7 +91,9 @@ class TensorBoardWriter(NoBoard):
 
         named = self._gates.named(gates_NLK.mean(dim=0))
         for stack in STACKS:
-            pixels = figures.gate_map(of_stack(named, stack), title=f"{stack}, {title}")
+            if not (of_one := of_stack(named, stack)):
+                continue
+            pixels = figures.gate_map(of_one, title=f"{stack}, {title}")
             self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
         prompts = ["target", *self._gates.sources]
         pixels = figures.similarity_map(similarity_MM.numpy(), names=prompts, title=title)

@@ -1,6 +1,6 @@
 """What a run says while it trains: to TensorBoard and other trackers, to log.jsonl, to a terminal or a file.
 
-Shapes: N examples, L FFNs (the encoder's first), K sources, M = 1 + K prompts.
+Shapes: N examples, L sites (the encoder's first), K sources, M = 1 + K prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pemt.monitor.hparams import plain_fields
 from pemt.monitor.log_file import LOG_FILE, TENSORBOARD_FOLDER, LogFile
 from pemt.monitor.provenance import config_text, environment_text
 
-NO_GATES = GateNames(sources=(), sites=())
+NO_GATES = GateNames(sources=(), sites={})
 
 
 class LogError(PemtError):

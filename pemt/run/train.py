@@ -159,12 +159,8 @@ def _built(config: SourceConfig | AdaptConfig, setup: Setup) -> Built:
             tokenizer=setup.tokenizer,
             description=config.description or setup.task.description,
         )
-    if len(built.source_names) == 1 and setup.engine.is_main:
-        print(
-            f"pemt: {built.source_names[0]} is the only expert: its gate is 1 everywhere, with nothing to choose from",
-            file=sys.stderr,
-            flush=True,
-        )
+    for note in built.notes() if setup.engine.is_main else ():
+        print(f"pemt: {note}", file=sys.stderr, flush=True)
     return built
 
 

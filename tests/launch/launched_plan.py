@@ -30,7 +30,7 @@ from pemt.config.schema import AdapterConfig, MixtureConfig, RunConfig
 from pemt.engine import Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.engine.process import peak, watch_peak
-from pemt.model import ExpertSource, PemtT5, base_shape
+from pemt.model import ExpertSource, PemtT5, Site, base_shape
 from pemt.plan import Job
 from pemt.plan.shapes import Shape
 from pemt.run.prepare import prepare
@@ -97,7 +97,8 @@ def sources_of(
 ) -> list[ExpertSource]:
     """Random experts such as a job plans with, for a base model of this `base_shape`."""
     prompt = job.source_prompt_tokens // len(job.ranks)
-    return random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, names=names)
+    sites = [[Site.named(name) for name in each] for each in job.ranks_by_site] or None
+    return random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, names=names, sites=sites)
 
 
 def main(world: Path, folder: Path, *, large: bool) -> None:
