@@ -124,13 +124,8 @@ class PemtT5(TrainedT5):
         )
         context = PassContext(prompt_length=len(prompt_PD))
         for site in linear_sites(base):
-            _mix_at(
-                site,
-                [source for source in sources if source.is_on(site.name)],
-                mixture,
-                adapter,
-                context,
-            )
+            there = [source for source in sources if source.is_on(site.name)]
+            _mix_at(site, there, mixture, adapter, context)
         if kind is not None:
             pass_encoder_prompt(base, context)
         names = [source.name for source in sources]
