@@ -106,7 +106,7 @@ def _docstring(kind: type[Any]) -> docstring_parser.Docstring:
 
 
 def _default(each: dataclasses.Field[Any]) -> str:
-    if dataclasses.is_dataclass(each.default_factory):
+    if isinstance(each.default_factory, type) and dataclasses.is_dataclass(each.default_factory):
         return "below"
     if each.default_factory is not dataclasses.MISSING:
         return f"`{json.dumps(each.default_factory())}`"

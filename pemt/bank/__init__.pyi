@@ -1,10 +1,12 @@
 from .entries import (
     import_official as import_official,
     read_bank as read_bank,
+    read_entry as read_entry,
     write_entry as write_entry,
 )
 from .manifests import (
     PROMPT as PROMPT,
+    BankError as BankError,
     chosen_entries as chosen_entries,
     entry_folder as entry_folder,
     entry_names as entry_names,

@@ -9,15 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pemt.commands import plan_batch
 from pemt.config import AdapterConfig, ConfigError, ExpertConfig, Parser, RunConfig, command_parser
 from pemt.model import projections_of, target_sites
 from pemt.plan import (
     CHIPS,
     KNOWN,
     Cluster,
+    Division,
     Job,
     PlanError,
+    Wanted,
     describe,
+    divide,
     figures,
     read_shape,
     read_zero,
@@ -28,9 +32,15 @@ EXPERTS = 6
 
 
 def run(arguments: list[str]) -> None:
-    """`pemt plan`."""
+    """`pemt plan`, and `pemt plan batch`."""
+    if arguments[:1] == ["batch"]:
+        plan_batch.run(arguments[1:])
+        return
     options = make_parser().parse_args(arguments)
-    job, cluster = _job(options), _cluster(options)
+    cluster = _cluster(options)
+    division = _division(options, cluster)
+    cluster = replace(cluster, gpus_per_node=division.ranks_per_node)
+    job = _job(options, division)
     zero = read_zero(options.ds_config)
     found = figures(job, zero, cluster, options.ds_config.parent)
     if options.json:
@@ -40,6 +50,7 @@ def run(arguments: list[str]) -> None:
         f"{options.model_name_or_path}, {job.method}, {zero.name}: {cluster.nodes} x "
         f"{cluster.gpus_per_node} {options.gpu}, {job.batch} x ({job.encoder_tokens} -> {job.target}) "
         f"tokens a GPU, {_experts(job)}, {options.precision}\n"
+        f"global batch: {division}{_beside_recipe(options, division)}\n"
     )
     print(describe(found, job, zero, cluster))
 
@@ -56,6 +67,7 @@ def make_parser() -> Parser:
         "pemt plan --model_name_or_path google/flan-t5-xl --task_name superglue-cb \\",
         "      --num_nodes 4 --gpus_per_node 8 --gpu h100-80 --ds_config ds_configs/zero3.json",
         "pemt plan --model_name_or_path ./my-t5 --bank_dir bank --gpu a100-40 --json",
+        "pemt plan batch --help          # the same division for a script: ranks, micro-batch, accumulation",
     )
     _training_options(parser)
     machines = parser.add_argument_group("the machines")
@@ -132,12 +144,24 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _batch_options(training: argparse._ArgumentGroup) -> None:
-    batch, length = RunConfig.per_device_train_batch_size, RunConfig.max_source_length
+    length = RunConfig.max_source_length
     training.add_argument(
-        "--per_device_train_batch_size", type=int, default=batch, metavar="N", help=f"({batch})"
+        "--global_batch_size",
+        type=int,
+        metavar="N",
+        help="examples of a step on all ranks; default: the recipe's, unless the next one is given",
     )
     training.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, metavar="N", help="(1)"
+        "--per_device_train_batch_size",
+        type=int,
+        metavar="N",
+        help="default: what keeps the global batch",
+    )
+    training.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        metavar="N",
+        help="default: what keeps the global batch, or 1",
     )
     training.add_argument(
         "--max_source_length", type=int, default=length, metavar="N", help=f"({length})"
@@ -154,15 +178,50 @@ def _batch_options(training: argparse._ArgumentGroup) -> None:
     training.add_argument("--gradient_checkpointing", action="store_true")
 
 
-def _job(options: argparse.Namespace) -> Job:
+def _division(options: argparse.Namespace, cluster: Cluster) -> Division:
+    """The recipe's global batch over all GPUs, unless another one or a rank's share was typed."""
+    _at_least_one(
+        options, "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"
+    )
+    micro, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    recipe = _recipe_batch(options)
+    if micro is not None and options.global_batch_size is None:
+        return Division(
+            nodes=cluster.nodes,
+            ranks_per_node=cluster.gpus_per_node,
+            micro_batch=micro,
+            accumulation=accumulation or 1,
+        )
+    wanted = Wanted(
+        global_batch=options.global_batch_size or recipe,
+        most=recipe,
+        micro_batch=micro,
+        accumulation=accumulation,
+        all_ranks=not (micro is None and accumulation is None),
+    )
+    return divide(wanted, nodes=cluster.nodes, ranks_per_node=cluster.gpus_per_node)
+
+
+def _recipe_batch(options: argparse.Namespace) -> int:
+    return plan_batch.recipe_batch("source" if options.method == "source" else "adapt")
+
+
+def _beside_recipe(options: argparse.Namespace, division: Division) -> str:
+    """What else to tell of the global batch: that it is not the recipe's, or that it leaves GPUs idle."""
+    recipe = _recipe_batch(options)
+    if division.global_batch != recipe:
+        return f"; the recipe's is {recipe}"
+    unused = plan_batch.unused_ranks(division, options.gpus_per_node)
+    return f", the recipe's{f'; {unused}' if unused else ''}"
+
+
+def _job(options: argparse.Namespace, division: Division) -> Job:
     _at_least_one(
         options,
         "num_experts",
         "expert_rank",
         "prompt_tokens",
         "adapter_reduction_factor",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
         "max_source_length",
         "max_target_length",
     )
@@ -185,10 +244,10 @@ def _job(options: argparse.Namespace) -> Job:
         prompt_tokens=prompt,
         source_prompt_tokens=prompt * options.num_experts,
         adapter_reduction=options.adapter_reduction_factor,
-        batch=options.per_device_train_batch_size,
+        batch=division.micro_batch,
         source=options.max_source_length,
         target=options.max_target_length or target,
-        accumulation=options.gradient_accumulation_steps,
+        accumulation=division.accumulation,
         bytes_per_value=4 if options.precision == "fp32" else 2,
         gradient_checkpointing=options.gradient_checkpointing,
     )

@@ -1,9 +1,25 @@
-"""The sections of a configuration: expert, adapter, mixture."""
+"""The sections of a configuration: expert, adapter, mixture; and the trackers there are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+TENSORBOARD = "tensorboard"
+# What accelerate has trackers for.
+TRACKERS = (
+    *(
+        TENSORBOARD,
+        "wandb",
+        "mlflow",
+        "trackio",
+        "comet_ml",
+        "aim",
+        "clearml",
+        "dvclive",
+        "swanlab",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

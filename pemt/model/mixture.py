@@ -121,7 +121,7 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
 class LoraMixture(MixtureProjection):
     """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made.
 
-    Their factors are split anew for it, each expert's up projection into orthonormal columns; the sources keep theirs.
+    Their factors are split anew for it, each expert's up projection into an isometry; the sources keep theirs.
     """
 
     def __init__(

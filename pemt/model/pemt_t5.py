@@ -33,6 +33,7 @@ from pemt.model.inject import (
     linear_sites,
     pass_encoder_prompt,
 )
+from pemt.model.likelihood import decoder_of, log_likelihoods
 from pemt.model.mixture import MIXTURES, AdapterProjection
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_digest, base_shape
@@ -147,9 +148,23 @@ class PemtT5(TrainedT5):
     def sparsity_loss_weight(self) -> float:
         return 0.0 if self.mixture is None else self.mixture.sparsity_loss_weight
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+    ) -> PemtOutput:
+        """As `TrainedT5.forward`; T5's own `decoder_input_ids` [B,T] may take the labels' place, or stand before them.
+
+        Without labels there is no loss.
+        """
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
-        counted_BT = labels != IGNORED_LABEL
+        if decoder_input_ids is None:
+            assert labels is not None, "neither labels nor decoder_input_ids"
+            decoder_input_ids = self.base.prepare_decoder_input_ids_from_labels(labels)
+        no_mask = torch.ones_like(decoder_input_ids, dtype=torch.bool)
+        counted_BT = no_mask if labels is None else labels != IGNORED_LABEL
         over_padding = self.mixture is None or self.mixture.sparsity_over_padding
         with self.context.recording(
             encoder_mask_BS=None if over_padding else mask_BS,
@@ -158,10 +173,10 @@ class PemtT5(TrainedT5):
             out = self.base(
                 inputs_embeds=embeds_BSD,
                 attention_mask=mask_BS,
-                decoder_input_ids=self.base.prepare_decoder_input_ids_from_labels(labels),
+                decoder_input_ids=decoder_input_ids,
                 use_cache=False,
             )
-        ce_loss = mean_cross_entropy(out.logits, labels)
+        ce_loss = None if labels is None else mean_cross_entropy(out.logits, labels)
         return PemtOutput(
             ce_loss=ce_loss,
             logits=out.logits,
@@ -189,6 +204,18 @@ class PemtT5(TrainedT5):
         batch = len(input_ids)
         return tokens_BT, self._all_gates([each[:: len(each) // batch] for each in gates], dim=1)
 
+    @torch.no_grad()
+    def label_log_likelihoods(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
+        base: Any = self.base
+        # As `generate`: the decoder's gates are computed for the first label, and serve all.
+        with self.context.answering() as gates, fast_generate(base):
+            states = base.encoder(inputs_embeds=embeds_BSD, attention_mask=mask_BS)
+            likely_BC = log_likelihoods(decoder_of(base, states, mask_BS), labels, input_ids)
+        return likely_BC, self._all_gates(gates, dim=1) if gates else None
+
     def export_expert(
         self, name: str, *, state: Mapping[str, Tensor] | None = None
     ) -> ExpertSource:
@@ -211,15 +238,23 @@ class PemtT5(TrainedT5):
             kind=self.expert.kind,
             rank=inner_width(self.expert, self.base.config.d_ff),
             alpha=self.expert.alpha,
-            weights={
-                f"{site.name}.{key}": taken(parameter)
-                for site in linear_sites(self.base)
-                if isinstance(site.module, SourceProjection)
-                for key, parameter in site.module.expert.named_parameters()
-            },
+            weights={key: taken(parameter) for key, parameter in self._expert_parameters()},
             prompt_PD=taken(self.prompt.prompt),
             base_sha256=self.base_sha256,
         )
+
+    def _expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for site in linear_sites(self.base):
+            if isinstance(site.module, SourceProjection):
+                for key, parameter in site.module.expert.named_parameters():
+                    yield f"{site.name}.{key}", parameter
+
+    @torch.no_grad()
+    def load_expert(self, source: ExpertSource) -> None:
+        """Go on from an expert and prompt that `export_expert` of such a model gave."""
+        for key, parameter in self._expert_parameters():
+            parameter.copy_(source.weights[key])
+        self.prompt.prompt.copy_(source.prompt_PD)
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         for module in self.modules():
@@ -241,7 +276,9 @@ class PemtT5(TrainedT5):
         embeds_BSD = torch.cat([prompt_BPD, embeds_BSD], dim=1)
         return embeds_BSD, torch.cat([ones_BP, attention_mask], dim=1)
 
-    def _with_sparsity(self, ce_loss: Tensor, records: list[Record]) -> dict[str, Tensor]:
+    def _with_sparsity(
+        self, ce_loss: Tensor | None, records: list[Record]
+    ) -> dict[str, Tensor | None]:
         if self.mixture is None or not records:
             return {"loss": ce_loss}
         gates = {"gates_LBK": self._all_gates([record.gates_BK for record in records], dim=0)}
@@ -249,7 +286,7 @@ class PemtT5(TrainedT5):
         if not losses:  # no expert on an FFN's output
             return {"loss": ce_loss, **gates}
         sparsity_loss = torch.stack(losses).mean()
-        loss = ce_loss + self.sparsity_loss_weight * sparsity_loss
+        loss = None if ce_loss is None else ce_loss + self.sparsity_loss_weight * sparsity_loss
         return {"loss": loss, "sparsity_loss": sparsity_loss, **gates}
 
     def _all_gates(self, gates: Sequence[Tensor], *, dim: int) -> Tensor:

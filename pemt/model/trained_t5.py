@@ -7,7 +7,7 @@ L sites with a gate, K experts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,17 @@ class TrainedT5(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """What `generate` gives, and the gates [B,L,K], fp32, of that same pass; None where none are."""
         return self.generate(input_ids, attention_mask, **generation_kwargs), None
+
+    @abstractmethod
+    def label_log_likelihoods(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The log-likelihood of each label as the answer [B,C], fp32, from one pass of the encoder; and gates [B,L,K].
+
+        Args:
+            input_ids, attention_mask: as of `forward`.
+            labels: token ids of each, with the end of sequence.
+        """
 
     @abstractmethod
     def declared_parameters(self) -> Iterator[nn.Parameter]:

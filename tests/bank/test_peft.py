@@ -245,9 +245,9 @@ def test_what_is_refused_of_a_folder(base: Path, tmp_path: Path) -> None:
     with pytest.raises(PemtError, match=r"lora_A of .* is \[2, 33\], this base model needs"):
         read_peft(good, {**shape, "d_ff": 40})
     edit(good, base_model_name_or_path=None)
-    with pytest.raises(PemtError, match="give it with --model_name_or_path"):
+    with pytest.raises(PemtError, match="give it with model_name_or_path"):
         add_peft(str(good), bank_dir=tmp_path / "bank", task="red")
-    with pytest.raises(PemtError, match="--description"):
+    with pytest.raises(PemtError, match="description"):
         add_peft(str(good), bank_dir=tmp_path / "b", task="red", model_name_or_path=str(base))
     (good / "adapter_model.safetensors").unlink()
     (good / "adapter_model.bin").touch()

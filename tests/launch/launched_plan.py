@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -164,9 +165,9 @@ def interface_bytes() -> tuple[int, int]:
     name = os.environ.get("PEMT_INTERFACE")
     if name is None:
         return 0, 0
-    counters = Path("/sys/class/net", name, "statistics")
-    sent, received = (int((counters / f"{way}_bytes").read_text()) for way in ("tx", "rx"))
-    return sent, received
+    (line,) = re.findall(rf"^ *{name}:(.*)$", Path("/proc/self/net/dev").read_text(), re.MULTILINE)
+    counters = [int(word) for word in line.split()]
+    return counters[8], counters[0]
 
 
 def gradient_bytes(engine: Engine) -> int:

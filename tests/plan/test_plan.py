@@ -308,7 +308,7 @@ def test_checkpointing_trades_memory_for_time() -> None:
 COMMAND = [
     *("--model_name_or_path", "google/flan-t5-xl", "--task", "superglue-cb"),
     *("--num_nodes", "4", "--gpus_per_node", "8", "--gpu", "h100-80"),
-    *("--ds_config", "ds_configs/zero3.json"),
+    *("--ds_config", "ds_configs/zero3.json", "--per_device_train_batch_size", "32"),
 ]
 
 

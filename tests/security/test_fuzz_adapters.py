@@ -1,4 +1,4 @@
-"""A thousand mutations of each file of an adapter that comes from a stranger, ours and PEFT's."""
+"""Hundreds of mutations of each file of an adapter that comes from a stranger, ours and PEFT's."""
 
 from __future__ import annotations
 
