@@ -10,9 +10,10 @@ from .manifests import (
     chosen_entries as chosen_entries,
     entry_folder as entry_folder,
     entry_names as entry_names,
+    listed_tensors as listed_tensors,
     manifest_of as manifest_of,
-    read_manifests as read_manifests,
     read_shapes as read_shapes,
+    site_names as site_names,
 )
 from .tools import (
     add_peft as add_peft,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _differences(config: RunConfig, folder: Path) -> str:
     keys = field_keys(type(config))  # so that a mapping of the user's own is compared whole
     ours = flat(plain_values(config), keys)
     # A field that was not there when the run began had the default.
-    defaults = {each.name: each.default for each in fields(config)}
+    defaults = {each.name: each.default for each in fields(config)} | _section_defaults(config)
     theirs = {
         **{name: defaults.get(name, value) for name, value in ours.items()},
         **flat(theirs, keys),
@@ -90,6 +90,17 @@ def _differences(config: RunConfig, folder: Path) -> str:
         if name not in NON_IDENTITY_FIELDS and theirs[name] != value
     ]
     return f" with {'; '.join(found)}" if found else ""
+
+
+def _section_defaults(config: RunConfig) -> dict[str, Any]:
+    """The defaults of the fields in sections, by their dotted names."""
+    sections: dict[str, Any] = {each.name: each.default_factory for each in fields(config)}
+    return {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        if isinstance(section, type) and is_dataclass(section)
+        for key, value in asdict(section()).items()
+    }
 
 
 def begun_config(folder: Path) -> dict[str, Any] | None:

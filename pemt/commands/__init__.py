@@ -58,6 +58,7 @@ COMMANDS = {
         Command("pull", "an export from the hub"),
         Command("tasks", "the tasks there are"),
         Command("plan", "memory, traffic, time"),
+        Command("fetch", "all for offline nodes"),
         Command("doctor", "is this machine ready"),
         Command("ops", "build the fused op"),
         Command("bench", "time op, step, answers"),

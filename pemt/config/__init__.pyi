@@ -28,11 +28,13 @@ from .parse import (
     flat as flat,
     make_config as make_config,
     parse_config as parse_config,
+    read_recipe as read_recipe,
     read_yaml_mapping as read_yaml_mapping,
     recipe_names as recipe_names,
     value_sources as value_sources,
 )
 from .parts import (
+    TENSORBOARD as TENSORBOARD,
     AdapterConfig as AdapterConfig,
     ExpertConfig as ExpertConfig,
     MixtureConfig as MixtureConfig,

@@ -89,7 +89,7 @@ def task_sparsity(
     Args:
         z: [B, S, D], the FFN's output after the target adapter.
         latent: [B, S, T] from `expert_mixture`.
-        up: [D, T], frozen, every expert's columns orthonormal (or zero), as `orthonormal_experts` makes them:
+        up: [D, T], frozen, every expert's an isometry, as `orthonormal_experts` makes them:
             the norms of the outputs are taken from the latent.
         gates, scales, ranks: as in `expert_mixture`.
         mask: [B, S], nonzero where a token counts; without it all do.

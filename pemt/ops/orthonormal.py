@@ -2,10 +2,14 @@
 
 F d_ff, D d_model, R rank of one expert, T the sum of the ranks.
 
-An expert is the product s up down, and any split of it into factors is as good. With up = Q M, Q's columns
-orthonormal, it is s Q (M down); then ||s Q l|| = |s| ||l|| for every latent l, and no Gram matrix is needed
+An expert is the product s up down, and any split of it into factors is as good. With up = Q M, Q an isometry on M's
+range, it is s Q (M down); then ||s Q l|| = |s| ||l|| for every latent l = M down x, and no Gram matrix is needed
 (DESIGN: orthonormal experts). M is brought to the size of a rotation and its own size goes into s: so the latent is
 about as large as that of the given factors, and half precision holds it wherever it held those.
+
+Of all such splits it is the polar one, M = (up^T up)^1/2, the only one that rounding does not choose: Q and M may come
+from two calls, on two machines, and belong together. Of a QR they need not: where columns depend on each other, as in
+[a, a, b], the second direction is a rounding error brought to length 1, and b has a part along it.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ class Split:
     """up = size basis mix.
 
     Args:
-        basis: [D, min(D, R)], in float32 (float64 for float64): orthonormal columns, and zero ones where up has
-            fewer independent columns than that: a direction that is not the expert's gets no gradient.
+        basis: [D, min(D, R)], in float32 (float64 for float64): columns orthonormal, where up's columns (of a rank
+            above D: rows) are independent; else ||basis l|| = ||l|| for every l in mix's range, and basis l = 0 across
+            it: a direction that is not the expert's gets no gradient.
         mix: [min(D, R), R] in float64.
         size: a power of two, so that it rounds nothing.
     """
@@ -42,11 +47,12 @@ class Split:
 
 def split(up_DR: Tensor) -> Split:
     """One expert's up projection [D, R], taken apart in float64."""
-    basis, mix = torch.linalg.qr(up_DR.detach().double())
-    rows = torch.linalg.vector_norm(mix, dim=1)
+    left, values, right = torch.linalg.svd(up_DR.detach().double(), full_matrices=False)
     rounding = max(up_DR.shape) * torch.finfo(torch.float64).eps
-    used = rows > rounding * torch.linalg.vector_norm(rows)
-    basis, mix = basis * used, mix * used[:, None]
+    used = values > rounding * values.max()
+    # back by the very turn that the singular vectors made: what is left does not depend on which of them were found
+    turn = right if len(right) == up_DR.shape[1] else left.mT
+    basis, mix = (left * used) @ turn, turn.mT @ ((values * used)[:, None] * right)
     norm = float(torch.linalg.vector_norm(mix)) / math.sqrt(len(mix))
     size = 2.0 ** round(math.log2(norm)) if norm > 0 else 1.0
     return Split(basis.to(compute_dtype(up_DR.dtype)), mix / size, size)
@@ -63,7 +69,7 @@ def orthonormal_experts(
         ranks: K ranks with sum T.
 
     Returns:
-        down, up, scales and ranks of experts with the same outputs, whose up projections have orthonormal columns; in
+        down, up, scales and ranks of experts with the same outputs, whose up projections are isometries (`Split`); in
         the dtypes given. A rank above D becomes D.
 
     Raises:

@@ -2,7 +2,7 @@
 
 B batch, S tokens, F d_ff, D d_model, K experts, R rank of one expert, T the sum of the ranks.
 
-With o_k = s_k latent_k up_k^T, projection = z up, and up_k's columns orthonormal:
+With o_k = s_k latent_k up_k^T, projection = z up, and up_k an isometry on the latents:
     <z, o_k>  = s_k <latent_k, projection_k>
     ||o_k||   = |s_k| ||latent_k||
     d loss / d gate_bk of the mixture = s_k sum over tokens <latent_k, (dy up)_k>

@@ -5,6 +5,7 @@ Whoever trains or evaluates looks again, on all ranks and with everything loaded
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -37,12 +38,35 @@ def check_early(config: RunConfig) -> None:
     if isinstance(start, Finished):
         return  # nothing is read any more
     check_lock(Path(config.output_dir))
+    check_trackers(config)
     check_nothing_given(config)
+    check_inputs(config)
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Refuse what a run cannot read: its task, data, bank or base model, as far as it shows without torch.
+
+    Raises:
+        PemtError: as `check_early`.
+    """
     task = get_task(config.task_name, config.task_file)
     if isinstance(config, AdaptConfig) and config.method not in PEFT_METHODS:
         check_method(config)
     task_files(task, config.data_dir)
     check_base_place(config)
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        ConfigError: with the package to install.
+    """
+    for name in config.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"report_to: found `{name}`, which is not installed here; `pip install {name}`, or leave it out"
+            )
 
 
 def check_nothing_given(config: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """Evaluation: generate, score, and measure loss and gates, each example exactly once.
 
-Shapes: B batch, T target tokens, V vocabulary, N examples, L all FFNs (encoder first), K experts.
+Shapes: B batch, T target tokens, V vocabulary, N examples, L sites with a gate, K sources.
 """
 
 from __future__ import annotations
@@ -50,17 +50,13 @@ class Evaluation:
 
     @property
     def gates_LK(self) -> Tensor | None:
-        """The mean gate of every FFN and expert."""
+        """The mean gate of every site and source."""
         return None if self.gates_NLK is None else self.gates_NLK.mean(dim=0)
 
     @property
     def samples_per_second(self) -> float:
         """Examples answered per second, of all ranks together."""
         return len(self.predictions) / self.runtime
-
-    def moe_weights(self) -> list[float]:
-        """Each expert's gate, averaged over all FFNs and examples: the published `moe_weight_k`."""
-        return [] if self.gates_LK is None else self.gates_LK.mean(dim=0).tolist()
 
 
 def evaluate(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from pemt.checkpoint import Checkpoint, TrainState, warmup_notes
-from pemt.config import RunConfig, for_reader
+from pemt.config import TENSORBOARD, RunConfig, for_reader
 from pemt.data import TrainStream, collate, to_device
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5
@@ -70,6 +70,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     callbacks = Callbacks(setup.given.callbacks, config, setup.engine, setup.tokenizer)
     progress = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(progress.step)
+    trackers = setup.engine.open_trackers()
     with (
         Monitor(
             Path(config.output_dir),
@@ -78,6 +79,8 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             is_main=setup.engine.is_main,
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
+            tensorboard=TENSORBOARD in config.report_to,
+            trackers=trackers,
         ) as monitor,
         checkpoints,
     ):
@@ -236,10 +239,13 @@ def _log_config(run: Run, resumed: Checkpoint | None) -> None:
 def _size_line(model: TrainedT5, engine: Engine) -> str:
     trained = sum(full_size(parameter) for _, parameter in model.trainable_parameters())
     total = sum(full_size(parameter) for parameter in model.parameters())
+    config = engine.config
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     stage = "no DeepSpeed" if engine.zero_stage is None else f"ZeRO-{engine.zero_stage}"
     return (
         f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
-        f"{engine.world_size} rank(s), {stage}, {engine.precision}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
+        f"{engine.world_size} rank(s), {stage}, {engine.precision}; a step takes {batch * engine.world_size} examples, "
+        f"a checkpoint {12 * trained / 1e6:,.1f} MB"
     )
 
 

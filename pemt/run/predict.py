@@ -62,7 +62,8 @@ class Prediction:
             this is no class.
         probabilities: label -> how likely it is among the task's labels, by teacher-forced log-likelihood; None
             where the answer is generated.
-        gates: FFN (`encoder/0` …, `decoder/0` …) -> source task -> weight; a row sums to 1. Empty without experts.
+        gates: site (`encoder/0` …, `decoder/0/self/q` …) -> source task -> weight, of those there; a row sums to 1.
+            Empty without experts.
     """
 
     input: str

@@ -29,7 +29,7 @@ from pemt.engine import Engine, Interrupted, Job, is_interactive
 from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
 from pemt.monitor import progress_logger, quiet_libraries, record_outcome
 from pemt.run.build import Built, build_model, build_ops
-from pemt.run.early import check_base_place, check_method
+from pemt.run.early import check_base_place, check_method, check_trackers
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.given import Given, check_same_on_all, with_given
 from pemt.run.loop import Fitted, fit, mixture_seen
@@ -159,12 +159,8 @@ def _built(config: SourceConfig | AdaptConfig, setup: Setup) -> Built:
             tokenizer=setup.tokenizer,
             description=config.description or setup.task.description,
         )
-    if len(built.source_names) == 1 and setup.engine.is_main:
-        print(
-            f"pemt: {built.source_names[0]} is the only expert: its gate is 1 everywhere, with nothing to choose from",
-            file=sys.stderr,
-            flush=True,
-        )
+    for note in built.notes() if setup.engine.is_main else ():
+        print(f"pemt: {note}", file=sys.stderr, flush=True)
     return built
 
 
@@ -225,6 +221,7 @@ def set_up(
         f"watching for another run in {config.output_dir}",
     )
     engine.on_rank0(lambda: check_base_place(config), f"looking for {config.model_name_or_path}")
+    engine.on_rank0(lambda: check_trackers(config), "looking for the trackers")
     task = given.task_of(config)
     check_metrics(task, given.metrics)
     build_ops(config, engine)
@@ -298,6 +295,7 @@ def _report(
             results=results,
             gates=built.gate_names,
             mixture=mixture,
+            trackers=engine.trackers,
         )
         write_results(folder / RESULTS, results)
         files = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pemt import ops
-from pemt.ops import reference
-from tests.ops.op_cases import make_case, relative_error, results
+from pemt.ops import orthonormal, reference
+from tests.ops.op_cases import allowed_error, make_case, relative_error, results
 
 SHAPES = {
     "plain": {"batch": 3, "tokens": 7, "ranks": (4, 4, 4)},
@@ -48,10 +48,7 @@ def test_error_is_at_most_twice_that_of_pytorch(implementation, dtype, shape):
     composed = results(case, through="reference")
     found = results(case, through="ops")
     for name, exact in truth.items():
-        # A mean over tokens can come out exact by luck: hold it to the error of what it averages.
-        source = "cosines" if name in ("loss", "sparsity_dgates") else name
-        allowed = 2 * relative_error(composed[source], truth[source])
-        assert relative_error(found[name], exact) <= allowed, name
+        assert relative_error(found[name], exact) <= allowed_error(name, composed, truth), name
         assert found[name].dtype == composed[name].dtype, name
 
 
@@ -94,9 +91,8 @@ def test_experts_of_any_size_and_rank(implementation, dtype, d_model, kind):
     case = make_case(batch=16, tokens=4, d_ff=128, d_model=d_model, ranks=(1, 1, 1))
     down, up, ranks = raw_experts(kind, d_model, 128)
     given = replace(case, down=down, up=up, ranks=ranks, scales=[1.0, 0.5, -2.0])
-    factor = (
-        4 if dtype == torch.float32 else 2
-    )  # of PyTorch's error; factors are stored in float32 too
+    # of PyTorch's error. In float32 the new factors are rounded as well: 1.5 on average, up to 5 in 12 draws
+    factor = 8 if dtype == torch.float32 else 2
     exact = layer(given.to(torch.float64), reference.expert_mixture, reference.task_sparsity)
     composed = layer(given.to(dtype), reference.expert_mixture, reference.task_sparsity)
     down, up, scales, ranks = ops.orthonormal_experts(down, up, given.scales, ranks)
@@ -120,10 +116,32 @@ def test_an_expert_split_anew_is_the_same_product():
         torch.testing.assert_close(
             scales[0] * new_up @ new_down, 0.5 * up @ down, rtol=1e-5, atol=1e-2
         )
-        squares = new_up.T @ new_up
-        used = torch.diagonal(squares).round()
-        torch.testing.assert_close(squares, torch.diag(used), rtol=0, atol=1e-6)
+        squares = new_up.T @ new_up  # a projection on as many directions as the expert has
+        torch.testing.assert_close(squares @ squares, squares, rtol=0, atol=1e-6)
+        assert torch.diagonal(squares).sum().round() == min(rows, rank - 1)
         assert 0.1 < new_down.norm() / down.norm() < 10, "half precision holds what it held"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["independent", "a, a, b", "nearly dependent", "orthogonal", "zero", "rank above d_model"],
+)
+def test_both_factors_may_come_from_two_calls_that_round_differently(kind):
+    """The model makes them one after the other, and under ZeRO-3 every rank makes its part of each."""
+    torch.manual_seed(0)
+    up_DR = torch.randn(20, 33 if kind == "rank above d_model" else 12, dtype=torch.float64)
+    if kind == "a, a, b":
+        up_DR[:, 1] = up_DR[:, 0]
+    elif kind == "nearly dependent":
+        up_DR[:, 1] = up_DR[:, 0] + 1e-11 * up_DR[:, 1]
+    elif kind == "orthogonal":
+        up_DR = torch.linalg.qr(up_DR)[0]  # singular values alike: any turn of their vectors
+    elif kind == "zero":
+        up_DR[:] = 0
+    one_ulp = torch.finfo(torch.float64).eps * torch.randint(-1, 2, up_DR.shape)
+    first, second = orthonormal.split(up_DR), orthonormal.split(up_DR * (1 + one_ulp))
+    product = first.basis @ second.mix * second.size
+    torch.testing.assert_close(product, up_DR, rtol=1e-13, atol=1e-13)
 
 
 def test_an_expert_without_output_has_no_direction():
