@@ -70,7 +70,7 @@ def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
     torch.manual_seed(4)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            nn.init.normal_(parameter)
+            nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     return folder
 
@@ -109,7 +109,7 @@ def test_an_adapter_as_expert_computes_what_it_did_in_peft(
     theirs = peft.PeftModel.from_pretrained(load(base), folder).eval()
     inputs = embeds(base)
     expected = logits_of(theirs, inputs)
-    assert (logits_of(load(base), inputs) - expected).abs().max() > 0.1, "the adapter does nothing"
+    assert (logits_of(load(base), inputs) - expected).abs().max() > 0.01, "the adapter does nothing"
     torch.testing.assert_close(
         logits_of(as_expert(base, source), inputs), expected, atol=1e-5, rtol=1e-5
     )
