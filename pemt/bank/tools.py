@@ -51,13 +51,15 @@ class Added:
         base_name: the base model it belongs to.
         rank: of the expert.
         prompt: `its own`, or the description that the prompt was made from.
-        absent: FFNs that the adapter does not touch: the expert gives zero there.
+        sites: what the expert is on.
+        absent: layers of the same kinds that it is not on.
     """
 
     folder: Path
     base_name: str
     rank: int
     prompt: str
+    sites: list[str]
     absent: list[str]
 
 
@@ -72,7 +74,7 @@ def add_peft(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> Added:
-    """Put a LoRA adapter in PEFT's format, on T5's `wo`, into a bank.
+    """Put a LoRA adapter in PEFT's format, on any linear layers of a T5, into a bank.
 
     Args:
         path_or_id: the adapter's folder, or a hub id.
@@ -86,7 +88,7 @@ def add_peft(
 
     Raises:
         BankError: the bank has such an entry.
-        PeftFormatError: it is no plain LoRA on `wo`, or fits another base model.
+        PeftFormatError: it is no plain LoRA on linear layers, or fits another base model.
         PemtError: the base model or the hub cannot be read, or the bank cannot be written.
     """
     check_free(bank_dir, task, overwrite=overwrite)
@@ -110,7 +112,14 @@ def add_peft(
     entry = write_entry(
         bank_dir, source, base={"name": name, **shape}, description=description, metrics={}
     )
-    return Added(folder=entry, base_name=name, rank=lora.rank, prompt=origin, absent=lora.absent)
+    return Added(
+        folder=entry,
+        base_name=name,
+        rank=lora.rank,
+        prompt=origin,
+        sites=lora.sites,
+        absent=lora.absent,
+    )
 
 
 def _source(task: str, lora: PeftLora, prompt_PD: Tensor, base: PreTrainedModel) -> ExpertSource:
@@ -152,7 +161,12 @@ def export_peft(
     if not entries:
         raise BankError(f"{bank_dir}: has no lora source, and PEFT knows no other kind of ours")
     return [
-        write_peft(Path(folder) / source.name, source, base_name=str(manifest.base["name"]))
+        write_peft(
+            Path(folder) / source.name,
+            source,
+            base_name=str(manifest.base["name"]),
+            shape=manifest.base,
+        )
         for manifest, source in entries
     ]
 

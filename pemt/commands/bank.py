@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pemt.config import Parser, PemtError, command_parser, verb_parser
@@ -66,7 +66,7 @@ def _add_adding(verbs: Any) -> None:
     adding = verb_parser(
         verbs,
         "add",
-        "a LoRA adapter in PEFT's format, on the FFNs' `wo`, becomes an expert",
+        "a LoRA adapter in PEFT's format, on any linear layers, becomes an expert",
         "pemt bank add --peft someone/flan-t5-base-mnli-lora --task mnli --bank_dir bank",
     )
     adding.add_argument("--peft", required=True, metavar="PATH_OR_HUB_ID", dest="path_or_id")
@@ -105,21 +105,29 @@ def _add_importing(verbs: Any) -> None:
 
 
 def _list(*, bank_dir: str) -> None:
-    from pemt.bank import read_manifests
+    from pemt.bank import entry_folder, entry_names, listed_tensors, manifest_of
 
-    entries = read_manifests(bank_dir)
-    width = max(len(entry.task) for entry in entries)
-    for entry in entries:
+    entries = [manifest_of(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
+    width = max(len(entry.task) for entry, _ in entries)
+    for entry, raw in entries:
         score = entry.metrics.get("average_metrics")
         told = "" if score is None else f", test score {score:.1f}"
         print(
-            f"{entry.task:<{width}}  {entry.kind}, rank {entry.rank}, alpha {entry.alpha:g}, "
-            f"on {entry.base['name']}{told}"
+            f"{entry.task:<{width}}  {entry.kind} on {_layers(listed_tensors(raw))}, rank {entry.rank}, "
+            f"alpha {entry.alpha:g}, on {entry.base['name']}{told}"
         )
 
 
+def _layers(tensors: Iterable[str]) -> str:
+    """What an expert's tensors are on, as a person says it: `q, v`."""
+    from pemt.bank import site_names
+    from pemt.model import projections_of
+
+    return projections_of(site_names(tensors))
+
+
 def _show(*, bank_dir: str, task: str) -> None:
-    from pemt.bank import PROMPT, entry_folder, read_shapes
+    from pemt.bank import PROMPT, entry_folder, read_shapes, site_names
 
     folder = entry_folder(bank_dir, task)
     manifest, shapes = read_shapes(folder)
@@ -130,6 +138,7 @@ def _show(*, bank_dir: str, task: str) -> None:
         "entry": str(folder),
         "description": manifest.description or "not known",
         "expert": f"{manifest.kind}, rank {manifest.rank}, alpha {manifest.alpha:g}",
+        "on": f"{_layers(shapes)} ({len(site_names(shapes))} layers)",
         "prompt": f"{prompt_length} tokens",
         "base model": manifest.base.get("name"),
         "its shape": ", ".join(f"{key} {value}" for key, value in shape.items()),
@@ -172,12 +181,19 @@ def _merge(*, bank_dir: str, others: list[str]) -> None:
 
 def _add(*, path_or_id: str, bank_dir: str, task: str, **options: Any) -> None:
     from pemt.bank import add_peft
+    from pemt.model import projections_of
 
     added = add_peft(path_or_id, bank_dir=bank_dir, task=task, **options)
     prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
-    print(f"{added.folder}: lora, rank {added.rank}, on {added.base_name}; prompt: {prompt}")
+    print(
+        f"{added.folder}: lora on {projections_of(added.sites)}, rank {added.rank}, on {added.base_name}; "
+        f"prompt: {prompt}"
+    )
     if added.absent:
-        print(f"the adapter leaves {len(added.absent)} FFNs alone: {', '.join(added.absent)}")
+        print(
+            f"the adapter leaves {len(added.absent)} of {len(added.absent) + len(added.sites)} such layers alone: "
+            f"{', '.join(added.absent)}"
+        )
 
 
 def _export(*, bank_dir: str, peft: str, tasks: list[str] | None) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pemt.config.errors import ConfigError
-from pemt.config.parts import AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.config.parts import TENSORBOARD, TRACKERS, AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.config.types import check_types, inherits_docs
 
 # Fields that may change when a run resumes: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
@@ -20,6 +21,7 @@ NON_IDENTITY_FIELDS = (
     "output_dir",
     "gradient_accumulation_steps",
     "logging_steps",
+    "report_to",
     "max_skipped_steps",
     "save_steps",
     "save_total_limit",
@@ -28,7 +30,6 @@ NON_IDENTITY_FIELDS = (
     "overwrite_output_dir",
     "ddp_timeout",
 )
-
 
 # Fields that name files or folders: `~` in them is home, as in a shell.
 PATHS = (
@@ -54,6 +55,8 @@ class RunConfig:
         task_name: the task to train on (`pemt tasks` lists them).
         task_file: YAML file that describes a task of your own.
         data_dir: read the task from local files in this folder instead of the hub.
+        data_fingerprint: set by `run_adapt` and `run_source` where data or task are given in Python: a hash of what
+            they say, so that a run resumes on the same ones alone.
         validation_split: the share of the training examples (of each class alike, drawn by data_seed) that
             becomes validation, for data that has no validation set; without a test set, half of it becomes that.
         streaming: read the training set while training instead of beforehand, for data larger than memory and
@@ -86,6 +89,8 @@ class RunConfig:
         eval_strategy: when to validate: each epoch, every eval_steps, or never.
         eval_steps: validation interval in steps for `eval_strategy: steps`.
         logging_steps: interval of logged scalars, in steps.
+        report_to: experiment trackers besides log.jsonl, each by accelerate: tensorboard, wandb, mlflow, trackio,
+            comet_ml, aim, clearml, dvclive, swanlab; [] for none. All but the first are packages to install.
         save_steps: save every so many steps too; a checkpoint is written after each validation anyway,
             or after each epoch where there is none.
         save_total_limit: newest checkpoints kept; the best one stays besides.
@@ -113,6 +118,7 @@ class RunConfig:
     tokenizer_name: str | None = None
     task_file: str | None = None
     data_dir: str | None = None
+    data_fingerprint: str | None = None
     validation_split: float | None = None
     streaming: bool = False
     shuffle_buffer_size: int = 10_000
@@ -138,6 +144,7 @@ class RunConfig:
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     eval_steps: int | None = None
     logging_steps: int = 10
+    report_to: list[str] = field(default_factory=lambda: [TENSORBOARD])
     save_steps: int | None = None
     save_total_limit: int = 2
     save_errors: Literal["stop", "warn"] = "stop"
@@ -153,8 +160,9 @@ class RunConfig:
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
-        self._expand_home()
+        self._read_types()
         _check_finite(self)
+        self._check_trackers()
         self._at_least(
             1,
             "max_source_length",
@@ -203,11 +211,18 @@ class RunConfig:
                 "to start over or to resume"
             )
 
-    def _expand_home(self) -> None:
+    def _read_types(self) -> None:
+        """Types are right, and `~` is home."""
+        check_types(self)
         for name in PATHS:
             value = getattr(self, name, None)
             if isinstance(value, str):
                 object.__setattr__(self, name, os.path.expanduser(value))
+
+    def _check_trackers(self) -> None:
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(f"report_to: found `{name}`, allowed are {', '.join(TRACKERS)}")
 
     def _check_streaming(self) -> None:
         if self.max_steps <= 0:
@@ -244,6 +259,7 @@ def _check_finite(config: Any, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{each.name}: found {value}, a finite number is needed")
 
 
+@inherits_docs
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(RunConfig):
     """Stage 1, `pemt source`: train one source task's expert and prompt.
@@ -252,7 +268,7 @@ class SourceConfig(RunConfig):
         bank_dir: the expert bank that receives the entry.
         description: one sentence about the task; its tokens' embeddings start the task prompt.
             Default: the task's own.
-        expert: the expert's kind and size.
+        expert: the expert's kind, place and size.
     """
 
     bank_dir: str
@@ -266,11 +282,17 @@ class SourceConfig(RunConfig):
                 raise ConfigError(
                     f"expert.{name}: found {getattr(self.expert, name)}, it must be positive"
                 )
+        if self.expert.kind == "bottleneck" and self.expert.target_modules != ["wo"]:
+            raise ConfigError(
+                f"expert.target_modules: found {self.expert.target_modules}, a bottleneck expert is on [wo]; "
+                "`expert.kind: lora` goes on other layers"
+            )
 
 
 PEFT_METHODS = ("lora", "prompt", "peft")
 
 
+@inherits_docs
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig(RunConfig):
     """Stage 2, `pemt adapt`: adapt to a target task, over a bank of frozen experts or by a baseline.

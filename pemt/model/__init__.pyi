@@ -26,4 +26,10 @@ from .peft_model import (
 from .pemt_t5 import PemtT5 as PemtT5
 from .prompts import description_prompt as description_prompt
 from .shape import base_digest as base_digest, base_shape as base_shape
+from .sites import (
+    Site as Site,
+    projections_of as projections_of,
+    sites_of as sites_of,
+    target_sites as target_sites,
+)
 from .trained_t5 import PemtOutput as PemtOutput, TrainedT5 as TrainedT5

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 from pemt.config import AdapterConfig
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
-from pemt.model.gate import Gate
-from pemt.model.inject import FfnSite
+from pemt.model.factors import rank_factors, side_by_side
+from pemt.model.gate import GateKind
+from pemt.model.gated import GatedLinear
+from pemt.model.inject import LinearSite
 from pemt.model.lazy import is_lazy, lazy_parameter
 from pemt.model.trainable import Trainable
-from pemt.ops import expert_mixture, prompt_mean, task_sparsity
+from pemt.ops import expert_mixture, task_sparsity
 from pemt.ops.linear import add_linear, linear
-from pemt.ops.orthonormal import Split, split
 
 
 class TargetAdapter(Trainable):
@@ -57,7 +57,7 @@ class TargetAdapter(Trainable):
 class AdapterProjection(nn.Module):
     """The frozen projection and the target adapter alone: the baseline without experts."""
 
-    def __init__(self, site: FfnSite, adapter: AdapterConfig) -> None:
+    def __init__(self, site: LinearSite, adapter: AdapterConfig) -> None:
         super().__init__()
         self.weight = site.weight
         self.adapter = TargetAdapter(adapter, self.weight)
@@ -67,27 +67,21 @@ class AdapterProjection(nn.Module):
         return self.adapter(linear(x_BSF, self.weight))
 
 
-class MixtureProjection(AdapterProjection, ABC):
-    """z = adapter(wo(x) + Σ_k g_k o_k); reports its gates and its task sparsity loss.
-
-    The gate's context is `wo`'s input in the encoder and the encoder's last state in the decoder,
-    each as its mean over the prompt. Source: arXiv 2402.15082.
-    """
+class MixtureProjection(GatedLinear, AdapterProjection, ABC):
+    """z = adapter(wo(x) + Σ_k g_k o_k); reports its gates and its task sparsity loss. Source: arXiv 2402.15082."""
 
     def __init__(
         self,
-        site: FfnSite,
+        site: LinearSite,
         sources: Sequence[ExpertSource],
         adapter: AdapterConfig,
         context: PassContext,
+        *,
+        gate: GateKind = "learned",
     ) -> None:
         super().__init__(site, adapter)
-        d_model, d_ff = self.weight.shape
-        self.in_decoder = site.in_decoder
-        self.gate = Gate(d_model if self.in_decoder else d_ff, len(sources), like=self.weight)
-        self.context = context
+        self.add_gate(site, sources, context, gate)
         self.ranks = [source.rank for source in sources]
-        self._answered: tuple[Tensor, Any] | None = None
 
     def forward(self, x_BSF: Tensor) -> Tensor:
         """z [B,S,D]; gates [B,K] and sparsity loss go to the pass's context, as it asks for them."""
@@ -104,22 +98,6 @@ class MixtureProjection(AdapterProjection, ABC):
             mask_BS = context.decoder_mask_BS if self.in_decoder else context.encoder_mask_BS
             context.record(gates_BK, self.sparsity(z_BSD, kept, gates_BK, mask_BS))
         return z_BSD
-
-    def _gate_context(self, x_BSF: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and what its gates are computed from; see `prompt_mean`."""
-        if not self.in_decoder:
-            return prompt_mean(x_BSF, self.context.prompt_length)
-        assert self.context.encoder_prompt_BD is not None, "the hook on cross-attention has not run"
-        return x_BSF, self.context.encoder_prompt_BD
-
-    def _answer(self, x_BSF: Tensor) -> Tensor:
-        """One step of `generate` in the decoder: y [B,S,D], with the gates of its first step."""
-        _, prompt_BD = self._gate_context(x_BSF)
-        if self._answered is None or self._answered[0] is not prompt_BD:
-            gates_BK = self.gate(prompt_BD)
-            self.context.record_answer(gates_BK)
-            self._answered = prompt_BD, self.prepare_answer(gates_BK)
-        return self.answer(x_BSF, self._answered[1])
 
     def prepare_answer(self, gates_BK: Tensor) -> Any:
         """What `answer` needs of the gates; once for all steps of a `generate`."""
@@ -148,29 +126,19 @@ class LoraMixture(MixtureProjection):
 
     def __init__(
         self,
-        site: FfnSite,
+        site: LinearSite,
         sources: Sequence[ExpertSource],
         adapter: AdapterConfig,
         context: PassContext,
+        *,
+        gate: GateKind = "learned",
     ) -> None:
-        super().__init__(site, sources, adapter, context)
-        downs, ups = (
-            [source.weights[f"{site.name}.{factor}"] for source in sources]
-            for factor in ("down", "up")
-        )
-        splits = [split(up_DR) for up_DR in ups]
-        mixes = [
-            replace(each, basis=each.basis.new_empty(0)) for each in splits
-        ]  # a few numbers to keep
-        self.ranks = [len(each.mix) for each in splits]
-        self.scales = [
-            source.alpha / source.rank * each.size
-            for source, each in zip(sources, splits, strict=True)
-        ]
-        d_model, d_ff = self.weight.shape
-        total = sum(self.ranks)
-        self.down = frozen((total, d_ff), partial(_downs, mixes, downs), like=self.weight)
-        self.up = frozen((d_model, total), partial(_bases, ups), like=self.weight)
+        super().__init__(site, sources, adapter, context, gate=gate)
+        factors = side_by_side(site.name, sources)
+        self.ranks, self.scales = factors.ranks, factors.scales
+        (d_model, d_ff), total = self.weight.shape, sum(self.ranks)
+        self.down = frozen((total, d_ff), factors.down, like=self.weight)
+        self.up = frozen((d_model, total), factors.up, like=self.weight)
 
     def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
         """y [B,S,D], and the latent [B,S,N] that `sparsity` reads."""
@@ -180,11 +148,7 @@ class LoraMixture(MixtureProjection):
 
     def prepare_answer(self, gates_BK: Tensor) -> Tensor:
         """g_k s_k of every sample, once per rank [B,1,N]."""
-        experts = zip(gates_BK.split(1, dim=1), self.scales, self.ranks, strict=True)
-        factors_BN = torch.cat(
-            [(gate_B1 * scale).expand(-1, rank) for gate_B1, scale, rank in experts], dim=1
-        )
-        return factors_BN[:, None].to(self.down.dtype)
+        return rank_factors(gates_BK, self.scales, self.ranks, like=self.down)
 
     def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
         """y [B,S,D]; `prepared` is [B,1,N]."""
@@ -205,12 +169,14 @@ class BottleneckMixture(MixtureProjection):
 
     def __init__(
         self,
-        site: FfnSite,
+        site: LinearSite,
         sources: Sequence[ExpertSource],
         adapter: AdapterConfig,
         context: PassContext,
+        *,
+        gate: GateKind = "learned",
     ) -> None:
-        super().__init__(site, sources, adapter, context)
+        super().__init__(site, sources, adapter, context, gate=gate)
         self.down = packed(sources, f"{site.name}.down.weight", self.weight, dim=0)
         self.down_bias = packed(sources, f"{site.name}.down.bias", self.weight, dim=0)
         self.up = packed(sources, f"{site.name}.up.weight", self.weight, dim=1)
@@ -249,16 +215,6 @@ class BottleneckMixture(MixtureProjection):
             distance_BS = 1 - F.cosine_similarity(z_BSD.float(), output_BSD.float(), dim=-1)
             loss = loss + gate * (distance_BS * counted_BS).sum() / counted_BS.sum().clamp(min=1)
         return loss
-
-
-def _downs(splits: Sequence[Split], downs_RF: Sequence[Tensor]) -> Tensor:
-    """[N,F]: the down projections that go with `_bases`."""
-    return torch.cat([each.down(down) for each, down in zip(splits, downs_RF, strict=True)])
-
-
-def _bases(ups_DR: Sequence[Tensor]) -> Tensor:
-    """[D,N]: the up projections, each expert's an isometry."""
-    return torch.cat([split(up).basis for up in ups_DR], dim=1)
 
 
 def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int) -> nn.Parameter:

@@ -94,7 +94,9 @@ def run_content(record: Record) -> dict[str, Any]:
         "gates_are_of": "the test set"
         if record.results
         else f"the training steps logged at step {record.logged_gates.get('step')}",
-        "gates_chart": _markup(line_chart("mean gate of each source", means, unit="gate")),
+        "gates_chart": _markup(
+            line_chart("mean gate weight of each source", means, unit="gate weight")
+        ),
         "uses": findings.source_uses(record),
         "by_class": findings.gates_by_class(record),
         "confusion": findings.confusion(record),
@@ -169,8 +171,10 @@ def _markup(svg: str | None) -> Markup | None:
     return None if svg is None else Markup(svg)
 
 
-def shade(value: float) -> Markup:
+def shade(value: float | None) -> Markup:
     """CSS of a heat map's cell: from white at 0 to a blue at 1 that dark text still stands out from."""
+    if value is None:
+        return Markup("")
     share = min(1.0, max(0.0, value))
     return Markup(f"background:hsl(210 80% {98 - 42 * share:.0f}%)")
 

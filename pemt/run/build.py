@@ -43,6 +43,30 @@ class Built:
         """What the axes of the model's gates stand for."""
         return GateNames(sources=self.source_names, sites=self.model.gate_sites)
 
+    def notes(self) -> list[str]:
+        """In one line each, what a person would not expect of the experts of this run."""
+        names, sites = self.source_names, self.model.gate_sites
+        if not names:
+            return []
+        found = []
+        if len(names) == 1:
+            found.append(
+                f"{names[0]} is the only expert: its gate is 1 everywhere, with nothing to choose from"
+            )
+        counts = {name: sum(name in present for present in sites.values()) for name in names}
+        if len({tuple(present) for present in sites.values()}) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            found.append(
+                f"the experts are on different layers (of {len(sites)} with an expert: {told}); each gate weighs those "
+                "that are on its layer"
+            )
+        if not any(site.count("/") == 1 for site in sites):
+            found.append(
+                "no expert is on an FFN's wo, where the task sparsity loss is taken: there is none, and "
+                "mixture.sparsity_loss_weight has no effect"
+            )
+        return found
+
 
 def build_model(
     config: RunConfig,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pemt.bank.entries import read_bank, read_entry, write_entry
-from pemt.bank.manifests import BankError, Manifest, entry_names, read_manifests
+from pemt.bank.manifests import BankError, Manifest, entry_names
 from pemt.config import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
 from pemt.storage.manifest import with_checksum
@@ -109,7 +109,6 @@ def test_order_and_choice_of_entries(bank: Path) -> None:
     assert [source.name for source in read(bank)] == ["boolq", "mnli", "rte"]
     assert [source.name for source in read(bank, tasks=["rte", "boolq"])] == ["rte", "boolq"]
     assert [len(source.prompt_PD) for source in read(bank)] == [4, 5, 3]
-    assert [manifest.task for manifest in read_manifests(bank)] == ["boolq", "mnli", "rte"]
 
 
 def test_other_folders_are_no_entries(bank: Path) -> None:

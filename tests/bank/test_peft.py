@@ -22,8 +22,9 @@ from pemt.bank.entries import read_bank, read_entry, write_entry
 from pemt.bank.peft_format import PROMPT_FILE, read_peft
 from pemt.bank.tools import add_peft, export_peft, merge, remove, verify
 from pemt.commands import COMMANDS
-from pemt.config import ExpertConfig, PemtError
+from pemt.config import AdapterConfig, MixtureConfig, PemtError
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
+from pemt.model.sites import target_sites
 from tests.support.hub import hub
 from tests.support.tiny import make_base
 from tests.support.tiny_t5 import tiny_source
@@ -40,6 +41,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"decoder.block.1.layer.2.DenseReluDense.wo": 3},
     },
     "some layers": {"r": 4, "lora_alpha": 4, "target_modules": r".*encoder.*\.wo"},
+    "q and v": {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]},
+    "everywhere": {
+        "r": 2,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "rank_pattern": {"wi_0": 3},
+    },
 }
 
 
@@ -72,17 +80,18 @@ def logits_of(model: Any, embeds_BSD: Tensor) -> Tensor:
 
 
 def as_expert(base: Path, source: ExpertSource) -> Any:
-    """The base with the source's expert on every FFN, as stage 1 runs it."""
-    config = ExpertConfig(rank=source.rank, alpha=source.alpha)
-    model = PemtT5.source(load(base), expert=config, prompt_PD=source.prompt_PD).eval()
-    own = dict(model.export_expert("any").weights)
-    assert own.keys() == source.weights.keys()
-    with torch.no_grad():
-        for stack in ("encoder", "decoder"):
-            for layer, block in enumerate(getattr(model.base, stack).block):
-                for factor in ("down", "up"):
-                    parameter = getattr(block.layer[-1].DenseReluDense.wo.expert, factor)
-                    parameter.copy_(source.weights[f"{stack}.{layer}.{factor}"])
+    """The base with the source's expert alone, as stage 2 runs it: its gate is 1, and target adapters add nothing."""
+    adapter = AdapterConfig(reduction_factor=4)
+    model = PemtT5.target(
+        load(base),
+        sources=[source],
+        mixture=MixtureConfig(),
+        adapter=adapter,
+        prompt_PD=source.prompt_PD,
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if "adapter.up" in name:
+            nn.init.zeros_(parameter)
     return model.base
 
 
@@ -109,13 +118,16 @@ def test_an_adapter_as_expert_computes_what_it_did_in_peft(
     )
     assert source.base_sha256 == base_digest(load(base))
     assert len(source.prompt_PD) == len(SENTENCE.split())
+    assert {key.rpartition(".")[0] for key in source.weights} == set(added.sites)
     assert bool(added.absent) == (settings == "some layers")
 
 
-@pytest.mark.parametrize("rank", [1, 4])
-def test_peft_loads_what_is_exported(base: Path, tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "modules"), [(1, ["wo"]), (4, ["wo"]), (3, ["q", "v"]), (2, r"encoder.*\.(k|wi_1)")]
+)
+def test_peft_loads_what_is_exported(base: Path, tmp_path: Path, rank: int, modules: Any) -> None:
     shape = base_shape(load(base).config)
-    source = source_for(shape, "red", rank=rank, alpha=rank**0.5)
+    source = source_for(shape, "red", rank=rank, alpha=rank**0.5, modules=modules)
     write_entry(
         tmp_path / "bank", source, base={"name": str(base), **shape}, description=None, metrics={}
     )
@@ -138,19 +150,22 @@ def test_peft_loads_what_is_exported(base: Path, tmp_path: Path, rank: int) -> N
         export_peft(tmp_path / "bank", tmp_path / "out")
 
 
-def source_for(shape: dict[str, Any], name: str, *, rank: int, alpha: float) -> ExpertSource:
+def source_for(
+    shape: dict[str, Any], name: str, *, rank: int, alpha: float, modules: Any
+) -> ExpertSource:
+    """Random factors; on the first of its layers of half the rank."""
     from pemt.model.experts import expert_shapes
 
     generator = torch.Generator().manual_seed(6)
+    first, *others = target_sites(modules, shape)
+    shapes = expert_shapes("lora", max(1, rank // 2), shape, [first])
+    shapes |= expert_shapes("lora", rank, shape, others)
     return ExpertSource(
         name=name,
         kind="lora",
         rank=rank,
         alpha=alpha,
-        weights={
-            key: torch.randn(size, generator=generator)
-            for key, size in expert_shapes("lora", rank, shape).items()
-        },
+        weights={key: torch.randn(size, generator=generator) for key, size in shapes.items()},
         prompt_PD=torch.randn(3, shape["d_model"], generator=generator),
     )
 
@@ -164,8 +179,6 @@ def test_ranks_differ_within_a_bank(base: Path, tmp_path: Path) -> None:
         tmp_path / "bank", base_shape=base_shape(loaded.config), base_name=str(base)
     )
     assert [source.rank for source in sources] == [3, 5]
-    from pemt.config.schema import AdapterConfig, MixtureConfig
-
     model = PemtT5.target(
         loaded,
         sources=sources,
@@ -180,8 +193,8 @@ def test_ranks_differ_within_a_bank(base: Path, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "attention": ({"target_modules": ["q", "v"]}, r"found adapters on .*SelfAttention\.q"),
-    "attention too": ({"target_modules": ["wo", "k"]}, r"found adapters on .*\.k.*train it with"),
+    "head": ({"target_modules": ["q", "lm_head"]}, r"found adapters on lm_head.*train it with"),
+    "embeddings": ({"target_modules": ["wo", "shared"]}, r"found adapters on shared"),
     "dora": ({"use_dora": True}, "use_dora: found true, which is more than a plain LoRA"),
     "biases": ({"bias": "lora_only"}, 'bias: found "lora_only"'),
     "whole modules": ({"modules_to_save": ["shared"]}, "modules_to_save: found"),
@@ -224,12 +237,17 @@ def test_what_is_refused_of_a_folder(base: Path, tmp_path: Path) -> None:
     assert "some_new_method: found" in complaint(some_new_method={"on": True})
     with pytest.raises(PemtError, match=r"this base model has 1 encoder"):
         read_peft(good, {**shape, "num_layers": 1})
+    gated = make_adapter(base, tmp_path / "gated", r=2, target_modules=["wi_0"])
+    with pytest.raises(
+        PemtError, match=r"LoRA on .*wi_0, this base model .* feed_forward_proj relu"
+    ):
+        read_peft(gated, {**shape, "feed_forward_proj": "relu"})
     with pytest.raises(PemtError, match=r"lora_A of .* is \[2, 33\], this base model needs"):
         read_peft(good, {**shape, "d_ff": 40})
     edit(good, base_model_name_or_path=None)
-    with pytest.raises(PemtError, match="give it with --model_name_or_path"):
+    with pytest.raises(PemtError, match="give it with model_name_or_path"):
         add_peft(str(good), bank_dir=tmp_path / "bank", task="red")
-    with pytest.raises(PemtError, match="--description"):
+    with pytest.raises(PemtError, match="description"):
         add_peft(str(good), bank_dir=tmp_path / "b", task="red", model_name_or_path=str(base))
     (good / "adapter_model.safetensors").unlink()
     (good / "adapter_model.bin").touch()
@@ -276,7 +294,7 @@ def test_from_the_hub(base: Path, tmp_path: Path) -> None:
     with hub(tmp_path / "hub") as environment:
         done = add("someone/red-lora", "red")
         assert done.returncode == 0, done.stderr
-        assert "lora, rank 2" in done.stdout
+        assert "lora on wo, rank 2" in done.stdout
         missing = add("someone/blue-lora", "blue")
     assert missing.returncode == 2
     assert missing.stderr.startswith("pemt: error: someone/blue-lora: is no folder here, and from")
@@ -311,7 +329,7 @@ def fill(
 def test_list_and_show(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     COMMANDS["bank"](["list", str(bank)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "mnli   lora, rank 4, alpha 8, on google/tiny-t5, test score 71.5"
+    assert lines[1] == "mnli   lora on wo, rank 4, alpha 8, on google/tiny-t5, test score 71.5"
     COMMANDS["bank"](["show", str(bank), "rte"])
     shown = capsys.readouterr().out
     for part in ("Which?", "3 tokens", "d_model 16", "accuracy 71.50", "float32", "torch 2."):

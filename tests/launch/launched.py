@@ -33,6 +33,11 @@ from tests.support.tiny import adapt_config, source_config, tiny_task
 SOURCES = ("tiny-a", "tiny-b")
 TARGET = "tiny-target"
 EXPERT = ExpertConfig(rank=4)
+# On attention too, and on different layers: both on q and wo, the second on v besides.
+EXPERTS = {
+    SOURCES[0]: ExpertConfig(rank=4, target_modules=["q", "wo"]),
+    SOURCES[1]: ExpertConfig(rank=4, target_modules=["q", "v", "wo"]),
+}
 RESUMED_STEP = 3
 
 
@@ -53,7 +58,9 @@ def main(world: Path, folder: Path) -> None:
         return
     for task in SOURCES:
         run_source(
-            source_config(base, world / task, folder / task, bank, task, expert=EXPERT, **fields)
+            source_config(
+                base, world / task, folder / task, bank, task, expert=EXPERTS[task], **fields
+            )
         )
 
     data = world / TARGET

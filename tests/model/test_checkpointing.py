@@ -14,6 +14,7 @@ from pemt.model import PemtT5
 from tests.support.tiny_t5 import (
     FFNS,
     gradients,
+    on_sites,
     source_model,
     target_model,
     tiny_base,
@@ -29,6 +30,9 @@ MODELS: dict[str, Callable[[], PemtT5]] = {
     "target bottleneck": lambda: target_model(tiny_sources("bottleneck")),
     "target umt5": lambda: target_model(base=tiny_base("umt5")),
     "target, real tokens only": lambda: target_model(mixture=REAL_TOKENS),
+    "source everywhere": lambda: source_model("everywhere"),
+    "target sites": lambda: on_sites(tiny_base()),
+    "target sites umt5": lambda: on_sites(tiny_base("umt5")),
     "adapter alone": lambda: target_model([]),
 }
 
@@ -55,7 +59,16 @@ def test_the_same_loss_and_gradients(name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["target lora", "target bottleneck", "target umt5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "target lora",
+        "target bottleneck",
+        "target umt5",
+        "target sites",
+        "target sites umt5",
+    ],
+)
 def test_two_passes_before_the_first_backward(name: str) -> None:
     """A recompute sees the encoder's states of its own pass, not those of the newest one."""
     batches = [tiny_batch((7, 4, 2)), tiny_batch((3, 6, 5))]

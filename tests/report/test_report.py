@@ -200,7 +200,7 @@ def test_sources_and_where_they_helped() -> None:
     log = [{"step": 1, "gate/encoder/0/x": 0.5, "prompt_similarity/x": 0.25}]
     run = record(predictions=lines, results=results, log=log)
     first, second = findings.source_uses(run)
-    assert (first.name, first.mean_gate, first.leads_ffns) == ("x", pytest.approx(1.6 / 3), 2)
+    assert (first.name, first.mean_gate, first.leads_sites) == ("x", pytest.approx(1.6 / 3), 2)
     assert (first.leads, first.score, first.similarity) == (2, 50.0, 0.25)
     assert (second.name, second.leads, second.score, second.similarity) == ("y", 1, 100.0, None)
     by_class = findings.gates_by_class(run)

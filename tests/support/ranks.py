@@ -6,6 +6,7 @@ Where the launcher itself, a variable that is read at import or a fresh interpre
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -68,6 +69,7 @@ class Forked:
         out: receives what all ranks print.
         environment: all variables of the launcher and its ranks.
         stdin: a pipe with a name, from which the program reads.
+        namespace: of the network, by its name; as under `ip netns exec`.
     """
 
     def __init__(
@@ -77,11 +79,14 @@ class Forked:
         environment: dict[str, str],
         *,
         stdin: Path = Path(os.devnull),
+        namespace: str | None = None,
     ) -> None:
         context = get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED, __name__])
         self.args = command
-        self._process = context.Process(target=_run, args=(command, out, stdin, environment))
+        self._process = context.Process(
+            target=_run, args=(command, out, stdin, environment, namespace)
+        )
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -106,8 +111,13 @@ class Forked:
         return self._process.exitcode
 
 
-def _run(command: list[str], out: Path, stdin: Path, environment: dict[str, str]) -> None:
+def _run(
+    command: list[str], out: Path, stdin: Path, environment: dict[str, str], namespace: str | None
+) -> None:
     os.setsid()
+    if namespace is not None:
+        with Path("/var/run/netns", namespace).open() as network:
+            assert ctypes.CDLL(None).setns(network.fileno(), 0) == 0
     gc.freeze()  # each run of a test collects garbage at its end, half of its time over all that is imported
     written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600)
     for stream in (1, 2):
