@@ -155,23 +155,38 @@ def write_peft(
             f"source `{source.name}`: is a {source.kind} expert, and PEFT has no such adapter; "
             "only lora experts can be exported"
         )
-    tensors = {}
-    ranks: dict[Site, int] = {}
+    config = {"base_model_name_or_path": base_name, **_lora_settings(source, shape)}
     letters = {ours: theirs for theirs, ours in _FACTORS.items()}
+    tensors = {}
     for key, tensor in source.weights.items():
-        name, _, factor = key.rpartition(".")
-        site = Site.named(name)
-        tensors[f"base_model.model.{site.module}.lora_{letters[factor]}.weight"] = (
-            tensor.float().contiguous()
-        )
-        if factor == "down":
-            ranks[site] = len(tensor)
+        site, _, factor = key.rpartition(".")
+        name = f"base_model.model.{Site.named(site).module}.lora_{letters[factor]}.weight"
+        tensors[name] = tensor.float().contiguous()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise PeftFormatError(f"{folder}: is not empty; give a new folder")
+        save_tensors(tensors, folder / TENSORS)
+        save_tensors({PROMPT: source.prompt_PD.float().contiguous()}, folder / PROMPT_FILE)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PeftFormatError(f"{folder}: cannot be written: {error.strerror}") from None
+    return folder
+
+
+def _lora_settings(source: ExpertSource, shape: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter_config.json but for the base model's name."""
+    factors = (key.rpartition(".") for key in source.weights)
+    ranks = {
+        Site.named(site): len(source.weights[f"{site}.down"])
+        for site, _, factor in factors
+        if factor == "down"
+    }
     others = {site.module: rank for site, rank in ranks.items() if rank != source.rank}
     scale = source.alpha / source.rank
-    config = {
+    return {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM",
-        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "target_modules": _target_modules(list(ranks), shape),
         "r": source.rank,
@@ -184,16 +199,6 @@ def write_peft(
         "init_lora_weights": True,
         "use_rslora": False,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise PeftFormatError(f"{folder}: is not empty; give a new folder")
-        save_tensors(tensors, folder / TENSORS)
-        save_tensors({PROMPT: source.prompt_PD.float().contiguous()}, folder / PROMPT_FILE)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise PeftFormatError(f"{folder}: cannot be written: {error.strerror}") from None
-    return folder
 
 
 def _target_modules(sites: list[Site], shape: Mapping[str, Any]) -> list[str]:

@@ -49,18 +49,14 @@ class Added:
     Args:
         folder: the new entry.
         base_name: the base model it belongs to.
-        rank: of the expert.
+        lora: the expert: its rank, where it is, and where it is not.
         prompt: `its own`, or the description that the prompt was made from.
-        sites: what the expert is on.
-        absent: layers of the same kinds that it is not on.
     """
 
     folder: Path
     base_name: str
-    rank: int
+    lora: PeftLora
     prompt: str
-    sites: list[str]
-    absent: list[str]
 
 
 def add_peft(
@@ -112,14 +108,7 @@ def add_peft(
     entry = write_entry(
         bank_dir, source, base={"name": name, **shape}, description=description, metrics={}
     )
-    return Added(
-        folder=entry,
-        base_name=name,
-        rank=lora.rank,
-        prompt=origin,
-        sites=lora.sites,
-        absent=lora.absent,
-    )
+    return Added(folder=entry, base_name=name, lora=lora, prompt=origin)
 
 
 def _source(task: str, lora: PeftLora, prompt_PD: Tensor, base: PreTrainedModel) -> ExpertSource:

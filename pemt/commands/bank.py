@@ -185,14 +185,15 @@ def _add(*, path_or_id: str, bank_dir: str, task: str, **options: Any) -> None:
 
     added = add_peft(path_or_id, bank_dir=bank_dir, task=task, **options)
     prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
+    lora = added.lora
     print(
-        f"{added.folder}: lora on {projections_of(added.sites)}, rank {added.rank}, on {added.base_name}; "
+        f"{added.folder}: lora on {projections_of(lora.sites)}, rank {lora.rank}, on {added.base_name}; "
         f"prompt: {prompt}"
     )
-    if added.absent:
+    if lora.absent:
         print(
-            f"the adapter leaves {len(added.absent)} of {len(added.absent) + len(added.sites)} such layers alone: "
-            f"{', '.join(added.absent)}"
+            f"the adapter leaves {len(lora.absent)} of {len(lora.absent) + len(lora.sites)} such layers alone: "
+            f"{', '.join(lora.absent)}"
         )
 
 

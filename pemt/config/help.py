@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "data_seed",
             "skip_bad_rows",
         ),
-        *("streaming", "shuffle_buffer_size", "preprocessing_num_workers"),
+        *("streaming", "shuffle_buffer_size", "preprocessing_num_workers", "data_fingerprint"),
     ),
     "batch": (
         *("per_device_train_batch_size", "per_device_eval_batch_size"),

@@ -186,10 +186,7 @@ class RunConfig:
             "ddp_timeout",
         )
         self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MOST_SEED:
-                raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
+        self._check_seeds()
         if self.validation_split is not None and not 0 < self.validation_split < 1:
             raise ConfigError(
                 f"validation_split: found {self.validation_split}, a number between 0 and 1 is needed"
@@ -218,6 +215,12 @@ class RunConfig:
             value = getattr(self, name, None)
             if isinstance(value, str):
                 object.__setattr__(self, name, os.path.expanduser(value))
+
+    def _check_seeds(self) -> None:
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST_SEED:
+                raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
 
     def _check_trackers(self) -> None:
         for name in self.report_to:

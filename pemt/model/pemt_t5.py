@@ -26,7 +26,6 @@ from pemt.model.experts import (
 from pemt.model.gated import GatedLinear
 from pemt.model.inject import (
     Base,
-    LinearSite,
     checked_base,
     keep_for_recompute,
     layer_norms,
@@ -34,10 +33,9 @@ from pemt.model.inject import (
     pass_encoder_prompt,
 )
 from pemt.model.likelihood import decoder_of, log_likelihoods
-from pemt.model.mixture import MIXTURES, AdapterProjection
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_digest, base_shape
-from pemt.model.site_mixture import SiteMixture
+from pemt.model.site_mixture import mix_at
 from pemt.model.sites import target_sites
 from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import IGNORED_LABEL, PemtOutput, TrainedT5, mean_cross_entropy
@@ -124,13 +122,8 @@ class PemtT5(TrainedT5):
         )
         context = PassContext(prompt_length=len(prompt_PD))
         for site in linear_sites(base):
-            _mix_at(
-                site,
-                [source for source in sources if source.is_on(site.name)],
-                mixture,
-                adapter,
-                context,
-            )
+            there = [source for source in sources if source.is_on(site.name)]
+            mix_at(site, there, mixture, adapter, context)
         if kind is not None:
             pass_encoder_prompt(base, context)
         names = [source.name for source in sources]
@@ -301,27 +294,6 @@ class PemtT5(TrainedT5):
         columns = dict(zip(names, gates_BK.unbind(dim=1), strict=True))
         absent_B = gates_BK.new_zeros(len(gates_BK))
         return torch.stack([columns.get(name, absent_B) for name in self.source_names], dim=1)
-
-
-def _mix_at(
-    site: LinearSite,
-    sources: Sequence[ExpertSource],
-    mixture: MixtureConfig,
-    adapter: AdapterConfig,
-    context: PassContext,
-) -> None:
-    """Put the sources that are on a layer into it; at an FFN's output there is a target adapter in any case."""
-    if not site.site.is_ffn_output:
-        if sources:
-            site.replace(SiteMixture(site, sources, context, gate=mixture.gate))
-        return
-    if not sources:
-        site.replace(AdapterProjection(site, adapter))
-        return
-    kind = sources[0].kind
-    site.replace(MIXTURES[kind](site, sources, adapter, context, gate=mixture.gate))
-    if kind == "bottleneck":
-        site.pass_ffn_input()
 
 
 def _task_prompt(

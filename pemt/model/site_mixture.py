@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pemt.config import AdapterConfig, MixtureConfig
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource
 from pemt.model.factors import rank_factors, side_by_side
 from pemt.model.gate import GateKind
 from pemt.model.gated import GatedLinear
 from pemt.model.inject import LinearSite
-from pemt.model.mixture import frozen
+from pemt.model.mixture import MIXTURES, AdapterProjection, frozen
 from pemt.ops import expert_mixture
 from pemt.ops.linear import add_linear, linear
 
@@ -67,3 +68,24 @@ class SiteMixture(GatedLinear):
         """y [B,S,D]; `prepared` is [B,1,N]."""
         latent_BSN = linear(x_BSF, self.down) * prepared
         return add_linear(linear(x_BSF, self.weight), latent_BSN, self.up)
+
+
+def mix_at(
+    site: LinearSite,
+    sources: Sequence[ExpertSource],
+    mixture: MixtureConfig,
+    adapter: AdapterConfig,
+    context: PassContext,
+) -> None:
+    """Put the sources that are on a layer into it; at an FFN's output there is a target adapter in any case."""
+    if not site.site.is_ffn_output:
+        if sources:
+            site.replace(SiteMixture(site, sources, context, gate=mixture.gate))
+        return
+    if not sources:
+        site.replace(AdapterProjection(site, adapter))
+        return
+    kind = sources[0].kind
+    site.replace(MIXTURES[kind](site, sources, adapter, context, gate=mixture.gate))
+    if kind == "bottleneck":
+        site.pass_ffn_input()

@@ -49,12 +49,12 @@ class RunResults(dict[str, Any]):
 
     @property
     def moe_weights(self) -> dict[str, float]:
-        """Source task -> its gate's mean over all FFNs and test examples; empty without experts."""
+        """Source task -> its gate's mean over the sites that have it and test examples; empty without experts."""
         return {name: self[f"test_moe_weight_{k}"] for k, name in enumerate(self["sources"])}
 
     @property
     def gates(self) -> dict[str, dict[str, float]]:
-        """FFN (`encoder/0` …) -> source task -> its gate's mean over the test examples."""
+        """Site (`encoder/0` …) -> source task -> its gate's mean over the test examples."""
         return dict(self["gates"])
 
     @property

@@ -24,10 +24,11 @@ from pemt.bank.tools import add_peft, export_peft, merge, remove, verify
 from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, MixtureConfig, PemtError
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
+from pemt.model.experts import expert_shapes
 from pemt.model.sites import target_sites
 from tests.support.hub import hub
 from tests.support.tiny import make_base
-from tests.support.tiny_t5 import tiny_source
+from tests.support.tiny_t5 import tiny_base, tiny_source
 
 SENTENCE = "says whether the box is red"
 FIRST = "encoder.block.0.layer.1.DenseReluDense.wo"
@@ -83,12 +84,8 @@ def as_expert(base: Path, source: ExpertSource) -> Any:
     """The base with the source's expert alone, as stage 2 runs it: its gate is 1, and target adapters add nothing."""
     adapter = AdapterConfig(reduction_factor=4)
     model = PemtT5.target(
-        load(base),
-        sources=[source],
-        mixture=MixtureConfig(),
-        adapter=adapter,
-        prompt_PD=source.prompt_PD,
-    ).eval()
+        load(base), sources=[source], mixture=MixtureConfig(), adapter=adapter, prompt_PD=source.prompt_PD
+    ).eval()  # fmt: skip
     for name, parameter in model.named_parameters():
         if "adapter.up" in name:
             nn.init.zeros_(parameter)
@@ -118,8 +115,8 @@ def test_an_adapter_as_expert_computes_what_it_did_in_peft(
     )
     assert source.base_sha256 == base_digest(load(base))
     assert len(source.prompt_PD) == len(SENTENCE.split())
-    assert {key.rpartition(".")[0] for key in source.weights} == set(added.sites)
-    assert bool(added.absent) == (settings == "some layers")
+    assert {key.rpartition(".")[0] for key in source.weights} == set(added.lora.sites)
+    assert bool(added.lora.absent) == (settings == "some layers")
 
 
 @pytest.mark.parametrize(
@@ -154,8 +151,6 @@ def source_for(
     shape: dict[str, Any], name: str, *, rank: int, alpha: float, modules: Any
 ) -> ExpertSource:
     """Random factors; on the first of its layers of half the rank."""
-    from pemt.model.experts import expert_shapes
-
     generator = torch.Generator().manual_seed(6)
     first, *others = target_sites(modules, shape)
     shapes = expert_shapes("lora", max(1, rank // 2), shape, [first])
@@ -317,8 +312,6 @@ def fill(
     base_name: str = "google/tiny-t5",
     digest: str | None = None,
 ) -> None:
-    from tests.support.tiny_t5 import tiny_base
-
     base = {"name": base_name, **base_shape(tiny_base().config)}
     for name in names:
         metrics = {"accuracy": 71.5, "average_metrics": 71.5}
@@ -399,7 +392,5 @@ def test_a_bottleneck_is_no_peft_adapter(bank: Path, tmp_path: Path) -> None:
         export_peft(bank, tmp_path / "out2", tasks=["wide"])
     tensors = load_file(tmp_path / "out" / "rte" / PROMPT_FILE)
     save_file({"other": tensors["prompt"]}, tmp_path / "out" / "rte" / PROMPT_FILE)
-    from tests.support.tiny_t5 import tiny_base
-
     with pytest.raises(PemtError, match=rf"{PROMPT_FILE}: cannot be read"):
         read_peft(tmp_path / "out" / "rte", base_shape(tiny_base().config))

@@ -220,7 +220,7 @@ class PlainMixture(SiteMixture):
 def test_gradients_are_those_of_the_specification(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for name, kind in (("op", SiteMixture), ("specification", PlainMixture)):
-        monkeypatch.setattr("pemt.model.pemt_t5.SiteMixture", kind)
+        monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", kind)
         model = on_sites(tiny_base())
         loss = model(**tiny_batch()).loss
         loss.backward()

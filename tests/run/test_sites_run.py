@@ -133,9 +133,11 @@ def test_uniform_gates_train_export_and_are_another_run(world: Path, tmp_path: P
     finished = load_finished(world / "uniform")
     assert not [name for name, _ in finished.model.trainable_parameters() if "gate" in name]
     folder = export_run(world / "uniform", tmp_path / "export")
-    assert PemtModel.from_pretrained(folder, device="cpu").settings.gate == "uniform"
+    assert PemtModel.from_pretrained(folder, device="cpu").settings.mixture == uniform
     settings = json.loads((folder / "adapter_config.json").read_text())
-    del settings["gate"]  # as written before there was one: its gates are missed, not made up
+    del settings["mixture"][
+        "gate"
+    ]  # as written before there was one: its gates are missed, not made up
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(PemtError, match=r"gate.weight` does not fit"):
         PemtModel.from_pretrained(folder, device="cpu")
