@@ -6,14 +6,13 @@ Names follow Hugging Face's `TrainingArguments` wherever the same thing exists t
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pemt.config.errors import ConfigError
 from pemt.config.parts import TENSORBOARD, TRACKERS, AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.config.types import check_types, inherits_docs
+from pemt.config.types import check_finite, check_types, inherits_docs
 
 # Fields that may change when a run resumes: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
@@ -161,7 +160,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._read_types()
-        _check_finite(self)
+        check_finite(self)
         self._check_trackers()
         self._at_least(
             1,
@@ -250,16 +249,6 @@ class RunConfig:
     def effective_data_seed(self) -> int:
         """`data_seed`, or `seed` where none is given."""
         return self.seed if self.data_seed is None else self.data_seed
-
-
-def _check_finite(config: Any, prefix: str = "") -> None:
-    """YAML knows `.inf` and `.nan`, which no comparison with a bound finds."""
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if is_dataclass(value):
-            _check_finite(value, f"{each.name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{prefix}{each.name}: found {value}, a finite number is needed")
 
 
 @inherits_docs

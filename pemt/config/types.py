@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import types
 import typing
@@ -35,6 +36,20 @@ def check_types(config: Any, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{each.name}: found `{plain!r}`, expected {wanted}")
         if is_dataclass(plain):
             check_types(plain, f"{prefix}{each.name}.")
+
+
+def check_finite(config: Any, prefix: str = "") -> None:
+    """YAML knows `.inf` and `.nan`, which no comparison with a bound finds.
+
+    Raises:
+        ConfigError: a field is one of them.
+    """
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            check_finite(value, f"{each.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{each.name}: found {value}, a finite number is needed")
 
 
 def inherits_docs(kind: T) -> T:
