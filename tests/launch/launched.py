@@ -25,6 +25,7 @@ from pemt.engine import MOMENTS, Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
 from pemt.run.build import build_model
+from pemt.run.given import Given
 from pemt.run.prepare import Setup, prepare, train_batches
 from pemt.run.train import run_adapt, run_source, set_up
 from tests.launch.launched_cuts import cuts
@@ -112,7 +113,7 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
 
 
 def inspect_run(config: Any) -> dict[str, Any]:
-    setup = set_up(config, Engine(config), Fresh(config=config))
+    setup = set_up(config, Engine(config), Fresh(config=config), Given())
     built = build_model(
         config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description
     )
