@@ -125,11 +125,6 @@ def linear_sites(base: Base) -> list[LinearSite]:
     ]
 
 
-def ffn_sites(base: Base) -> list[LinearSite]:
-    """The FFNs' output projections, encoder then decoder, each from the first layer up."""
-    return [each for each in linear_sites(base) if each.site.is_ffn_output]
-
-
 def layer_norms(base: Base) -> Iterator[nn.Module]:
     """Every T5 layer norm, final ones included."""
     return (module for module in base.modules() if isinstance(module, LAYER_NORMS))

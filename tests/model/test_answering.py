@@ -13,8 +13,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from pemt.model import answering
 from pemt.model.answering import fast_generate
 from pemt.model.baselines import FullT5
-from pemt.model.inject import ffn_sites
 from tests.support.tiny_t5 import (
+    ffn_sites,
     on_sites,
     source_model,
     target_model,

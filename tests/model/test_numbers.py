@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from pemt.config.schema import MixtureConfig
 from pemt.model import PemtT5
 from pemt.model.experts import SourceProjection
-from pemt.model.inject import ffn_sites
 from pemt.model.prompts import TaskPrompt
 from tests.support.tiny_t5 import (
     ADAPTER,
     EXPERT,
     FFNS,
     MIXTURE,
+    ffn_sites,
     randomised,
     source_model,
     sources_on_sites,

@@ -17,7 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5
-from pemt.model.inject import ffn_sites
+from tests.support.tiny_t5 import ffn_sites
 
 STAGES = ("stage1", "stage2", "stage1_bottleneck", "stage2_bottleneck")
 ADAPTERS = "adapter_controller.adapters"

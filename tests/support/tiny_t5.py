@@ -20,6 +20,7 @@ from transformers import (
 from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5, TrainedT5, base_shape
 from pemt.model.experts import expert_shapes
+from pemt.model.inject import LinearSite, linear_sites
 from pemt.model.sites import target_sites
 
 VOCABULARY = 64
@@ -50,6 +51,11 @@ EXPERT = {
 }
 MIXTURE = MixtureConfig(prompt_dropout=0.0)
 ADAPTER = AdapterConfig(reduction_factor=4)
+
+
+def ffn_sites(base: Any) -> list[LinearSite]:
+    """The FFNs' output projections, encoder then decoder, each from the first layer up."""
+    return [each for each in linear_sites(base) if each.site.is_ffn_output]
 
 
 def tiny_base(family: str = "t5", seed: int = 0) -> Any:
