@@ -98,11 +98,12 @@ def try_pemt(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def is_only_named(name: str, arguments: list[str]) -> bool:
-    """`pemt adapt`, `pemt bank show`, `pemt adapt --method`: no command lines, but what they name exists."""
+    """`pemt adapt`, `pemt bank show`, `pemt adapt --method lora`: no command lines, but what they name exists."""
     parser = COMMANDS[name].make_parser()
     if arguments and arguments[0] in parser.verbs():
         return len(arguments) == 1
-    if len(arguments) == 1 and arguments[0].startswith("--"):
+    most = 2 if name in ("source", "adapt", "evaluate") else 1  # which run with more alone
+    if 1 <= len(arguments) <= most and arguments[0].startswith("--"):
         assert arguments[0] in parser.options()
         return True
     return not arguments and name not in ("tasks", "doctor")
