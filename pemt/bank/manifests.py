@@ -6,6 +6,7 @@ Nothing here needs torch, so that a bank is listed, and a wrong name in `source_
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -94,16 +95,23 @@ def listed_tensors(raw: Mapping[str, Any]) -> list[str]:
 def chosen_entries(bank_dir: str | Path, tasks: Sequence[str] | None) -> list[str]:
     """Which entries are mixed: `source_tasks` in its order, or all by name.
 
+    A pattern (`glue-*`) stands for the entries that match it and are not named before it, by name.
+
     Raises:
         BankError: no such bank or entry, none is named, or one twice.
     """
     entries = entry_names(bank_dir)
-    for task in tasks if tasks is not None else ():
-        if task not in entries:
+    chosen: list[str] = []
+    for task in entries if tasks is None else tasks:
+        if task in entries:
+            chosen.append(task)
+            continue
+        matched = fnmatch.filter(entries, task)
+        if not matched:
             raise BankError(
                 f"source_tasks: `{task}` is not in {bank_dir}; {_nearest(task, entries)}"
             )
-    chosen = entries if tasks is None else list(tasks)
+        chosen += [entry for entry in matched if entry not in chosen]
     if not chosen or len(set(chosen)) < len(chosen):
         raise BankError(f"source_tasks: found {chosen}; name at least one entry, each once")
     return chosen

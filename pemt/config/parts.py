@@ -61,6 +61,8 @@ class MixtureConfig:
     Args:
         gate: `learned`, as published; `uniform`: every expert of a site has the same weight, and nothing is trained in
             the gates, as a control.
+        top_sources: of the chosen experts, mix only this many, those whose prompts are most like the target task's
+            (cosine of the means over tokens), chosen before training; default: all.
         sparsity_loss_weight: weight of the task sparsity loss beside the cross-entropy.
         sparsity_over_padding: average the sparsity loss over padding too, as the published code does;
             false averages over real tokens only.
@@ -69,6 +71,7 @@ class MixtureConfig:
     """
 
     gate: Literal["learned", "uniform"] = "learned"
+    top_sources: int | None = None
     sparsity_loss_weight: float = 0.1
     sparsity_over_padding: bool = True
     prompt_dropout: float = 0.1

@@ -294,7 +294,8 @@ class AdaptConfig(RunConfig):
 
     Args:
         bank_dir: the expert bank that `method: pemt` reads.
-        source_tasks: which of the bank's entries `pemt` mixes, in this order; default: all, by name.
+        source_tasks: which of the bank's entries `pemt` mixes, in this order, by name or pattern (`glue-*`); default:
+            all, by name.
         method: `pemt`; or a baseline on the same trainer, without experts. `adapter`: PEMT's target adapter,
             prompt and norms alone. `full`: everything is trained. `bitfit`: biases, put into every linear
             layer and layer norm. From the peft library `lora` (on q and v), `prompt` (100 tokens), and
@@ -333,6 +334,10 @@ class AdaptConfig(RunConfig):
         if self.adapter.reduction_factor <= 0:
             raise ConfigError(
                 f"adapter.reduction_factor: found {self.adapter.reduction_factor}, it must be positive"
+            )
+        if self.mixture.top_sources is not None and self.mixture.top_sources < 1:
+            raise ConfigError(
+                f"mixture.top_sources: found {self.mixture.top_sources}, at least 1 is needed"
             )
         if not 0 <= self.mixture.prompt_dropout < 1:
             raise ConfigError(

@@ -24,7 +24,7 @@ from .peft_model import (
     starts_from_text as starts_from_text,
 )
 from .pemt_t5 import PemtT5 as PemtT5
-from .prompts import description_prompt as description_prompt
+from .prompts import description_prompt as description_prompt, top_sources as top_sources
 from .shape import base_digest as base_digest, base_shape as base_shape
 from .sites import (
     Site as Site,

@@ -14,7 +14,14 @@ from transformers import (
 
 from pemt.bank import BankError, read_bank, read_entry, write_entry
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig, PemtError
-from pemt.model import ExpertSource, PemtT5, base_shape, description_prompt, load_pretrained
+from pemt.model import (
+    ExpertSource,
+    PemtT5,
+    base_shape,
+    description_prompt,
+    load_pretrained,
+    top_sources,
+)
 from pemt.publish.adapter_format import (
     FORMAT,
     PublishError,
@@ -187,7 +194,7 @@ def target_model(
         tokenizer: default: the base model's. Beside a model it must be given.
         task: a name in the task table, or a task: its description starts the prompt, and what is saved has its labels.
         description: one sentence whose tokens' embeddings start the prompt; default: the task's.
-        source_tasks: which of the bank's entries, in this order; default: all, by name.
+        source_tasks: which of the bank's entries, in this order, by name or pattern; default: all, by name.
         mixture, adapter: as in `AdaptConfig`.
 
     Raises:
@@ -203,12 +210,14 @@ def target_model(
         )
     elif bank is not None:
         experts = list(bank)
+    prompt_PD = description_prompt(reader, model, sentence)
+    experts, _ = top_sources(prompt_PD, experts, mixture.top_sources)
     pemt = PemtT5.target(
         model,
         sources=experts,
         mixture=mixture,
         adapter=adapter,
-        prompt_PD=description_prompt(reader, model, sentence),
+        prompt_PD=prompt_PD,
     )
     return TargetModel(
         pemt, experts=experts, adapter=adapter, base_name=name, tokenizer=reader,

@@ -127,6 +127,19 @@ def test_it_resumes_loads_and_is_exported(world: Path, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_nearest_by_prompt_alone_are_mixed_and_told(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nearest = MixtureConfig(top_sources=1)
+    results = adapt(world, "nearest", mixture=nearest, max_steps=1, source_tasks=["tiny-sites-*"])
+    (kept,) = results["sources"]
+    (other,) = SOURCES.keys() - {kept}
+    told = capsys.readouterr().err
+    assert f"mixture.top_sources 1: mixed are {kept}; left out" in told
+    assert told.count(other) == 1
+    assert load_finished(world / "nearest").source_names == [kept]
+
+
 def test_uniform_gates_train_export_and_are_another_run(world: Path, tmp_path: Path) -> None:
     uniform = MixtureConfig(gate="uniform")
     adapt(world, "uniform", mixture=uniform)
