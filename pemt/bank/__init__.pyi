@@ -1,3 +1,4 @@
+from .adding import Adapter as Adapter, Added as Added, add_peft as add_peft
 from .entries import (
     import_official as import_official,
     read_bank as read_bank,
@@ -15,10 +16,4 @@ from .manifests import (
     read_shapes as read_shapes,
     site_names as site_names,
 )
-from .tools import (
-    add_peft as add_peft,
-    export_peft as export_peft,
-    merge as merge,
-    remove as remove,
-    verify as verify,
-)
+from .tools import export_peft as export_peft, merge as merge, remove as remove, verify as verify

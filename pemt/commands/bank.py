@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pemt.config import Parser, PemtError, command_parser, verb_parser
+
+if TYPE_CHECKING:
+    from pemt.bank import Added
 
 OVERWRITE = "replace the bank's entry of that name, with its scores; default: refuse to"
 
@@ -66,15 +69,21 @@ def _add_adding(verbs: Any) -> None:
     adding = verb_parser(
         verbs,
         "add",
-        "a LoRA adapter in PEFT's format, on any linear layers, becomes an expert",
+        "LoRA adapters in PEFT's format, on any linear layers, become experts",
         "pemt bank add --peft someone/flan-t5-base-mnli-lora --task mnli --bank_dir bank",
     )
-    adding.add_argument("--peft", required=True, metavar="PATH_OR_HUB_ID", dest="path_or_id")
+    adding.add_argument("--peft", required=True, nargs="+", metavar="PATH_OR_HUB_ID")
     adding.add_argument("--bank_dir", required=True)
-    adding.add_argument("--task", required=True, help="name of the entry")
+    adding.add_argument(
+        "--task",
+        nargs="+",
+        help="name of the entry, one for each adapter; default: the last part of its path or hub id",
+    )
     adding.add_argument(
         "--description",
-        help="one sentence on the task, of which its prompt is made; default: that of the task named so",
+        nargs="+",
+        help="one sentence on the task, of which its prompt is made, one for each adapter; default: that of the task "
+        "named so, or the words of the adapter's own name",
     )
     adding.add_argument("--model_name_or_path", help="its base model; default: as the adapter says")
     adding.add_argument("--tokenizer_name", help="default: the base model's own")
@@ -179,11 +188,25 @@ def _merge(*, bank_dir: str, others: list[str]) -> None:
     print(f"{bank_dir}: added {', '.join(merge(bank_dir, others))}")
 
 
-def _add(*, path_or_id: str, bank_dir: str, task: str, **options: Any) -> None:
-    from pemt.bank import add_peft
+def _add(
+    *, peft: list[str], task: list[str] | None, description: list[str] | None, **options: Any
+) -> None:
+    for name, values in (("task", task), ("description", description)):
+        if values is not None and len(values) != len(peft):
+            raise PemtError(
+                f"--{name}: found {len(values)} for {len(peft)} adapters; give one for each, or none"
+            )
+    from pemt.bank import Adapter, add_peft
+
+    nothing = [None] * len(peft)
+    adapters = map(Adapter, peft, task or nothing, description or nothing)
+    for added in add_peft(list(adapters), **options):
+        _tell_added(added)
+
+
+def _tell_added(added: Added) -> None:
     from pemt.model import projections_of
 
-    added = add_peft(path_or_id, bank_dir=bank_dir, task=task, **options)
     prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
     lora = added.lora
     print(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
+from pemt.bank.adding import Adapter, add_peft
 from pemt.bank.entries import read_bank, read_entry, write_entry
 from pemt.bank.peft_format import PROMPT_FILE, read_peft
-from pemt.bank.tools import add_peft, export_peft, merge, remove, verify
+from pemt.bank.tools import export_peft, merge, remove, verify
 from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, MixtureConfig, PemtError
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from pemt.model.experts import expert_shapes
 from pemt.model.sites import target_sites
-from tests.support.hub import hub
+from tests.support.adapters import make_adapter
 from tests.support.tiny import make_base
 from tests.support.tiny_t5 import tiny_base, tiny_source
 
@@ -61,20 +59,6 @@ def load(base: Path) -> Any:
     return AutoModelForSeq2SeqLM.from_pretrained(base).eval()
 
 
-def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
-    """An adapter as PEFT saves one, with random factors."""
-    config = peft.LoraConfig(
-        **{"target_modules": ["wo"], "task_type": "SEQ_2_SEQ_LM", "lora_dropout": 0.1, **settings}
-    )
-    model = peft.get_peft_model(load(base), config)
-    torch.manual_seed(4)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return folder
-
-
 def logits_of(model: Any, embeds_BSD: Tensor) -> Tensor:
     with torch.no_grad():
         return model(inputs_embeds=embeds_BSD, decoder_input_ids=torch.tensor([[0, 5, 6]])).logits
@@ -102,7 +86,7 @@ def test_an_adapter_as_expert_computes_what_it_did_in_peft(
     base: Path, tmp_path: Path, settings: str
 ) -> None:
     folder = make_adapter(base, tmp_path / "adapter", **SETTINGS[settings])
-    added = add_peft(str(folder), bank_dir=tmp_path / "bank", task="red", description=SENTENCE)
+    (added,) = add_peft([Adapter(str(folder), "red", SENTENCE)], bank_dir=tmp_path / "bank")
     (source,) = read_bank(
         tmp_path / "bank", base_shape=base_shape(load(base).config), base_name=str(base)
     )
@@ -137,7 +121,9 @@ def test_peft_loads_what_is_exported(base: Path, tmp_path: Path, rank: int, modu
     torch.testing.assert_close(logits_of(theirs, inputs), ours, atol=1e-5, rtol=1e-5)
     assert (logits_of(load(base), inputs) - ours).abs().max() > 0.01
 
-    add_peft(str(folder), bank_dir=tmp_path / "again", task="red", model_name_or_path=str(base))
+    add_peft(
+        [Adapter(str(folder), "red")], bank_dir=tmp_path / "again", model_name_or_path=str(base)
+    )
     _, back = read_entry(tmp_path / "again" / "red")
     assert (back.rank, back.alpha) == (source.rank, pytest.approx(source.alpha))
     assert torch.equal(back.prompt_PD, source.prompt_PD), "the trained prompt was lost on the way"
@@ -168,7 +154,7 @@ def source_for(
 def test_ranks_differ_within_a_bank(base: Path, tmp_path: Path) -> None:
     for name in ("plain", "rank-stabilised"):
         folder = make_adapter(base, tmp_path / name, **SETTINGS[name])
-        add_peft(str(folder), bank_dir=tmp_path / "bank", task=name, description=SENTENCE)
+        add_peft([Adapter(str(folder), name, SENTENCE)], bank_dir=tmp_path / "bank")
     loaded = load(base)
     sources = read_bank(
         tmp_path / "bank", base_shape=base_shape(loaded.config), base_name=str(base)
@@ -201,7 +187,7 @@ def test_what_is_refused(base: Path, tmp_path: Path, name: str) -> None:
     settings, expected = REFUSED[name]
     folder = make_adapter(base, tmp_path / "adapter", **settings)
     with pytest.raises(PemtError, match=expected) as raised:
-        add_peft(str(folder), bank_dir=tmp_path / "bank", task="red", description=SENTENCE)
+        add_peft([Adapter(str(folder), "red", SENTENCE)], bank_dir=tmp_path / "bank")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "bank").exists()
 
@@ -241,9 +227,9 @@ def test_what_is_refused_of_a_folder(base: Path, tmp_path: Path) -> None:
         read_peft(good, {**shape, "d_ff": 40})
     edit(good, base_model_name_or_path=None)
     with pytest.raises(PemtError, match="give it with model_name_or_path"):
-        add_peft(str(good), bank_dir=tmp_path / "bank", task="red")
+        add_peft([Adapter(str(good), "red")], bank_dir=tmp_path / "bank")
     with pytest.raises(PemtError, match="description"):
-        add_peft(str(good), bank_dir=tmp_path / "b", task="red", model_name_or_path=str(base))
+        add_peft([Adapter(str(good), "red")], bank_dir=tmp_path / "b", model_name_or_path=str(base))
     (good / "adapter_model.safetensors").unlink()
     (good / "adapter_model.bin").touch()
     with pytest.raises(PemtError, match="is a pickle and is not read"):
@@ -267,36 +253,9 @@ def test_a_trained_entry_is_not_replaced_unasked(
 
 def test_a_known_task_brings_its_description(base: Path, tmp_path: Path) -> None:
     folder = make_adapter(base, tmp_path / "adapter", r=2)
-    added = add_peft(str(folder), bank_dir=tmp_path / "bank", task="mnli")
+    (added,) = add_peft([Adapter(str(folder), "mnli")], bank_dir=tmp_path / "bank")
     manifest, _ = read_entry(tmp_path / "bank" / "mnli")
     assert manifest.description == added.prompt
-
-
-def test_from_the_hub(base: Path, tmp_path: Path) -> None:
-    make_adapter(base, tmp_path / "hub" / "someone" / "red-lora", r=2)
-    (tmp_path / "hub" / "someone" / "red-lora" / "huge.bin").write_bytes(b"not wanted")
-
-    def add(name: str, task: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["bank", "add", "--peft", name, "--task", task, "--description", SENTENCE]
-        return subprocess.run(
-            [sys.executable, "-m", "pemt", *arguments, "--bank_dir", str(tmp_path / "bank")],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    with hub(tmp_path / "hub") as environment:
-        done = add("someone/red-lora", "red")
-        assert done.returncode == 0, done.stderr
-        assert "lora on wo, rank 2" in done.stdout
-        missing = add("someone/blue-lora", "blue")
-    assert missing.returncode == 2
-    assert missing.stderr.startswith("pemt: error: someone/blue-lora: is no folder here, and from")
-    assert missing.stderr.count("\n") == 1
-    _, source = read_entry(tmp_path / "bank" / "red")
-    assert source.rank == 2
-    assert not list((tmp_path / "hf-home").rglob("huge.bin")), "more was fetched than is read"
 
 
 @pytest.fixture
