@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from pemt.config import flat
 from pemt.report import findings
+from pemt.report.ablation import left_out
 from pemt.report.charts import Series, line_chart
 from pemt.report.record import Record, read_records
 from pemt.storage import write_text
@@ -63,6 +64,7 @@ def environment(*, markdown: bool) -> Environment:
         "shade": shade,
         "clipped": clipped,
         "percent": lambda value: "–" if value is None else f"{value:.1f}",
+        "signed": lambda value: f"{value:+.1f}",
         "share": lambda value: "–" if value is None else f"{value:.2f}".replace("-0.00", "0.00"),
     }
     return made
@@ -75,6 +77,7 @@ def content_of(records: Sequence[Record]) -> dict[str, Any]:
         "runs": [run_content(record) for record in records],
         "charts": charts_of(records),
         "comparison": comparison(records) if len(records) > 1 else None,
+        "left_out": left_out(records),
     }
 
 
