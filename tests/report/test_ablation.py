@@ -14,7 +14,7 @@ def run(sources: list[str], score: float | None, **config: Any) -> Record:
     name = "-".join([*sources, *map(str, config.values())])
     fields = {"task_name": "cb", "method": "pemt", "seed": 0, "output_dir": name, **config}
     gates = {"encoder/0": dict.fromkeys(sources, 1 / len(sources))}
-    results = {"sources": sources, "gates": gates} | (
+    results = {"sources": sources, "gates": gates, "test_runtime": 1.0} | (
         {} if score is None else {"test_average_metrics": score}
     )
     return Record(

@@ -310,7 +310,7 @@ def test_a_run_that_is_not_finished_is_told_as_far_as_it_goes(runs: Path, tmp_pa
     assert "training loss" in text
     (unfinished,) = read_records([run])
     (last,) = [line for line in unfinished.log if "gate_mean/tiny-report-a" in line][-1:]
-    assert f"Mean over the training steps logged at step {last['step']}: how much" in text
+    assert f"mean over the training steps logged at step {last['step']}: how much" in text
     assert unfinished.sources == list(SOURCES)
     for stack, matrix in zip(
         ("encoder", "decoder"), findings.gate_matrices(unfinished), strict=True
