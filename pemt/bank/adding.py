@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pemt.bank.entries import write_entry
 from pemt.bank.manifests import BankError, check_free
@@ -114,17 +113,10 @@ def add_peft(
     base_name = model_name_or_path or _common_base(folders)
     base, tokenizer = load_pretrained(base_name, tokenizer_name or base_name, lazy=True)
     shape = base_shape(base.config)
-    read = []
-    for adapter, folder in zip(adapters, folders, strict=True):
-        lora = read_peft(folder, shape)
-        sentence = adapter.sentence()
-        prompt_PD, origin = lora.prompt_PD, "its own"
-        if prompt_PD is None:
-            if sentence is None:
-                raise _no_description(adapter)
-            prompt_PD, origin = description_prompt(tokenizer, base, sentence), sentence
-        source = _source(adapter.entry, lora, prompt_PD, base)
-        read.append((source, sentence, lora, origin))
+    read = [
+        _read(adapter, read_peft(folder, shape), base, tokenizer)
+        for adapter, folder in zip(adapters, folders, strict=True)
+    ]
     return [
         Added(
             folder=write_entry(
@@ -134,8 +126,30 @@ def add_peft(
             lora=lora,
             prompt=origin,
         )
-        for source, said, lora, origin in read
+        for source, lora, said, origin in read
     ]
+
+
+def _read(
+    adapter: Adapter, lora: PeftLora, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ExpertSource, PeftLora, str | None, str]:
+    """The expert, its adapter, its description and what its prompt is made of."""
+    said = adapter.sentence()
+    prompt_PD, origin = lora.prompt_PD, "its own"
+    if prompt_PD is None:
+        if said is None:
+            raise _no_description(adapter)
+        prompt_PD, origin = description_prompt(tokenizer, base, said), said
+    source = ExpertSource(
+        name=adapter.entry,
+        kind="lora",
+        rank=lora.rank,
+        alpha=lora.alpha,
+        weights=lora.weights,
+        prompt_PD=prompt_PD,
+        base_sha256=base_digest(checked_base(base)),
+    )
+    return source, lora, said, origin
 
 
 def _common_base(folders: Sequence[Path]) -> str:
@@ -154,18 +168,6 @@ def _common_base(folders: Sequence[Path]) -> str:
             )
     assert base_name is not None
     return base_name
-
-
-def _source(task: str, lora: PeftLora, prompt_PD: Tensor, base: PreTrainedModel) -> ExpertSource:
-    return ExpertSource(
-        name=task,
-        kind="lora",
-        rank=lora.rank,
-        alpha=lora.alpha,
-        weights=lora.weights,
-        prompt_PD=prompt_PD,
-        base_sha256=base_digest(checked_base(base)),
-    )
 
 
 def _no_description(adapter: Adapter) -> BankError:
