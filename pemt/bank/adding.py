@@ -100,13 +100,7 @@ def add_peft(
         PeftFormatError: one is no plain LoRA on linear layers, or fits another base model.
         PemtError: the base model or the hub cannot be read, or the bank cannot be written.
     """
-    names = [adapter.entry for adapter in adapters]
-    for name in names:
-        check_free(bank_dir, name, overwrite=overwrite)
-        if names.count(name) > 1:
-            raise BankError(
-                f"--task: `{name}` is the name of two entries; give each a name of its own"
-            )
+    _check_names(adapters, bank_dir, overwrite=overwrite)
     fetch = partial(local_folder, files=FILES, revision=revision)
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         folders = list(pool.map(fetch, (adapter.path_or_id for adapter in adapters)))
@@ -128,6 +122,16 @@ def add_peft(
         )
         for source, lora, said, origin in read
     ]
+
+
+def _check_names(adapters: Sequence[Adapter], bank_dir: str | Path, *, overwrite: bool) -> None:
+    names = [adapter.entry for adapter in adapters]
+    for name in names:
+        check_free(bank_dir, name, overwrite=overwrite)
+        if names.count(name) > 1:
+            raise BankError(
+                f"--task: `{name}` is the name of two entries; give each a name of its own"
+            )
 
 
 def _read(
