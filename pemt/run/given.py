@@ -31,6 +31,7 @@ class Given:
         metrics: by name.
         callbacks: objects with methods of transformers' `TrainerCallback`.
         notes: in one line each, what was decided.
+        fingerprint: of data and task; None where neither was given.
     """
 
     task: Task | None = None
@@ -38,6 +39,7 @@ class Given:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     callbacks: Sequence[Any] = ()
     notes: tuple[str, ...] = ()
+    fingerprint: str | None = None
 
     def task_of(self, config: RunConfig) -> Task:
         """The run's task.
@@ -93,17 +95,19 @@ def with_given(
     # A known task is what its name says.
     own = None if task is None else Hasher.hash(task)
     said = json.dumps([own, {} if data is None else data.digests], sort_keys=True)
-    config = replace(config, data_fingerprint=hashlib.sha256(said.encode()).hexdigest())
-    return config, replace(given, task=chosen, data=data, notes=notes)
+    fingerprint = hashlib.sha256(said.encode()).hexdigest()
+    given = replace(given, task=chosen, data=data, notes=notes, fingerprint=fingerprint)
+    return replace(config, data_fingerprint=fingerprint), given
 
 
-def check_same_on_all(config: RunConfig, engine: Engine) -> None:
+def check_same_on_all(given: Given, engine: Engine) -> None:
     """Refuse ranks that were given different data (all ranks call).
 
     Raises:
         DataError: they were.
     """
-    found = engine.all_gather_object(config.data_fingerprint)
+    # Not the configuration's: that is rank 0's on every rank.
+    found = engine.all_gather_object(given.fingerprint)
     other = [rank for rank, each in enumerate(found) if each != found[0]]
     if other:
         raise DataError(

@@ -214,7 +214,7 @@ def set_up(
     config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any], given: Given
 ) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
-    check_same_on_all(config, engine)
+    check_same_on_all(given, engine)
     quiet_libraries(engine.is_main)
     engine.on_rank0(
         lambda: check_lock(Path(config.output_dir)),

@@ -8,7 +8,6 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +27,6 @@ from pemt import (
 from pemt.config import ExpertConfig
 from pemt.data.in_memory import memory_data
 from pemt.run.early import check_early
-from pemt.run.given import check_same_on_all
 from pemt.tasks import Task
 from tests.support.tiny import losses, make_base, run_fields, write_task_files
 
@@ -359,15 +357,6 @@ def test_a_metric_that_fails_says_which(
 ) -> None:
     with pytest.raises(PemtError, match=message):
         evaluate_run(done[0].output_dir, rows=rows["test"], metrics={"odd": metric})
-
-
-def test_all_ranks_must_have_the_same_rows(base: Path, tmp_path: Path) -> None:
-    config = config_of(base, tmp_path, data_fingerprint="a")
-    engine: Any = SimpleNamespace(all_gather_object=lambda mine: [mine, mine, "b"])
-    with pytest.raises(
-        PemtError, match="rank 2 was given other data, or another task, than rank 0"
-    ):
-        check_same_on_all(config, engine)
 
 
 def test_errors_name_fields_here_and_flags_on_the_command_line(
