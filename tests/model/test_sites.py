@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pemt.bank.peft_format import read_peft
 from pemt.config import ConfigError, ExpertConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5, base_shape
-from pemt.model.inject import linear_sites
+from pemt.model.inject import checked_base, linear_sites
 from pemt.model.site_mixture import SiteMixture
 from pemt.model.sites import Site, sites_of, target_sites
 from pemt.ops import reference
@@ -82,6 +82,8 @@ def test_target_modules_that_are_nowhere(target: Any) -> None:
 
 def as_source(base: Any, folder: Path, **settings: Any) -> tuple[Any, ExpertSource]:
     """A PEFT model with random factors, and its adapter as a source."""
+    # UMT5's decoder sees what it is to predict in transformers 5.17, unless its base has been checked
+    base = checked_base(base)
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **settings)).eval()
     torch.manual_seed(4)
     for name, parameter in model.named_parameters():

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     MT5Config,
@@ -43,6 +45,8 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**SIZES)),
     "umt5": lambda: UMT5ForConditionalGeneration(UMT5Config(**SIZES)),
 }
+# transformers 5.17 does not hand T5's position bias to an attention function.
+OLD_ATTENTION = Version(transformers.__version__) < Version("5.20")
 FFNS = SIZES["num_layers"] + SIZES["num_decoder_layers"]
 EXPERT = {
     "lora": ExpertConfig(kind="lora", rank=4, alpha=8.0),
