@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pemt.bank import BankError, read_bank, read_entry, write_entry
+from pemt.bank import BankError, read_bank, read_entry, site_names, write_entry
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig, PemtError
 from pemt.model import (
     ExpertSource,
     PemtT5,
+    Site,
     base_shape,
     description_prompt,
     load_pretrained,
@@ -146,19 +144,13 @@ class SourceModel(PemtModule):
             base, tokenizer: as of `source_model`; default: the entry's base model.
 
         Raises:
-            BankError, StorageError: it is no entry, is damaged, or was made for another base model.
+            BankError, StorageError: it is no entry, is damaged, was made for another base model, or its ranks differ.
             BaseModelError, TokenizerError: base model or tokenizer cannot be loaded.
         """
         manifest, source = read_entry(folder)
         name, model, reader = _loaded(base or str(manifest.base["name"]), tokenizer)
         source.check(base_shape(model.config))
-        width = model.config.d_ff
-        expert = ExpertConfig(
-            kind=source.kind,
-            rank=source.rank,
-            alpha=source.alpha,
-            reduction_factor=max(1, width // source.rank),
-        )
+        expert = _expert_of(source, folder, d_ff=model.config.d_ff)
         pemt = PemtT5.source(model, expert=expert, prompt_PD=source.prompt_PD)
         if source.base_sha256 not in (None, pemt.base_sha256):
             raise BankError(f"{folder}: was trained on other weights than those of {name}")
@@ -167,10 +159,23 @@ class SourceModel(PemtModule):
         return cls(pemt, base_name=name, tokenizer=reader, description=description, task=None)
 
 
-_LONGEST_SOURCE, _LONGEST_ANSWER = (
-    512,
-    256,
-)  # tokens, for whoever asks what was saved without a task
+def _expert_of(source: ExpertSource, folder: str | Path, *, d_ff: int) -> ExpertConfig:
+    """What the expert of an entry was made with."""
+    if source.kind == "bottleneck":
+        return ExpertConfig(kind="bottleneck", reduction_factor=max(1, d_ff // source.rank))
+    sites = site_names(source.weights)
+    ranks = {len(source.weights[f"{site}.down"]) for site in sites}
+    if ranks != {source.rank}:
+        raise BankError(
+            f"{folder}: has the ranks {', '.join(map(str, sorted(ranks)))} on its layers; "
+            "only an expert of one rank can be trained further"
+        )
+    modules = [Site.named(site).module for site in sites]
+    return ExpertConfig(rank=source.rank, alpha=source.alpha, target_modules=modules)
+
+
+# In tokens, for whoever asks what was saved without a task.
+_LONGEST_SOURCE, _LONGEST_ANSWER = 512, 256
 
 
 def target_model(
@@ -233,11 +238,11 @@ def source_model(
     description: str | None = None,
     expert: ExpertConfig | None = None,
 ) -> SourceModel:
-    """Stage 1's model: one expert on every FFN, and a task prompt; `save_pretrained("BANK/TASK")` puts it into a bank.
+    """Stage 1's model: an expert on some layers, and a task prompt; `save_pretrained("BANK/TASK")` puts it into a bank.
 
     Args:
         base, tokenizer, task, description: as of `target_model`.
-        expert: its kind and size.
+        expert: its kind, place and size; default: as published, on every FFN.
 
     Raises:
         PemtError: base, tokenizer or task cannot be had.

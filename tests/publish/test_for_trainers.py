@@ -196,11 +196,13 @@ def test_what_is_saved_answers_and_goes_on(world: Path, tmp_path: Path) -> None:
     assert sum(answer.probabilities.values()) == pytest.approx(1)
 
 
-def test_a_source_model_fills_the_bank_and_goes_on(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("modules", [["wo"], ["q", "v"]], ids=" ".join)
+def test_a_source_model_fills_the_bank_and_goes_on(
+    world: Path, tmp_path: Path, modules: list[str]
+) -> None:
     set_seed(1)
-    model = pemt.source_model(
-        str(world / "base"), task=TARGET, expert=ExpertConfig(rank=2, alpha=2.0)
-    )
+    expert = ExpertConfig(rank=2, alpha=2.0, target_modules=modules)
+    model = pemt.source_model(str(world / "base"), task=TARGET, expert=expert)
     trainer_of(world, model, tmp_path / "run").train()
     model.save_pretrained(tmp_path / "bank" / "mine")
     manifest, _ = read_entry(tmp_path / "bank" / "mine")

@@ -27,6 +27,7 @@ from pemt import (
 from pemt.config import ExpertConfig
 from pemt.data.in_memory import memory_data
 from pemt.run.early import check_early
+from pemt.run.given import with_given
 from pemt.tasks import Task
 from tests.support.tiny import losses, make_base, run_fields, write_task_files
 
@@ -367,3 +368,14 @@ def test_errors_name_fields_here_and_flags_on_the_command_line(
         PemtError, match=r"give resume_from_checkpoint=True to .*overwrite_output_dir=True"
     ):
         run_adapt(config, **rows, task=TASK)
+
+
+def test_equal_tasks_are_one_task(base: Path, rows: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever objects they are made of: pickles tell a tuple that stands twice from two equal ones."""
+    labels = ("no", "yes")
+    tasks = [replace(TASK, labels=labels, label_names=names) for names in (labels, (*labels,))]
+    assert tasks[0] == tasks[1]
+    found = [with_given(config_of(base, tmp_path), task=task)[0] for task in tasks]
+    assert found[0] == found[1]
+    other = with_given(config_of(base, tmp_path), task=replace(TASK, description="another"))[0]
+    assert other.data_fingerprint != found[0].data_fingerprint
