@@ -16,25 +16,34 @@ from pemt.monitor.gates import NamedGates, by_layer
 
 # TensorBoard shrinks a picture to the width of a card, about 330 dots: a small one stays legible.
 INCHES_A_CELL = (0.5, 0.28)
-MOST_INCHES = 8.0
+MOST_INCHES = 6.0  # of all cells, unless their names would lie on each other
+FONTS = {0.16: 7.0, 0.24: 10.0}  # points of names beside cells of at least so many inches
 DOTS_PER_INCH = 100
+LONGEST_NAME = 32  # characters; of a longer one the beginning and the end are shown
+NO_EXPERT = "–"
 MOST_NUMBERS = 64  # cells of a map that has numbers in it: text takes most of the drawing's time
 
 
-def gate_map(gates: NamedGates, *, title: str) -> np.ndarray:
-    """Mean gates of every layer (rows) and source (columns), which is left white where it has no expert.
+def gate_map(gates: NamedGates, *, title: str, sources: Sequence[str] = ()) -> np.ndarray:
+    """Mean gates of every layer (rows) and source (columns); white, and told so, where a source has no expert.
+
+    Args:
+        gates: by site; a layer's sites are averaged.
+        title: stands above.
+        sources: the columns; default: those that `gates` names.
 
     Returns:
         RGB, uint8 [height, width, 3].
     """
     layers = by_layer(gates)
-    sources = list(dict.fromkeys(name for weights in layers.values() for name in weights))
+    sources = sources or list(dict.fromkeys(name for each in layers.values() for name in each))
     figure, axes = _figure(rows=list(layers), columns=sources)
     values_LK = np.array(
         [[weights.get(name, np.nan) for name in sources] for weights in layers.values()]
     )
     image = _heat_map(axes, values_LK, low=0.0)
-    figure.colorbar(image, ax=axes, label="mean gate")
+    absent = f" (white, {NO_EXPERT}: no expert)" if np.isnan(values_LK).any() else ""
+    figure.colorbar(image, ax=axes, label=f"mean gate{absent}")
     return _pixels(figure, title)
 
 
@@ -63,15 +72,21 @@ def similarity_map(similarity_MM: np.ndarray, *, names: Sequence[str], title: st
 
 
 def _figure(*, rows: Sequence[str], columns: Sequence[str]) -> tuple[Figure, Axes]:
-    names = 0.07 * max(map(len, columns))  # slanted below
-    width = 1.6 + 0.07 * max(map(len, rows)) + INCHES_A_CELL[0] * len(columns)
-    height = 1.0 + names + INCHES_A_CELL[1] * len(rows)
-    size = (min(MOST_INCHES, max(width, 3.6)), min(MOST_INCHES, height))
-    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+    rows, columns = [shown(name) for name in rows], [shown(name) for name in columns]
+    cells = [
+        max(min(FONTS), min(inches, MOST_INCHES / count))
+        for inches, count in zip(INCHES_A_CELL, (len(columns), len(rows)), strict=True)
+    ]
+    fonts = [max(size for least, size in FONTS.items() if least <= cell) for cell in cells]
+    letter = 0.007  # inches of a letter's width, a point
+    names = letter * fonts[0] * max(map(len, columns))  # slanted below
+    width = 1.6 + letter * fonts[1] * max(map(len, rows)) + cells[0] * len(columns)
+    height = 1.0 + names + cells[1] * len(rows)
+    figure = Figure(figsize=(max(width, 3.6), height), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots()
     slanted: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(len(columns)), [_plain(name) for name in columns], **slanted)
-    axes.set_yticks(range(len(rows)), [_plain(name) for name in rows])
+    axes.set_xticks(range(len(columns)), columns, fontsize=fonts[0], **slanted)
+    axes.set_yticks(range(len(rows)), rows, fontsize=fonts[1])
     return figure, axes
 
 
@@ -81,12 +96,19 @@ def _heat_map(axes: Axes, values: np.ndarray, *, low: float) -> AxesImage:
     if values.size <= MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(values.round(2) + 0.0):  # -0.0 + 0.0 is 0.0
             if np.isnan(value):
+                axes.text(column, row, NO_EXPERT, ha="center", va="center", fontsize=9)
                 continue
             shade = "white" if (value < 0.6 if low == 0 else abs(value) > 0.6) else "black"
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9
             )
     return image
+
+
+def shown(name: str) -> str:
+    """A name as a picture has room for it."""
+    half = LONGEST_NAME // 2
+    return _plain(name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}")
 
 
 def _plain(text: str) -> str:
