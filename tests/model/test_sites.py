@@ -250,11 +250,16 @@ def test_sixty_four_experts(monkeypatch: pytest.MonkeyPatch) -> None:
         found[name] = out.loss.detach(), out.gates_LBK, gradients(model)
     torch.testing.assert_close(found["op"], found["specification"], rtol=1e-4, atol=1e-5)
     sites = model.gate_sites
-    assert {site.rpartition("/")[2]: len(present) for site, present in sites.items()} == {"q": 32, "v": 64}
+    assert {site.rpartition("/")[2]: len(present) for site, present in sites.items()} == {
+        "q": 32,
+        "v": 64,
+    }
     torch.testing.assert_close(found["op"][1].sum(-1), torch.ones(len(sites), 3))
     batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
     monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", SiteMixture)
-    tokens, gates = target_model(sources).generate_with_gates(**batch, num_beams=2, max_new_tokens=4)
+    tokens, gates = target_model(sources).generate_with_gates(
+        **batch, num_beams=2, max_new_tokens=4
+    )
     assert tokens.shape[0] == 3
     torch.testing.assert_close(gates, found["op"][1].transpose(0, 1))
 

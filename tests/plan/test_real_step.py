@@ -58,11 +58,10 @@ def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("plain_products")
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("places", [*PLACES, "wo"])
+@pytest.mark.parametrize("places", ["q v", "everywhere", "different", "wo"])
 @pytest.mark.parametrize("method", ["pemt", "source"])
-def test_flops(method: str, places: str, gated: bool) -> None:
-    job = tiny_job(method, gated=gated)
+def test_flops(method: str, places: str) -> None:
+    job = tiny_job(method, gated=places == "everywhere")
     if places in PLACES:
         job = placed(job, places)
     check_flops(job)
@@ -111,10 +110,9 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return most
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("places", ["wo", "q v", "everywhere", "64 on q v"])
-def test_peak_of_a_pass_and_its_backward(places: str, gated: bool) -> None:
-    job = replace(WIDE, shape=replace(WIDE.shape, gated=gated))
+def test_peak_of_a_pass_and_its_backward(places: str) -> None:
+    job = replace(WIDE, shape=replace(WIDE.shape, gated=places == "everywhere"))
     if places == "64 on q v":
         job = replace(job, ranks=MANY, source_prompt_tokens=3 * len(MANY))
     if places != "wo":
@@ -149,15 +147,16 @@ def test_a_bank_of_64_is_planned_exactly(
         adapter=AdapterConfig(reduction_factor=4),
         prompt_PD=torch.randn(5, 16),
     )
-    ours = [p.numel() for n, p in model.named_parameters() if n.endswith((".down", ".up", "sources"))]
+    ours = [
+        p.numel() for n, p in model.named_parameters() if n.endswith((".down", ".up", "sources"))
+    ]
     assert found["expert"] == sum(ours)
     COMMANDS["plan"](command)
     assert "64 LoRA experts on q, v, o, k, wo, of rank 16" in capsys.readouterr().out
 
 
 def test_more_than_can_be_mixed_are_refused() -> None:
-    command = ["--model_name_or_path", "google/flan-t5-large", "--expert_rank", "1", "--json"]
+    command = ["--model_name_or_path", "google-t5/t5-small", "--expert_rank", "1", "--json"]
     with pytest.raises(PemtError, match=r"--num_experts: found 129 experts on a layer, .* 128"):
         COMMANDS["plan"]([*command, "--num_experts", "129"])
     COMMANDS["plan"]([*command, "--num_experts", "128"])
-    COMMANDS["plan"]([*command, "--num_experts", "129", "--method", "source"])
