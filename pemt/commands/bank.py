@@ -140,7 +140,11 @@ def _where(sites: list[str], shape: Mapping[str, Any]) -> str:
     from pemt.model import absent_sites, projections_of
 
     absent = absent_sites(sites, shape)
-    layers = f"{len(sites)} of {len(sites) + len(absent)} such layers" if absent else f"{len(sites)} layers"
+    layers = (
+        f"{len(sites)} of {len(sites) + len(absent)} such layers"
+        if absent
+        else f"{len(sites)} layers"
+    )
     alone = f"; not on {', '.join(absent)}" if absent else ""
     return f"{projections_of(sites)} ({layers}{alone})"
 

@@ -21,6 +21,7 @@ FONTS = {0.16: 7.0, 0.24: 10.0}  # points of names beside cells of at least so m
 DOTS_PER_INCH = 100
 LONGEST_NAME = 32  # characters; of a longer one the beginning and the end are shown
 NO_EXPERT = "–"
+BRIGHTEST = 12  # of so many sources; of more, whose weights are small, the largest weight has the brightest colour
 MOST_NUMBERS = 64  # cells of a map that has numbers in it: text takes most of the drawing's time
 
 
@@ -41,7 +42,8 @@ def gate_map(gates: NamedGates, *, title: str, sources: Sequence[str] = ()) -> n
     values_LK = np.array(
         [[weights.get(name, np.nan) for name in sources] for weights in layers.values()]
     )
-    image = _heat_map(axes, values_LK, low=0.0)
+    high = 1.0 if len(sources) <= BRIGHTEST else float(np.nanmax(values_LK))
+    image = _heat_map(axes, values_LK, low=0.0, high=high)
     absent = f" (white, {NO_EXPERT}: no expert)" if np.isnan(values_LK).any() else ""
     figure.colorbar(image, ax=axes, label=f"mean gate{absent}")
     return _pixels(figure, title)
@@ -63,7 +65,7 @@ def similarity_map(similarity_MM: np.ndarray, *, names: Sequence[str], title: st
         RGB, uint8 [height, width, 3].
     """
     figure, axes = _figure(rows=names, columns=names)
-    image = _heat_map(axes, similarity_MM, low=-1.0)
+    image = _heat_map(axes, similarity_MM, low=-1.0, high=1.0)
     axes.axhline(
         0.5, color="black", linewidth=2
     )  # the target above, sources among themselves below
@@ -79,26 +81,29 @@ def _figure(*, rows: Sequence[str], columns: Sequence[str]) -> tuple[Figure, Axe
     ]
     fonts = [max(size for least, size in FONTS.items() if least <= cell) for cell in cells]
     letter = 0.007  # inches of a letter's width, a point
-    names = letter * fonts[0] * max(map(len, columns))  # slanted below
+    names = letter * fonts[0] * max(map(len, columns))  # below
     width = 1.6 + letter * fonts[1] * max(map(len, rows)) + cells[0] * len(columns)
     height = 1.0 + names + cells[1] * len(rows)
     figure = Figure(figsize=(max(width, 3.6), height), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots()
-    slanted: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(len(columns)), columns, fontsize=fonts[0], **slanted)
+    turn = 45 if cells[0] >= max(FONTS) else 90  # slanted ones would lie on each other
+    turned: Any = {"rotation": turn, "ha": "right", "rotation_mode": "anchor"}
+    if turn == 90:
+        turned["va"] = "center"
+    axes.set_xticks(range(len(columns)), columns, fontsize=fonts[0], **turned)
     axes.set_yticks(range(len(rows)), rows, fontsize=fonts[1])
     return figure, axes
 
 
-def _heat_map(axes: Axes, values: np.ndarray, *, low: float) -> AxesImage:
+def _heat_map(axes: Axes, values: np.ndarray, *, low: float, high: float) -> AxesImage:
     colours = "viridis" if low == 0 else "RdBu_r"
-    image = axes.imshow(values, vmin=low, vmax=1, cmap=colours, aspect="auto")
+    image = axes.imshow(values, vmin=low, vmax=high, cmap=colours, aspect="auto")
     if values.size <= MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(values.round(2) + 0.0):  # -0.0 + 0.0 is 0.0
             if np.isnan(value):
                 axes.text(column, row, NO_EXPERT, ha="center", va="center", fontsize=9)
                 continue
-            shade = "white" if (value < 0.6 if low == 0 else abs(value) > 0.6) else "black"
+            shade = "white" if (value < 0.6 * high if low == 0 else abs(value) > 0.6) else "black"
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9
             )

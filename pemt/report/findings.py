@@ -65,14 +65,16 @@ def gate_matrices(record: Record) -> list[Matrix]:
             title=title,
             rows=list(layers),
             columns=list(columns),
-            values=[[_summed(each, names) for names in columns.values()] for each in layers.values()],
+            values=[
+                [_summed(each, names) for names in columns.values()] for each in layers.values()
+            ],
         )
         for title, layers in kinds.items()
     ]
 
 
 def columns_of(record: Record) -> dict[str, list[str]]:
-    """A column for each source; of more than MOST_SOURCES for those with the largest mean gates, and one for the rest."""
+    """A column for each source; of more than MOST_SOURCES one for each with a large mean gate, and one for the rest."""
     names = record.sources
     if len(names) <= MOST_SOURCES:
         return {name: [name] for name in names}

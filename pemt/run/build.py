@@ -70,8 +70,8 @@ class Built:
             )
         if (weights := self.gate_names.weights) > MOST_TAGS:
             found.append(
-                f"{weights} gate weights ({len(names)} experts on {len(sites)} layers): log.jsonl and TensorBoard get the "
-                "mean of each block's, all_results.json every one of the test's; fewer experts by mixture.top_sources"
+                f"{weights} gate weights ({len(names)} experts on {len(sites)} layers): log.jsonl and TensorBoard get "
+                "the mean of each block's, all_results.json every one of the test's; mixture.top_sources mixes fewer"
             )
         if not any(site.count("/") == 1 for site in sites):
             found.append(

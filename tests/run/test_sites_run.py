@@ -95,7 +95,9 @@ def test_what_is_unexpected_is_told(
         patch.setattr("pemt.run.build.MOST_TAGS", 15)
         adapt(world, "told", max_steps=1)
     told = capfd.readouterr().err
-    assert "16 gate weights (2 experts on 16 layers): log.jsonl and TensorBoard get the mean" in told
+    assert (
+        "16 gate weights (2 experts on 16 layers): log.jsonl and TensorBoard get the mean" in told
+    )
     assert "different layers (of 16 with an expert: tiny-sites-a 4, tiny-sites-b 12)" in told
     assert "sparsity loss" not in told
     adapt(world, "told-2", max_steps=1, source_tasks=["tiny-sites-b"])
