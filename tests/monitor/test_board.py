@@ -24,6 +24,7 @@ from pemt.monitor import GateNames, Monitor, board, entropy_NL, figures
 from pemt.monitor.entropy import decisions
 from pemt.monitor.gates import by_layer
 from pemt.monitor.hparams import columns
+from pemt.monitor.layout import layout
 from pemt.monitor.provenance import config_text, environment_text, git_state
 from pemt.run.train import run_adapt, run_source
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
@@ -88,6 +89,10 @@ class TestSourcesThatAreNotEverywhere:
         }
         means = {tag for tag in whole if tag.startswith("gate_mean/")}
         assert {tag: found[tag] for tag in means} == {tag: whole[tag] for tag in means}
+
+    def test_no_chart_of_a_stack_that_a_source_is_not_in(self) -> None:
+        charts = layout("cb", self.names)["3 where each source acts, by layer"]
+        assert list(charts) == ["a, encoder", "b, encoder", "c, encoder"]
 
     def test_means_are_over_the_sites_that_have_a_source(self) -> None:
         assert self.names.over_sites(self.gates_NLK).tolist() == [[0.75, 0.5, 0.5]]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 
 from pemt.bank.entries import read_entry
 from pemt.commands import COMMANDS
@@ -121,18 +118,6 @@ def test_a_report_shows_where_a_source_is_absent(world: Path, tmp_path: Path) ->
         "| encoder/self/q | tiny-sites-a | tiny-sites-b |" in (tmp_path / "report.md").read_text()
     )
     assert "12 of 12" in (tmp_path / "report.html").read_text()
-
-
-def test_tensorboard_has_no_chart_and_no_number_of_a_source_where_it_is_not(world: Path) -> None:
-    events = EventAccumulator(str(world / "adapt" / "tensorboard"), size_guidance={"tensors": 0})
-    events.Reload()
-    scalars = events.Tags()["scalars"]
-    assert "gate/encoder/0/self/q/tiny-sites-b" in scalars
-    assert "gate/encoder/0/self/q/tiny-sites-a" not in scalars
-    content = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    charts = layout_pb2.Layout.FromString(content)
-    tags = [tag for each in charts.category for chart in each.chart for tag in chart.multiline.tag]
-    assert all(any(re.search(tag, scalar) for scalar in scalars) for tag in tags if "gate" in tag)
 
 
 def test_it_resumes_loads_and_is_exported(world: Path, tmp_path: Path) -> None:
