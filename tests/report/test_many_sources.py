@@ -133,7 +133,7 @@ def overlaps(labels: list[Any], canvas: Any, axis: int) -> int:
 def test_names_do_not_lie_on_each_other(count: int, rows: int) -> None:
     columns = [f"flan_t5_xl-{'long_' * 12}{k:03}" for k in range(count)]
     layers = [f"encoder/{layer}" for layer in range(rows)]
-    figure, axes = figures._figure(rows=layers, columns=columns)
+    figure, (axes, _) = figures._figure(rows=layers, columns=columns)
     axes.imshow(np.zeros((rows, count)), aspect="auto")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -146,16 +146,10 @@ def test_names_do_not_lie_on_each_other(count: int, rows: int) -> None:
 def label_of(gates: NamedGates, **options: Any) -> str:
     """What stands beside a picture's colours."""
     labels = []
-    draw = figures.Figure.colorbar
-
-    def colorbar(self: Any, *args: Any, label: str, **kwargs: Any) -> Any:
-        labels.append(label)
-        return draw(self, *args, label=label, **kwargs)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures.Figure, "colorbar", colorbar)
+        patch.setattr(figures, "_heat_map", lambda *_, label, **__: labels.append(label))
         figures.gate_map(gates, title="t", **options)
-    return labels[0]
+    return str(labels[0])
 
 
 def test_the_largest_of_many_weights_is_bright() -> None:
