@@ -104,7 +104,7 @@ class RunConfig:
         fp16: train in float16; T5 overflows in it from size large on.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         torch_compile: compile every T5 block with torch.compile, for training; the first steps take minutes. With
-            gradient_checkpointing or ZeRO-3 it gains little.
+            gradient_checkpointing blocks that mix experts run as written; with ZeRO-3 it gains little.
         ddp_timeout: seconds without a heartbeat of a rank after which the job ends and names it.
         resume_from_checkpoint: a checkpoint folder; true: the newest one in output_dir, if there is any;
             false: never. Default: the newest one, if output_dir holds a run of the same configuration.

@@ -151,11 +151,10 @@ def keep_for_recompute(base: Base, context: PassContext) -> None:
         block._gradient_checkpointing_func = partial(_checkpointed, context, checkpoint)
 
 
+@torch.compiler.disable  # a program would carry what gates report out of what is recomputed, which none may
 def _checkpointed(
     context: PassContext, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
 ) -> Any:
-    if torch.compiler.is_compiling():  # into a program that has what gates read among its inputs
-        return checkpoint(function, *args)
     return checkpoint(partial(_seeing, context, context.encoder_prompt_BD, function), *args)
 
 

@@ -159,7 +159,12 @@ def _built(config: SourceConfig | AdaptConfig, setup: Setup) -> Built:
             tokenizer=setup.tokenizer,
             description=config.description or setup.task.description,
         )
-    for note in built.notes() if setup.engine.is_main else ():
+    notes = built.notes()
+    if built.source_names and config.torch_compile and config.gradient_checkpointing:
+        notes.append(
+            "torch_compile: has no effect on blocks that mix experts with gradient_checkpointing; leave one of them out"
+        )
+    for note in notes if setup.engine.is_main else ():
         print(f"pemt: {note}", file=sys.stderr, flush=True)
     return built
 

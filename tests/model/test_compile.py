@@ -19,16 +19,17 @@ from tests.support.tiny import (
     write_task_files,
 )
 
-
-WAYS = [(False, False), (True, False), (True, True), (False, True)]  # compiled, checkpointed
+WAYS = [(False, False), (True, False), (True, True)]  # compiled, checkpointed
 SOURCES = {"tiny-a": ["q", "v", "wo"], "tiny-b": ["wo"]}
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(tmp_path: Path) -> None:
+def test_compiled_blocks_give_the_same_losses(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Batches of several widths; nothing of a block is left to Python, gates and sparsity loss included.
 
-    The experts are on attention and on the FFNs; compiled blocks are recomputed by activation checkpointing as well.
+    The experts are on attention and on the FFNs. With activation checkpointing blocks run as written.
     """
     base, data = (
         make_base(tmp_path / "base", num_layers=1),
@@ -50,8 +51,10 @@ def test_compiled_blocks_give_the_same_losses(tmp_path: Path) -> None:
         ways = {"torch_compile": compiled, "gradient_checkpointing": checkpointed}
         run_adapt(adapt_config(base, data, folder, bank, "tiny-target", **ways, **few))
         found.append(losses(folder))
-        assert (counters["stats"]["unique_graphs"] > 0) == compiled
-        assert not counters["graph_break"]
+        told = "torch_compile: has no effect on blocks that mix experts" in capfd.readouterr().err
+        assert told == (compiled and checkpointed)
+        assert checkpointed or (counters["stats"]["unique_graphs"] > 0) == compiled
+        assert checkpointed or not counters["graph_break"]
     for each in found:
         assert each == pytest.approx(found[0], rel=1e-5)
     assert len(set(found[0].values())) == 3
