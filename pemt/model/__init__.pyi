@@ -28,6 +28,7 @@ from .prompts import description_prompt as description_prompt, top_sources as to
 from .shape import base_digest as base_digest, base_shape as base_shape
 from .sites import (
     Site as Site,
+    absent_sites as absent_sites,
     projections_of as projections_of,
     sites_of as sites_of,
     target_sites as target_sites,
