@@ -19,7 +19,6 @@ from tests.support.tiny import (
     write_task_files,
 )
 
-
 WAYS = [(False, False), (True, False), (True, True), (False, True)]  # compiled, checkpointed
 SOURCES = {"tiny-a": ["q", "v", "wo"], "tiny-b": ["wo"]}
 
