@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pemt.config import PemtError
-from pemt.model import ExpertSource, Site, is_linear, sites_of
+from pemt.model import ExpertSource, Site, absent_sites, is_linear, sites_of
 from pemt.storage import Count, Positive, checked, save_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -117,7 +117,6 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
         weights[f"{site.name}.down"] = pair["down"]
         weights[f"{site.name}.up"] = pair["up"] * (scales[site] / common)
     rank = max(len(pair["down"]) for pair in factors.values())
-    kinds = {(site.part, site.projection) for site in touched}
     return PeftLora(
         base_name=settings.base_model_name_or_path,
         rank=rank,
@@ -125,11 +124,7 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
         weights=weights,
         prompt_PD=_read_prompt(folder),
         sites=[site.name for site in touched],
-        absent=[
-            site.name
-            for site in sites
-            if (site.part, site.projection) in kinds and site not in factors
-        ],
+        absent=absent_sites([site.name for site in touched], shape),
     )
 
 

@@ -35,6 +35,7 @@ from .prompts import description_prompt as description_prompt, top_sources as to
 from .shape import base_digest as base_digest, base_shape as base_shape
 from .sites import (
     Site as Site,
+    absent_sites as absent_sites,
     is_linear as is_linear,
     projections_of as projections_of,
     sites_of as sites_of,

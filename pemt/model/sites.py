@@ -156,6 +156,17 @@ def projections_of(names: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(OUTPUT if end.isdigit() else end for end in ends))
 
 
+def absent_sites(names: Sequence[str], shape: Mapping[str, Any]) -> list[str]:
+    """Sites of the same kinds as these that are not among them, as with PEFT's `layers_to_transform`."""
+    found = [Site.named(name, shape) for name in names]
+    kinds = {(site.part, site.projection) for site in found}
+    return [
+        site.name
+        for site in sites_of(shape)
+        if (site.part, site.projection) in kinds and site not in found
+    ]
+
+
 def _matching(expression: str, sites: list[Site]) -> list[Site]:
     if expression == "all-linear":
         return sites

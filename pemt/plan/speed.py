@@ -106,7 +106,7 @@ def _forward(job: Job) -> tuple[float, float, float]:
 
 def _expert_flops(job: Job, site: Site) -> float:
     """Latents, their sum, and at an FFN's output z against the experts for the sparsity loss; as many products back."""
-    ranks = job.ranks_at(site)
+    ranks = job.mixed_at(site) if job.experts else job.ranks_at(site)
     inputs, outputs = site.widths(job.shape.base_shape)
     again = outputs if site.is_ffn_output and job.method == "pemt" else 0
     return 2.0 * job.tokens_at(site) * sum(ranks) * (inputs + outputs + again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pemt.bank.peft_format import read_peft
 from pemt.config import ConfigError, ExpertConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5, base_shape
+from pemt.model.experts import ModelError
 from pemt.model.inject import checked_base, linear_sites
 from pemt.model.site_mixture import SiteMixture
 from pemt.model.sites import Site, sites_of, target_sites
@@ -270,6 +272,45 @@ def test_gradients_are_those_of_the_specification(monkeypatch: pytest.MonkeyPatc
         loss.backward()
         found[name] = loss.detach(), gradients(model)
     torch.testing.assert_close(found["op"], found["specification"], rtol=1e-4, atol=1e-5)
+
+
+def test_sixty_four_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rank 16 on q and v, half of them on v alone: gates, loss, gradients, answers by beams."""
+    sources = [
+        tiny_source(f"task{k}", rank=16, prompt=2, seed=k, target_modules=["q", "v"][k % 2 :])
+        for k in range(64)
+    ]
+    weights = [{key: 0.1 * each for key, each in source.weights.items()} for source in sources]
+    sources = [replace(s, weights=w) for s, w in zip(sources, weights, strict=True)]
+    found = {}
+    for name, kind in (("op", SiteMixture), ("specification", PlainMixture)):
+        monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", kind)
+        model = target_model(sources)
+        out = model(**tiny_batch())
+        out.loss.backward()
+        found[name] = out.loss.detach(), out.gates_LBK, gradients(model)
+    torch.testing.assert_close(found["op"], found["specification"], rtol=1e-4, atol=1e-5)
+    sites = model.gate_sites
+    assert {site.rpartition("/")[2]: len(present) for site, present in sites.items()} == {
+        "q": 32,
+        "v": 64,
+    }
+    torch.testing.assert_close(found["op"][1].sum(-1), torch.ones(len(sites), 3))
+    batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
+    monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", SiteMixture)
+    tokens, gates = target_model(sources).generate_with_gates(
+        **batch, num_beams=2, max_new_tokens=4
+    )
+    assert tokens.shape[0] == 3
+    torch.testing.assert_close(gates, found["op"][1].transpose(0, 1))
+
+
+def test_more_experts_than_can_be_mixed_are_refused() -> None:
+    source = tiny_source(rank=1, target_modules=["encoder.block.0.layer.0.SelfAttention.q"])
+    many = [replace(source, name=f"task{k}") for k in range(129)]
+    with pytest.raises(ModelError, match=r"found 129 experts on encoder.0.self.q, .* at most 128"):
+        target_model(many)
+    assert len(target_model(many[:128]).gate_sites) == 1
 
 
 def test_gradcheck_of_a_site() -> None:
