@@ -56,6 +56,7 @@ class PemtModule(nn.Module, ABC):
         self._trained = {f"{INNER}{name}" for name, _ in pemt.trainable_parameters()}
         self.register_state_dict_post_hook(_keep_trained)
         self.register_load_state_dict_post_hook(_frozen_are_not_missing)
+        self.train()  # all of it: the base model comes in evaluation mode, in which Lightning would leave it
 
     def forward(
         self,

@@ -144,6 +144,7 @@ def test_only_what_is_trained_wants_gradients_and_is_saved(world: Path, tmp_path
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
     assert trained == {f"pemt.{name}" for name, _ in model.pemt.trainable_parameters()}
     assert model.state_dict().keys() == trained
+    assert all(module.training for module in model.modules())
     trainer = trainer_of(world, model, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")

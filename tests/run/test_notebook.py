@@ -106,7 +106,7 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
     asked = kernel.client_of_test = kernel.client()
     try:
         asked.start_channels()
-        asked.wait_for_ready(timeout=120)
+        asked.wait_for_ready(timeout=300)
         found = Notebook(kernel, folder)
         told = found.cell(f"import sys; print(sys.executable)\n{SETUP}")
         assert told.text.strip() == sys.executable

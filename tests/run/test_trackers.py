@@ -211,8 +211,10 @@ def test_a_wrong_tracker_is_one_line(
 
 def test_wandb_offline(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
-    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path)}.items():
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+    for name in ("CACHE", "CONFIG", "DATA"):  # else in the home of whoever runs this
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
     run = tmp_path / "run"
     config = config_of(world, run, "[wandb]")
     with pytest.raises(Interrupted):
