@@ -86,7 +86,7 @@ def submit(
         start_new_session=True,
     )
     try:
-        output, _ = job.communicate(timeout=200)
+        output, _ = job.communicate(timeout=900)
     except BaseException:
         kill_session(job)
         raise
