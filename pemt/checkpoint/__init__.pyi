@@ -9,6 +9,8 @@ from .folder import (
     begun_config as begun_config,
     plain_values as plain_values,
     start_run_folder as start_run_folder,
+    tracker_runs as tracker_runs,
+    write_tracker_runs as write_tracker_runs,
 )
 from .load import load_into_model as load_into_model, load_trained as load_trained
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
@@ -24,6 +26,7 @@ from .resume import (
 from .status import (
     STATUS as STATUS,
     State as State,
+    finished_status as finished_status,
     saved_checkpoint as saved_checkpoint,
     write_status as write_status,
 )

@@ -23,6 +23,7 @@ from pemt.run.meter import Meter, shares
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.prepare import (
     Setup,
+    open_all_trackers,
     open_run,
     prepare,
     restore,
@@ -70,7 +71,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     callbacks = Callbacks(setup.given.callbacks, config, setup.engine, setup.tokenizer)
     progress = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(progress.step)
-    trackers = setup.engine.open_trackers()
+    trackers = open_all_trackers(config, setup.engine)
     with (
         Monitor(
             Path(config.output_dir),
