@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pemt.checkpoint import (
     WEIGHTS,
     TrainState,
-    load_trained,
+    copy_weights,
 )
 from pemt.config import AdaptConfig, RunConfig
 from pemt.engine import Engine
@@ -41,7 +41,7 @@ class LoadedRun:
         model: on the CPU, fp32, in evaluation mode, not prepared.
         source_names: the experts that its gates weigh, in the gates' order.
         checkpoint: the folder that the weights come from.
-        progress: how far the run was at that checkpoint.
+        state: how far the run was at that checkpoint.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class LoadedRun:
     model: TrainedT5
     source_names: list[str]
     checkpoint: Path
-    progress: TrainState
+    state: TrainState
 
     @property
     def gate_names(self) -> GateNames:
@@ -74,7 +74,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     run_dir = Path(run_dir).expanduser()
     own = finished_config(run_dir)
     config = config or own
-    checkpoint, progress, stage = best_checkpoint(run_dir)
+    checkpoint, state, stage = best_checkpoint(run_dir)
     manifest = read_manifest(checkpoint)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
     same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
@@ -92,7 +92,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     description = getattr(own, "description", None) or own_task.description
     built = build_model(as_trained, base=base, tokenizer=tokenizer, description=description)
     weights = read_tensors(checkpoint, WEIGHTS, manifest)
-    load_trained(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
+    copy_weights(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
     task = task_of_run(run_dir, config)
     if task.max_target_length is None:  # open answers: what the run has measured
         length = manifest["run"].get("max_target_length")
@@ -106,7 +106,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
         model=built.model.eval(),
         source_names=built.source_names,
         checkpoint=checkpoint,
-        progress=progress,
+        state=state,
     )
 
 

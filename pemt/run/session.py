@@ -8,9 +8,17 @@ from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
 
-from pemt.checkpoint import Checkpoints, LockError, RunLock, State, saved_checkpoint, write_status
+from pemt.checkpoint import (
+    Checkpoints,
+    LockError,
+    RunLock,
+    RunStatus,
+    saved_checkpoint,
+    write_status,
+)
 from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine, Interrupted, StopSignals, Watchdog
+from pemt.monitor import progress_logger
 from pemt.storage import StorageError
 
 # status.json is not rewritten more often than this while a run trains.
@@ -72,7 +80,7 @@ class Session:
             self._told = time.monotonic()
             self._write_status("running")
 
-    def _write_status(self, state: State) -> None:
+    def _write_status(self, state: RunStatus) -> None:
         with contextlib.suppress(OSError):  # what matters is saved elsewhere, and complains there
             saved = self._checkpoints.saved if self._checkpoints else self.saved_before
             write_status(self._folder, state, step=self._step, checkpoint=saved)
@@ -123,7 +131,7 @@ class Session:
         self._watched.__exit__()
         if not self._engine.is_main:
             return
-        state: State = "failed"
+        state: RunStatus = "failed"
         if kind is None:
             state = "finished"
         elif isinstance(error, Interrupted):
@@ -133,6 +141,6 @@ class Session:
                 if self._step
                 else f"before its first step ({error.reason}); run the same command again"
             )
-            print(f"stopped {where} (exit status {error.code})", flush=True)
+            progress_logger().info(f"stopped {where} (exit status {error.code})")
         self._write_status(state)
         self._lock.release()
