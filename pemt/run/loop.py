@@ -54,6 +54,8 @@ class Fitted:
 def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitted:
     """Train, validate and save until the configured end (all ranks call).
 
+    `open_run` finds the checkpoint, `prepare` loads its weights, `restore` its optimizer, `_train` takes the steps.
+
     Args:
         config: the run.
         setup: engine, task, tokenizer and data.
@@ -71,7 +73,6 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     callbacks = Callbacks(setup.given.callbacks, config, setup.engine, setup.tokenizer)
     state = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(state.step)
-    trackers = setup.engine.open_trackers()
     with (
         Monitor(
             Path(config.output_dir),
@@ -81,7 +82,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
             tensorboard=TENSORBOARD in config.report_to,
-            trackers=trackers,
+            trackers=setup.engine.open_trackers(),
         ) as monitor,
         checkpoints,
     ):
@@ -149,15 +150,15 @@ def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
         if run.is_epoch_begin(state.step):
             callbacks.call("on_epoch_begin")
         callbacks.next_step()
-        rates, losses = _take_step(setup, schedule, meter, micro_batches)
-        step, norm = state.step + 1, rates["train/grad_norm"]
+        step_scalars, losses = _take_step(setup, schedule, meter, micro_batches)
+        step, norm = state.step + 1, step_scalars["train/grad_norm"]
         skipped = state.skipped + guard.check(step, norm, micro_batches, losses)
         state = replace(state, step=step, skipped=skipped, position=batches.position())
         run.session.set_step(step)
         callbacks.at(state, epoch_at(step))
         callbacks.call("on_step_end")
         if step % config.logging_steps == 0 or run.is_requested("log") or run.should_stop(step):
-            _log_step(run, meter, step, {**rates, "train/skipped_steps": skipped})
+            _log_step(run, meter, step, {**step_scalars, "train/skipped_steps": skipped})
         with meter.paused():
             state = _evaluate_and_save(run, state)
         if run.is_epoch_end(step):
@@ -205,13 +206,13 @@ def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
     return micro_batch if isinstance(train, TrainStream) else list(train.select(micro_batch))
 
 
-def _log_step(run: Run, meter: Meter, step: int, rates: dict[str, float]) -> None:
+def _log_step(run: Run, meter: Meter, step: int, step_scalars: dict[str, float]) -> None:
     """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
     scalars, gates_LK = meter.read()
     gates = {} if gates_LK is None else run.built.gate_names.scalars(gates_LK)
     epoch = {"train/epoch": run.batches.epochs_at(step)}
-    run.monitor.log(step, {**scalars, **rates, **epoch, **gates})
-    run.callbacks.log({**scalars, **rates, **epoch, **gates})
+    run.monitor.log(step, {**scalars, **step_scalars, **epoch, **gates})
+    run.callbacks.log({**scalars, **step_scalars, **epoch, **gates})
     run.monitor.advance(
         step,
         loss=scalars["train/loss"],

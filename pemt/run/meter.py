@@ -31,7 +31,10 @@ class Share:
     samples: float
 
     def of_loss(self, out: PemtOutput, sparsity_weight: float) -> Tensor:
-        """What to take the gradient of: `out.loss`, with each of its parts at its own share."""
+        """What to take the gradient of: cross-entropy · tokens + weight · sparsity · samples.
+
+        `out.loss` is cross-entropy + weight · sparsity already; what its second part lacks is added.
+        """
         assert out.loss is not None
         loss = out.loss * self.tokens
         if out.sparsity_loss is None:

@@ -122,7 +122,7 @@ def run_adapt(
     if isinstance(start, Finished):
         given.check_results(config, start.results)
         return RunResults(start.results, config.output_dir)
-    config, engine = _make_engine(start)
+    config, engine = _make_engine(start)  # from here on the configuration is final
     check_method(config)
     with usable_after_interrupt(engine):
         setup = set_up(config, engine, start, given)
