@@ -92,22 +92,13 @@ def load_task_data(
         task, note = measured(task, parts, tokenizer)
         notes.append(note)
     encoder = Encoder(task, config, tokenizer)
-    sets: dict[str, Any] = {}
-    if config.streaming:
-        if share:
-            raise DataError("validation_split: does not go with streaming; leave one of them out")
-        given = parts
-        sets["train"], parts = streamed(location, config, encoder, parts)
-        origins = {"train": "a stream of the official train set", **stream_origins(given, parts)}
-    else:
-        given, parts = parts, splits.split(task, parts, seed, share)
-        origins = splits.origins(given, parts, seed)
-        if share:
-            sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
-            notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
-        if config.few_shot is not None:
-            parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
-            origins["train"] = f"few_shot {config.few_shot} of {origins['train']}"
+    sets, parts, origins = divided(location, config, encoder, parts, share)
+    if share:
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+        notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
+    if config.few_shot is not None:
+        parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
+        origins["train"] = f"few_shot {config.few_shot} of {origins['train']}"
     for name, examples in parts.items():
         sets[name], cut = encode(examples, name, encoder, config)
         origins[name] = drawn(origins[name], name, examples, config)
@@ -154,6 +145,25 @@ def stands_alone(split: str, there: Collection[str], validation_split: float | N
         return split == "test" and "test" in there
     has_rule = "train" in there and not {"validation", "test"} <= set(there) and len(there) > 1
     return split in there and (split == "test" or not has_rule)
+
+
+def divided(
+    location: DataLocation,
+    config: RunConfig,
+    encoder: Encoder,
+    given: Mapping[str, Dataset],
+    share: float | None,
+) -> tuple[dict[str, Any], dict[str, Dataset], dict[str, str]]:
+    """The training stream, if there is one; the sets to be encoded; and what each was made from."""
+    if config.streaming:
+        if share:
+            raise DataError("validation_split: does not go with streaming; leave one of them out")
+        stream, parts = streamed(location, config, encoder, given)
+        origins = {"train": "a stream of the official train set", **stream_origins(given, parts)}
+        return {"train": stream}, parts, origins
+    seed = config.effective_data_seed
+    parts = splits.split(location.task, given, seed, share)
+    return {}, parts, splits.origins(given, parts, seed)
 
 
 def drawn(origin: str, split: str, examples: Dataset, config: RunConfig) -> str:

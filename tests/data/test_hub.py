@@ -183,7 +183,7 @@ from pemt.tasks import HubSource, get_task
 task = replace(get_task("rte"), hub=HubSource(path="owner/glue", config="rte", revision="v1.5"))
 location = locate_data(task, None)
 parts = {split: location.examples(split) for split in location.splits}
-streamed = [row["source"] for row in open_stream(origin)]
+streamed = [row["source"] for row in open_stream(location)]
 assert streamed == parts["train"]["source"][:]
 print(json.dumps({split: rows["target"][:] for split, rows in parts.items()}))
 try:
