@@ -74,7 +74,7 @@ def _differences(config: RunConfig, folder: Path) -> str:
     """In which fields the run in this folder is another one, for the error; empty if in none."""
     if not (folder / CONFIG).exists():
         return ""  # the checkpoints tell themselves whose they are
-    theirs = begun_config(folder)
+    theirs = saved_config(folder)
     if theirs is None:
         return f", whose {CONFIG} cannot be read"
     keys = field_keys(type(config))  # so that a mapping of the user's own is compared whole
@@ -106,7 +106,7 @@ def _section_defaults(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def begun_config(folder: Path) -> dict[str, Any] | None:
+def saved_config(folder: Path) -> dict[str, Any] | None:
     """What a run's config.yaml holds, unchecked; None where it cannot be read."""
     try:
         values = load_yaml((folder / CONFIG).read_text(encoding="utf-8"))

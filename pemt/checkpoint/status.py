@@ -12,10 +12,12 @@ from typing import Literal
 from pemt.storage import write_text
 
 STATUS = "status.json"
-State = Literal["running", "interrupted", "finished", "failed"]
+RunStatus = Literal["running", "interrupted", "finished", "failed"]
 
 
-def write_status(folder: Path, state: State, *, step: int, checkpoint: int | None = None) -> None:
+def write_status(
+    folder: Path, state: RunStatus, *, step: int, checkpoint: int | None = None
+) -> None:
     """Write `status.json` atomically (rank 0 calls).
 
     Args:

@@ -1,7 +1,7 @@
-from .collectives import Job as Job
 from .engine import Engine as Engine
 from .exit import finish as finish, run_and_exit as run_and_exit
-from .job import (
+from .job import Job as Job
+from .launcher import (
     EngineError as EngineError,
     check_world_size as check_world_size,
     shut_down as shut_down,

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pemt.config import RunConfig
-from pemt.engine.collectives import Job
-from pemt.engine.job import EngineError, bf16_is_native_everywhere, deepspeed_plugin
+from pemt.engine.job import Job
+from pemt.engine.launcher import EngineError, bf16_is_native_everywhere, deepspeed_plugin
+from pemt.engine.placement import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.precision import precision_text, resolve_precision, warn_of_emulation
-from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.trackers import Tracker
 from pemt.engine.trained_state import TrainedState
 

@@ -13,13 +13,14 @@ from pemt.checkpoint import (
     Checkpoints,
     LockError,
     RunLock,
-    State,
+    RunStatus,
     finished_status,
     saved_checkpoint,
     write_status,
 )
 from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine, Interrupted, StopSignals, Watchdog
+from pemt.monitor import progress_logger
 from pemt.storage import StorageError, write_text
 
 # status.json is not rewritten more often than this while a run trains.
@@ -84,7 +85,7 @@ class Session:
             self._told = time.monotonic()
             self._write_status("running")
 
-    def _write_status(self, state: State) -> None:
+    def _write_status(self, state: RunStatus) -> None:
         with contextlib.suppress(OSError):  # what matters is saved elsewhere, and complains there
             if state == "failed" and self._finished_before is not None:
                 # This start was refused; results, checkpoints and log are still those of the run that is finished.
@@ -139,7 +140,7 @@ class Session:
         self._watched.__exit__()
         if not self._engine.is_main:
             return
-        state: State = "failed"
+        state: RunStatus = "failed"
         if kind is None:
             state = "finished"
         elif isinstance(error, Interrupted):
@@ -149,6 +150,6 @@ class Session:
                 if self._step
                 else f"before its first step ({error.reason}); run the same command again"
             )
-            print(f"stopped {where} (exit status {error.code})", flush=True)
+            progress_logger().info(f"stopped {where} (exit status {error.code})")
         self._write_status(state)
         self._lock.release()
