@@ -252,10 +252,11 @@ def _job(options: argparse.Namespace, division: Division) -> Job:
         bytes_per_value=4 if options.precision == "fp32" else 2,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    if options.adapter_reduction_factor > job.shape.d_model:
+    narrowest = min(shape.of(stack).d_model for stack in ("encoder", "decoder"))
+    if options.adapter_reduction_factor > narrowest:
         raise ConfigError(
             f"--adapter_reduction_factor: found {options.adapter_reduction_factor}, allowed is at most "
-            f"this base model's d_model, {job.shape.d_model}"
+            f"this base model's d_model, {narrowest}"
         )
     job = replace(job, **_bank(options.bank_dir)) if options.bank_dir else job
     most = max(len(job.mixed_at(site)) for site in shape.sites)
