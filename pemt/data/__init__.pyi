@@ -25,4 +25,4 @@ from .to_predict import (
     read_inputs as read_inputs,
     sources_of as sources_of,
 )
-from .vocabulary import unknown as unknown
+from .vocabulary import encode_targets as encode_targets, unknown as unknown

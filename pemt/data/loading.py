@@ -23,7 +23,7 @@ from pemt.data.streaming import TrainStream
 from pemt.data.vocabulary import (
     FLAGS,
     MOST_MEASURED,
-    encode_texts,
+    encode_targets,
 )
 from pemt.tasks import DEFAULT_TARGET_LENGTH, Task
 
@@ -199,7 +199,7 @@ def measured(
         texts = part["references"] if task.train_on_every_answer else [[t] for t in part["target"]]
         flat = list(dict.fromkeys(text for each in texts for text in each))
         if flat:
-            lengths += encode_texts(flat, tokenizer, max_length=MOST_MEASURED)[1]
+            lengths += encode_targets(flat, tokenizer, max_length=MOST_MEASURED)[1]
     longest = max(lengths)
     length = min(max(longest, DEFAULT_TARGET_LENGTH), MOST_MEASURED)
     note = (

@@ -93,7 +93,9 @@ class TensorBoardWriter(NoBoard):
         for stack in STACKS:
             if not (of_one := of_stack(named, stack)):
                 continue
-            pixels = figures.gate_map(of_one, title=f"{stack}, {title}")
+            pixels = figures.gate_map(
+                of_one, title=f"{stack}, {title}", sources=self._gates.sources
+            )
             self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
         prompts = ["target", *self._gates.sources]
         pixels = figures.similarity_map(similarity_MM.numpy(), names=prompts, title=title)

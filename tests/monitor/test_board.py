@@ -24,6 +24,7 @@ from pemt.monitor import GateNames, Monitor, board, entropy_NL, figures
 from pemt.monitor.entropy import decisions
 from pemt.monitor.gates import by_layer
 from pemt.monitor.hparams import columns
+from pemt.monitor.layout import layout
 from pemt.monitor.provenance import config_text, environment_text, git_state
 from pemt.run.train import run_adapt, run_source
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
@@ -72,6 +73,26 @@ class TestSourcesThatAreNotEverywhere:
         assert tags["gate/encoder/0/self/q/b"] == 0.5
         assert "gate/encoder/0/b" not in tags
         assert (tags["gate_mean/a"], tags["gate_mean/b"], tags["gate_mean/c"]) == (0.75, 0.5, 0.5)
+
+    def test_of_many_weights_the_log_gets_each_layers_mean(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = self.names.scalars(self.gates_NLK[0])
+        assert self.names.weights == 5
+        monkeypatch.setattr("pemt.monitor.gates.MOST_TAGS", 4)
+        found = self.names.scalars(self.gates_NLK[0])
+        assert {tag: value for tag, value in found.items() if tag.startswith("gate/")} == {
+            "gate/encoder/0/a": 0.75,
+            "gate/encoder/0/b": 0.5,
+            "gate/encoder/0/c": 0.0,
+            "gate/encoder/1/c": 1.0,
+        }
+        means = {tag for tag in whole if tag.startswith("gate_mean/")}
+        assert {tag: found[tag] for tag in means} == {tag: whole[tag] for tag in means}
+
+    def test_no_chart_of_a_stack_that_a_source_is_not_in(self) -> None:
+        charts = layout("cb", self.names)["3 where each source acts, by layer"]
+        assert list(charts) == ["a, encoder", "b, encoder", "c, encoder"]
 
     def test_means_are_over_the_sites_that_have_a_source(self) -> None:
         assert self.names.over_sites(self.gates_NLK).tolist() == [[0.75, 0.5, 0.5]]
