@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pemt.commands.fields import add_fields
 from pemt.commands.plan_batch import STAGES
 from pemt.config import (
     AdaptConfig,
@@ -91,8 +92,6 @@ def _made(name: str) -> Path:
 
 def make_parser() -> Parser:
     """Its own options and the run's fields: what a shell can complete behind it."""
-    from pemt.commands.fields import add_fields
-
     return add_fields(_own_parser())
 
 

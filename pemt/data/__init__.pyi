@@ -1,4 +1,5 @@
 from .batching import (
+    IGNORED_LABEL as IGNORED_LABEL,
     EvalBatches as EvalBatches,
     TrainBatches as TrainBatches,
     collate as collate,

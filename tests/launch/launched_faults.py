@@ -252,7 +252,7 @@ def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
         config = config_of(world, folder / save_errors, save_errors=save_errors, max_steps=9)
         with (
             mock.patch.object(storage, "fs_op", refusing),
-            mock.patch.object(TensorBoardWriter, "scalars", side_effect=full),
+            mock.patch.object(TensorBoardWriter, "log_scalars", side_effect=full),
         ):
             told[save_errors] = error_of(lambda config=config: run_source(config))
     return {"disk": told}
