@@ -60,7 +60,7 @@ def bank_card(
     table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     lines = (f"| {' | '.join(_cell(each) for each in row)} |" for row in table)
     licences = {row[COLUMNS.index("licence")] for row in rows}
-    front = {
+    front: dict[str, Any] = {
         "library_name": "pemt",
         "license": licences.pop() if len(licences) == 1 and UNKNOWN not in licences else None,
         "base_model": base_model if is_hub_id(base_model) else None,
