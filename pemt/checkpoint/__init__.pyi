@@ -9,6 +9,8 @@ from .folder import (
     plain_values as plain_values,
     saved_config as saved_config,
     start_run_folder as start_run_folder,
+    tracker_runs as tracker_runs,
+    write_tracker_runs as write_tracker_runs,
 )
 from .load import copy_weights as copy_weights, load_lazily as load_lazily
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
@@ -23,6 +25,7 @@ from .resume import (
 from .status import (
     STATUS as STATUS,
     RunStatus as RunStatus,
+    finished_status as finished_status,
     saved_checkpoint as saved_checkpoint,
     write_status as write_status,
 )

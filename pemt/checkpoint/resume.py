@@ -7,13 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from pemt.checkpoint.folder import finished_results, holds_run, saved_config
+from pemt.checkpoint.folder import (
+    finished_results,
+    holds_run,
+    saved_config,
+    was_written_since,
+)
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.checkpoint.status import saved_checkpoint
 from pemt.config import PemtError, RunConfig
+from pemt.engine import launcher_began
 from pemt.storage import StorageError, read_manifest
 
 Config = TypeVar("Config", bound=RunConfig)
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torch's launcher tells each rank
 
 
 class WorldSizeError(PemtError):
@@ -88,13 +95,18 @@ def resolve_run(config: Config, *, world_size: int, product: Path | None = None)
 
 
 def after_restart(config: Config) -> Config:
-    """After `--max_restarts` has restarted the ranks, what the first start has done is not undone."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    """After `--max_restarts` has restarted the ranks, what the first start has done is not undone.
+
+    Where it died before it had written anything, there is nothing of it: what lies in the folder is still the run that
+    is to be overwritten.
+    """
+    if os.environ.get(RESTARTS, "0") == "0":
         return config
-    chosen = config.resume_from_checkpoint
-    if config.overwrite_output_dir or (
-        isinstance(chosen, str) and holds_run(Path(config.output_dir))
-    ):
+    chosen, folder = config.resume_from_checkpoint, Path(config.output_dir)
+    began = launcher_began(RESTARTS)
+    if config.overwrite_output_dir and began is not None and not was_written_since(folder, began):
+        return config
+    if config.overwrite_output_dir or (isinstance(chosen, str) and holds_run(folder)):
         return replace(config, overwrite_output_dir=False, resume_from_checkpoint=True)
     return config
 

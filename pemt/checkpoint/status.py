@@ -37,6 +37,15 @@ def write_status(
     write_text(folder / STATUS, json.dumps(status) + "\n", synced=False)
 
 
+def finished_status(folder: Path) -> str | None:
+    """What `status.json` holds, where it tells of a finished run."""
+    try:
+        text = (folder / STATUS).read_text(encoding="utf-8")
+        return text if json.loads(text)["state"] == "finished" else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def saved_checkpoint(folder: Path) -> int | None:
     """Step of the checkpoint that `status.json` names; None where it names none, or cannot be read."""
     try:

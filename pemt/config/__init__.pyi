@@ -35,6 +35,7 @@ from .parse import (
 )
 from .parts import (
     TENSORBOARD as TENSORBOARD,
+    TRACKER_RUNS as TRACKER_RUNS,
     AdapterConfig as AdapterConfig,
     ExpertConfig as ExpertConfig,
     MixtureConfig as MixtureConfig,

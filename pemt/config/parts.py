@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 TENSORBOARD = "tensorboard"
+TRACKER_RUNS = "trackers.json"  # in a run's folder: tracker -> the run that it has opened there
 # What accelerate has trackers for.
 TRACKERS = (
     *(

@@ -7,7 +7,12 @@ from .launcher import (
     shut_down as shut_down,
 )
 from .precision import bf16_is_native as bf16_is_native
-from .process import peak as peak, start_ticks as start_ticks, watch_peak as watch_peak
+from .process import (
+    launcher_began as launcher_began,
+    peak as peak,
+    start_ticks as start_ticks,
+    watch_peak as watch_peak,
+)
 from .sign_of_life import LIBRARIES as LIBRARIES, telling as telling
 from .signals import (
     INTERRUPTED_STATUS as INTERRUPTED_STATUS,
@@ -22,5 +27,6 @@ from .surroundings import (
     own_cache as own_cache,
     use_writable_caches as use_writable_caches,
 )
+from .trackers import Tracker as Tracker, open_trackers as open_trackers
 from .trained_state import MOMENTS as MOMENTS, full_size as full_size
 from .watchdog import Watchdog as Watchdog

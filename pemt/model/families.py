@@ -91,6 +91,14 @@ _T5_SIZES = (
     "feed_forward_proj",
     "vocab_size",
 )
+_GEMMA_SIZES = {  # of each stack
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "d_kv": "head_dim",
+    "num_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+}
 
 
 def _t5(model_type: str, title: str) -> Family:
@@ -145,14 +153,6 @@ def _t5gemma() -> Family:
         linears={"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"},
         norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     )
-    of_stack = {
-        "d_model": "hidden_size",
-        "d_ff": "intermediate_size",
-        "d_kv": "head_dim",
-        "num_heads": "num_attention_heads",
-        "num_key_value_heads": "num_key_value_heads",
-        "vocab_size": "vocab_size",
-    }
     return Family(
         model_type="t5gemma",
         title="T5Gemma",
@@ -171,11 +171,11 @@ def _t5gemma() -> Family:
         head="lm_head.out_proj",
         decoder_start="decoder.bos_token_id",
         sizes={
-            **{key: f"encoder.{name}" for key, name in of_stack.items()},
+            **{key: f"encoder.{name}" for key, name in _GEMMA_SIZES.items()},
             "num_layers": "encoder.num_hidden_layers",
             "num_decoder_layers": "decoder.num_hidden_layers",
             "feed_forward_proj": "encoder.hidden_activation",
-            **{f"decoder_{key}": f"decoder.{name}" for key, name in of_stack.items()},
+            **{f"decoder_{key}": f"decoder.{name}" for key, name in _GEMMA_SIZES.items()},
         },
         always_gated=True,
         tied_by_config=True,

@@ -136,7 +136,7 @@ def record_outcome(
         results: what all_results.json holds.
         gates: the names behind the gates' axes.
         mixture: of the test set, gates [N,L,K] and prompt similarity [M,M]; None without gates.
-        trackers: open ones (`Engine.open_trackers`).
+        trackers: open ones (`pemt.engine.open_trackers`).
     """
     for tracker in trackers:
         try:

@@ -23,6 +23,7 @@ from pemt.run.meter import Meter, shares
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.prepare import (
     Setup,
+    open_all_trackers,
     open_run,
     prepare,
     restore,
@@ -73,6 +74,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     callbacks = Callbacks(setup.given.callbacks, config, setup.engine, setup.tokenizer)
     state = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(state.step)
+    trackers = open_all_trackers(config, setup.engine)
     with (
         Monitor(
             Path(config.output_dir),
@@ -82,7 +84,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
             tensorboard=TENSORBOARD in config.report_to,
-            trackers=setup.engine.open_trackers(),
+            trackers=trackers,
         ) as monitor,
         checkpoints,
     ):

@@ -18,10 +18,12 @@ from pemt.checkpoint import (
     TrainState,
     load_lazily,
     start_run_folder,
+    tracker_runs,
+    write_tracker_runs,
 )
 from pemt.config import RunConfig
 from pemt.data import StreamBatches, TaskData, TrainBatches, TrainStream, lengths_of
-from pemt.engine import Engine
+from pemt.engine import Engine, Tracker, open_trackers
 from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
 from pemt.monitor import progress_logger
 from pemt.run.build import Built
@@ -66,6 +68,25 @@ def open_run(
         "writing the run's configuration",
     )
     return checkpoints, resumed
+
+
+def open_all_trackers(config: RunConfig, engine: Engine) -> list[Tracker]:
+    """The trackers of `report_to` besides TensorBoard; none on other ranks than 0 (all ranks call).
+
+    A resumed run goes on in the runs that it has begun there: they stand in the run's folder.
+
+    Raises:
+        ConfigError: one does not open.
+    """
+    folder = Path(config.output_dir)
+
+    def open_them() -> None:
+        engine.trackers, runs = open_trackers(config, tracker_runs(folder))
+        if runs:
+            write_tracker_runs(folder, runs)
+
+    engine.on_rank0(open_them, "opening the trackers")
+    return engine.trackers
 
 
 def _identity(setup: Setup, built: Built) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from pemt.run.outcome import RunResults, SourceResults
 from pemt.run.prepare import Setup
 from pemt.run.results import results_block, results_of, write_predictions, write_results
 from pemt.run.session import Session
+from pemt.run.staging import staged
 from pemt.tasks import Metric, Task, check_metrics
 
 
@@ -171,10 +172,12 @@ def usable_after_interrupt(engine: Engine) -> Iterator[None]:
     """
     try:
         yield
-    except Interrupted as error:
+    except (Interrupted, KeyboardInterrupt) as error:
         if not is_interactive():
             raise
         engine.release()
+        if isinstance(error, KeyboardInterrupt):  # the second one: nobody waits for the step
+            raise
         raise KeyboardInterrupt(
             f"{error.reason}: a checkpoint is saved; the same call resumes from it"
         ) from None
@@ -195,14 +198,15 @@ def set_up(
     task = given.task_of(config)
     check_metrics(task, given.metrics)
     build_ops(config, engine)
+    read = staged(config, engine)
     with engine.local_first(f"fetching {config.model_name_or_path}"):
-        fetch_base(config)
-    with engine.together(f"reading {config.model_name_or_path}"):
-        base, tokenizer = load_base(config, lazy=True)
+        fetch_base(read)
+    with engine.together(f"reading {read.model_name_or_path}"):
+        base, tokenizer = load_base(read, lazy=True)
     if (warning := precision_warning(config, base)) and engine.is_main:
         print(f"pemt: {warning}", file=sys.stderr, flush=True)
     with engine.local_first(f"preparing the examples of {task.name}"):
-        data = load_task_data(task, config, tokenizer, given.data)
+        data = load_task_data(task, read, tokenizer, given.data)
     if data.is_measured:
         task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
