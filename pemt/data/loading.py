@@ -150,7 +150,8 @@ def build(
             sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
             notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
         if config.few_shot is not None:
-            parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
+            parts["train"], fewer = splits.few_shot(task, parts["train"], config.few_shot, seed)
+            notes += fewer
             told["train"] = f"few_shot {config.few_shot} of {told['train']}"
     for name, examples in parts.items():
         sets[name], cut = encode(examples, name, encoder, config)

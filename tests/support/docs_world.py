@@ -39,7 +39,7 @@ def make_world() -> None:
     make_base(Path("base"))
     for place in ("ds_configs", "launchers"):
         Path(place).symlink_to(ROOT / place)
-    for name in ("mnli", "qnli", "superglue-cb"):
+    for name in ("mnli", "qnli", "superglue-cb", "paper-superglue-cb"):
         write_rows(Path("data") / name, get_task(name))
     first_rows = Path("data/superglue-cb/test.jsonl").read_text().splitlines(keepends=True)[:3]
     Path("new.jsonl").write_text("".join(first_rows))
@@ -49,6 +49,7 @@ def make_world() -> None:
     write_sweep(next(found[1] for found in blocks("yaml") if "methods:" in found[1]))
     for task in ("mnli", "qnli"):
         stage("source", f"--task_name {task} --output_dir runs/{task} --bank_dir bank".split())
+    Path("runs/paper-bank").symlink_to("../bank")
     adapt = "--task_name superglue-cb --bank_dir bank --output_dir runs/cb"
     stage("adapt", adapt.split())
     stage("adapt", f"{adapt}-adapter --method adapter".split())
@@ -88,6 +89,11 @@ def write_rows(folder: Path, task: Task) -> None:
 def write_sweep(text: str) -> None:
     """The page's sweep as `whole.yaml`, and as `sweep.yaml` one run of it."""
     Path("whole.yaml").write_text(text)
+    write_one_run("sweep.yaml", text)
+
+
+def write_one_run(path: str, text: str) -> None:
+    """One run of a sweep, on this world's base and data."""
     content = yaml.safe_load(text)
     flags = SMALL.split()
     small = {
@@ -97,4 +103,7 @@ def write_sweep(text: str) -> None:
     content["methods"] = {"adapter": content["methods"]["adapter"]}
     content["tasks"] = {"superglue-cb": {"data_dir": "data/superglue-cb"}}
     content["seeds"] = content["seeds"][:1]
-    Path("sweep.yaml").write_text(yaml.safe_dump(content))
+    if "sources" in content:
+        content["sources"] = {"mnli": {"data_dir": "data/mnli"}}
+        content["published"]["numbers"] = {"adapter": {"superglue-cb": 50}}
+    Path(path).write_text(yaml.safe_dump(content))
