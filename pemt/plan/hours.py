@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from pemt.plan.advice import fits
 from pemt.plan.batch import Division, Wanted, divide
@@ -73,12 +74,12 @@ def hours(
         least: seconds that a step takes at least: starting its kernels, whatever the GPU's rate.
     """
     found: dict[str, Hours] = {}
-    known: dict[str, Hours] = {}  # runs that differ in their seed take as long
+    known: dict[str, _Step] = {}  # most runs differ in their data alone
     for run in runs:
-        key = repr(run)
+        key = repr((run.job, run.eval_batch))
         if key not in known:
-            known[key] = _of_one(run, zero, cluster, least)
-        more, had = known[key], found.get(run.group)
+            known[key] = _step(run, zero, cluster)
+        more, had = _of_one(run, known[key], least), found.get(run.group)
         found[run.group] = more if had is None else added([had, more])
     return found
 
@@ -95,21 +96,41 @@ def added(parts: list[Hours]) -> Hours:
     )
 
 
-def _of_one(run: PlannedRun, zero: Zero, cluster: Cluster, least: float) -> Hours:
+class _Step(NamedTuple):
+    """Of a job: seconds of a step and of an evaluated batch by formula, and what does not depend on them."""
+
+    division: Division
+    training: float
+    evaluation: float
+    checkpoint: int
+    fits: bool
+
+
+def _step(run: PlannedRun, zero: Zero, cluster: Cluster) -> _Step:
     division = divided(run.job, cluster)
     used = replace(cluster, gpus_per_node=division.ranks_per_node)
     job = replace(run.job, batch=division.micro_batch, accumulation=division.accumulation)
-    by_formula, shortest = step_time(job, zero, used).total, least * division.accumulation
-    training = run.steps * max(shortest, by_formula) / 3600
-    scored = replace(job, batch=run.eval_batch, accumulation=1)
-    passes = math.ceil(run.evaluated / (run.eval_batch * used.world_size))
+    return _Step(
+        division=division,
+        training=step_time(job, zero, used).total,
+        evaluation=step_time(replace(job, batch=run.eval_batch, accumulation=1), zero, used).total,
+        checkpoint=CHECKPOINT * sizes(weights(job))["trained"],
+        fits=fits(job, zero, used),
+    )
+
+
+def _of_one(run: PlannedRun, step: _Step, least: float) -> Hours:
+    shortest = least * step.division.accumulation
+    training = run.steps * max(shortest, step.training) / 3600
+    ranks = step.division.nodes * step.division.ranks_per_node
+    passes = math.ceil(run.evaluated / (run.eval_batch * ranks))
     return Hours(
         runs=1,
         training=training,
-        shortest=training if by_formula < shortest else 0.0,
-        evaluation=passes * max(least, step_time(scored, zero, used).total) / 3600,
-        disk=run.checkpoints * checkpoint_bytes(job),
-        all_fit=fits(job, zero, used),
+        shortest=training if step.training < shortest else 0.0,
+        evaluation=passes * max(least, step.evaluation) / 3600,
+        disk=run.checkpoints * step.checkpoint,
+        all_fit=step.fits,
     )
 
 
@@ -117,11 +138,6 @@ def divided(job: Job, cluster: Cluster) -> Division:
     """The global batch over a cluster's GPUs; fewer of them where it does not divide."""
     wanted = Wanted(global_batch=job.batch, most=job.batch)
     return divide(wanted, nodes=cluster.nodes, ranks_per_node=cluster.gpus_per_node)
-
-
-def checkpoint_bytes(job: Job) -> int:
-    """Of one checkpoint: trainable state alone."""
-    return CHECKPOINT * sizes(weights(job))["trained"]
 
 
 def fp32_bytes(shape: Shape) -> int:
