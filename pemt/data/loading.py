@@ -92,6 +92,18 @@ def load_split(
         return encoded, (*origin.notes, *left_out, *cut), told
 
 
+def draw_few(
+    task: Task, parts: dict[str, Dataset], told: dict[str, str], config: RunConfig
+) -> list[str]:
+    """Put a few-shot draw in the training set's place, where one is wanted; notes on what has too few."""
+    if config.few_shot is None:
+        return []
+    seed = config.effective_data_seed
+    parts["train"], notes = splits.few_shot(task, parts["train"], config.few_shot, seed)
+    told["train"] = f"few_shot {config.few_shot} of {told['train']}"
+    return notes
+
+
 @contextmanager
 def cache_faults() -> Iterator[None]:
     """Turn what the disk says of the cache of `datasets` into one line that tells where it may go."""
@@ -149,10 +161,7 @@ def build(
         if share:
             sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
             notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
-        if config.few_shot is not None:
-            parts["train"], fewer = splits.few_shot(task, parts["train"], config.few_shot, seed)
-            notes += fewer
-            told["train"] = f"few_shot {config.few_shot} of {told['train']}"
+        notes += draw_few(task, parts, told, config)
     for name, examples in parts.items():
         sets[name], cut = encode(examples, name, encoder, config)
         told[name] = drawn(told[name], name, examples, config)

@@ -102,33 +102,24 @@ def read_sweep(path: Path) -> Sweep:
     methods, tasks = (_named(path, content, key) for key in ("methods", "tasks"))
     shared = content.get("fields") or {}
     _stop(list(_unknown(path, shared, methods, tasks)))
-    seeds = list(dict.fromkeys(content["seeds"]))
     numbers, published_by = _published(path, content, methods, tasks)
     sources, faults = _sources(path, content, shared)
     if sources:
         shared = {"source_tasks": [each.task_name for each in sources], **shared}
     runs: list[Run] = []
     made: dict[tuple[str, str], AdaptConfig] = {}  # of the first seed; reading one takes 50 ms
-    for seed, task, method in product(seeds, tasks, methods):
+    for seed, task, method in product(content["seeds"], tasks, methods):
         levels = {
             f"methods.{method}": methods[method],
             f"tasks.{task}": tasks[task],
             "fields": shared,
         }
-        own: dict[str, Any] = {
-            "output_dir": str(_output_dir(content) / task / method / f"seed-{seed}"),
-            "task_name": tasks[task].get("task_name", task),
-            "seed": seed,
-        }
+        recipe = methods[method].get("recipe", content.get("recipe"))
+        folder = _output_dir(content) / task / method / f"seed-{seed}"
         try:
-            if (task, method) in made:
-                config = replace(made[task, method], **own)
-            else:
-                recipe = methods[method].get("recipe", content.get("recipe"))
-                config = _config(AdaptConfig, recipe, levels, {"method": method}, own)
-                if not (sources and config.method == "pemt"):  # whose bank is not there yet
-                    check_method(config)
-                made[task, method] = config
+            if (task, method) not in made:
+                made[task, method] = _checked(recipe, levels, method, task, bool(sources))
+            config = replace(made[task, method], output_dir=str(folder), seed=seed)
             _check_folder(config)
             runs.append(Run(method=method, task=task, seed=seed, config=config))
         except PemtError as error:
@@ -139,12 +130,27 @@ def read_sweep(path: Path) -> Sweep:
         output_dir=_output_dir(content),
         methods=list(methods),
         tasks=list(tasks),
-        seeds=seeds,
+        seeds=content["seeds"],
         runs=runs,
         sources=sources,
         published=numbers,
         published_by=published_by,
     )
+
+
+def _checked(
+    recipe: str | None,
+    levels: Mapping[str, Mapping[str, Any]],
+    method: str,
+    task: str,
+    has_sources: bool,
+) -> AdaptConfig:
+    """A method's configuration on a task; folder and seed are put in later."""
+    own = {"task_name": levels[f"tasks.{task}"].get("task_name", task), "output_dir": ""}
+    config = _config(AdaptConfig, recipe, levels, {"method": method}, own)
+    if not (has_sources and config.method == "pemt"):  # whose bank is not there yet
+        check_method(config)
+    return config
 
 
 def _output_dir(content: Mapping[str, Any]) -> Path:
@@ -225,7 +231,7 @@ def _content(path: Path) -> dict[str, Any]:
     seeds = content["seeds"]
     if not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
         raise SweepError(f"{path}: seeds: found {seeds}, expected a list of integers")
-    return content
+    return {**content, "seeds": list(dict.fromkeys(seeds))}
 
 
 def _stop(faults: list[str]) -> None:

@@ -31,6 +31,7 @@ STAND_INS = {
     "FOLDER": "official",
     "FOLDER_OR_HUB_ID": "adapters/qnli",
     "google-t5/t5-base": "official-base",
+    "paper-superglue-cb": "superglue-cb",  # whose labels this world's vocabulary can write
 }
 
 
@@ -39,7 +40,7 @@ def make_world() -> None:
     make_base(Path("base"))
     for place in ("ds_configs", "launchers"):
         Path(place).symlink_to(ROOT / place)
-    for name in ("mnli", "qnli", "superglue-cb", "paper-superglue-cb"):
+    for name in ("mnli", "qnli", "superglue-cb"):
         write_rows(Path("data") / name, get_task(name))
     first_rows = Path("data/superglue-cb/test.jsonl").read_text().splitlines(keepends=True)[:3]
     Path("new.jsonl").write_text("".join(first_rows))
