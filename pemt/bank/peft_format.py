@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pemt.config import PemtError
-from pemt.model import ExpertSource, Site, sites_of
+from pemt.model import ExpertSource, Site, absent_sites, is_linear, sites_of
 from pemt.storage import Count, Positive, checked, save_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,10 +28,6 @@ PROMPT_FILE, PROMPT = "pemt_prompt.safetensors", "prompt"
 FILES = (CONFIG, TENSORS, PROMPT_FILE)
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_LINEAR = re.compile(
-    r"(encoder|decoder)\.block\.\d+\.layer\.\d\."
-    r"((SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))"
-)
 _FACTORS = {"A": "down", "B": "up"}
 # Settings that leave the adapter a plain LoRA whatever they say; any other must be empty or false.
 _HARMLESS = {
@@ -121,7 +117,6 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
         weights[f"{site.name}.down"] = pair["down"]
         weights[f"{site.name}.up"] = pair["up"] * (scales[site] / common)
     rank = max(len(pair["down"]) for pair in factors.values())
-    kinds = {(site.part, site.projection) for site in touched}
     return PeftLora(
         base_name=settings.base_model_name_or_path,
         rank=rank,
@@ -129,11 +124,7 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
         weights=weights,
         prompt_PD=_read_prompt(folder),
         sites=[site.name for site in touched],
-        absent=[
-            site.name
-            for site in sites
-            if (site.part, site.projection) in kinds and site not in factors
-        ],
+        absent=absent_sites([site.name for site in touched], shape),
     )
 
 
@@ -160,7 +151,7 @@ def write_peft(
     tensors = {}
     for key, tensor in source.weights.items():
         site, _, factor = key.rpartition(".")
-        name = f"base_model.model.{Site.named(site).module}.lora_{letters[factor]}.weight"
+        name = f"base_model.model.{Site.named(site, shape).module}.lora_{letters[factor]}.weight"
         tensors[name] = tensor.float().contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +169,7 @@ def _lora_settings(source: ExpertSource, shape: Mapping[str, Any]) -> dict[str, 
     """An adapter_config.json but for the base model's name."""
     factors = (key.rpartition(".") for key in source.weights)
     ranks = {
-        Site.named(site): len(source.weights[f"{site}.down"])
+        Site.named(site, shape): len(source.weights[f"{site}.down"])
         for site, _, factor in factors
         if factor == "down"
     }
@@ -203,9 +194,13 @@ def _lora_settings(source: ExpertSource, shape: Mapping[str, Any]) -> dict[str, 
 
 def _target_modules(sites: list[Site], shape: Mapping[str, Any]) -> list[str]:
     """Ends of modules' names that mean these sites and no others; whole names where no ends do."""
-    ends = list(dict.fromkeys(site.projection for site in sites))
-    meant = [site for site in sites_of(shape) if site.projection in ends]
+    ends = list(dict.fromkeys(_end(site) for site in sites))
+    meant = [site for site in sites_of(shape) if _end(site) in ends]
     return ends if set(meant) == set(sites) else [site.module for site in sites]
+
+
+def _end(site: Site) -> str:
+    return site.module.rpartition(".")[2]
 
 
 def _plain(number: float) -> float:
@@ -264,7 +259,7 @@ def _factors(
     for key, tensor in tensors.items():
         match = _TENSOR.fullmatch(key)
         site = sites.get(match["module"]) if match else None
-        if match and site is None and _LINEAR.fullmatch(match["module"]):
+        if match and site is None and is_linear(match["module"]):
             raise PeftFormatError(
                 f"{path}: has a LoRA on {match['module']}, this base model has {shape['num_layers']} encoder and "
                 f"{shape['num_decoder_layers']} decoder layers of feed_forward_proj {shape['feed_forward_proj']}; "
@@ -278,7 +273,7 @@ def _factors(
         modules = sorted({_module(key) for key in strangers})
         raise PeftFormatError(
             f"{path}: found adapters on {', '.join(modules)} ({len(strangers)} of {len(tensors)} "
-            "tensors); an expert is a LoRA on q, k, v, o, wi, wi_0, wi_1 or wo alone: train it with these as "
+            f"tensors); an expert is a LoRA on {_allowed(sites)} alone: train it with these as "
             "target_modules"
         )
     halves = [site.name for site, pair in factors.items() if len(pair) < 2]
@@ -286,6 +281,11 @@ def _factors(
         what = f"one factor of {halves[0]} alone" if halves else "no tensor"
         raise PeftFormatError(f"{path}: has {what}; save the adapter again")
     return factors
+
+
+def _allowed(sites: Mapping[str, Site]) -> str:
+    *first, last = dict.fromkeys(_end(site) for site in sites.values())
+    return f"{', '.join(first)} or {last}"
 
 
 def _module(key: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pemt.config import Parser, PemtError, command_parser, verb_parser
@@ -135,6 +135,20 @@ def _layers(tensors: Iterable[str]) -> str:
     return projections_of(site_names(tensors))
 
 
+def _where(sites: list[str], shape: Mapping[str, Any]) -> str:
+    """The layers that an expert is on, and those of the same kinds that it leaves alone."""
+    from pemt.model import absent_sites, projections_of
+
+    absent = absent_sites(sites, shape)
+    layers = (
+        f"{len(sites)} of {len(sites) + len(absent)} such layers"
+        if absent
+        else f"{len(sites)} layers"
+    )
+    alone = f"; not on {', '.join(absent)}" if absent else ""
+    return f"{projections_of(sites)} ({layers}{alone})"
+
+
 def _show(*, bank_dir: str, task: str) -> None:
     from pemt.bank import PROMPT, entry_folder, read_shapes, site_names
 
@@ -147,7 +161,7 @@ def _show(*, bank_dir: str, task: str) -> None:
         "entry": str(folder),
         "description": manifest.description or "not known",
         "expert": f"{manifest.kind}, rank {manifest.rank}, alpha {manifest.alpha:g}",
-        "on": f"{_layers(shapes)} ({len(site_names(shapes))} layers)",
+        "on": _where(site_names(shapes), manifest.base),
         "prompt": f"{prompt_length} tokens",
         "base model": manifest.base.get("name"),
         "its shape": ", ".join(f"{key} {value}" for key, value in shape.items()),

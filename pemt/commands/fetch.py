@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pemt.commands.fields import add_fields
 from pemt.commands.plan_batch import STAGES
 from pemt.config import ConfigError, Parser, command_parser, parse_config
 from pemt.engine import LIBRARIES, telling
@@ -54,8 +55,6 @@ def _made(name: str) -> Path:
 
 def make_parser() -> Parser:
     """Its own options and the run's fields: what a shell can complete behind it."""
-    from pemt.commands.fields import add_fields
-
     return add_fields(_own_parser())
 
 

@@ -13,6 +13,7 @@ from pemt.commands import plan_batch, plan_sweep
 from pemt.commands.plan_sweep import EXPERTS, TOKENS_A_WORD
 from pemt.config import AdapterConfig, ConfigError, ExpertConfig, Parser, RunConfig, command_parser
 from pemt.model import projections_of, target_sites
+from pemt.ops.checks import MAX_EXPERTS
 from pemt.plan import (
     CHIPS,
     KNOWN,
@@ -253,12 +254,20 @@ def _job(options: argparse.Namespace, division: Division) -> Job:
         bytes_per_value=4 if options.precision == "fp32" else 2,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    if options.adapter_reduction_factor > job.shape.d_model:
+    narrowest = min(shape.of(stack).d_model for stack in ("encoder", "decoder"))
+    if options.adapter_reduction_factor > narrowest:
         raise ConfigError(
             f"--adapter_reduction_factor: found {options.adapter_reduction_factor}, allowed is at most "
-            f"this base model's d_model, {job.shape.d_model}"
+            f"this base model's d_model, {narrowest}"
         )
-    return replace(job, **_bank(options.bank_dir)) if options.bank_dir else job
+    job = replace(job, **_bank(options.bank_dir)) if options.bank_dir else job
+    most = max(len(job.mixed_at(site)) for site in shape.sites)
+    if most > MAX_EXPERTS:
+        raise PlanError(
+            f"{'--bank_dir' if options.bank_dir else '--num_experts'}: found {most} experts on a layer, allowed are at "
+            f"most {MAX_EXPERTS}; a run over more of them sets mixture.top_sources, plan that many with --num_experts"
+        )
+    return job
 
 
 def _bank(bank_dir: str) -> dict[str, Any]:

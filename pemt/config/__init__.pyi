@@ -20,8 +20,8 @@ from .distribution import (
 from .errors import (
     ConfigError as ConfigError,
     PemtError as PemtError,
-    for_reader as for_reader,
-    told_to_typists as told_to_typists,
+    flags_in_messages as flags_in_messages,
+    spell_fields as spell_fields,
 )
 from .parse import (
     field_keys as field_keys,
@@ -36,6 +36,7 @@ from .parse import (
 )
 from .parts import (
     TENSORBOARD as TENSORBOARD,
+    TRACKER_RUNS as TRACKER_RUNS,
     AdapterConfig as AdapterConfig,
     ExpertConfig as ExpertConfig,
     MixtureConfig as MixtureConfig,

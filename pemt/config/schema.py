@@ -48,7 +48,7 @@ class RunConfig:
     """What both stages share.
 
     Args:
-        model_name_or_path: the frozen base model: a T5, mT5 or UMT5 on the hub, or a local folder.
+        model_name_or_path: the frozen base model: a T5, mT5, UMT5 or T5Gemma on the hub, or a local folder.
         tokenizer_name: tokenizer, if it is not the base model's own.
         output_dir: folder of this run: logs, checkpoints, results.
         task_name: the task to train on (`pemt tasks` lists them).
@@ -103,7 +103,7 @@ class RunConfig:
             what the run began with where it resumes.
         fp16: train in float16; T5 overflows in it from size large on.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        torch_compile: compile every T5 block with torch.compile, for training; the first steps take minutes. With
+        torch_compile: compile every block with torch.compile, for training; the first steps take minutes. With
             gradient_checkpointing or ZeRO-3 it gains little.
         ddp_timeout: seconds without a heartbeat of a rank after which the job ends and names it.
         resume_from_checkpoint: a checkpoint folder; true: the newest one in output_dir, if there is any;

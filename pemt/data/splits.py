@@ -56,7 +56,7 @@ def usable(
         notes.append(
             f"{task.name}, {split}: left out {is_unlabelled.sum()} rows without gold label"
         )
-    by_id = int(np.sum(dataset["class_id"][:])) if "class_id" in dataset.column_names else 0
+    by_id = int(np.sum(dataset["is_class_id"][:])) if "is_class_id" in dataset.column_names else 0
     if by_id:
         notes.append(
             f"{task.name}, {split}: {by_id:,} of {len(dataset):,} labels are numbers, read as places in `labels`: "
@@ -66,7 +66,7 @@ def usable(
         first = f", first {bad[0]}" if len(bad) else ""
         raise DataError(f"task {task.name}: {split} has no usable row of {len(problems)}{first}")
     kept = dataset if not is_bad.any() else dataset.select(np.flatnonzero(~is_bad))
-    done_with = [name for name in ("problem", "class_id") if name in kept.column_names]
+    done_with = [name for name in ("problem", "is_class_id") if name in kept.column_names]
     return kept.remove_columns(done_with), notes
 
 

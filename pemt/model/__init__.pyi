@@ -14,6 +14,13 @@ from .experts import (
     ModelError as ModelError,
     expert_shapes as expert_shapes,
 )
+from .families import (
+    FAMILIES as FAMILIES,
+    Family as Family,
+    family_of as family_of,
+    is_gated as is_gated,
+    stack_size as stack_size,
+)
 from .inject import checked_base as checked_base
 from .lazy import make_lazy as make_lazy, materialize as materialize, read_lazy as read_lazy
 from .mixture import MIXTURES as MIXTURES, LoraMixture as LoraMixture
@@ -28,6 +35,8 @@ from .prompts import description_prompt as description_prompt, top_sources as to
 from .shape import base_digest as base_digest, base_shape as base_shape
 from .sites import (
     Site as Site,
+    absent_sites as absent_sites,
+    is_linear as is_linear,
     projections_of as projections_of,
     sites_of as sites_of,
     target_sites as target_sites,

@@ -50,6 +50,7 @@ class Card:
 
     Args:
         base_model: hub id or folder.
+        model_type: its family, as its config.json has it.
         licence: the base model's, as the hub spells it; None where it is not known.
         results: `all_results.json`; empty where the run was not scored.
         config, task: of the run.
@@ -58,6 +59,7 @@ class Card:
     """
 
     base_model: str
+    model_type: str
     licence: str | None
     results: dict[str, Any]
     config: AdaptConfig
@@ -120,7 +122,7 @@ def _front_matter(card: Card, name: str) -> ModelCardData:
         "base_model": card.base_model if _is_hub_id(card.base_model) else None,
         "datasets": [hub.path] if hub else None,
         "metrics": list(card.task.metrics),
-        "tags": ["pemt", "t5", "text2text-generation", card.config.method],
+        "tags": ["pemt", card.model_type, "text2text-generation", card.config.method],
     }
     if card.config.method == "full":
         data["library_name"] = "transformers"

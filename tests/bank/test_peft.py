@@ -288,6 +288,21 @@ def test_list_and_show(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert part in shown
 
 
+def test_show_tells_where_an_expert_is_absent(
+    bank: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = tiny_source("some", target_modules=r"encoder\..*(SelfAttention.q|block.0.*wo)")
+    base = {"name": "google/tiny-t5", **base_shape(tiny_base().config)}
+    write_entry(bank, some, base=base, description=None, metrics={})
+    COMMANDS["bank"](["show", str(bank), "some"])
+    (line,) = (each for each in capsys.readouterr().out.splitlines() if each.startswith("on "))
+    absent = ("encoder.1", "decoder.0.self.q", "decoder.0", "decoder.1.self.q", "decoder.1",
+              "decoder.2.self.q", "decoder.2")  # fmt: skip
+    assert line.split(maxsplit=1)[1] == f"q, wo (3 of 10 such layers; not on {', '.join(absent)})"
+    COMMANDS["bank"](["show", str(bank), "rte"])
+    assert "wo (5 layers)\n" in capsys.readouterr().out
+
+
 def test_verify_tells_every_fault(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     COMMANDS["bank"](["verify", str(bank)])
     assert capsys.readouterr().out.splitlines() == ["boolq: intact", "mnli: intact", "rte: intact"]

@@ -81,7 +81,7 @@ def main(world: Path, folder: Path) -> None:
 
 
 def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
-    """Resume from what ZeRO-2 saved; then save, and resume, with dropout and in bf16."""
+    """Resume from what ZeRO-2 saved; then save, and resume, in bf16 with dropout."""
     base, data, first = world / "base", world / TARGET, world / "zero2"
     bank = first / "bank"
     saved = adapt_config(
@@ -94,17 +94,8 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
         **saving,
     )
     run_adapt(saved)
-    saving = {**saving, "mixture": MixtureConfig(prompt_dropout=0.5)}
-    dropped = adapt_config(base, data, folder / "dropout", bank, TARGET, **saving)
-    run_adapt(dropped)
-    checkpoint = str(folder / "dropout" / f"checkpoint-{RESUMED_STEP}")
-    run_adapt(
-        replace(
-            dropped, output_dir=str(folder / "dropout-resumed"), resume_from_checkpoint=checkpoint
-        )
-    )
-
-    halved = replace(dropped, output_dir=str(folder / "bf16"), bf16=True)
+    saving = {**saving, "mixture": MixtureConfig(prompt_dropout=0.5), "bf16": True}
+    halved = adapt_config(base, data, folder / "bf16", bank, TARGET, **saving)
     run_adapt(halved)
     checkpoint = str(folder / "bf16" / f"checkpoint-{RESUMED_STEP}")
     run_adapt(

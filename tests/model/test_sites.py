@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pemt.bank.peft_format import read_peft
 from pemt.config import ConfigError, ExpertConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5, base_shape
+from pemt.model.experts import ModelError
 from pemt.model.inject import checked_base, linear_sites
 from pemt.model.site_mixture import SiteMixture
 from pemt.model.sites import Site, sites_of, target_sites
@@ -43,10 +45,10 @@ def test_the_sites_are_the_linear_layers_of_the_blocks(family: str) -> None:
     found = {
         name: tuple(module.weight.shape)
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
+        if isinstance(module, nn.Linear) and not name.startswith("lm_head")
     }
     assert {site.module: site.widths(shape)[::-1] for site in sites_of(shape)} == found
-    assert [Site.named(site.name) for site in sites_of(shape)] == sites_of(shape)
+    assert [Site.named(site.name, shape) for site in sites_of(shape)] == sites_of(shape)
 
 
 def names(target_modules: Any) -> list[str]:
@@ -67,6 +69,31 @@ def test_target_modules_are_read_as_peft_reads_them() -> None:
     assert names(["wo"]) == ["encoder.0", "encoder.1", "decoder.0", "decoder.1", "decoder.2"]
     assert names(["encoder.block.1.layer.0.SelfAttention.q"]) == ["encoder.1.self.q"]
     assert names("decoder.*0.*EncDecAttention.k") == ["decoder.0.cross.k"]
+
+
+def test_a_family_has_its_own_names_and_t5s(tmp_path: Path) -> None:
+    shape = base_shape(tiny_base("t5gemma").config)
+
+    def modules(target: Any) -> list[str]:
+        return [site.module for site in target_sites(target, shape)]
+
+    for target in (
+        ["q_proj", "v_proj"],
+        ["down_proj"],
+        ["mlp.up_proj"],
+        r".*cross_attn\.[ko]_proj",
+        "all-linear",
+    ):
+        config = peft.LoraConfig(target_modules=target, r=1, task_type="SEQ_2_SEQ_LM")
+        theirs = peft.get_peft_model(tiny_base("t5gemma"), config).targeted_module_names
+        assert sorted(modules(target)) == sorted(theirs)
+    assert modules(["wo"]) == modules(["down_proj"])
+    assert modules(["q", "wi_0"]) == modules(["q_proj", "gate_proj"])
+    assert [site.name for site in target_sites(["wo"], shape)] == names(["wo"])
+    with pytest.raises(
+        ConfigError, match=r"allowed are a list of q_proj, .*down_proj, q, .*wo, a regular"
+    ):
+        modules(["wi"])
 
 
 @pytest.mark.parametrize(
@@ -118,6 +145,7 @@ def difference(theirs: Any, ours: PemtT5, family: str) -> tuple[float, float]:
             "inputs_embeds": embeds_BSD,
             "attention_mask": mask_BS,
             "decoder_input_ids": ours.base.prepare_decoder_input_ids_from_labels(batch["labels"]),
+            "use_cache": False,  # with a cache T5Gemma's decoder sees padding
         }
         expected, plain = theirs(**start).logits, tiny_base(family)(**start).logits
         found = ours(**batch).logits
@@ -139,18 +167,33 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# The same where modules have other names.
+GEMMA_SETTINGS: dict[str, dict[str, Any]] = {
+    "q and v": {**SETTINGS["q and v"], "target_modules": ["q_proj", "v_proj"]},
+    "everywhere": SETTINGS["everywhere"],
+    "some layers": {
+        **SETTINGS["some layers"], "target_modules": ["q_proj", "down_proj"], "layers_pattern": "layers",
+    },
+    "patterns, rank-stabilised": {
+        **SETTINGS["patterns, rank-stabilised"], "target_modules": ["k_proj", "o_proj", "down_proj"],
+        "rank_pattern": {"k_proj": 5, r"decoder.layers.1.*\.o_proj": 1}, "alpha_pattern": {"cross_attn.k_proj": 7},
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_one_expert_with_gate_one_is_peft(family: str, settings: str, tmp_path: Path) -> None:
-    theirs, source = as_source(tiny_base(family), tmp_path, **SETTINGS[settings])
+    chosen = GEMMA_SETTINGS if family == "t5gemma" else SETTINGS
+    theirs, source = as_source(tiny_base(family), tmp_path, **chosen[settings])
     error, effect = difference(theirs, mixed(source, family), family)
     assert effect > 0.01
     assert error < 1e-5
 
 
-def test_each_site_alone_is_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["t5-v1.1", "t5gemma"])
+def test_each_site_alone_is_peft(family: str, tmp_path: Path) -> None:
     """Of one layer of each stack."""
-    family = "t5-v1.1"
     sites = [site for site in sites_of(base_shape(tiny_base(family).config)) if site.layer == 1]
     assert len(sites) == 4 + 3 + 4 + 4 + 3
     for number, site in enumerate(sites):
@@ -229,6 +272,45 @@ def test_gradients_are_those_of_the_specification(monkeypatch: pytest.MonkeyPatc
         loss.backward()
         found[name] = loss.detach(), gradients(model)
     torch.testing.assert_close(found["op"], found["specification"], rtol=1e-4, atol=1e-5)
+
+
+def test_sixty_four_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rank 16 on q and v, half of them on v alone: gates, loss, gradients, answers by beams."""
+    sources = [
+        tiny_source(f"task{k}", rank=16, prompt=2, seed=k, target_modules=["q", "v"][k % 2 :])
+        for k in range(64)
+    ]
+    weights = [{key: 0.1 * each for key, each in source.weights.items()} for source in sources]
+    sources = [replace(s, weights=w) for s, w in zip(sources, weights, strict=True)]
+    found = {}
+    for name, kind in (("op", SiteMixture), ("specification", PlainMixture)):
+        monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", kind)
+        model = target_model(sources)
+        out = model(**tiny_batch())
+        out.loss.backward()
+        found[name] = out.loss.detach(), out.gates_LBK, gradients(model)
+    torch.testing.assert_close(found["op"], found["specification"], rtol=1e-4, atol=1e-5)
+    sites = model.gate_sites
+    assert {site.rpartition("/")[2]: len(present) for site, present in sites.items()} == {
+        "q": 32,
+        "v": 64,
+    }
+    torch.testing.assert_close(found["op"][1].sum(-1), torch.ones(len(sites), 3))
+    batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
+    monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", SiteMixture)
+    tokens, gates = target_model(sources).generate_with_gates(
+        **batch, num_beams=2, max_new_tokens=4
+    )
+    assert tokens.shape[0] == 3
+    torch.testing.assert_close(gates, found["op"][1].transpose(0, 1))
+
+
+def test_more_experts_than_can_be_mixed_are_refused() -> None:
+    source = tiny_source(rank=1, target_modules=["encoder.block.0.layer.0.SelfAttention.q"])
+    many = [replace(source, name=f"task{k}") for k in range(129)]
+    with pytest.raises(ModelError, match=r"found 129 experts on encoder.0.self.q, .* at most 128"):
+        target_model(many)
+    assert len(target_model(many[:128]).gate_sites) == 1
 
 
 def test_gradcheck_of_a_site() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from pemt.ops import reference
 from tests.ops.op_cases import Case, make_case
 
 T5_BASE = {"batch": 2, "tokens": 64, "d_ff": 3072, "d_model": 768, "ranks": (64,) * 6}
+SIZES = {"published": T5_BASE, "64 experts": {**T5_BASE, "ranks": (16,) * 64}}
 
 
 def loop_layer(case: Case, x: Tensor, gates: Tensor) -> Tensor:
@@ -58,18 +60,20 @@ def largest_allocation(profile: torch.profiler.profile) -> int:
     return max(sizes)
 
 
-def test_a_tenth_of_the_loop_is_kept_for_backward(implementation):
-    case = make_case(**T5_BASE, dtype=torch.float32)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_tenth_of_the_loop_is_kept_for_backward(implementation, sizes):
+    case = make_case(**SIZES[sizes], dtype=torch.float32)
     loop, ours = saved_floats_per_token(loop_layer, case), saved_floats_per_token(ops_layer, case)
-    tokens, total, d_model, experts = 128, 384, 768, 6
+    tokens, total, d_model, experts = 128, sum(case.ranks), 768, len(case.ranks)
     by_count = 2 * total + d_model + 2 * experts + 1  # latent and projection, z, norms and cosines
     constants = (2 * experts + experts) / tokens  # gates, mean distances
     assert by_count <= ours <= by_count + constants + 1
     assert loop >= 10 * ours
 
 
-def test_nothing_of_size_experts_by_tokens_by_width_is_allocated(implementation):
-    case = make_case(**T5_BASE, dtype=torch.float32)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_nothing_of_size_experts_by_tokens_by_width_is_allocated(implementation, sizes):
+    case = make_case(**SIZES[sizes], dtype=torch.float32)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
 
     with torch.profiler.profile(

@@ -21,6 +21,14 @@ SHAPES = {
     "one of each": {"batch": 1, "tokens": 1, "d_ff": 1, "d_model": 1, "ranks": (1,)},
     "odd sizes": {"batch": 3, "tokens": 67, "d_ff": 37, "d_model": 129, "ranks": (31, 65, 9)},
     "masked": {"batch": 3, "tokens": 50, "ranks": (8, 8), "mask": True},
+    "sixty-four experts": {
+        "tokens": 9,
+        "d_ff": 40,
+        "d_model": 24,
+        "ranks": (16,) * 64,
+        "mask": True,
+    },
+    "as many as can be": {"tokens": 3, "ranks": (1, 2) * 64},
 }
 WIDE = {"batch": 4, "tokens": 40, "d_ff": 256, "d_model": 128, "ranks": (64, 64, 32)}
 ROUNDED_SHAPES = {
@@ -28,6 +36,7 @@ ROUNDED_SHAPES = {
     "masked": {**WIDE, "mask": True},
     "mixed ranks": SHAPES["mixed ranks"],
     "odd sizes": SHAPES["odd sizes"],
+    "sixty-four experts": {**WIDE, "ranks": (16,) * 64},
 }
 
 
