@@ -30,7 +30,7 @@ from pemt.plan import (
     added,
     examples_of,
     fp32_bytes,
-    hours,
+    hours_of,
     read_shape,
     steps_of,
 )
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> None:
         )
         zero = Zero(name="zero2.json", stage=2)
         least = options.least_step_ms / 1000
-        found.append((gpus, gpu, hours(planned, zero, cluster, least=least)))
+        found.append((gpus, gpu, hours_of(planned, zero, cluster, least=least)))
     if options.json:
         rows = [{"gpus": gpus, "gpu": gpu, "groups": groups} for gpus, gpu, groups in found]
         print(json.dumps(rows, indent=2, default=asdict))

@@ -5,7 +5,7 @@ from .hours import (
     PlannedRun as PlannedRun,
     added as added,
     fp32_bytes as fp32_bytes,
-    hours as hours,
+    hours_of as hours_of,
     steps_of as steps_of,
 )
 from .job import (

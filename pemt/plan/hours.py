@@ -62,7 +62,7 @@ class Hours:
         return self.training + self.evaluation
 
 
-def hours(
+def hours_of(
     runs: Iterable[PlannedRun], zero: Zero, cluster: Cluster, *, least: float
 ) -> dict[str, Hours]:
     """Of every group of runs, in the order of the first of each.

@@ -21,7 +21,7 @@ from pemt.commands import COMMANDS
 from pemt.config import ConfigError, sweep_file
 from pemt.data.local_files import read_rows
 from pemt.model.tokenizer import load_tokenizer
-from pemt.plan import Cluster, Job, PlanError, PlannedRun, Zero, examples_of, hours
+from pemt.plan import Cluster, Job, PlanError, PlannedRun, Zero, examples_of, hours_of
 from pemt.plan.job import CHIPS
 from pemt.plan.shapes import KNOWN
 from pemt.plan.speed import step_time
@@ -136,7 +136,7 @@ def test_hours_by_hand() -> None:
     )
     zero = Zero(name="zero2.json", stage=2)
     run = PlannedRun(group="pemt", job=job, steps=100, evaluated=65, eval_batch=64, checkpoints=3)
-    (found,) = hours([run, run], zero, alone, least=0.0).values()
+    (found,) = hours_of([run, run], zero, alone, least=0.0).values()
     second = step_time(job, zero, alone).total
     assert found.training == pytest.approx(2 * 100 * second / 3600)
     assert found.evaluation == pytest.approx(2 * 2 * 2 * second / 3600, rel=0.05), (
@@ -145,15 +145,15 @@ def test_hours_by_hand() -> None:
     # adapters, gates in the encoder and in the decoder, layer norms, prompt
     trained = 24 * 74_544 + 12 * 6 * 3072 + 12 * 6 * 768 + 62 * 768 + 20 * 768
     assert found.disk == 2 * 3 * 12 * trained
-    (slow,) = hours([run], zero, alone, least=10.0).values()
+    (slow,) = hours_of([run], zero, alone, least=10.0).values()
     assert (slow.training, slow.evaluation) == (100 * 10 / 3600, 2 * 10 / 3600)
     # a batch of 4 leaves 4 of 8 GPUs idle; of 32, each takes 4
-    (shared,) = hours([run], zero, eight, least=0.0).values()
+    (shared,) = hours_of([run], zero, eight, least=0.0).values()
     assert 0.1 < shared.training / (found.training / 2) < 0.2
     small = PlannedRun(
         group="k", job=Job(shape=KNOWN["t5-base"], batch=4), steps=1, evaluated=0, eval_batch=1, checkpoints=1
     )  # fmt: skip
-    (few,) = hours([small], zero, eight, least=1.0).values()
+    (few,) = hours_of([small], zero, eight, least=1.0).values()
     assert few.training == 1 / 3600
 
 
