@@ -5,7 +5,7 @@ pemt ...            runs, in a small world (tests/support/docs_world.py): its ow
     demo            its command line is read (tests/demo/test_demo.py runs it)
     doctor          without its launch (tests/commands/test_commands.py has it)
     push, pull      and `bank add`, `push`, `pull`, `fetch`: against tests/support/hub.py
-    sweep           one run of the page's table; the whole table is checked
+    sweep           one run of the page's table, or of the recipe it names; the whole table is checked
     bench           one round on a smaller model
 accelerate launch   accelerate's parser reads its options, the files it names exist; pemt's part runs as above
 launchers/...       run with --dry_run
@@ -34,6 +34,8 @@ from tensorboard.program import TensorBoard
 import pemt.__main__
 from pemt.commands import COMMANDS
 from pemt.commands.fetch import PLACES
+from pemt.config import read_yaml_mapping, sweep_file
+from pemt.config.parse import RECIPES
 from pemt.plan.shapes import KNOWN
 from pemt.sweep.plan import read_sweep
 from tests.bench.test_step import SMALL
@@ -45,6 +47,7 @@ from tests.support.docs_world import (
     make_repositories,
     make_world,
     stage,
+    write_one_run,
 )
 from tests.support.hub import hub_for_this_process
 
@@ -122,7 +125,7 @@ def made_by(name: str, arguments: list[str]) -> list[Path]:
     return {
         "source": lambda: [Path(flags["--output_dir"]), bank / flags["--task_name"]],
         "adapt": lambda: [Path(flags["--output_dir"])],
-        "sweep": lambda: [Path("runs/sweep/sweep.md")],
+        "sweep": lambda: [Path(read_yaml_mapping(sweep_of(flags))["output_dir"], "sweep.md")],
         "evaluate": lambda: [Path(arguments[0], f"{flags['--split']}_results.json")],
         "predict": lambda: [Path(flags[key]) for key in ("--output_file",) if key in flags],
         "report": lambda: [Path(flags.get("--output_dir", arguments[0]), "report.html")],
@@ -160,8 +163,17 @@ def run_stage(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 def run_sweep(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(read_sweep(Path("whole.yaml")).runs) > 10
-    COMMANDS[name](arguments)
+    path = sweep_of(dict(pairwise(arguments)))
+    if path.is_relative_to(RECIPES):
+        assert len(read_sweep(path).runs) > 100
+        write_one_run("sweep.yaml", path.read_text())
+    else:
+        assert len(read_sweep(Path("whole.yaml")).runs) > 10
+    COMMANDS[name](["--config", "sweep.yaml"])
+
+
+def sweep_of(flags: dict[str, str]) -> Path:
+    return sweep_file(flags["--config"])
 
 
 def run_bench(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

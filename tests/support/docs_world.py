@@ -35,6 +35,7 @@ STAND_INS = {
     "google-t5/t5-base": "official-base",
     "google/flan-t5-large": "base",
     "ENTRY": "flan_t5_large-coqa",
+    "paper-superglue-cb": "superglue-cb",  # whose labels this world's vocabulary can write
 }
 # The adapters that docs/experts.md adds, as the real PEFT writes them: half of them pickles, as on the hub.
 LORAHUB_IDS = [
@@ -58,6 +59,7 @@ def make_world() -> None:
     write_sweep(next(found[1] for found in blocks("yaml") if "methods:" in found[1]))
     for task in ("mnli", "qnli"):
         stage("source", f"--task_name {task} --output_dir runs/{task} --bank_dir bank".split())
+    Path("runs/paper-bank").symlink_to("../bank")
     adapt = "--task_name superglue-cb --bank_dir bank --output_dir runs/cb"
     stage("adapt", adapt.split())
     stage("adapt", f"{adapt}-adapter --method adapter".split())
@@ -112,6 +114,11 @@ def write_rows(folder: Path, task: Task) -> None:
 def write_sweep(text: str) -> None:
     """The page's sweep as `whole.yaml`, and as `sweep.yaml` one run of it."""
     Path("whole.yaml").write_text(text)
+    write_one_run("sweep.yaml", text)
+
+
+def write_one_run(path: str, text: str) -> None:
+    """One run of a sweep, on this world's base and data."""
     content = yaml.safe_load(text)
     flags = SMALL.split()
     small = {
@@ -121,4 +128,7 @@ def write_sweep(text: str) -> None:
     content["methods"] = {"adapter": content["methods"]["adapter"]}
     content["tasks"] = {"superglue-cb": {"data_dir": "data/superglue-cb"}}
     content["seeds"] = content["seeds"][:1]
-    Path("sweep.yaml").write_text(yaml.safe_dump(content))
+    if "sources" in content:
+        content["sources"] = {"mnli": {"data_dir": "data/mnli"}}
+        content["published"]["numbers"] = {"adapter": {"superglue-cb": 50}}
+    Path(path).write_text(yaml.safe_dump(content))
