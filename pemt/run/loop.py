@@ -74,7 +74,6 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     callbacks = Callbacks(setup.given.callbacks, config, setup.engine, setup.tokenizer)
     state = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(state.step)
-    trackers = open_all_trackers(config, setup.engine)
     with (
         Monitor(
             Path(config.output_dir),
@@ -84,7 +83,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
             tensorboard=TENSORBOARD in config.report_to,
-            trackers=trackers,
+            trackers=open_all_trackers(config, setup.engine),
         ) as monitor,
         checkpoints,
     ):
