@@ -79,6 +79,8 @@ def compiled(device: str) -> Kernels:
     Raises OpsError where they cannot be had.
     """
     found = library.LIBRARIES[device]()
+    if device == "cuda":
+        library.check_capability()
     library.load(found)
     return Kernels.of(getattr(torch.ops, found.namespace))
 
