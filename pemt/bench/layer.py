@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity, gelu, linear
 
 from pemt import ops
 from pemt.ops import products, reference
+from pemt.ops.linear import answer_mixture
 from pemt.plan import KNOWN
 
 EXPERTS, RANK, ADAPTER_REDUCTION, SPARSITY_WEIGHT = 6, 64, 16, 0.1
@@ -67,6 +68,9 @@ class Layer:
         )
         self.x = draw(bench.batch, bench.tokens, d_ff)
         self.gates = draw(bench.batch, EXPERTS).float().softmax(dim=-1)
+        per_rank = [self.gates[:, k : k + 1].expand(-1, rank) for k, rank in enumerate(self.ranks)]
+        scaled = [scale * each for scale, each in zip(self.scales, per_rank, strict=True)]
+        self.factors = torch.cat(scaled, dim=1)[:, None].to(self.x.dtype)
         self.adapter = [draw(inner, d_model, fan_in=d_model), draw(inner),
                         draw(d_model, inner, fan_in=inner), draw(d_model)]  # fmt: skip
         self.dz = draw(bench.batch, bench.tokens, d_model)
@@ -132,7 +136,10 @@ def forward_stacked(layer: Layer) -> tuple[Tensor, Tensor | None]:
 
 
 def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
-    """One FFN and its loss with the fused op."""
+    """One FFN and its loss with the fused op; without gradients, what `generate` calls for a token."""
+    if layer.bench.forward_only:
+        frozen = (layer.weight, layer.down, layer.up)
+        return layer.adapt(answer_mixture(layer.x, *frozen, layer.factors)), None
     experts = (layer.gates, layer.scales, layer.ranks)
     return _forward(
         layer,

@@ -25,7 +25,7 @@ from pemt.model.inject import LinearSite
 from pemt.model.lazy import is_lazy, lazy_parameter
 from pemt.model.trainable import Trainable
 from pemt.ops import expert_mixture, task_sparsity
-from pemt.ops.linear import add_linear, linear
+from pemt.ops.linear import answer_mixture, linear
 
 
 class TargetAdapter(Trainable):
@@ -152,10 +152,8 @@ class LoraMixture(MixtureProjection):
 
     def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
         """y [B,S,D]; `prepared` is [B,1,N]."""
-        # Not the op: for a token at a time its checks and its dispatch cost a fifth of it, and no
-        # gradient wants the latent. Not folded into a weight of each sample: see docs/serving.md.
-        latent_BSN = linear(x_BSF, self.down) * prepared
-        return add_linear(linear(x_BSF, self.weight), latent_BSN, self.up)
+        # Not folded into a weight of each sample: see docs/serving.md.
+        return answer_mixture(x_BSF, self.weight, self.down, self.up, prepared)
 
     def sparsity(
         self, z_BSD: Tensor, kept: Tensor, gates_BK: Tensor, mask_BS: Tensor | None

@@ -18,7 +18,7 @@ from pemt.model.gated import GatedLinear
 from pemt.model.inject import LinearSite
 from pemt.model.mixture import MIXTURES, AdapterProjection, frozen
 from pemt.ops import expert_mixture
-from pemt.ops.linear import add_linear, linear
+from pemt.ops.linear import answer_mixture
 
 
 class SiteMixture(GatedLinear):
@@ -66,8 +66,7 @@ class SiteMixture(GatedLinear):
 
     def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
         """y [B,S,D]; `prepared` is [B,1,N]."""
-        latent_BSN = linear(x_BSF, self.down) * prepared
-        return add_linear(linear(x_BSF, self.weight), latent_BSN, self.up)
+        return answer_mixture(x_BSF, self.weight, self.down, self.up, prepared)
 
 
 def mix_at(

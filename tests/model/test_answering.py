@@ -37,8 +37,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(weight.data_ptr())
         return product(x, weight, bias)
 
-    for place in ("answering", "mixture", "site_mixture", "experts"):
-        monkeypatch.setattr(f"pemt.model.{place}.linear", counted)
+    for place in ("model.answering", "model.mixture", "ops.linear", "model.experts"):
+        monkeypatch.setattr(f"pemt.{place}.linear", counted)
     return asked
 
 
@@ -109,7 +109,7 @@ def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -
     with pytest.MonkeyPatch.context() as patched:
         for place in ("pemt_t5", "baselines"):
             patched.setattr(f"pemt.model.{place}.fast_generate", lambda base: nullcontext())
-        for place in ("mixture", "site_mixture", "experts"):
+        for place in ("mixture", "experts"):
             patched.setattr(f"pemt.model.{place}.linear", nn.functional.linear)
         patched.setattr("pemt.ops.linear.linear", nn.functional.linear)
         calls.clear()
