@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.commands import plan_batch
+from pemt.commands import plan_batch, plan_sweep
+from pemt.commands.plan_sweep import EXPERTS, TOKENS_A_WORD
 from pemt.config import AdapterConfig, ConfigError, ExpertConfig, Parser, RunConfig, command_parser
 from pemt.model import projections_of, target_sites
 from pemt.ops.checks import MAX_EXPERTS
@@ -28,14 +29,14 @@ from pemt.plan import (
     read_zero,
 )
 
-TOKENS_A_WORD = 1.3  # of English descriptions in T5's vocabulary, about
-EXPERTS = 6
-
 
 def run(arguments: list[str]) -> None:
-    """`pemt plan`, and `pemt plan batch`."""
+    """`pemt plan`, `pemt plan batch` and `pemt plan --sweep`."""
     if arguments[:1] == ["batch"]:
         plan_batch.run(arguments[1:])
+        return
+    if any(argument.split("=")[0] == "--sweep" for argument in arguments):
+        plan_sweep.run(arguments)
         return
     options = make_parser().parse_args(arguments)
     cluster = _cluster(options)
@@ -69,6 +70,7 @@ def make_parser() -> Parser:
         "      --num_nodes 4 --gpus_per_node 8 --gpu h100-80 --ds_config ds_configs/zero3.json",
         "pemt plan --model_name_or_path ./my-t5 --bank_dir bank --gpu a100-40 --json",
         "pemt plan batch --help          # the same division for a script: ranks, micro-batch, accumulation",
+        "pemt plan --sweep paper_full    # GPU hours and disk of a sweep on 1 x H100 and 8 x A100",
     )
     _training_options(parser)
     machines = parser.add_argument_group("the machines")

@@ -31,6 +31,7 @@ from .parse import (
     read_recipe as read_recipe,
     read_yaml_mapping as read_yaml_mapping,
     recipe_names as recipe_names,
+    sweep_file as sweep_file,
     value_sources as value_sources,
 )
 from .parts import (

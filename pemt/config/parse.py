@@ -30,6 +30,7 @@ from pemt.config.yaml_file import load_yaml
 PRINT_CONFIG = "--print_config"
 PEFT_CONFIG = "peft_config"  # a field that may name a file, and becomes what that holds
 RECIPES = Path(__file__).parents[1] / "recipes"
+SWEEPS = "paper_*.yaml"  # of the recipes those that are for `pemt sweep`
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -205,8 +206,15 @@ def _recipe_values(kind: type[Any], prog: str) -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package, by the names `--config` takes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    """The recipes that come with the package, by the names a run's `--config` takes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.match(SWEEPS))
+
+
+def sweep_file(name: str) -> Path:
+    """The file of a sweep: a path, or the name of one that comes with the package."""
+    shipped = RECIPES / f"{name}.yaml"
+    is_named = not Path(name).is_file() and shipped.is_file() and shipped.match(SWEEPS)
+    return shipped if is_named else Path(name).expanduser()
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -62,8 +62,8 @@ class RunConfig:
             disk; needs max_steps. Scored are the official validation and test sets; where there is one of them, it is
             the test set, and the first 1000 training examples are validation.
         shuffle_buffer_size: examples of a stream that are mixed and put in order of length together.
-        few_shot: train on this many examples per class, drawn by data_seed; of a regression or of open answers on
-            this many in all.
+        few_shot: train on this many examples per class, drawn by data_seed (all of a class that has fewer); of a
+            regression or of open answers on this many in all.
         skip_bad_rows: count and leave out malformed rows instead of stopping at the first.
         max_source_length: longest input, in tokens; longer ones are cut.
         max_target_length: longest target, in tokens; longer ones are cut. Default: the task's own; of open answers for

@@ -74,7 +74,7 @@ def load_task_data(
 
     Rows in memory take the place of `data_dir`, files and hub.
 
-    Raises DataError for a missing or malformed file or row, a class with too few examples, or
+    Raises DataError for a missing or malformed file or row, a class that few_shot finds empty, or
     labels longer than `max_target_length` or that the vocabulary cannot write.
     """
     seed = config.effective_data_seed
@@ -97,7 +97,8 @@ def load_task_data(
         sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
         notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
     if config.few_shot is not None:
-        parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
+        parts["train"], fewer = splits.few_shot(task, parts["train"], config.few_shot, seed)
+        notes += fewer
         origins["train"] = f"few_shot {config.few_shot} of {origins['train']}"
     for name, examples in parts.items():
         sets[name], cut = encode(examples, name, encoder, config)

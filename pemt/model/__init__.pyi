@@ -30,8 +30,12 @@ from .peft_model import (
     peft_settings as peft_settings,
     starts_from_text as starts_from_text,
 )
-from .pemt_t5 import PemtT5 as PemtT5
-from .prompts import description_prompt as description_prompt, top_sources as top_sources
+from .pemt_t5 import PemtT5 as PemtT5, check_weights as check_weights
+from .prompts import (
+    description_prompt as description_prompt,
+    rank_by_prompt as rank_by_prompt,
+    top_sources as top_sources,
+)
 from .shape import base_digest as base_digest, base_shape as base_shape
 from .sites import (
     Site as Site,

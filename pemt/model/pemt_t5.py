@@ -118,7 +118,7 @@ class PemtT5(TrainedT5):
         kind = _common_kind(sources)
         for source in sources:
             source.check(base_shape(base.config))
-        _check_weights(base, sources)
+        check_weights(base, sources)
         prompt = _task_prompt(
             base,
             prompt_PD,
@@ -310,7 +310,8 @@ def _task_prompt(
     return TaskPrompt(prompt_PD.to(like), sources=sources, dropout=dropout)
 
 
-def _check_weights(base: Base, sources: Sequence[ExpertSource]) -> None:
+def check_weights(base: Base, sources: Sequence[ExpertSource]) -> None:
+    """Raise `ModelError` where a source knows that it was trained on a base model of other weights."""
     digest = base_digest(base)
     for source in sources:
         if source.base_sha256 not in (None, digest):

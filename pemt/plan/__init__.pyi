@@ -1,4 +1,13 @@
 from .batch import Division as Division, Wanted as Wanted, divide as divide
+from .examples import examples_of as examples_of
+from .hours import (
+    Hours as Hours,
+    PlannedRun as PlannedRun,
+    added as added,
+    fp32_bytes as fp32_bytes,
+    hours_of as hours_of,
+    steps_of as steps_of,
+)
 from .job import (
     CHIPS as CHIPS,
     Cluster as Cluster,

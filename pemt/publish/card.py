@@ -8,14 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from pemt.config import PEFT_METHODS, AdaptConfig, how_to_install
 from pemt.monitor import NamedGates, gates_in, mean_by_source
 from pemt.run import chosen_text, scored_text
-from pemt.storage import HubError, local_folder
+from pemt.storage import HubError, licence_in, local_folder
 from pemt.tasks import Task, label_name, told_once
 
 GATES = "gates.png"
@@ -106,12 +106,9 @@ def model_card(card: Card) -> str:
 def base_licence(base_model: str) -> str | None:
     """The licence that a base model's own card names; None where there is no card, or no word of it."""
     try:
-        readme = local_folder(base_model, files=("README.md",)) / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
-    except (HubError, OSError, ValueError):
+        return licence_in(local_folder(base_model, files=("README.md",)))
+    except HubError:
         return None
-    return str(found) if found else None
 
 
 def _front_matter(card: Card, name: str) -> ModelCardData:
@@ -119,7 +116,7 @@ def _front_matter(card: Card, name: str) -> ModelCardData:
     data: dict[str, Any] = {
         "library_name": "peft" if card.config.method in PEFT_METHODS else "pemt",
         "license": card.licence,
-        "base_model": card.base_model if _is_hub_id(card.base_model) else None,
+        "base_model": card.base_model if is_hub_id(card.base_model) else None,
         "datasets": [hub.path] if hub else None,
         "metrics": list(card.task.metrics),
         "tags": ["pemt", card.model_type, "text2text-generation", card.config.method],
@@ -218,7 +215,8 @@ def _licence(card: Card) -> str:
     return f"## Licence\n\nThe base model's licence also binds what was trained on it. {told}"
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether it names a repository of the hub and no folder of this machine."""
     if Path(name).is_dir():
         return False
     try:
