@@ -210,13 +210,14 @@ def pass_encoder_prompt(base: Base, context: PassContext) -> None:
 
 def keep_for_recompute(base: Base, context: PassContext) -> None:
     """Let activation checkpointing recompute a decoder's block with what its gates have read in the pass itself."""
+    # A compiled program may carry nothing out of what is recomputed, and gates report: so these blocks run as written.
+    as_written: Any = torch.compiler.disable
     for block in blocks_of(base, "decoder"):
         # transformers' own, which gives no other way in
         checkpoint = block._gradient_checkpointing_func
-        block._gradient_checkpointing_func = partial(_checkpointed, context, checkpoint)
+        block._gradient_checkpointing_func = partial(as_written(_checkpointed), context, checkpoint)
 
 
-@torch.compiler.disable  # a program would carry what gates report out of what is recomputed, which none may
 def _checkpointed(
     context: PassContext, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
 ) -> Any:
