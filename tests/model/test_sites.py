@@ -234,8 +234,9 @@ def test_gates_and_sources_by_site() -> None:
         assert (gates_BK.std(dim=0).max() > 1e-6) == follows, site
 
 
-def test_a_gate_reads_its_input_in_the_encoder_and_the_encoder_in_the_decoder() -> None:
-    model = on_sites(tiny_base())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gate_reads_its_input_in_the_encoder_and_the_encoder_in_the_decoder(family: str) -> None:
+    model = on_sites(tiny_base(family))
     read: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     for each in linear_sites(model.base):
@@ -263,15 +264,22 @@ class PlainMixture(SiteMixture):
         )[0]
 
 
-def test_gradients_are_those_of_the_specification(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_specification(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    # In float64 transformers gives NaN for a T5Gemma with padding.
+    dtype, rtol, atol = (
+        (torch.float32, 1e-3, 1e-4) if family == "t5gemma" else (torch.float64, 1e-5, 1e-7)
+    )
     found = {}
     for name, kind in (("op", SiteMixture), ("specification", PlainMixture)):
         monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", kind)
-        model = on_sites(tiny_base())
+        model = on_sites(tiny_base(family).to(dtype))
         loss = model(**tiny_batch()).loss
         loss.backward()
         found[name] = loss.detach(), gradients(model)
-    torch.testing.assert_close(found["op"], found["specification"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["op"], found["specification"], rtol=rtol, atol=atol)
 
 
 def test_sixty_four_experts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,11 +321,12 @@ def test_more_experts_than_can_be_mixed_are_refused() -> None:
     assert len(target_model(many[:128]).gate_sites) == 1
 
 
-def test_gradcheck_of_a_site() -> None:
-    for stack, projection in (("encoder", "q"), ("decoder", "v")):
-        model = target_model(sources_on_sites(), tiny_base().double())
-        layer = getattr(model.base, stack).block[1].layer[0].SelfAttention
-        site = getattr(layer, projection)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradcheck_of_a_site(family: str) -> None:
+    model = on_sites(tiny_base(family).double())
+    modules = {each.name: each.module for each in linear_sites(model.base)}
+    for name in ("encoder.1.self.q", "decoder.1.self.v"):
+        site = modules[name]
         x = torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
         prompt = torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
 
@@ -343,25 +352,30 @@ def test_experts_on_no_ffn_have_no_sparsity_loss_and_ffns_their_adapter() -> Non
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
-def test_an_exported_expert_comes_back() -> None:
-    config = ExpertConfig(rank=3, alpha=6.0, target_modules=["q", "wi", "wo"])
-    model = PemtT5.source(tiny_base(), expert=config, prompt_PD=tiny_prompt()).eval()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_expert_comes_back(family: str) -> None:
+    config = ExpertConfig(rank=3, alpha=6.0, target_modules=["q", "k", "wo"])
+    model = PemtT5.source(tiny_base(family), expert=config, prompt_PD=tiny_prompt()).eval()
     exported = model.export_expert("rte")
-    exported.check(SHAPE)
-    assert {key.rpartition(".")[0] for key in exported.weights} == set(names(["q", "wi", "wo"]))
-    ours = mixed(exported, "t5")
+    exported.check(base_shape(model.base.config))
+    assert {key.rpartition(".")[0] for key in exported.weights} == set(names(["q", "k", "wo"]))
+    ours = mixed(exported, family)
     # stage 1 has no correlation of prompts
     ours.prompt.forward = lambda: model.prompt.prompt  # type: ignore[method-assign]
     torch.testing.assert_close(
-        ours(**tiny_batch()).logits, model(**tiny_batch()).logits, rtol=1e-4, atol=1e-5
+        ours(**tiny_batch()).logits, model(**tiny_batch()).logits, rtol=1e-4, atol=1e-4
     )
-    assert (source_model()(**tiny_batch()).logits - model(**tiny_batch()).logits).abs().max() > 1e-3
+    assert (
+        source_model(base=tiny_base(family))(**tiny_batch()).logits - model(**tiny_batch()).logits
+    ).abs().max() > 1e-3
 
 
-def test_uniform_gates_are_equal_and_not_trained() -> None:
+@pytest.mark.parametrize("family", ["t5", "t5gemma"])
+def test_uniform_gates_are_equal_and_not_trained(family: str) -> None:
     mixture = MixtureConfig(prompt_dropout=0.0, gate="uniform")
-    model = target_model(sources_on_sites(), mixture=mixture)
-    learned = target_model(sources_on_sites())
+    sources = sources_on_sites(family)
+    model = target_model(sources, tiny_base(family), mixture=mixture)
+    learned = target_model(sources, tiny_base(family))
     out = model(**tiny_batch())
     counts = torch.tensor([len(sources) for sources in model.gate_sites.values()])
     torch.testing.assert_close(out.gates_LBK.amax(dim=-1), (1 / counts)[:, None].expand(-1, 3))
