@@ -13,10 +13,10 @@ from pemt.commands import plan_batch, plan_sweep
 from pemt.commands.plan_sweep import EXPERTS, TOKENS_A_WORD
 from pemt.config import AdapterConfig, ConfigError, ExpertConfig, Parser, RunConfig, command_parser
 from pemt.model import projections_of, target_sites
-from pemt.ops.checks import MAX_EXPERTS
 from pemt.plan import (
     CHIPS,
     KNOWN,
+    MOST_EXPERTS,
     Cluster,
     Division,
     Job,
@@ -262,10 +262,10 @@ def _job(options: argparse.Namespace, division: Division) -> Job:
         )
     job = replace(job, **_bank(options.bank_dir)) if options.bank_dir else job
     most = max(len(job.mixed_at(site)) for site in shape.sites)
-    if most > MAX_EXPERTS:
+    if most > MOST_EXPERTS:
         raise PlanError(
             f"{'--bank_dir' if options.bank_dir else '--num_experts'}: found {most} experts on a layer, allowed are at "
-            f"most {MAX_EXPERTS}; a run over more of them sets mixture.top_sources, plan that many with --num_experts"
+            f"most {MOST_EXPERTS}; a run over more of them sets mixture.top_sources, plan that many with --num_experts"
         )
     return job
 

@@ -10,6 +10,7 @@ from .hours import (
 )
 from .job import (
     CHIPS as CHIPS,
+    MOST_EXPERTS as MOST_EXPERTS,
     Cluster as Cluster,
     Job as Job,
     PlanError as PlanError,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pemt.checkpoint import Fresh
-from pemt.config.schema import ExpertConfig, MixtureConfig, RunConfig
+from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig, RunConfig
 from pemt.engine import MOMENTS, Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
@@ -67,6 +67,7 @@ def main(world: Path, folder: Path) -> None:
     data = world / TARGET
     results = run_adapt(adapt_config(base, data, folder / "adapt", bank, TARGET, **saving))
     resume(world, folder, saving)
+    t5gemma(world, folder, fields)
     report = {
         "results": results,
         "source": inspect_run(
@@ -101,6 +102,20 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
     run_adapt(
         replace(halved, output_dir=str(folder / "bf16-resumed"), resume_from_checkpoint=checkpoint)
     )
+
+
+def t5gemma(world: Path, folder: Path, fields: dict[str, Any]) -> None:
+    """Both stages on another family, whose decoder has a width of its own."""
+    base, bank, task = world / "gemma-base", folder / "gemma-bank", SOURCES[0]
+    expert = ExpertConfig(rank=4, target_modules=["q_proj", "down_proj"])
+    shared = {**fields, "eval_strategy": "no", "max_eval_samples": 4}
+    paths = (base, world / task, folder / "gemma-source", bank)
+    run_source(source_config(*paths, task, expert=expert, **shared))
+    shared |= {
+        "mixture": MixtureConfig(prompt_dropout=0.0),
+        "adapter": AdapterConfig(reduction_factor=4),
+    }
+    run_adapt(adapt_config(base, world / TARGET, folder / "gemma", bank, TARGET, **shared))
 
 
 def inspect_run(config: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.conftest import launch_ranks
 from tests.launch.launched import RESUMED_STEP, SOURCES, TARGET
 from tests.launch.launched_cuts import UNEVEN, write_uneven_files
 from tests.support.ranks import deepspeed_json
-from tests.support.tiny import losses, make_base, write_task_files
+from tests.support.tiny import losses, make_base, make_gemma_base, write_task_files
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("zero2", "zero0", "zero1", "zero3")  # zero2 makes the checkpoint that all resume from
@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.xdist_group("lau
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     make_base(folder / "base")
+    make_gemma_base(folder / "gemma-base", hidden_size=12, intermediate_size=20)
     for seed, task in enumerate((*SOURCES, TARGET)):
         write_task_files(folder / task, seed=seed)
     write_uneven_files(folder / UNEVEN)
@@ -48,7 +49,7 @@ def report(world: Path, name: str) -> dict[str, Any]:
     return json.loads((world / name / "report.json").read_text())
 
 
-@pytest.mark.parametrize("run", [*SOURCES, "adapt"])
+@pytest.mark.parametrize("run", [*SOURCES, "adapt", "gemma-source", "gemma"])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_losses_agree(world: Path, name: str, run: str) -> None:
     ours, reference = losses(world / name / run), losses(world / "zero2" / run)

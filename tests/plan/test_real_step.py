@@ -18,7 +18,8 @@ from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, MixtureConfig, PemtError
 from pemt.model import PemtT5, base_shape
 from pemt.ops import reference
-from pemt.plan import Cluster, Job, Zero
+from pemt.ops.checks import MAX_EXPERTS
+from pemt.plan import MOST_EXPERTS, Cluster, Job, Zero
 from pemt.plan.activations import saved
 from pemt.plan.count import weights
 from pemt.plan.job import CHIPS
@@ -156,6 +157,7 @@ def test_a_bank_of_64_is_planned_exactly(
 
 
 def test_more_than_can_be_mixed_are_refused() -> None:
+    assert MOST_EXPERTS == MAX_EXPERTS
     command = ["--model_name_or_path", "google-t5/t5-small", "--expert_rank", "1", "--json"]
     with pytest.raises(PemtError, match=r"--num_experts: found 129 experts on a layer, .* 128"):
         COMMANDS["plan"]([*command, "--num_experts", "129"])
