@@ -105,17 +105,18 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
 
 
 def t5gemma(world: Path, folder: Path, fields: dict[str, Any]) -> None:
-    """Both stages on another family, whose decoder has a width of its own."""
-    base, bank, task = world / "gemma-base", folder / "gemma-bank", SOURCES[0]
+    """Both stages on another family, whose decoder has a width of its own; stage 2 with the expert of ZeRO-2."""
+    base, task = world / "gemma-base", SOURCES[1]
     expert = ExpertConfig(rank=4, target_modules=["q_proj", "down_proj"])
     shared = {**fields, "eval_strategy": "no", "max_eval_samples": 4}
-    paths = (base, world / task, folder / "gemma-source", bank)
+    paths = (base, world / task, folder / "gemma-source", folder / "gemma-bank")
     run_source(source_config(*paths, task, expert=expert, **shared))
     shared |= {
         "mixture": MixtureConfig(prompt_dropout=0.0),
         "adapter": AdapterConfig(reduction_factor=4),
     }
-    run_adapt(adapt_config(base, world / TARGET, folder / "gemma", bank, TARGET, **shared))
+    paths = (base, world / TARGET, folder / "gemma", world / "zero2" / "gemma-bank")
+    run_adapt(adapt_config(*paths, TARGET, **shared))
 
 
 def inspect_run(config: Any) -> dict[str, Any]:
