@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test test-fast pytest test-oldest soak big gpu lint typecheck imports docs clean
+.PHONY: help demo demo-quick test pytest test-fast test-oldest soak big gpu lint typecheck imports docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14

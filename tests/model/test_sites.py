@@ -56,13 +56,14 @@ def names(target_modules: Any) -> list[str]:
 
 
 def test_target_modules_are_read_as_peft_reads_them() -> None:
-    for target in (
+    several = (
         ["q", "v"],
         ["wo"],
         ["SelfAttention.k", "wi"],
         r".*EncDecAttention\.[ko]",
         "all-linear",
-    ):
+    )
+    for target in several:
         config = peft.LoraConfig(target_modules=target, r=1, task_type="SEQ_2_SEQ_LM")
         theirs = peft.get_peft_model(tiny_base(), config).targeted_module_names
         assert [site.module for site in target_sites(target, SHAPE)] == theirs
@@ -77,13 +78,8 @@ def test_a_family_has_its_own_names_and_t5s(tmp_path: Path) -> None:
     def modules(target: Any) -> list[str]:
         return [site.module for site in target_sites(target, shape)]
 
-    for target in (
-        ["q_proj", "v_proj"],
-        ["down_proj"],
-        ["mlp.up_proj"],
-        r".*cross_attn\.[ko]_proj",
-        "all-linear",
-    ):
+    several = ["q_proj", "v_proj"], ["down_proj"], ["mlp.up_proj"], r".*cross_attn\.[ko]_proj"
+    for target in (*several, "all-linear"):
         config = peft.LoraConfig(target_modules=target, r=1, task_type="SEQ_2_SEQ_LM")
         theirs = peft.get_peft_model(tiny_base("t5gemma"), config).targeted_module_names
         assert sorted(modules(target)) == sorted(theirs)
@@ -165,7 +161,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"k": 5, r"decoder.block.1.*\.o": 1}, "alpha_pattern": {"EncDecAttention.k": 7},
     },
 }  # fmt: skip
-
 
 # The same where modules have other names.
 GEMMA_SETTINGS: dict[str, dict[str, Any]] = {
@@ -299,10 +294,8 @@ def test_sixty_four_experts(monkeypatch: pytest.MonkeyPatch) -> None:
         found[name] = out.loss.detach(), out.gates_LBK, gradients(model)
     torch.testing.assert_close(found["op"], found["specification"], rtol=1e-4, atol=1e-5)
     sites = model.gate_sites
-    assert {site.rpartition("/")[2]: len(present) for site, present in sites.items()} == {
-        "q": 32,
-        "v": 64,
-    }
+    counts = {site.rpartition("/")[2]: len(present) for site, present in sites.items()}
+    assert counts == {"q": 32, "v": 64}
     torch.testing.assert_close(found["op"][1].sum(-1), torch.ones(len(sites), 3))
     batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
     monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", SiteMixture)
