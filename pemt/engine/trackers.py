@@ -47,10 +47,10 @@ class _Runs:
     again: Callable[[str], dict[str, Any]]
 
 
+# trackio is not among them: it resumes the newest run of a name, and every sweep has its `seed-0`s.
 _RUNS = {
     "wandb": _Runs(lambda run: run.id, lambda known: {"id": known, "resume": "allow"}),
     "mlflow": _Runs(lambda run: run.info.run_id, lambda known: {"run_id": known}),
-    "trackio": _Runs(lambda run: run.name, lambda known: {"name": known, "resume": "allow"}),
 }
 
 

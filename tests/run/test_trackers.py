@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import accelerate.tracking
@@ -44,12 +44,6 @@ class Kept(GeneralTracker):
             raise RuntimeError("no account\nis set up")
         OPENED.append(self)
 
-    @property
-    def tracker(self) -> SimpleNamespace:
-        """The run that a service has opened: a new name has a number behind it."""
-        again = "resume" in self.settings
-        return SimpleNamespace(name=self.settings["name"] + ("" if again else "-17"))
-
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self.configuration |= values
 
@@ -66,7 +60,7 @@ class Kept(GeneralTracker):
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands for the tracker of a package that is installed."""
-    for name in ("trackio", "swanlab"):
+    for name in ("trackio", "wandb"):
         package = ModuleType(name)
         package.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, package)
@@ -127,25 +121,18 @@ def runs_of(run: Path) -> dict[str, str | None]:
     return json.loads((run / "trackers.json").read_text())
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_there(
+def test_a_resumed_run_is_another_one_where_it_cannot_be_opened_again(
     world: World, tmp_path: Path, kept: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "seed-0"
-    config = config_of(world, run, "[trackio,swanlab]")
+    config = config_of(world, run, "[trackio]")
     with pytest.raises(Interrupted):
         run_adapt(config, callbacks=[Stops])
-    assert runs_of(run) == {"trackio": "seed-0-17", "swanlab": None}
     assert "another run there" not in capsys.readouterr().err
     run_adapt(config)
-    first, _, resumed, another = OPENED
-    assert [first.settings, first.finished] == [{"name": "seed-0"}, 1]
-    assert resumed.settings == {"name": "seed-0-17", "resume": "allow"}
-    assert [*first.logged, *resumed.logged] == [1, 2, 3]
-    assert "resume" not in another.settings
-    assert capsys.readouterr().err.count("swanlab: what follows is another run there") == 1
-    run_adapt(config_of(world, run, "[trackio]", overwrite_output_dir="true"))
-    assert OPENED[-1].settings == {"name": "seed-0"}, "it is another run"
-    assert runs_of(run) == {"trackio": "seed-0-17"}
+    assert [each.settings for each in OPENED] == [{"name": "seed-0"}] * 2
+    assert [step for each in OPENED for step in each.logged] == [1, 2, 3]
+    assert capsys.readouterr().err.count("trackio: what follows is another run there") == 1
 
 
 def test_one_that_fails_ends_no_training(
@@ -174,7 +161,8 @@ def test_one_that_does_not_open_is_told_before_training(
     ):
         run_adapt(config)
     assert not (tmp_path / "run" / "log.jsonl").exists()
-    (tmp_path / "run" / "trackers.json").write_text('{"trackio": "gone"}')
+    (tmp_path / "run" / "trackers.json").write_text('{"wandb": "gone"}')
+    config = config_of(world, tmp_path / "run", "[wandb]")
     with pytest.raises(ConfigError, match=r"or begin another run there: delete trackers.json in"):
         run_adapt(config)
 
@@ -226,6 +214,9 @@ def test_wandb_offline(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for file, words in zip(files, ((b"learning_rate",), (b"test/average_metrics",)), strict=True):
         for word in (b"train/loss", *words):
             assert word in file.read_bytes(), word
+    first = runs_of(run)
+    run_adapt(config_of(world, run, "[wandb]", overwrite_output_dir="true"))
+    assert runs_of(run) != first, "it is another run"
 
 
 def test_mlflow_in_a_local_folder(
