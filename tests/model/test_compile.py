@@ -24,7 +24,9 @@ SOURCES = {"tiny-a": ["q", "v", "wo"], "tiny-b": ["wo"]}
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(tmp_path: Path) -> None:
+def test_compiled_blocks_give_the_same_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Batches of several widths; nothing of a block is left to Python, gates and sparsity loss included.
 
     The experts are on attention and on the FFNs. With activation checkpointing blocks run as written.
@@ -49,6 +51,8 @@ def test_compiled_blocks_give_the_same_losses(tmp_path: Path) -> None:
         ways = {"torch_compile": compiled, "gradient_checkpointing": checkpointed}
         run_adapt(adapt_config(base, data, folder, bank, "tiny-target", **ways, **few))
         found.append(losses(folder))
+        told = "torch_compile: has no effect on blocks that mix experts" in capsys.readouterr().out
+        assert told == (compiled and checkpointed)
         assert checkpointed or (counters["stats"]["unique_graphs"] > 0) == compiled
         assert checkpointed or not counters["graph_break"]
     for each in found:
