@@ -11,6 +11,7 @@ from torch import Tensor
 from pemt import ops
 from pemt.ops import reference
 from tests.ops.op_cases import Case, make_case
+from tests.support.allocations import allocations
 
 T5_BASE = {"batch": 2, "tokens": 64, "d_ff": 3072, "d_model": 768, "ranks": (64,) * 6}
 SIZES = {"published": T5_BASE, "64 experts": {**T5_BASE, "ranks": (16,) * 64}}
@@ -48,18 +49,6 @@ def saved_floats_per_token(layer: Callable[..., Tensor], case: Case) -> float:
     return floats / (x.shape[0] * x.shape[1])
 
 
-def largest_allocation(profile: torch.profiler.profile) -> int:
-    """Bytes. From the tree of events: `events()` lists only what is allocated outside of every operator."""
-    events = list(profile.profiler.kineto_results.experimental_event_tree())
-    sizes = []
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            sizes.append(event.extra_fields.alloc_size)
-    return max(sizes)
-
-
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_tenth_of_the_loop_is_kept_for_backward(implementation, sizes):
     case = make_case(**SIZES[sizes], dtype=torch.float32)
@@ -75,13 +64,9 @@ def test_a_tenth_of_the_loop_is_kept_for_backward(implementation, sizes):
 def test_nothing_of_size_experts_by_tokens_by_width_is_allocated(implementation, sizes):
     case = make_case(**SIZES[sizes], dtype=torch.float32)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
-
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        ops_layer(case, x, gates).backward()
+    largest = max(allocations(lambda: ops_layer(case, x, gates).backward()))
     # dx is the one large thing that must be there
-    assert x.nbytes <= largest_allocation(profile) <= x.nbytes + 64
+    assert x.nbytes <= largest <= x.nbytes + 64
     assert x.numel() < len(case.ranks) * x.shape[0] * x.shape[1] * case.weight.shape[0]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pemt.plan.shapes import Shape, read_shape
 from pemt.plan.speed import flops
 from tests.launch.launched_plan import make_base, sources_of
 from tests.plan.test_plan import PLACES, batch_of, kept_for_backward, model_of, placed, tiny_job
+from tests.support.allocations import allocations
 
 MANY = (16,) * 64
 WIDE = Job(
@@ -91,26 +92,6 @@ def test_64_sources_have_every_parameter_and_keep_what_is_planned(places: str) -
     assert saved(job, "cpu") - biases == pytest.approx(kept, rel=0.03)
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that is allocated at a time of what a call allocates, from the profiler's tree of events."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    events = list(profile.profiler.kineto_results.experimental_event_tree())
-    sizes = []
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
-    now = most = 0
-    for _, size in sorted(sizes, key=lambda each: each[0]):
-        now += size
-        most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize("places", ["wo", "q v", "everywhere", "64 on q v"])
 def test_peak_of_a_pass_and_its_backward(places: str) -> None:
     job = replace(WIDE, shape=replace(WIDE.shape, gated=places == "everywhere"))
@@ -121,7 +102,7 @@ def test_peak_of_a_pass_and_its_backward(places: str) -> None:
     model, batch = model_of(job), batch_of(job)
     alone = Cluster(nodes=1, gpus_per_node=1, chip=CHIPS["h100-80"], backend="gloo")
     planned = memory(job, Zero(name="none", stage=0), alone)
-    found = peak_bytes(lambda: model(**batch).loss.backward())
+    found = max(accumulate(allocations(lambda: model(**batch).loss.backward())))
     assert planned.activations + planned.gradients == pytest.approx(found, rel=0.15)
 
 
