@@ -1,6 +1,6 @@
 """What every launched rank runs to see faults survived: bad numbers, damaged checkpoints, uneven ends.
 
-    accelerate launch ... -m tests.launch.launched_faults WORLD FOLDER [numbers] [checkpoints] [ends]
+    accelerate launch ... -m tests.launch.launched_faults WORLD FOLDER PART...
 
 WORLD holds a base model and task files. Runs and report.json go to FOLDER; every part adds to the report.
 """
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pemt.checkpoint.lock import LOCK, RunLock
-from pemt.config import ExpertConfig, MixtureConfig, PemtError, SourceConfig
+from pemt.config import TENSORBOARD, ExpertConfig, MixtureConfig, PemtError, SourceConfig
 from pemt.engine import Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
@@ -249,7 +249,8 @@ def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
                 raise error
             fs_op(operation, *arguments)
 
-        config = config_of(world, folder / save_errors, save_errors=save_errors, max_steps=9)
+        fields = {"save_errors": save_errors, "max_steps": 9, "report_to": [TENSORBOARD]}
+        config = config_of(world, folder / save_errors, **fields)
         with (
             mock.patch.object(storage, "fs_op", refusing),
             mock.patch.object(TensorBoardWriter, "log_scalars", side_effect=full),

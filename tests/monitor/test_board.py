@@ -232,7 +232,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_source(
             source_config(base, folder / task, folder / f"run-{task}", bank, task, expert=expert)
         )
-    run_adapt(adapt_config(base, folder / TARGET, folder / "adapt", bank, TARGET, few_shot=8))
+    fields: dict[str, Any] = {"few_shot": 8, "report_to": ["tensorboard"]}
+    run_adapt(adapt_config(base, folder / TARGET, folder / "adapt", bank, TARGET, **fields))
     return folder
 
 
