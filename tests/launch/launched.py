@@ -57,8 +57,11 @@ def main(world: Path, folder: Path) -> None:
     plain = MixtureConfig(prompt_dropout=0.0)
     # One process over the same global batches takes two micro-batches a step where two ranks take one each.
     fields: dict[str, Any] = {
-        "gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1))
+        "gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1)),
+        # A batch a rank: under ZeRO-3 each token of an answer gathers all weights.
+        "max_eval_samples": 6,
     }
+    unseen = {**fields, "eval_strategy": "no"}
     # Ranks draw dropout of their own, so the runs that are held against each other have none.
     saving = {**fields, "save_steps": RESUMED_STEP, "save_total_limit": 9, "mixture": plain}
     if folder.name.endswith("_offload"):
@@ -69,7 +72,7 @@ def main(world: Path, folder: Path) -> None:
     for task in SOURCES[: 1 if some else None]:
         run_source(
             source_config(
-                base, world / task, folder / task, bank, task, expert=EXPERTS[task], **fields
+                base, world / task, folder / task, bank, task, expert=EXPERTS[task], **unseen
             )
         )
 
@@ -82,7 +85,7 @@ def main(world: Path, folder: Path) -> None:
         "cuts": cuts(world, folder, batches=(2,) if some else (8, 4, 2, 1)),
     }
     if not some:
-        t5gemma(world, folder, fields)
+        t5gemma(world, folder, unseen)
         paths = (base, data, folder / "x", folder / "bank")
         report["source"] = inspect_run(source_config(*paths, TARGET, expert=EXPERT, **fields))
     if int(os.environ.get("RANK", 0)) == 0:
@@ -106,7 +109,7 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
     run_adapt(saved)
     if folder.name not in BF16:
         return
-    saving = {**saving, "mixture": MixtureConfig(prompt_dropout=0.5), "bf16": True}
+    saving |= {"mixture": MixtureConfig(prompt_dropout=0.5), "bf16": True, "eval_strategy": "no"}
     halved = adapt_config(base, data, folder / "bf16", bank, TARGET, **saving)
     run_adapt(halved)
     checkpoint = str(folder / "bf16" / f"checkpoint-{RESUMED_STEP}")
@@ -119,7 +122,7 @@ def t5gemma(world: Path, folder: Path, fields: dict[str, Any]) -> None:
     """Both stages on another family, whose decoder has a width of its own; stage 2 with the expert of ZeRO-2."""
     base, task = world / "gemma-base", SOURCES[1]
     expert = ExpertConfig(rank=4, target_modules=["q_proj", "down_proj"])
-    shared = {**fields, "eval_strategy": "no", "max_eval_samples": 4}
+    shared = {**fields, "max_eval_samples": 4}
     paths = (base, world / task, folder / "gemma-source", folder / "gemma-bank")
     run_source(source_config(*paths, task, expert=expert, **shared))
     shared |= {

@@ -48,6 +48,7 @@ ENDS = ("one", "three", "uneven", "long", "empty")
 def config_of(world: Path, output_dir: Path, **fields: Any) -> SourceConfig:
     given = {"expert": ExpertConfig(rank=2), "max_steps": STEPS, "save_total_limit": 9, **fields}
     given = {"eval_strategy": "no", "save_steps": 1, "gradient_accumulation_steps": 2, **given}
+    given = {"max_eval_samples": 4, **given}
     bank = output_dir.parent / "bank"
     return source_config(world / "base", world / SOURCE, output_dir, bank, SOURCE, **given)
 
@@ -188,6 +189,7 @@ def end_config(world: Path, folder: Path, name: str, *, run: str | None = None) 
         TARGET,
         mixture=MixtureConfig(sparsity_over_padding=False),
         num_train_epochs=2,
+        eval_strategy="no",  # the test does the same
     )
 
 
