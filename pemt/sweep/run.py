@@ -14,13 +14,13 @@ from pemt.config import PemtError
 from pemt.engine import Job
 from pemt.run import run_adapt, run_source
 from pemt.storage import write_text
-from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
+from pemt.sweep.plan import Run, Sweep, SweepError
 from pemt.sweep.report import write_report
 
 ERROR = "error.txt"
 
 
-def run_sweep(path: Path) -> None:
+def run_sweep(sweep: Sweep) -> None:
     """Train what is not finished yet, and write the report after each run (all ranks call).
 
     Stage 1 of the sources that the bank lacks comes first; without one of them the sweep stops.
@@ -30,17 +30,19 @@ def run_sweep(path: Path) -> None:
     collective call.
 
     Raises:
-        SweepError: the YAML is wrong, or runs failed.
+        SweepError: runs failed.
         Exception: what ended a run on several ranks.
     """
-    sweep = read_sweep(path)
     is_main = os.environ.get("RANK", "0") == "0"
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     _train_sources(sweep, is_main=is_main, alone=alone)
     waiting = _waiting(sweep, alone=alone)
     if is_main:
         done = len(sweep.runs) - len(waiting)
-        print(f"{path}: {len(sweep.runs)} runs, {done} of them finished before", flush=True)
+        print(
+            f"{sweep.output_dir}: {len(sweep.runs)} runs, {done} of them finished before",
+            flush=True,
+        )
     failed: list[Run] = []
     for number, run in enumerate(waiting, start=1):
         if is_main:
@@ -64,7 +66,7 @@ def run_sweep(path: Path) -> None:
         print(write_report(sweep), flush=True)
     if failed:
         raise SweepError(
-            f"{path}: {len(failed)} of {len(sweep.runs)} runs failed ({failed[0]}: see "
+            f"{sweep.output_dir}: {len(failed)} of {len(sweep.runs)} runs failed ({failed[0]}: see "
             f"{failed[0].folder / ERROR}); the same command retries them"
         )
 
