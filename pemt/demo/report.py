@@ -15,7 +15,6 @@ from pemt.demo.tasks import RELATED
 from pemt.monitor import NamedGates, gate_map, mean_by_source
 
 REPORT, HEAT_MAP = "report.json", "gates.png"
-METHODS = ("pemt", "adapter", "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ def write_report(rows: list[Row], output_dir: Path) -> None:
     }
     (output_dir / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     draw_heat_map(rows, output_dir / HEAT_MAP)
-    print("\n".join(table(summary)))
+    print("\n".join(table(summary, _methods(rows))))
     print(f"mean gain over the adapter alone {content['mean_gain']:+.1f} points")
     print(
         f"{output_dir / REPORT}, {output_dir / HEAT_MAP}; tensorboard --logdir {output_dir}",
@@ -67,7 +66,7 @@ def summary_of(rows: list[Row], target: str) -> dict[str, Any]:
     ours = [row for row in rows if row.target == target and row.method == "pemt"]
     accuracy = {
         method: mean(row.accuracy for row in rows if (row.target, row.method) == (target, method))
-        for method in METHODS
+        for method in _methods(rows)
     }
     return {
         "target": target,
@@ -80,12 +79,16 @@ def summary_of(rows: list[Row], target: str) -> dict[str, Any]:
     }
 
 
-def table(summary: list[dict[str, Any]]) -> list[str]:
+def _methods(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows))
+
+
+def table(summary: list[dict[str, Any]], methods: list[str]) -> list[str]:
     """The summary as lines of text; a star marks the source that a target was built to resemble."""
     sources = list(summary[0]["gate_weights"])
     head = (
         f"{'target':<10}"
-        + "".join(f"{method:>9}" for method in METHODS)
+        + "".join(f"{method:>9}" for method in methods)
         + f"{'gain':>8}   gate weight of "
         + "".join(f"{name:>9}" for name in sources)
     )
@@ -95,7 +98,7 @@ def table(summary: list[dict[str, Any]]) -> list[str]:
             f"{weight:>8.2f}{'*' if name == each['related_source'] else ' '}"
             for name, weight in each["gate_weights"].items()
         )
-        scores = "".join(f"{each[method]:>9.1f}" for method in METHODS)
+        scores = "".join(f"{each[method]:>9.1f}" for method in methods)
         lines.append(f"{each['target']:<10}{scores}{each['gain']:>+8.1f}{'':<18}{gates}")
     return lines
 
