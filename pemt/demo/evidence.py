@@ -22,7 +22,7 @@ from pemt.run import check_method
 from pemt.sweep import Run, Sweep, run_sweep
 
 SEEDS = (0, 1, 2, 3, 4)
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (3e-4, 3e-3, 1e-2, 3e-2, 3e-1)
 BATCH_SIZE = 16  # over all ranks, as in the demo
 # A row's fields beside those of the demo's stage 2; PEMT's own row comes first.
 ROWS: dict[str, dict[str, Any]] = {
