@@ -16,6 +16,7 @@ from pemt.demo.tasks import SOURCES, TARGETS, register_tasks, write_task_files
 from pemt.demo.tiny_t5 import cached_base
 from pemt.demo.world import World
 from pemt.engine import Engine
+from pemt.monitor import progress_logger
 from pemt.run import build_ops, run_adapt, run_source
 
 # The rows of the table, by what they have beside the demo's stage 2.
@@ -71,7 +72,7 @@ class Demo:
     def say(self, line: str) -> None:
         """Announce a part of the demo, once for all ranks."""
         if self.engine.is_main:
-            print(f"--- {line}", flush=True)
+            progress_logger().info(line)
 
     def prepare(self) -> None:
         """The op, the tasks' files and the base model (all ranks call)."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from pemt.bank import BankError, entry_names
 from pemt.config import PemtError
 from pemt.engine import Job
+from pemt.monitor import progress_logger
 from pemt.run import run_adapt, run_source
 from pemt.storage import write_text
 from pemt.sweep.plan import Run, Sweep, SweepError
@@ -39,14 +40,13 @@ def run_sweep(sweep: Sweep) -> None:
     waiting = _waiting(sweep, alone=alone)
     if is_main:
         done = len(sweep.runs) - len(waiting)
-        print(
-            f"{sweep.output_dir}: {len(sweep.runs)} runs, {done} of them finished before",
-            flush=True,
+        progress_logger().info(
+            f"{sweep.output_dir}: {len(sweep.runs)} runs, {done} of them finished before"
         )
     failed: list[Run] = []
     for number, run in enumerate(waiting, start=1):
         if is_main:
-            print(f"run {number} of {len(waiting)}: {run}", flush=True)
+            progress_logger().info(f"run {number} of {len(waiting)}: {run}")
         try:
             run_adapt(replace(run.config, resume_from_checkpoint=True))
         except Exception as error:
@@ -55,7 +55,7 @@ def run_sweep(sweep: Sweep) -> None:
                 write_report(sweep)
             if not alone:
                 raise
-            print(f"pemt: error: {run}: {_line(error)}", flush=True)
+            progress_logger().error(f"{run}: {_line(error)}")
             failed.append(run)
         else:
             if is_main:
@@ -97,10 +97,10 @@ def _train_sources(sweep: Sweep, *, is_main: bool, alone: bool) -> None:
     missing = [sweep.sources[number] for number in _on_rank0(sweep, look, alone=alone)]
     kept = [source.task_name for source in sweep.sources if source not in missing]
     if kept and is_main:
-        print(f"in the bank {sweep.sources[0].bank_dir}, kept: {', '.join(kept)}", flush=True)
+        progress_logger().info(f"in the bank {sweep.sources[0].bank_dir}, kept: {', '.join(kept)}")
     for number, source in enumerate(missing, start=1):
         if is_main:
-            print(f"source {number} of {len(missing)}: {source.task_name}", flush=True)
+            progress_logger().info(f"source {number} of {len(missing)}: {source.task_name}")
         folder = Path(source.output_dir)
         try:
             run_source(replace(source, resume_from_checkpoint=True))

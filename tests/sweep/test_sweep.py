@@ -201,7 +201,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stopped(world: Path, tmp_path:
     status, output = again.wait(timeout=200), (tmp_path / "again.out").read_text()
     assert status == 0, output
     assert f"8 runs, {len(before)} of them finished before" in output
-    order = [line.split(": ")[1] for line in output.splitlines() if line.startswith("run ")]
+    order = re.findall(r"\] run \d of \d: (.+)", output)
     assert len(order) == 8 - len(before)
     assert order[-1] == str(failed)
     assert not (failed.folder / "error.txt").exists()
