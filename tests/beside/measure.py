@@ -65,8 +65,8 @@ def measure(name: str, sides: dict[str, Ask], *, rounds: int) -> list[Row]:
         rows += _stage_rows(name, stage, sides, rounds)
         if stage == "stage2":
             rows += [
-                _answers_row(name, sides, rounds),
-                _row(f"{name}: evaluation", "ms", _timed(sides, _calls(stage, "evaluate"), rounds)),
+                *_answers_rows(name, sides, rounds),
+                *_timed_rows(f"{name}: evaluation", sides, _calls(stage, "evaluate"), rounds),
             ]
         for ask in sides.values():
             ask("drop", stage=stage)
@@ -101,15 +101,15 @@ def _stage_rows(name: str, stage: str, sides: dict[str, Ask], rounds: int) -> li
     note = check_same(stage, sides)
     calls = [*_calls(FROZEN, "step"), *_calls(stage, "step")]
     label = f"{name}: {stage[:5]} {stage[5:]}"
-    timed = _row(f"{label}, step", "ms", _timed(sides, calls, rounds), note)
+    timed = _timed_rows(f"{label}, step", sides, calls, rounds, note)
     taken = {
         call: [sides[call.side]("memory", stage=call.stage, what="step")["bytes"] / 1e6]
         for call in calls
     }
-    return [timed, _row(f"{label}, memory of a step", "MB", taken)]
+    return [*timed, _row(f"{label}, memory of a step", "MB", taken)]
 
 
-def _answers_row(name: str, sides: dict[str, Ask], rounds: int) -> Row:
+def _answers_rows(name: str, sides: dict[str, Ask], rounds: int) -> list[Row]:
     calls = [*_calls(FROZEN, "answer"), *_calls("stage2", "answer")]
     answers = {
         side: ask("run", stage="stage2", what="answer")["tokens"] for side, ask in sides.items()
@@ -118,23 +118,28 @@ def _answers_row(name: str, sides: dict[str, Ask], rounds: int) -> Row:
     if len({len(answer) for pair in pairs for answer in pair}) != 1:
         raise BesideError("answers: not equally long, so their times say nothing")
     note = f"{sum(a == b for a, b in pairs)} of {len(pairs)} answers equal"
-    return _row(f"{name}: answering", "ms", _timed(sides, calls, rounds), note)
+    return _timed_rows(f"{name}: answering", sides, calls, rounds, note)
 
 
 def _calls(stage: str, what: str) -> list[Call]:
     return [Call(side, stage, what) for side in SIDES]
 
 
-def _timed(sides: dict[str, Ask], calls: list[Call], rounds: int) -> dict[Call, list[float]]:
-    """Milliseconds of every call in every round; before them one that does not count."""
-    times: dict[Call, list[float]] = {call: [] for call in calls}
-    for number in range(-1, rounds):
+def _timed_rows(
+    name: str, sides: dict[str, Ask], calls: list[Call], rounds: int, note: str = ""
+) -> list[Row]:
+    """Two rows: on the clock, and computed by all threads, which a busy machine changes less."""
+    told: dict[Call, list[dict[str, float]]] = {call: [] for call in calls}
+    for number in range(-1, rounds):  # the first does not count
         turn = number % len(calls)
         for call in calls[turn:] + calls[:turn]:
-            told = sides[call.side]("run", stage=call.stage, what=call.what)
+            each = sides[call.side]("run", stage=call.stage, what=call.what)
             if number >= 0:
-                times[call].append(told["milliseconds"])
-    return times
+                told[call].append(each)
+    return [
+        _row(name, unit, {call: [one[key] for one in each] for call, each in told.items()}, text)
+        for key, unit, text in (("milliseconds", "ms", note), ("computed", "CPU ms", ""))
+    ]
 
 
 def _row(name: str, unit: str, values: dict[Call, list[float]], note: str = "") -> Row:
