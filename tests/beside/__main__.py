@@ -12,11 +12,11 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pemt.plan import KNOWN
-from tests.beside.measure import Row, measure, table
+from tests.beside.measure import HEAD, Row, line, measure
 from tests.beside.process import BesideError, Worker, check_published
 from tests.beside.start import measure_start
 from tests.beside.world import write_world
@@ -39,16 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_published(options.checkout, options.python)
         for size in options.sizes:
             with tempfile.TemporaryDirectory() as folder:
-                rows = measure_size(size, Path(folder), options)
-            print(table(rows), flush=True)
+                for row in measure_size(size, Path(folder), options):
+                    print(line(row), flush=True)
     except BesideError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def measure_size(size: str, world: Path, options: argparse.Namespace) -> list[Row]:
-    """All rows of one size; the first lines of the report are printed on the way."""
+def measure_size(size: str, world: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """All rows of one size; before them the table's head is printed."""
     write_world(world, KNOWN[size])
     published = {"checkout": options.checkout, "python": options.python}
     with (
@@ -57,17 +57,15 @@ def measure_size(size: str, world: Path, options: argparse.Namespace) -> list[Ro
     ):
         sides = {"theirs": theirs.ask, "ours": ours.ask}
         _tell(size, {name: ask("hello") for name, ask in sides.items()}, options.rounds)
-        rows = measure(size, sides, rounds=options.rounds)
-    return [
-        *rows,
-        measure_start(size, world, threads=options.threads, rounds=START_ROUNDS, **published),
-    ]
+        yield from measure(size, sides, rounds=options.rounds)
+    yield measure_start(size, world, threads=options.threads, rounds=START_ROUNDS, **published)
 
 
 def _tell(size: str, versions: dict[str, dict[str, object]], rounds: int) -> None:
     print(f"\n{size}, {datetime.date.today()}, {platform.machine()}, {rounds} rounds")
     for side, told in versions.items():
-        print(f"  {side}: {', '.join(f'{key} {value}' for key, value in told.items())}", flush=True)
+        print(f"  {side}: {', '.join(f'{key} {value}' for key, value in told.items())}")
+    print(f"\n{HEAD}", flush=True)
 
 
 if __name__ == "__main__":

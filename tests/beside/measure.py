@@ -7,7 +7,7 @@ another, each round beginning with another of them.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,8 +48,8 @@ class Row:
     note: str = ""
 
 
-def measure(name: str, sides: dict[str, Ask], *, rounds: int) -> list[Row]:
-    """Every row of one size.
+def measure(name: str, sides: dict[str, Ask], *, rounds: int) -> Iterator[Row]:
+    """Every row of one size, each as soon as it is known.
 
     Args:
         name: the size.
@@ -58,19 +58,16 @@ def measure(name: str, sides: dict[str, Ask], *, rounds: int) -> list[Row]:
     Raises:
         BesideError: the codes do not compute the same, or a side fails.
     """
-    rows = []
     for ask in sides.values():
         ask("load", stage=FROZEN)
     for stage in STAGES:
-        rows += _stage_rows(name, stage, sides, rounds)
+        yield from _stage_rows(name, stage, sides, rounds)
         if stage == "stage2":
-            rows += [
-                *_answers_rows(name, sides, rounds),
-                *_timed_rows(f"{name}: evaluation", sides, _calls(stage, "evaluate"), rounds),
-            ]
+            yield from _answers_rows(name, sides, rounds)
+            calls = _calls(stage, "evaluate")
+            yield from _timed_rows(f"{name}: evaluation", sides, calls, rounds)
         for ask in sides.values():
             ask("drop", stage=stage)
-    return rows
 
 
 def check_same(stage: str, sides: dict[str, Ask]) -> str:
@@ -97,16 +94,16 @@ def check_same(stage: str, sides: dict[str, Ask]) -> str:
     )
 
 
-def _stage_rows(name: str, stage: str, sides: dict[str, Ask], rounds: int) -> list[Row]:
+def _stage_rows(name: str, stage: str, sides: dict[str, Ask], rounds: int) -> Iterator[Row]:
     note = check_same(stage, sides)
     calls = [*_calls(FROZEN, "step"), *_calls(stage, "step")]
     label = f"{name}: {stage[:5]} {stage[5:]}"
-    timed = _timed_rows(f"{label}, step", sides, calls, rounds, note)
+    yield from _timed_rows(f"{label}, step", sides, calls, rounds, note)
     taken = {
         call: [sides[call.side]("memory", stage=call.stage, what="step")["bytes"] / 1e6]
         for call in calls
     }
-    return [*timed, _row(f"{label}, memory of a step", "MB", taken)]
+    yield _row(f"{label}, memory of a step", "MB", taken)
 
 
 def _answers_rows(name: str, sides: dict[str, Ask], rounds: int) -> list[Row]:
@@ -156,24 +153,21 @@ HEAD = (
 )
 
 
-def table(rows: Sequence[Row]) -> str:
+def line(row: Row) -> str:
     """Medians and standard deviations; quotients are medians over rounds."""
-    lines = [HEAD]
-    for row in rows:
-        unit = row.frozen.get("ours")
-        cells = [
-            f"{row.name}, {row.unit}",
-            _value(row.frozen.get("theirs")),
-            _value(unit),
-            _value(row.theirs),
-            _value(row.ours),
-            _quotient(row.theirs, unit),
-            _quotient(row.ours, unit),
-            _quotient(row.theirs, row.ours),
-            row.note,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    unit = row.frozen.get("ours")
+    cells = [
+        f"{row.name}, {row.unit}",
+        _value(row.frozen.get("theirs")),
+        _value(unit),
+        _value(row.theirs),
+        _value(row.ours),
+        _quotient(row.theirs, unit),
+        _quotient(row.ours, unit),
+        _quotient(row.theirs, row.ours),
+        row.note,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _value(values: Sequence[float] | None) -> str:
