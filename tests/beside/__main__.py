@@ -1,6 +1,6 @@
 """The published code beside ours, as a table: docs/evidence.md tells what is needed and what it says.
 
-python -m tests.beside CHECKOUT --python PYTHON [--sizes t5-small t5-base] [--rounds 5] [--threads 2]
+python -m tests.beside CHECKOUT --python PYTHON [--sizes t5-small t5-base] [--rounds 4] [--threads 2]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.beside.start import measure_start
 from tests.beside.world import write_world
 
 SIZES = ["t5-small", "t5-base", "t5-large"]
-START_ROUNDS = 3
+START_ROUNDS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkout", type=Path, help="of the published code, changed as told")
     parser.add_argument("--python", required=True, help="a Python that runs it")
     parser.add_argument("--sizes", nargs="+", default=SIZES[:2], choices=SIZES)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     options.python = os.path.abspath(shutil.which(options.python) or options.python)
