@@ -32,6 +32,7 @@ from .status import (
 from .train_state import (
     WEIGHTS as WEIGHTS,
     TrainState as TrainState,
+    merit_of as merit_of,
     train_state_of as train_state_of,
     trained_count as trained_count,
 )

@@ -53,7 +53,7 @@ class TrainState:
         """The state after a validation at this step; the best is the highest metric, of equal ones the lowest loss."""
         count = None if self.validations is None else self.validations + 1
         validated = replace(self, validated_step=self.step, validations=count)
-        if self.best_metric is None or _merit(metric, loss) > _merit(
+        if self.best_metric is None or merit_of(metric, loss) > merit_of(
             self.best_metric, self.best_loss
         ):
             return replace(validated, best_metric=metric, best_loss=loss, best_step=self.step)
@@ -71,7 +71,7 @@ class TrainState:
         )
 
 
-def _merit(metric: float, loss: float | None) -> tuple[float, float]:
+def merit_of(metric: float, loss: float | None) -> tuple[float, float]:
     """What is compared; NaN is the worst there is, and a loss that is not known wins a tie."""
     return _or_worst(metric), math.inf if loss is None else _or_worst(-loss)
 

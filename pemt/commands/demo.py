@@ -19,6 +19,11 @@ def run(arguments: list[str]) -> None:
         raise PemtError(f"--world_seed: found {world}, a number from 0 on is needed")
     if options.evidence and options.quick:
         raise PemtError("--quick: found beside --evidence, which has one length; leave one out")
+    if options.evidence and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise PemtError(
+            f"--evidence: found {os.environ['WORLD_SIZE']} ranks, it runs in one process; start `pemt demo --evidence` "
+            "without a launcher, for several processes each with a --world_seed of its own"
+        )
     with StopSignals():
         if os.environ.get("RANK", "0") == "0":
             print(f"--- {LIBRARIES}", flush=True)

@@ -1,30 +1,28 @@
 """`pemt demo --evidence`: PEMT beside controls and baselines, in worlds in which nothing was tuned.
 
 Every row tries the same learning rates with the first seed on each target, keeps the one with the best validation, and
-is then trained with all seeds: the same number of runs for each row.
+is then trained with all seeds: the same number of runs for each row. All in one process; several take a world each.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pemt.checkpoint import RESULTS
+from pemt.checkpoint import RESULTS, merit_of
 from pemt.config import SourceConfig
 from pemt.demo.evidence_report import Outcome, write_evidence
 from pemt.demo.run import Demo
 from pemt.demo.tasks import RELATED, SOURCES, TARGETS
 from pemt.run import check_method
-from pemt.sweep import Run, Sweep, run_sweep
+from pemt.sweep import Run, Sweep, SweepError, run_sweep
 
 SEEDS = (0, 1, 2, 3, 4)
 LEARNING_RATES = (3e-4, 3e-3, 1e-2, 3e-2, 3e-1)
-BATCH_SIZE = 16  # over all ranks, as in the demo
-# A row's fields beside those of the demo's stage 2; PEMT's own row comes first.
+BATCH_SIZE = 16  # of one process, as on the demo's two ranks
+# A row's fields beside those of the demo's stage 2, PEMT's own row first; two have more in `Evidence._run`.
 ROWS: dict[str, dict[str, Any]] = {
     "pemt": {},
     "adapter": {"method": "adapter"},
@@ -38,7 +36,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def run_evidence(output_dir: Path, cache_dir: Path, *, worlds: Sequence[int]) -> None:
-    """Train all rows in all worlds and write the table (all ranks call); the same call resumes.
+    """Train all rows in all worlds and write the table; the same call resumes.
 
     Args:
         output_dir: receives a folder a world, and the table.
@@ -54,9 +52,7 @@ def run_evidence(output_dir: Path, cache_dir: Path, *, worlds: Sequence[int]) ->
         for place, row in enumerate(ROWS, start=1):
             evidence.demo.say(f"world {world}, {row}, {place} of {len(ROWS)} rows")
             outcomes += [Outcome.of(row, world, run) for run in evidence.train(row)]
-    evidence.demo.engine.on_rank0(
-        lambda: write_evidence(outcomes, output_dir), "writing the table of the evidence"
-    )
+    write_evidence(outcomes, output_dir)
 
 
 def check_baselines(output_dir: Path) -> None:
@@ -82,20 +78,27 @@ class Evidence:
         self.demo = demo
 
     def train(self, row: str) -> list[Run]:
-        """The runs of all seeds, each target's with the learning rate of its best trial (all ranks call)."""
+        """The runs of all seeds, each target's with the learning rate of its best trial.
+
+        Raises:
+            SweepError: a run failed, or every trial of a target: one that diverges is out of the choice.
+        """
         trials = [
             self._run(row, target, rate, SEEDS[0]) for target in TARGETS for rate in LEARNING_RATES
         ]
-        run_sweep(self._sweep(row, trials))
-        chosen = [
-            best_of([run for run in trials if run.task == target]).config.learning_rate
-            for target in TARGETS
-        ]
-        runs = [
-            self._run(row, target, rate, seed)
-            for seed, (target, rate) in product(SEEDS, zip(TARGETS, chosen, strict=True))
-        ]
-        run_sweep(self._sweep(row, [*trials, *(run for run in runs if run not in trials)]))
+        failed = None
+        try:
+            run_sweep(self._sweep(row, trials))
+        except SweepError as error:
+            failed = error
+        finished = [run for run in trials if run.finished]
+        if failed is not None and {run.task for run in finished} != set(TARGETS):
+            raise failed
+        runs = []
+        for target in TARGETS:
+            best = best_of([run for run in finished if run.task == target])
+            runs += [self._run(row, target, best.config.learning_rate, seed) for seed in SEEDS]
+        run_sweep(self._sweep(row, [*finished, *(run for run in runs if run not in finished)]))
         return runs
 
     def _sweep(self, row: str, runs: list[Run]) -> Sweep:
@@ -110,17 +113,22 @@ class Evidence:
 
     def _source(self, row: str, number: int) -> SourceConfig:
         """Stage 1; `untrained-experts` are what it begins with, another draw for each source."""
-        config = self.demo.source(SOURCES[number])
+        task, fields = SOURCES[number], {"per_device_train_batch_size": BATCH_SIZE}
         if row != "untrained-experts":
-            return config
-        return replace(
-            config,
-            output_dir=f"{config.output_dir}-untrained",
-            bank_dir=f"{config.bank_dir}-untrained",
+            return self.demo.source(task, **fields)
+        return self.demo.source(
+            task,
+            output_dir=str(self.demo.output_dir / f"source-{task}-untrained"),
+            bank_dir=self._untrained_bank,
             max_steps=1,
             learning_rate=0.0,
             seed=number,
+            **fields,
         )
+
+    @property
+    def _untrained_bank(self) -> str:
+        return str(self.demo.output_dir / "bank-untrained")
 
     def _run(self, row: str, target: str, rate: float, seed: int) -> Run:
         folder = self.demo.output_dir / row / target / _name(rate) / f"seed-{seed}"
@@ -128,14 +136,14 @@ class Evidence:
         if row == "without-related":
             fields["source_tasks"] = [each for each in SOURCES if each != RELATED[target]]
         if row == "untrained-experts":
-            fields["bank_dir"] = f"{self.demo.output_dir / 'bank'}-untrained"
+            fields["bank_dir"] = self._untrained_bank
         config = self.demo.adapt(
             target,
             str(folder.relative_to(self.demo.output_dir)),
             learning_rate=rate,
             seed=seed,
             data_seed=seed,
-            per_device_train_batch_size=BATCH_SIZE // self.demo.engine.world_size,
+            per_device_train_batch_size=BATCH_SIZE,
             **fields,
         )
         return Run(method=_name(rate), task=target, seed=seed, config=config)
@@ -146,7 +154,7 @@ def best_of(runs: Sequence[Run]) -> Run:
 
     def merit(run: Run) -> tuple[float, float]:
         results = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
-        return results["best_validation_average_metrics"], -results["best_validation_loss"]
+        return merit_of(results["best_validation_average_metrics"], results["best_validation_loss"])
 
     return max(runs, key=merit)
 

@@ -50,7 +50,7 @@ class Outcome:
             accuracy=results["test_accuracy"],
             learning_rate=run.config.learning_rate,
             trained=trained_count(run.folder / results["best_checkpoint"]),
-            seconds=max(line["elapsed"] for line in log),
+            seconds=max((line.get("elapsed", 0.0) for line in log), default=0.0),
         )
 
     @property
@@ -85,9 +85,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
         means = [
             _spread([each.accuracy for each in ours if each.target == target]) for target in targets
         ]
-        cells = [*means, _spread([each.accuracy for each in ours]), *_beside(ours, best)]
+        beside = ["", ""] if row == first else _beside(ours, best)
+        cells = [*means, f"{mean(each.accuracy for each in ours):.1f}", *beside]
+        trained = max(each.trained or 0 for each in ours)  # 0: a checkpoint is gone
         lines.append(
-            f"| {row} | {' | '.join(cells)} | {_rates(ours)} | {ours[0].trained:,} "
+            f"| {row} | {' | '.join(cells)} | {_rates(ours)} | {f'{trained:,}' if trained else ''} "
             f"| {mean(each.seconds for each in ours):.1f} |"
         )
     worlds = ", ".join(str(each) for each in dict.fromkeys(each.world for each in outcomes))
@@ -104,8 +106,6 @@ def _spread(values: Sequence[float]) -> str:
 def _beside(ours: Sequence[Outcome], first: Mapping[tuple[int, str, int], float]) -> list[str]:
     """How far the first row is ahead of this one, and in how many runs it has won, was equal, has lost."""
     gaps = [first[each.place] - each.accuracy for each in ours]
-    if ours[0].accuracy == first[ours[0].place] and not any(gaps):
-        return ["", ""]
     won, lost = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
     return [f"{mean(gaps):+.1f}", f"{won}, {len(gaps) - won - lost}, {lost}"]
 

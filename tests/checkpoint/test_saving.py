@@ -182,7 +182,7 @@ def test_the_best_checkpoint_is_not_lost_for_a_save_that_failed(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Accuracies are all zero here, so the first validation stays the best; its save is the one that fails."""
-    monkeypatch.setattr("pemt.checkpoint.train_state._merit", lambda metric, loss: metric)
+    monkeypatch.setattr("pemt.checkpoint.train_state.merit_of", lambda metric, loss: metric)
     refuse(monkeypatch, errno.ENOSPC, times=1)
     fields = {"eval_strategy": "epoch", "max_steps": "-1", "num_train_epochs": "3"}
     results = run_adapt(

@@ -61,7 +61,7 @@ for line in sys.stdin:
         run(json.loads(line))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-# Ends `pemt` at its first line, and leaves what PROBE would.
+# Ends `pemt` at its first line, and leaves what PEMT would.
 FIRST_LINE = """
 import builtins, sys
 def first(line, **_):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from pemt.config import read_yaml_mapping
 from pemt.demo import evidence, pretraining, tasks
 from pemt.demo.evidence_report import OUTCOMES, TABLE, Outcome, table
 from pemt.run import run_adapt
+from pemt.sweep.plan import SweepError
 
 
 @pytest.fixture
@@ -82,6 +84,33 @@ def test_every_row_is_tried_and_trained_alike(
     assert trained == [], "what is finished is kept"
 
 
+@pytest.mark.usefixtures("small")
+def test_a_trial_that_diverges_is_out_of_the_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging = {1e-3}
+
+    def adapt(config: Any) -> None:
+        if config.learning_rate in diverging:
+            raise RuntimeError("losses are not finite")
+        figures = (
+            "best_validation_average_metrics",
+            "best_validation_loss",
+            "test_average_metrics",
+        )
+        results = {**dict.fromkeys(figures, 50.0), "best_checkpoint": "checkpoint-2"}
+        Path(config.output_dir).mkdir(parents=True)
+        Path(config.output_dir, "all_results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr("pemt.sweep.run.run_adapt", adapt)
+    monkeypatch.setattr("pemt.sweep.run.run_source", lambda config: None)
+    runs = evidence.Evidence(evidence.Demo(tmp_path, tmp_path, 1)).train("without-related")
+    assert [(run.config.learning_rate, run.seed) for run in runs] == [(1e-2, 0), (1e-2, 1)]
+    diverging.add(1e-2)
+    with pytest.raises(SweepError, match="2 of 2 runs failed"):
+        evidence.Evidence(evidence.Demo(tmp_path / "b", tmp_path, 1)).train("without-related")
+
+
 def outcome(row: str, seed: int, accuracy: float, **fields: Any) -> Outcome:
     known = {"world": 2, "target": "stable", "learning_rate": 1e-3, "trained": 1200, "seconds": 4.0}
     return Outcome(**{"row": row, "seed": seed, "accuracy": accuracy, **known, **fields})
@@ -94,11 +123,13 @@ def test_the_table_tells_gaps_and_seeds_won() -> None:
     ]
     found.append(outcome("pemt", 0, 50.0, target="journey"))
     found.append(outcome("full", 0, 60.0, target="journey", learning_rate=0.03))
-    first, second = table(found).splitlines()[2:4]
-    assert first == ("| pemt | 90.0 ± 10.0 | 50.0 | 80.0 ± 21.6 |  |  | 0.001 × 2 | 1,200 | 4.0 |")
+    found += [replace(each, row="equal", trained=None) for each in found if each.row == "pemt"]
+    first, second, equal = table(found).splitlines()[2:5]
+    assert first == ("| pemt | 90.0 ± 10.0 | 50.0 | 80.0 |  |  | 0.001 × 2 | 1,200 | 4.0 |")
     assert second == (
-        "| full | 87.0 ± 12.1 | 60.0 | 80.2 ± 16.7 | -0.2 | 1, 1, 2 | 0.001 × 1, 0.03 × 1 | 1,200 | 4.0 |"
+        "| full | 87.0 ± 12.1 | 60.0 | 80.2 | -0.2 | 1, 1, 2 | 0.001 × 1, 0.03 × 1 | 1,200 | 4.0 |"
     )
+    assert "| +0.0 | 0, 4, 0 | 0.001 × 2 |  | 4.0 |" in equal
 
 
 def test_the_better_trial_is_taken_by_validation_alone(tmp_path: Path) -> None:
@@ -111,3 +142,4 @@ def test_the_better_trial_is_taken_by_validation_alone(tmp_path: Path) -> None:
 
     trials = [trial("a", 80, 0.2, 99.0), trial("b", 90, 0.5, 1.0), trial("c", 90, 0.4, 0.0)]
     assert evidence.best_of(trials) is trials[2]
+    assert evidence.best_of([trial("d", 90, float("nan"), 99.0), *trials]) is trials[2]

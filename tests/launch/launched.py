@@ -109,7 +109,8 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
     run_adapt(saved)
     if folder.name not in BF16:
         return
-    saving |= {"mixture": MixtureConfig(prompt_dropout=0.5), "bf16": True, "eval_strategy": "no"}
+    dropout = MixtureConfig(prompt_dropout=0.5)
+    saving = {**saving, "mixture": dropout, "bf16": True, "eval_strategy": "no"}
     halved = adapt_config(base, data, folder / "bf16", bank, TARGET, **saving)
     run_adapt(halved)
     checkpoint = str(folder / "bf16" / f"checkpoint-{RESUMED_STEP}")

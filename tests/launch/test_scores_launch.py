@@ -70,7 +70,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 def both(folder_of: Callable[[str], Path], name: str) -> tuple[Path, Path]:
     """What ranks have left, and what one process."""
-    return folder_of(name), folder_of(name.replace(name[0], "1"))
+    return folder_of(name), folder_of("1" + name[1:])
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

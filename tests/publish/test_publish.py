@@ -339,6 +339,7 @@ def test_the_commands(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_no_bars_in_a_file(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers.logging.enable_progress_bar()  # a run in this process has switched them off
     COMMANDS["export"]([str(world / "full"), str(tmp_path / "out")])
     told = "".join(capfd.readouterr())
     assert told.count("\n") == 1, told

@@ -212,7 +212,7 @@ def test_from_stdin_to_stdout(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Whatever a library writes to file descriptor 1 would stand between the lines."""
+    """Whatever a library writes to file descriptor 1 while answers are made would stand between the lines."""
     rows = rows_of(world)
     lines = "".join(json.dumps({"text": row["text"]}) + "\n" for row in rows)
     # tests.support.tiny's task is not in the table: a task file describes it.

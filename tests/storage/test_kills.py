@@ -121,7 +121,7 @@ def test_no_kill_publishes_a_bad_checkpoint(tmp_path: Path, kills: int) -> None:
 
 def test_the_same_kills_find_a_naive_writer_out(tmp_path: Path) -> None:
     found = kill_while_writing(naive, tmp_path, 20)
-    assert found["bad"] > 2, found
+    assert found["bad"] > 0, found
 
 
 def test_everything_is_synced_before_the_folder_gets_its_name(
