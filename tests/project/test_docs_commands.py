@@ -177,7 +177,8 @@ def sweep_of(flags: dict[str, str]) -> Path:
 
 
 def run_bench(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KNOWN, "t5-small", SMALL)
+    for size in KNOWN:
+        monkeypatch.setitem(KNOWN, size, SMALL)
     COMMANDS[name]([*arguments, "--rounds", "1"])
 
 
