@@ -81,17 +81,20 @@ class StepBench:
 class LoopMixture(LoraMixture):
     """The experts one after another, and once more for the cosines: what `pemt.ops` is held against."""
 
-    def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.expert_mixture(
-            x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
+    def mix(
+        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        weight_DF, down_NF = self.weight.split(self.sizes)
+        experts = (self.scales, self.ranks)
+        y_BSD, latent_BSN = reference.expert_mixture(
+            x_BSF, weight_DF, down_NF, self.up, gates_BK, *experts
         )
-
-    def sparsity(
-        self, z_BSD: Tensor, kept: Tensor, gates_BK: Tensor, mask_BS: Tensor | None
-    ) -> Tensor:
-        weights_BS = None if mask_BS is None else mask_BS / mask_BS.sum().clamp(min=1)
-        return reference.task_sparsity(
-            z_BSD, kept, self.up, gates_BK, self.scales, self.ranks, weights_BS
+        z_BSD = self.adapter(y_BSD)
+        if not sparsity:
+            return z_BSD, None
+        weights_BS = self.token_weights_BS
+        return z_BSD, reference.task_sparsity(
+            z_BSD, latent_BSN, self.up, gates_BK, *experts, weights_BS
         )
 
 

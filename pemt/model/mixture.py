@@ -21,10 +21,10 @@ from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
 from pemt.model.gate import Gate
 from pemt.model.inject import FfnSite
-from pemt.model.lazy import is_lazy, lazy_parameter
+from pemt.model.lazy import is_lazy, lazy_parameter, value_of
 from pemt.model.trainable import Trainable
-from pemt.ops import expert_mixture, prompt_mean, task_sparsity
-from pemt.ops.linear import add_linear, linear
+from pemt.ops import ffn_output, prompt_mean
+from pemt.ops.linear import answer_mixture, linear
 from pemt.ops.orthonormal import Split, split
 
 
@@ -48,6 +48,14 @@ class TargetAdapter(Trainable):
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.parameters()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Down [H,D], its bias [H], up [D,H], its bias [D]: as `pemt.ops` takes an adapter.
+
+        Under ZeRO-3 DeepSpeed gathers them as it is asked for them, and from then on with the module that asks.
+        """
+        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
 
     def forward(self, y_BSD: Tensor) -> Tensor:
         """z [B,S,D]."""
@@ -95,14 +103,14 @@ class MixtureProjection(AdapterProjection, ABC):
             return self.adapter(self._answer(x_BSF))
         x_BSF, prompt_BC = self._gate_context(x_BSF)
         gates_BK = self.gate(prompt_BC)
-        y_BSD, kept = self.mix(x_BSF, gates_BK)
-        z_BSD = self.adapter(y_BSD)
         context = self.context
         if context.is_answering:
+            # through the adapter's own modules: outside of a training step ZeRO-3 gathers for modules alone
             context.record_answer(gates_BK)
-        elif context.wants_sparsity:
-            mask_BS = context.decoder_mask_BS if self.in_decoder else context.encoder_mask_BS
-            context.record(gates_BK, self.sparsity(z_BSD, kept, gates_BK, mask_BS))
+            return self.adapter(self.answer(x_BSF, self.prepare_answer(gates_BK)))
+        z_BSD, loss = self.mix(x_BSF, gates_BK, sparsity=context.wants_sparsity)
+        if loss is not None:
+            context.record(gates_BK, loss)
         return z_BSD
 
     def _gate_context(self, x_BSF: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,29 +129,32 @@ class MixtureProjection(AdapterProjection, ABC):
             self._answered = prompt_BD, self.prepare_answer(gates_BK)
         return self.answer(x_BSF, self._answered[1])
 
+    @property
+    def token_weights_BS(self) -> Tensor | None:
+        """What each token counts in this stack's sparsity losses; None where all count alike."""
+        context = self.context
+        return context.decoder_weights_BS if self.in_decoder else context.encoder_weights_BS
+
+    @abstractmethod
+    def mix(
+        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """z [B,S,D] and Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), a scalar in fp32, if it is wanted."""
+
+    @abstractmethod
     def prepare_answer(self, gates_BK: Tensor) -> Any:
         """What `answer` needs of the gates; once for all steps of a `generate`."""
-        return gates_BK
 
+    @abstractmethod
     def answer(self, x_BSF: Tensor, prepared: Any) -> Tensor:
-        """y [B,S,D] of `mix`, for one step after another with the same gates."""
-        return self.mix(x_BSF, prepared)[0]
-
-    @abstractmethod
-    def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Any]:
-        """y [B,S,D], and what `sparsity` needs of the experts."""
-
-    @abstractmethod
-    def sparsity(
-        self, z_BSD: Tensor, kept: Any, gates_BK: Tensor, mask_BS: Tensor | None
-    ) -> Tensor:
-        """Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), a scalar in fp32."""
+        """y [B,S,D], before the adapter, for one step after another with the same gates."""
 
 
 class LoraMixture(MixtureProjection):
     """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made.
 
     Their factors are split anew for it, each expert's up projection into an isometry; the sources keep theirs.
+    `weight` is stacked: the projection's [D,F] over the down projections [N,F], so that x is read once.
     """
 
     def __init__(
@@ -168,14 +179,25 @@ class LoraMixture(MixtureProjection):
             for source, each in zip(sources, splits, strict=True)
         ]
         d_model, d_ff = self.weight.shape
-        total = sum(self.ranks)
-        self.down = frozen((total, d_ff), partial(_downs, mixes, downs), like=self.weight)
-        self.up = frozen((d_model, total), partial(_bases, ups), like=self.weight)
+        self.sizes = d_model, sum(self.ranks)
+        own = self.weight
+        stacked = partial(_stacked, own, mixes, downs)
+        self.weight = frozen((sum(self.sizes), d_ff), stacked, like=own)
+        self.up = frozen(self.sizes, partial(_bases, ups), like=own)
 
-    def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """y [B,S,D], and the latent [B,S,N] that `sparsity` reads."""
-        return expert_mixture(
-            x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
+    def mix(
+        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return ffn_output(
+            x_BSF,
+            self.weight,
+            self.up,
+            gates_BK,
+            self.scales,
+            self.ranks,
+            adapter=self.adapter.tensors,
+            sparsity=sparsity,
+            token_weights=self.token_weights_BS,
         )
 
     def prepare_answer(self, gates_BK: Tensor) -> Tensor:
@@ -184,20 +206,12 @@ class LoraMixture(MixtureProjection):
         factors_BN = torch.cat(
             [(gate_B1 * scale).expand(-1, rank) for gate_B1, scale, rank in experts], dim=1
         )
-        return factors_BN[:, None].to(self.down.dtype)
+        return factors_BN[:, None].to(self.weight.dtype)
 
     def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
         """y [B,S,D]; `prepared` is [B,1,N]."""
-        # Not the op: for a token at a time its checks and its dispatch cost a fifth of it, and no
-        # gradient wants the latent. Not folded into a weight of each sample: see docs/serving.md.
-        latent_BSN = linear(x_BSF, self.down) * prepared
-        return add_linear(linear(x_BSF, self.weight), latent_BSN, self.up)
-
-    def sparsity(
-        self, z_BSD: Tensor, kept: Tensor, gates_BK: Tensor, mask_BS: Tensor | None
-    ) -> Tensor:
-        """As `MixtureProjection.sparsity`, from the latent."""
-        return task_sparsity(z_BSD, kept, self.up, gates_BK, self.scales, self.ranks, mask_BS)
+        # Not folded into a weight of each sample: see docs/serving.md.
+        return answer_mixture(x_BSF, self.weight, self.up, prepared)
 
 
 class BottleneckMixture(MixtureProjection):
@@ -217,7 +231,20 @@ class BottleneckMixture(MixtureProjection):
         self.up_bias = packed(sources, f"{site.name}.up.bias", self.weight, dim=0)
         self.ffn_input_BSD: Tensor | None = None
 
-    def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def mix(
+        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        y_BSD, outputs = self._outputs(x_BSF, gates_BK)
+        z_BSD = self.adapter(y_BSD)
+        return z_BSD, self._sparsity(z_BSD, outputs, gates_BK) if sparsity else None
+
+    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
+        return gates_BK
+
+    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+        return self._outputs(x_BSF, prepared)[0]
+
+    def _outputs(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, list[Tensor]]:
         """y [B,S,D], and every expert's output [B,S,D]."""
         ffn_input_BSD, self.ffn_input_BSD = self.ffn_input_BSD, None
         assert ffn_input_BSD is not None, "the hook on the FFN has not run"
@@ -238,22 +265,25 @@ class BottleneckMixture(MixtureProjection):
             outputs.append(output_BSD)
         return y_BSD, outputs
 
-    def sparsity(
-        self, z_BSD: Tensor, kept: list[Tensor], gates_BK: Tensor, mask_BS: Tensor | None
-    ) -> Tensor:
-        """As `MixtureProjection.sparsity`, from the experts' outputs."""
-        counted_BS = z_BSD.new_ones(z_BSD.shape[:2]) if mask_BS is None else mask_BS
-        counted_BS = counted_BS.float()
+    def _sparsity(self, z_BSD: Tensor, outputs: list[Tensor], gates_BK: Tensor) -> Tensor:
+        weights_BS = self.token_weights_BS
+        if weights_BS is None:
+            tokens = z_BSD.shape[0] * z_BSD.shape[1]
+            weights_BS = gates_BK.new_full((1, 1), 1 / max(1, tokens))
         loss = gates_BK.new_zeros(())
-        for gate, output_BSD in zip(gates_BK.mean(dim=0), kept, strict=True):
+        for gate, output_BSD in zip(gates_BK.mean(dim=0), outputs, strict=True):
             distance_BS = 1 - F.cosine_similarity(z_BSD.float(), output_BSD.float(), dim=-1)
-            loss = loss + gate * (distance_BS * counted_BS).sum() / counted_BS.sum().clamp(min=1)
+            loss = loss + gate * (distance_BS * weights_BS).sum()
         return loss
 
 
-def _downs(splits: Sequence[Split], downs_RF: Sequence[Tensor]) -> Tensor:
-    """[N,F]: the down projections that go with `_bases`."""
-    return torch.cat([each.down(down) for each, down in zip(splits, downs_RF, strict=True)])
+def _stacked(
+    weight_DF: nn.Parameter, splits: Sequence[Split], downs_RF: Sequence[Tensor]
+) -> Tensor:
+    """[D+N,F]: the projection's weight, and under it the down projections that go with `_bases`."""
+    own = value_of(weight_DF)
+    downs = [each.down(down) for each, down in zip(splits, downs_RF, strict=True)]
+    return torch.cat([own, *(down.to(own) for down in downs)])
 
 
 def _bases(ups_DR: Sequence[Tensor]) -> Tensor:

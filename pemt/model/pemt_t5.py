@@ -26,7 +26,7 @@ from pemt.model.experts import (
 from pemt.model.inject import Base, checked_base, ffn_sites, layer_norms, pass_encoder_prompt
 from pemt.model.mixture import MIXTURES, AdapterProjection
 from pemt.model.prompts import TaskPrompt
-from pemt.model.shape import base_digest, base_shape
+from pemt.model.shape import base_digest, base_shape, keep_digest
 from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import IGNORED_LABEL, PemtOutput, TrainedT5, mean_cross_entropy
 
@@ -228,7 +228,7 @@ def _task_prompt(
 
 
 def _check_weights(base: Base, sources: Sequence[ExpertSource]) -> None:
-    digest = base_digest(base)
+    digest = keep_digest(base)
     for source in sources:
         if source.base_sha256 not in (None, digest):
             raise ModelError(

@@ -106,6 +106,17 @@ def cuda_library() -> Library:
     )
 
 
+def check_capability() -> None:
+    """Raise BuildError where the current GPU is older than the oldest that machine code is made for."""
+    oldest = (int(CUDA_ARCHITECTURES[0].removeprefix("sm_")[0]), 0)
+    found = torch.cuda.get_device_capability()
+    if found < oldest:
+        raise BuildError(
+            f"the cuda kernel does not run: this GPU is of compute capability {found[0]}.{found[1]},"
+            f" needed is {oldest[0]}.{oldest[1]}"
+        )
+
+
 LIBRARIES = {"cpu": cpu_library, "cuda": cuda_library}  # by the device type that they serve
 
 

@@ -95,14 +95,14 @@ def _block(job: Job, stack: str, layer: int) -> Iterator[_Row]:
 def _projection(job: Job, stack: str) -> Iterator[_Row]:
     """What stands in `wo`'s place."""
     d_model, d_ff = job.shape.d_model, job.shape.d_ff
-    yield "weight", (d_model, d_ff), "frozen"
+    # as `pemt.ops` wants them: the down projections under wo's weight, ranks of at most d_model
+    total = sum(min(rank, d_model) for rank in job.ranks) if job.experts else 0
+    yield "weight", (d_model + total, d_ff), "frozen"
     if job.method == "source":
         (rank,) = job.ranks
         yield "expert.down", (rank, d_ff), "trained"
         yield "expert.up", (d_model, rank), "trained"
     if job.experts:
-        total = sum(min(rank, d_model) for rank in job.ranks)  # as `pemt.ops.orthonormal` has them
-        yield "down", (total, d_ff), "expert"
         yield "up", (d_model, total), "expert"
     if job.method in ("pemt", "adapter"):
         inner = d_model // job.adapter_reduction

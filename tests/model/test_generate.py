@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pemt.model import PemtT5
+from pemt.model import PemtT5, mixture
 from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_sources
 
 LENGTHS = (7, 4, 2)
@@ -76,10 +77,14 @@ def test_generation_leaves_training_as_it_was() -> None:
 
 
 def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object) -> None:
-        raise AssertionError("generation needs no sparsity loss")
+    plain = mixture.ffn_output
 
-    monkeypatch.setattr("pemt.model.mixture.task_sparsity", refuse)
+    def refuse(*args: Any, sparsity: bool, **options: Any) -> Any:
+        if sparsity:
+            raise AssertionError("generation needs no sparsity loss")
+        return plain(*args, sparsity=sparsity, **options)
+
+    monkeypatch.setattr(mixture, "ffn_output", refuse)
     model = target_model()
     model.generate(**_inputs(), max_new_tokens=3)
     with pytest.raises(AssertionError, match="no sparsity loss"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pemt.ops import OpsError, build, library
+from pemt.ops import OpsError, build, library, select
 from pemt.ops.select import kernels_for
 
 BUILD_SLOWLY = """
@@ -31,8 +31,8 @@ from pemt import ops
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
-        y, _ = ops.expert_mixture(torch.ones(1, 1, 2), torch.ones(3, 2), torch.ones(1, 2),
-                                  torch.ones(3, 1), torch.ones(1, 1), [1.0], [1])
+        y, _ = ops.ffn_output(torch.ones(1, 1, 2), torch.ones(4, 2), torch.ones(3, 1), torch.ones(1, 1),
+                              [1.0], [1], sparsity=False)
 print(y.flatten().tolist())
 print(*[warning.message for warning in caught if warning.category is RuntimeWarning], sep="\\n")
 """
@@ -108,6 +108,31 @@ def test_a_kernel_of_another_device_cannot_be_forced(monkeypatch):
     with pytest.raises(OpsError, match="PEMT_OPS: 'cuda' cannot run tensors on cpu"):
         kernels_for(torch.empty(0))
     assert "cpu tensors: an error: PEMT_OPS: 'cuda' cannot run" in build.describe()[-1]
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 1), True)])
+def test_a_gpu_that_is_too_old_gets_plain_pytorch(capability, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    cuda = library.Library(name="cpu", sources=(), machines="", flags=())
+    monkeypatch.setitem(library.LIBRARIES, "cuda", lambda: cuda)
+    monkeypatch.setattr(library, "load", lambda found: None)
+    compiled_kernels = select.Kernels.of(torch.ops.pemt)
+    monkeypatch.setattr(select.Kernels, "of", lambda namespace: compiled_kernels)
+    for cache in (select._best, select.compiled):
+        cache.cache_clear()
+    try:
+        if runs:
+            assert select._best("cuda") is compiled_kernels
+            return
+        with pytest.warns(
+            RuntimeWarning, match=r"capability 7\.5, needed is 8\.0; plain PyTorch runs"
+        ):
+            assert select._best("cuda") is select.PACKED
+        with pytest.raises(OpsError, match=r"needed is 8\.0"):
+            select.compiled("cuda")
+    finally:
+        for cache in (select._best, select.compiled):
+            cache.cache_clear()
 
 
 def test_info_tells_what_is_built_and_what_would_run(tmp_path, monkeypatch):

@@ -22,11 +22,10 @@ KERNELS = {  # by source: their names and how many of them there are, with all d
     "cuda_mixture.cu": (
         {
             "gate_latent_kernel",
-            "expand_small_kernel",
             "mixture_backward_kernel",
             "sum_chunks_kernel",
         },
-        3 * 4 + 2,
+        2 * 4 + 2,
     ),
     "cuda_sparsity.cu": (
         {"sparsity_forward_kernel", "sum_distances_kernel", "sparsity_backward_kernel"},
@@ -135,17 +134,19 @@ def test_a_cuda_graph_captures_the_ops(monkeypatch):
     """Both ops forward and backward: one host synchronisation in any of them ends the capture."""
     monkeypatch.setenv("PEMT_OPS", "cuda")
     case = make_case(batch=4, tokens=40, dtype=torch.float32).on("cuda")
-    kernels, experts = kernels_for(case.x), (case.gates, case.scales, case.ranks)
-    grad = torch.ones((), device="cuda")
+    kernels, grad = kernels_for(case.x), torch.ones((), device="cuda")
+    dz = torch.ones_like(case.x[..., :1]).expand(-1, -1, len(case.up)).contiguous()
 
     def step() -> list[torch.Tensor]:
-        y, latent = kernels.expert_mixture(*case.mixture)
-        inputs = (y, latent, case.up, *experts, None)
-        loss, *saved = kernels.task_sparsity(*inputs)
-        dy, dlatent, dgates = kernels.task_sparsity_backward(grad, *inputs, *saved)
-        frozen = (case.weight, case.down, case.up)
-        dx, more = kernels.expert_mixture_backward(dy, dlatent, latent, *frozen, *experts, True)
-        return [y, loss, dx, dgates, more]
+        z, loss, *saved = kernels.ffn_output(*case.arguments)
+        _, *frozen, gates, adapter_down, _, adapter_up, _, scales, ranks, weights, _ = (
+            case.arguments
+        )
+        adapter = (adapter_down, adapter_up)
+        found = kernels.ffn_output_backward(
+            dz, grad, z, *saved, *frozen, gates, *adapter, scales, ranks, weights, True
+        )
+        return [z, loss, *found]
 
     step()
     graph = torch.cuda.CUDAGraph()

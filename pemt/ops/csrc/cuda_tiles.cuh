@@ -17,6 +17,8 @@ constexpr int kWarp = 32;
 constexpr int kTokens = 32;                    // tokens of one block in the sparsity kernels
 constexpr int kPerToken = kThreads / kTokens;  // threads that share a token
 constexpr int kChunk = 64;                     // tokens of one block in the mixture's backward
+constexpr int kGatedChunk = 128;               // tokens of one block in gate_latent
+constexpr int kInFlight = 4;                   // 16-byte reads that a thread waits for together
 
 template <class T>
 struct RealOf {
@@ -40,17 +42,27 @@ struct alignas(16) Pack {
   T value[kPack<T>];
 };
 
-// kPack reals from memory, zeros past `valid`; one wide load where the address allows it.
-template <class T>
-__device__ void load(const T* from, int valid, bool wide, Real<T> (&to)[kPack<T>]) {
-  if (wide && valid >= kPack<T>) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+// Packs from memory, zeros from `valid` elements on. With wide accesses a row is whole packs, and
+// all reads are on their way before the first is waited for.
+template <int Count, class T>
+__device__ void load(
+    const T* const (&from)[Count], const int (&valid)[Count], bool wide, Pack<T> (&to)[Count]) {
+  if (wide) {
 #pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) to[i] = real(pack.value[i]);
+    for (int j = 0; j < Count; ++j)
+      to[j] = valid[j] > 0 ? *reinterpret_cast<const Pack<T>*>(from[j]) : Pack<T>{};
   } else {
 #pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) to[i] = i < valid ? real(from[i]) : Real<T>(0);
+    for (int j = 0; j < Count; ++j)
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i)
+        to[j].value[i] = i < valid[j] ? from[j][i] : Pack<T>{}.value[i];
   }
+}
+
+template <class T>
+__device__ int left_of(int64_t width, int64_t at) {  // elements of a row from `at` on, as `valid`
+  return int(width - at < kPack<T> ? width - at : kPack<T>);
 }
 
 template <class T>
@@ -87,6 +99,16 @@ __device__ R block_sum(R value) {  // thread 0 has it
   return value;
 }
 
+template <class T>
+__device__ const T* row_of(const Read& rows, int64_t n) {
+  return static_cast<const T*>(rows.data) + n * rows.stride;
+}
+
+template <class T>
+__device__ T* row_of(const Write& rows, int64_t n) {
+  return static_cast<T*>(rows.data) + n * rows.stride;
+}
+
 // The tokens of one block, and the thread's place among them.
 struct Place {
   int64_t first;  // the block's first token
@@ -100,6 +122,17 @@ struct Place {
         column(threadIdx.x % kPerToken) {}
 };
 
+// The next tile of an expert's ranks for the threads of a token; after an expert's last, the next
+// expert's.
+struct Tile {
+  int k = 0, start = 0;
+  template <class T>
+  __device__ void advance(const Experts& experts) {
+    start += kTile<T>;
+    if (k < experts.count && start >= experts.offset[k + 1] - experts.offset[k]) ++k, start = 0;
+  }
+};
+
 inline int64_t blocks_of(int64_t items, int64_t per_block) {
   return (items + per_block - 1) / per_block;
 }
@@ -110,7 +143,16 @@ bool aligned(Pointers... pointers) {
 }
 
 template <class T>
-bool ranks_aligned(const Experts& experts) {  // every rank begins a pack
+bool aligned(const Read& rows) {  // every row begins a pack
+  return rows.stride % kPack<T> == 0 && aligned(rows.data);
+}
+template <class T>
+bool aligned(const Write& rows) {
+  return aligned<T>(Read{rows.data, rows.stride});
+}
+
+template <class T>
+bool ranks_aligned(const Experts& experts) {  // every expert begins a pack
   return std::all_of(experts.offset, experts.offset + experts.count + 1,
       [](int offset) { return offset % kPack<T> == 0; });
 }
