@@ -55,15 +55,8 @@ soak: $(STAMP)  ## faults tried on two ranks: kill -9 at 20 random steps and in 
 big: $(STAMP)  ## t5-3b and flan-t5-xl at full size on two ranks, ZeRO-3 (6 GB of disk, 20 GB of memory)
 	$(BIN)/pytest -m big -rA tests/launch/test_full_size.py
 
-GPU_OP      := $(BIN)/pemt bench op --device cuda --dtype bfloat16 --shape t5-large flan-t5-xl t5-3b --batch 32
-
-gpu: $(STAMP)  ## on one GPU: its tests, the fused op in training and in decoding, a whole step
-	$(BIN)/pytest -m gpu -rA
-	$(GPU_OP) --tokens 256
-	$(GPU_OP) --tokens 256 --cuda_graph
-	$(GPU_OP) --tokens 1 --forward_only
-	$(GPU_OP) --tokens 1 --forward_only --cuda_graph
-	$(BIN)/pemt bench step --device cuda --dtype bfloat16 --size t5-large
+gpu:  ## on one GPU, with what is installed: the op's checks, benches as JSON into runs/gpu, all tests that want one
+	$(firstword $(wildcard $(BIN)/python) python3) -m tests.gpu
 
 lint: $(STAMP)  ## ruff, shellcheck, clang-format: rules and format
 	$(BIN)/ruff check .

@@ -89,20 +89,42 @@ def cuda_library() -> Library:
     """Machine code for CUDA_ARCHITECTURES, and PTX for what comes after them.
 
     Raises:
-        BuildError: this PyTorch has no CUDA, or no nvcc is found.
+        BuildError: this PyTorch has no CUDA; or nobody has built it, and there is no toolkit to do it with.
     """
     if torch.version.cuda is None:
         raise BuildError("the cuda kernel does not build: this PyTorch has no CUDA")
-    if cpp_extension.CUDA_HOME is None:
-        raise BuildError("the cuda kernel does not build: no nvcc found; set CUDA_HOME")
     numbers = [name.removeprefix("sm_") for name in CUDA_ARCHITECTURES]
     binaries = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
-    return Library(
+    library = Library(
         name="cuda",
         sources=(*BINDING, CSRC / "cuda_mixture.cu", CSRC / "cuda_sparsity.cu"),
         machines=", ".join([*CUDA_ARCHITECTURES, "PTX of compute_90"]),
         flags=("-O3", "-DPEMT_CUDA", "-DPEMT_LIBRARY=pemt_cuda"),
         cuda_flags=("-O3", *binaries, "-gencode=arch=compute_90,code=compute_90"),
+    )
+    if not library.built.exists():  # one that was built elsewhere and carried here needs no toolkit
+        cuda_toolkit()
+    return library
+
+
+def cuda_toolkit() -> Path:
+    """A folder with nvcc and CUDA's headers: PyTorch's CUDA_HOME, which may be that of an nvcc alone, or a usual one.
+
+    Raises:
+        BuildError: there is none.
+    """
+    usual = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    wheels = [
+        Path(folder, "nvidia", f"cu{torch.version.cuda}".split(".")[0]) for folder in sys.path
+    ]
+    tried = [Path(cpp_extension.CUDA_HOME)] if cpp_extension.CUDA_HOME else []
+    tried += [folder for folder in (*usual, *wheels) if folder.is_dir()]
+    for folder in tried:
+        if (folder / "bin" / "nvcc").exists() and (folder / "include" / "cuda_runtime.h").exists():
+            return folder
+    raise BuildError(
+        "the cuda kernel does not build: no folder with bin/nvcc and include/cuda_runtime.h, tried"
+        f" {', '.join(map(str, tried)) or '/usr/local/cuda'}; set CUDA_HOME"
     )
 
 
@@ -165,6 +187,8 @@ def build(library: Library) -> None:
 
 
 def _compile(library: Library) -> None:
+    if library.cuda_flags:
+        cpp_extension.CUDA_HOME = str(cuda_toolkit())
     cpp_extension.load(
         name=library.namespace,
         sources=[str(path) for path in library.sources],

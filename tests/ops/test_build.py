@@ -149,3 +149,28 @@ def test_info_tells_what_is_built_and_what_would_run(tmp_path, monkeypatch):
     assert build.describe()[-1] == "cpu tensors: cpu kernels, built"
     monkeypatch.setenv("PEMT_OPS", "packed")
     assert build.describe()[-1] == "cpu tensors: packed, forced by PEMT_OPS"
+
+
+def test_a_cuda_home_without_headers_is_looked_for_elsewhere(tmp_path, monkeypatch):
+    """That of an nvcc in /usr/bin or /usr/local/bin is the folder above, where no header is."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = {path: tmp_path / path for path in ("nvcc alone", "wheels/nvidia/cu13")}
+    for folder in found.values():
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin" / "nvcc").touch()
+    monkeypatch.setattr(library.cpp_extension, "CUDA_HOME", str(found["nvcc alone"]))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "wheels")])
+    monkeypatch.setattr(Path, "is_dir", lambda folder: folder.is_relative_to(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    with pytest.raises(
+        library.BuildError, match=r"no folder with .*cuda_runtime\.h, tried .*alone"
+    ):
+        library.cuda_library()
+    (found["wheels/nvidia/cu13"] / "include").mkdir()
+    (found["wheels/nvidia/cu13"] / "include" / "cuda_runtime.h").touch()
+    assert library.cuda_toolkit() == found["wheels/nvidia/cu13"]
+    built = library.cuda_library().built
+    monkeypatch.setattr(sys, "path", [])
+    built.parent.mkdir(parents=True)
+    built.touch()
+    assert library.cuda_library().built == built, "carried here: no toolkit is needed"

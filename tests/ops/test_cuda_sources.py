@@ -8,12 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils import cpp_extension
 
 from pemt.ops.library import BINDING, CSRC, CUDA_ARCHITECTURES
-from pemt.ops.select import kernels_for
-from tests.ops.op_cases import make_case, relative_error, results
 
 HERE = Path(__file__).parent
 NVCC = shutil.which("nvcc")
@@ -101,57 +98,3 @@ def test_the_emulation_stops_at_a_barrier_some_threads_miss(body, message, tmp_p
     done = subprocess.run([program], capture_output=True, text=True)
     assert (done.returncode != 0) == bool(message)
     assert message in done.stderr
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_the_gpu_gives_the_references_numbers(dtype, tokens, monkeypatch):
-    monkeypatch.setenv("PEMT_OPS", "cuda")
-    case = make_case(
-        batch=4,
-        tokens=tokens,
-        d_ff=256,
-        d_model=128,
-        ranks=(64, 64, 32),
-        mask=tokens > 1,
-        dtype=dtype,
-    ).on("cuda")
-    truth = results(case.to(torch.float64), through="reference")
-    composed, found = results(case, through="reference"), results(case, through="ops")
-    again = results(case, through="ops")
-    for name, exact in truth.items():
-        source = "cosines" if name in ("loss", "sparsity_dgates") else name
-        allowed = 2 * relative_error(composed[source], truth[source])
-        assert relative_error(found[name], exact) <= allowed, name
-        assert torch.equal(found[name], again[name]), name
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_a_cuda_graph_captures_the_ops(monkeypatch):
-    """Both ops forward and backward: one host synchronisation in any of them ends the capture."""
-    monkeypatch.setenv("PEMT_OPS", "cuda")
-    case = make_case(batch=4, tokens=40, dtype=torch.float32).on("cuda")
-    kernels, grad = kernels_for(case.x), torch.ones((), device="cuda")
-    dz = torch.ones_like(case.x[..., :1]).expand(-1, -1, len(case.up)).contiguous()
-
-    def step() -> list[torch.Tensor]:
-        z, loss, *saved = kernels.ffn_output(*case.arguments)
-        _, *frozen, gates, adapter_down, _, adapter_up, _, scales, ranks, weights, _ = (
-            case.arguments
-        )
-        adapter = (adapter_down, adapter_up)
-        found = kernels.ffn_output_backward(
-            dz, grad, z, *saved, *frozen, gates, *adapter, scales, ranks, weights, True
-        )
-        return [z, loss, *found]
-
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    case.x.mul_(2)
-    graph.replay()
-    assert all(map(torch.equal, captured, step()))
