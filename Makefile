@@ -49,7 +49,7 @@ $(OLDEST)/constraints.txt: .ci/constraints.txt .ci/oldest.txt
 	mkdir -p $(@D)
 	sed -n 's/^\([^#]*==\).*/^\1/p' .ci/oldest.txt | grep -vif - .ci/constraints.txt | cat - .ci/oldest.txt >$@
 
-soak: $(STAMP)  ## faults tried on two ranks: kill -9 at 20 random steps and in a save, a machine that comes back
+soak: $(STAMP)  ## faults tried on two ranks (kill -9 at 20 random steps, a machine that comes back) and in CUDA sources
 	$(BIN)/pytest -m soak -rA
 
 big: $(STAMP)  ## t5-3b and flan-t5-xl at full size on two ranks, ZeRO-3 (6 GB of disk, 20 GB of memory)

@@ -1,10 +1,9 @@
 // CUDA's execution model on the host, as far as the kernels use it: a block's threads are fibers
 // that change places at barriers and shuffles, each time in another order, so that a missing barrier
 // shows. Replaces cuda_device.cuh. A barrier that not all threads reach ends the program with a
-// message, and so does a pointer to the host's stack among a kernel's arguments.
-// Where a test has registered device memory (cuda_faults.cpp), the host cannot touch it, and every
-// block finds it as it was when the launch began: no block may wait for another's result, and no two
-// may write to one place.
+// message. Where a test has registered device memory (cuda_faults.cpp), the host cannot touch it, a
+// pointer to the host's stack is no argument, and every block finds the memory as it was when the
+// launch began: no block may wait for another's result, and no two may write to one place.
 #pragma once
 
 #include <sys/mman.h>
@@ -236,8 +235,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, void*,
   if (block.fibers.size() < size_t(threads)) block.fibers = std::vector<emulation::Fiber>(threads);
   block.warps = std::vector<emulation::WarpSlots>(threads / emulation::kWarpSize);
   block.body = [&] { kernel(arguments...); };
-  (emulation::check_argument(arguments), ...);
   emulation::Memory& memory = emulation::memory();
+  if (!memory.regions.empty()) (emulation::check_argument(arguments), ...);
   memory.begin();
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {

@@ -69,7 +69,8 @@ FAULTS = [
     fault("one pointer is forgotten", MIXTURE, (" && aligned(gated)", "")),
     fault("another pointer is forgotten", SPARSITY, ("aligned(args.z, args.dz)", "aligned(args.z)")),
     fault("ranks that begin no pack", TILES, ("offset % kPack<T> == 0", "offset % 1 == 0")),
-    fault("rows that begin no pack", SPARSITY, ("kPack<T> == 0 && aligned(args.z);", "kPack<T> >= 0 && aligned(args.z);")),
+    fault("rows that begin no pack", SPARSITY, (
+        "kPack<T> == 0 && aligned(args.z);", "kPack<T> >= 0 && aligned(args.z);")),
     fault("a sum over blocks that is not atomic", MIXTURE, (
         "[int64_t(blockIdx.x) * experts.count + k] = sum",
         "[int64_t(blockIdx.x / chunks) * experts.count + k] += sum")),
