@@ -74,6 +74,7 @@ def test_a_tenth_of_the_loop_is_kept_for_backward(implementation):
 def test_nothing_of_size_experts_by_tokens_by_width_is_allocated(implementation):
     case = make_case(**T5_BASE, dtype=torch.float32)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
+    assert case.stacked.nbytes > x.nbytes  # made here, and kept
 
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

