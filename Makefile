@@ -29,10 +29,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-demo: $(STAMP)  ## the main job on a small world: both stages, 2 ranks, ZeRO-2 (some minutes on 2 cores)
+demo: $(STAMP)  ## the main job on a small world: both stages, 2 ranks, ZeRO-2 (6 minutes on 2 cores)
 	$(LAUNCH) -m pemt demo --output_dir $(DEMO_DIR) --cache_dir $(DEMO_CACHE)
 
-demo-quick: $(STAMP)  ## the same with one target and one seed (some minutes on 2 cores)
+demo-quick: $(STAMP)  ## the same with one target and one seed (5 minutes)
 	$(LAUNCH) -m pemt demo --quick --output_dir $(DEMO_DIR)-quick --cache_dir $(DEMO_CACHE)
 
 test: lint typecheck imports pytest  ## all checks: ruff, mypy, import directions, pytest
@@ -49,8 +49,9 @@ $(OLDEST)/constraints.txt: .ci/constraints.txt .ci/oldest.txt
 	mkdir -p $(@D)
 	sed -n 's/^\([^#]*==\).*/^\1/p' .ci/oldest.txt | grep -vif - .ci/constraints.txt | cat - .ci/oldest.txt >$@
 
-soak: $(STAMP)  ## faults tried on two ranks (kill -9 at 20 random steps, a machine that comes back) and in CUDA sources
+soak: $(STAMP)  ## faults tried on two ranks (kill -9 at 20 random steps and in a save, a machine that comes back), in CUDA sources; 1000 mutations
 	$(BIN)/pytest -m soak -rA
+	PEMT_FUZZ_INPUTS=1000 $(BIN)/pytest tests/security
 
 big: $(STAMP)  ## t5-3b and flan-t5-xl at full size on two ranks, ZeRO-3 (6 GB of disk, 20 GB of memory)
 	$(BIN)/pytest -m big -rA tests/launch/test_full_size.py

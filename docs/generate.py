@@ -106,8 +106,10 @@ def _docstring(kind: type[Any]) -> docstring_parser.Docstring:
 
 
 def _default(each: dataclasses.Field[Any]) -> str:
-    if each.default_factory is not dataclasses.MISSING:
+    if isinstance(each.default_factory, type) and dataclasses.is_dataclass(each.default_factory):
         return "below"
+    if each.default_factory is not dataclasses.MISSING:
+        return f"`{json.dumps(each.default_factory())}`"
     if each.default is dataclasses.MISSING:
         return "required"
     shown = json.dumps(each.default) if isinstance(each.default, bool | None) else each.default

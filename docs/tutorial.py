@@ -94,7 +94,7 @@ common = {
     "max_source_length": 16,
 }
 for name in ("red", "blue"):
-    entry = run_source(
+    source = run_source(
         SourceConfig(
             **common,
             task_name=name,
@@ -103,7 +103,7 @@ for name in ("red", "blue"):
             expert=ExpertConfig(rank=8, alpha=8.0),
         )
     )
-    print(name, "is in the bank:", entry)
+    print(name, "is in the bank:", source.entry)
 
 # %% [markdown]
 # ## Stage 2: the target

@@ -8,6 +8,7 @@
 #   BANK_DIR         where the experts are kept; those already there are not trained again (bank)
 #   OUTPUT_DIR       runs go to OUTPUT_DIR/<stage>-<task> (runs)
 #   NUM_RANKS        ranks to start (the number of GPUs; 2 without one)
+#   GLOBAL_BATCH     examples of an optimizer step on all ranks together (each recipe's, whatever the number of ranks)
 #   ACCELERATE_YAML  accelerate's file (launchers/accelerate/one_node.yaml; cpu.yaml without a GPU)
 #   DEEPSPEED_JSON   DeepSpeed's file, which chooses the ZeRO stage (ds_configs/zero2.json)
 #
@@ -15,6 +16,9 @@
 #   SOURCE_TASKS="mnli qnli" TARGET_TASK=superglue-cb launchers/local.sh --seed 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launchers/global_batch.sh
+source launchers/global_batch.sh
+CONTAINER=()
 
 : "${SOURCE_TASKS:?names the source tasks, separated by spaces}"
 : "${TARGET_TASK:?names the target task}"
@@ -44,9 +48,12 @@ if [[ -n ${MODEL:-} ]]; then
     model=(--model_name_or_path "$MODEL")
 fi
 
+# pemt_launch STAGE ARGUMENTS...
 pemt_launch() {
+    RANKS_PER_NODE=$NUM_RANKS
+    keep_global_batch "$1" 1 "${@:2}"
     local command=(accelerate launch --config_file "$ACCELERATE_YAML" --deepspeed_config_file "$DEEPSPEED_JSON"
-        --num_processes "$NUM_RANKS" -m pemt "$@")
+        --num_processes "$RANKS_PER_NODE" -m pemt "$@" "${batch[@]}")
     if ((dry_run)); then
         printf '%q ' "${command[@]}"
         echo

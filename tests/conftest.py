@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -9,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("launch"):
             item.add_marker(pytest.mark.xdist_group("launch"))
     items.sort(key=lambda item: item.get_closest_marker("launch") is None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_imports() -> None:
+    """A run looks for garbage at its end; among all that is imported that takes half of a small run's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -109,37 +116,45 @@ def _finish(
     command: list[str], out: Path, timeout: float, environment: dict[str, str] | None
 ) -> int | None:
     """A launch's exit status; None where it was killed after `timeout` seconds."""
-    # A forked process cannot use CUDA once its parent has asked for devices, as importing DeepSpeed does.
-    if environment is None and not Path("/dev/nvidiactl").exists():
-        forked = ranks.start(command, out)
-        try:
-            forked.join(timeout)
-            return forked.exitcode
-        finally:  # also at Ctrl-C: no rank may outlive the test run
-            if forked.exitcode is None:
-                kill_session(forked)
-    # DeepSpeed and torch start ninja by name; the venv need not be activated for the tests.
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    with out.open("w") as written:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *command],
-            cwd=ROOT,
-            env={**os.environ, "PATH": path, **(environment or {})},
-            stdout=written,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = start_ranks(command, out, environment or {}, forked=environment is None)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
         return None
-    finally:
+    finally:  # also at Ctrl-C: no rank may outlive the test run
         if process.poll() is None:
             kill_session(process)
             process.wait()
 
 
-def kill_session(process: subprocess.Popen[Any] | BaseProcess) -> None:
+def start_ranks(
+    command: list[str], out: Path, environment: dict[str, str], *, forked: bool
+) -> subprocess.Popen[bytes] | ranks.Forked:
+    """Start `accelerate launch *command`, as the leader of a session.
+
+    Args:
+        out: receives what all ranks print.
+        environment: variables on top of this process's.
+        forked: by the launcher that has imported all, where there is no GPU; otherwise fresh interpreters.
+    """
+    # DeepSpeed and torch start ninja by name; the venv need not be activated for the tests.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    variables = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment}
+    # A forked process cannot use CUDA once its parent has asked for devices, as importing DeepSpeed does.
+    if forked and not Path("/dev/nvidiactl").exists():
+        return ranks.Forked(command, out, variables)
+    with out.open("w") as written:
+        return subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *command],
+            cwd=ROOT,
+            env=variables,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def kill_session(process: subprocess.Popen[Any] | ranks.Forked) -> None:
     """Kill a launcher and all ranks below it: torch gives each rank a session of its own."""
     try:
         launcher = psutil.Process(process.pid)

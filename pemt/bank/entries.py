@@ -26,9 +26,9 @@ from pemt.bank.manifests import (
     last_part,
     manifest_of,
 )
-from pemt.bank.official import read_official
+from pemt.bank.official import OfficialError, read_official
 from pemt.config import installed_version
-from pemt.model import ExpertSource, ModelError
+from pemt.model import ExpertSource, ModelError, sites_of
 from pemt.storage import MANIFEST, read_tensors, write_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -176,6 +176,12 @@ def import_official(
     """
     check_free(bank_dir, task, overwrite=overwrite)
     source = read_official(Path(folder), name=task, kind=kind, alpha=alpha)
+    for site in sites_of(base):
+        if site.is_ffn_output and not source.is_on(site.name):
+            raise OfficialError(
+                f"{folder}: the expert of {site.name}'s FFN is missing; needed is one per layer of this base model "
+                f"({base['num_layers']} encoder, {base['num_decoder_layers']} decoder layers)"
+            )
     return write_entry(bank_dir, source, base=base, description=description, metrics={})
 
 

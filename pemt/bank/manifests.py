@@ -6,8 +6,9 @@ Nothing here needs torch, so that a bank is listed, and a wrong name in `source_
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,29 +80,38 @@ def entry_names(bank_dir: str | Path) -> list[str]:
     return names
 
 
-def read_manifests(bank_dir: str | Path) -> list[Manifest]:
-    """All entries' manifests, sorted by task: what a listing of the bank shows.
+def site_names(tensors: Iterable[str]) -> list[str]:
+    """The sites that an expert's tensors are on, each once: see `pemt.model.Site`."""
+    return list(dict.fromkeys(name.partition(".down")[0] for name in tensors if ".down" in name))
 
-    Raises:
-        BankError: no such bank, or a manifest that lacks a key.
-        StorageError: a manifest is malformed.
-    """
-    return [manifest_of(entry_folder(bank_dir, name))[0] for name in entry_names(bank_dir)]
+
+def listed_tensors(raw: Mapping[str, Any]) -> list[str]:
+    """The names of an entry's tensors, by its manifest alone: what `manifest_of` read it from."""
+    listed = raw["files"].get(TENSORS)
+    tensors = listed.get("tensors") if isinstance(listed, dict) else None
+    return [name for name in tensors if name != PROMPT] if isinstance(tensors, dict) else []
 
 
 def chosen_entries(bank_dir: str | Path, tasks: Sequence[str] | None) -> list[str]:
     """Which entries are mixed: `source_tasks` in its order, or all by name.
 
+    A pattern (`glue-*`) stands for the entries that match it and are not named before it, by name.
+
     Raises:
         BankError: no such bank or entry, none is named, or one twice.
     """
     entries = entry_names(bank_dir)
-    for task in tasks if tasks is not None else ():
-        if task not in entries:
+    chosen: list[str] = []
+    for task in entries if tasks is None else tasks:
+        if task in entries:
+            chosen.append(task)
+            continue
+        matched = fnmatch.filter(entries, task)
+        if not matched:
             raise BankError(
                 f"source_tasks: `{task}` is not in {bank_dir}; {_nearest(task, entries)}"
             )
-    chosen = entries if tasks is None else list(tasks)
+        chosen += [entry for entry in matched if entry not in chosen]
     if not chosen or len(set(chosen)) < len(chosen):
         raise BankError(f"source_tasks: found {chosen}; name at least one entry, each once")
     return chosen

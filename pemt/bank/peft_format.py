@@ -1,8 +1,8 @@
-"""PEFT's files of a LoRA adapter, `adapter_config.json` and `adapter_model.safetensors`, on T5's `wo`.
+"""PEFT's files of a LoRA adapter, `adapter_config.json` and `adapter_model.safetensors`, on linear layers of a T5.
 
 Only the format is read and written here; the package itself is not needed.
 
-Shapes: F d_ff, D d_model, R rank of one FFN's adapter, P prompt tokens.
+Shapes: F input width, D output width, R rank of one layer's adapter, P prompt tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pemt.config import PemtError
-from pemt.model import ExpertSource
+from pemt.model import ExpertSource, Site, sites_of
 from pemt.storage import Count, Positive, checked, save_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,11 +27,11 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PROMPT_FILE, PROMPT = "pemt_prompt.safetensors", "prompt"
 FILES = (CONFIG, TENSORS, PROMPT_FILE)
 
-_WO = re.compile(
-    r"base_model\.model\.(?P<stack>encoder|decoder)\.block\.(?P<layer>\d+)\.layer\.(?P<ffn>[12])\."
-    r"DenseReluDense\.wo\.lora_(?P<factor>[AB])\.weight"
+_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_LINEAR = re.compile(
+    r"(encoder|decoder)\.block\.\d+\.layer\.\d\."
+    r"((SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))"
 )
-_FFN_LAYER = {"encoder": 1, "decoder": 2}
 _FACTORS = {"A": "down", "B": "up"}
 # Settings that leave the adapter a plain LoRA whatever they say; any other must be empty or false.
 _HARMLESS = {
@@ -50,7 +49,7 @@ Number = TypeVar("Number", int, float)
 
 
 class PeftFormatError(PemtError):
-    """A folder that is no LoRA adapter on T5's `wo` in PEFT's format."""
+    """A folder that is no LoRA adapter on linear layers of a T5 in PEFT's format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +70,12 @@ class PeftLora:
 
     Args:
         base_name: the base model that its configuration names; None where it names none.
-        rank, alpha: of all FFNs; output = (alpha / rank) · (x downᵀ) upᵀ.
-        weights: by `<stack>.<layer>.down` [R,F] and `.up` [D,R], fp32, every FFN of the base.
+        rank: of the layer that has the most.
+        alpha: of all layers; output = (alpha / rank) · (x downᵀ) upᵀ.
+        weights: by `<site>.down` [R,F] and `<site>.up` [D,R], fp32.
         prompt_PD: the task prompt, where the folder was written by `write_peft`.
-        absent: FFNs that the adapter does not touch; their factors are zero.
+        sites: what it is on, in the order of `sites_of`.
+        absent: sites of the same kinds that it is not on, as with PEFT's `layers_to_transform`.
     """
 
     base_name: str | None
@@ -82,6 +83,7 @@ class PeftLora:
     alpha: float
     weights: dict[str, Tensor]
     prompt_PD: Tensor | None
+    sites: list[str]
     absent: list[str]
 
 
@@ -97,55 +99,53 @@ def read_base_name(folder: Path) -> str | None:
 def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
     """Read an adapter for a base model of this `base_shape`.
 
-    FFNs may differ in rank and alpha (`rank_pattern`, `alpha_pattern`): all are brought to the largest
-    rank by rows of zeros and to one scale by a factor on `up`, which changes no output.
+    Layers may differ in rank and alpha (`rank_pattern`, `alpha_pattern`): all are brought to one scale by a factor on
+    `up`, which changes no output.
 
     Raises:
         PeftFormatError: a file is missing or malformed, the adapter is no plain LoRA, or it is on
-            other modules than `wo`.
+            something else than linear layers of the base.
     """
     settings = _read_settings(folder)
-    factors = _factors(folder / TENSORS, folder)
-    sites = [
-        f"{stack}.{layer}"
-        for stack, count in (
-            ("encoder", shape["num_layers"]),
-            ("decoder", shape["num_decoder_layers"]),
-        )
-        for layer in range(count)
-    ]
-    beyond = sorted(set(factors) - set(sites))
-    if beyond:
-        raise PeftFormatError(
-            f"{folder / TENSORS}: has a LoRA on {beyond[0]}, this base model has "
-            f"{shape['num_layers']} encoder and {shape['num_decoder_layers']} decoder layers"
-        )
-    rank = max(len(pair["down"]) for pair in factors.values())
-    scales = {site: _scale(folder, settings, site, len(factors[site]["down"])) for site in factors}
-    common = next(iter(scales.values()))
+    sites = sites_of(shape)
+    factors = _factors(folder / TENSORS, folder, {site.module: site for site in sites}, shape)
+    scales = {
+        site: _scale(folder, settings, site, len(pair["down"])) for site, pair in factors.items()
+    }
+    touched = [site for site in sites if site in factors]
+    common = scales[touched[0]]
     weights = {}
-    for site in sites:
-        pair = factors.get(site)
-        down_RF = torch.zeros(rank, shape["d_ff"])
-        up_DR = torch.zeros(shape["d_model"], rank)
-        if pair is not None:
-            _check_widths(folder / TENSORS, site, pair, shape)
-            used = len(pair["down"])
-            down_RF[:used] = pair["down"]
-            up_DR[:, :used] = pair["up"] * (scales[site] / common)
-        weights[f"{site}.down"], weights[f"{site}.up"] = down_RF, up_DR
+    for site in touched:
+        pair = factors[site]
+        _check_widths(folder / TENSORS, site, pair, shape)
+        weights[f"{site.name}.down"] = pair["down"]
+        weights[f"{site.name}.up"] = pair["up"] * (scales[site] / common)
+    rank = max(len(pair["down"]) for pair in factors.values())
+    kinds = {(site.part, site.projection) for site in touched}
     return PeftLora(
         base_name=settings.base_model_name_or_path,
         rank=rank,
         alpha=common * rank,
         weights=weights,
         prompt_PD=_read_prompt(folder),
-        absent=[site for site in sites if site not in factors],
+        sites=[site.name for site in touched],
+        absent=[
+            site.name
+            for site in sites
+            if (site.part, site.projection) in kinds and site not in factors
+        ],
     )
 
 
-def write_peft(folder: Path, source: ExpertSource, *, base_name: str) -> Path:
+def write_peft(
+    folder: Path, source: ExpertSource, *, base_name: str, shape: Mapping[str, Any]
+) -> Path:
     """Write a LoRA source as `peft.PeftModel.from_pretrained` reads it, and its prompt beside it.
+
+    Args:
+        folder: new or empty.
+        source: what is written.
+        base_name, shape: its base model's name and `base_shape`.
 
     Raises:
         PeftFormatError: the expert is no LoRA, the folder is not empty, or cannot be written.
@@ -155,27 +155,13 @@ def write_peft(folder: Path, source: ExpertSource, *, base_name: str) -> Path:
             f"source `{source.name}`: is a {source.kind} expert, and PEFT has no such adapter; "
             "only lora experts can be exported"
         )
+    config = {"base_model_name_or_path": base_name, **_lora_settings(source, shape)}
+    letters = {ours: theirs for theirs, ours in _FACTORS.items()}
     tensors = {}
     for key, tensor in source.weights.items():
-        stack, layer, factor = key.split(".")
-        letter = {ours: theirs for theirs, ours in _FACTORS.items()}[factor]
-        name = f"base_model.model.{stack}.block.{layer}.layer.{_FFN_LAYER[stack]}.DenseReluDense.wo"
-        tensors[f"{name}.lora_{letter}.weight"] = tensor.float().contiguous()
-    alpha = source.alpha
-    config = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM",
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "target_modules": ["wo"],
-        "r": source.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": False,
-    }
+        site, _, factor = key.rpartition(".")
+        name = f"base_model.model.{Site.named(site).module}.lora_{letters[factor]}.weight"
+        tensors[name] = tensor.float().contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -186,6 +172,45 @@ def write_peft(folder: Path, source: ExpertSource, *, base_name: str) -> Path:
     except OSError as error:
         raise PeftFormatError(f"{folder}: cannot be written: {error.strerror}") from None
     return folder
+
+
+def _lora_settings(source: ExpertSource, shape: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter_config.json but for the base model's name."""
+    factors = (key.rpartition(".") for key in source.weights)
+    ranks = {
+        Site.named(site): len(source.weights[f"{site}.down"])
+        for site, _, factor in factors
+        if factor == "down"
+    }
+    others = {site.module: rank for site, rank in ranks.items() if rank != source.rank}
+    scale = source.alpha / source.rank
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_2_SEQ_LM",
+        "inference_mode": True,
+        "target_modules": _target_modules(list(ranks), shape),
+        "r": source.rank,
+        "lora_alpha": _plain(source.alpha),
+        "rank_pattern": others,
+        "alpha_pattern": {module: _plain(scale * rank) for module, rank in others.items()},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+    }
+
+
+def _target_modules(sites: list[Site], shape: Mapping[str, Any]) -> list[str]:
+    """Ends of modules' names that mean these sites and no others; whole names where no ends do."""
+    ends = list(dict.fromkeys(site.projection for site in sites))
+    meant = [site for site in sites_of(shape) if site.projection in ends]
+    return ends if set(meant) == set(sites) else [site.module for site in sites]
+
+
+def _plain(number: float) -> float:
+    """PEFT's alphas are whole numbers wherever they can be."""
+    return int(number) if number == int(number) else number
 
 
 def _read_settings(folder: Path) -> _Settings:
@@ -222,8 +247,10 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _factors(path: Path, folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Both factors by FFN; whatever else the file holds is refused."""
+def _factors(
+    path: Path, folder: Path, sites: Mapping[str, Site], shape: Mapping[str, Any]
+) -> dict[Site, dict[str, Tensor]]:
+    """Both factors by site; whatever else the file holds is refused."""
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -232,22 +259,29 @@ def _factors(path: Path, folder: Path) -> dict[str, dict[str, Tensor]]:
         raise PeftFormatError(f"{path}: does not exist{tail}; save it as safetensors") from None
     except (OSError, SafetensorError) as error:
         raise PeftFormatError(f"{path}: cannot be read: {error}") from None
-    factors: dict[str, dict[str, Tensor]] = {}
+    factors: dict[Site, dict[str, Tensor]] = {}
     strangers = []
     for key, tensor in tensors.items():
-        match = _WO.fullmatch(key)
-        if match is None or int(match["ffn"]) != _FFN_LAYER[match["stack"]] or tensor.dim() != 2:
+        match = _TENSOR.fullmatch(key)
+        site = sites.get(match["module"]) if match else None
+        if match and site is None and _LINEAR.fullmatch(match["module"]):
+            raise PeftFormatError(
+                f"{path}: has a LoRA on {match['module']}, this base model has {shape['num_layers']} encoder and "
+                f"{shape['num_decoder_layers']} decoder layers of feed_forward_proj {shape['feed_forward_proj']}; "
+                "name the base model it was trained on"
+            )
+        if match is None or site is None or tensor.dim() != 2:
             strangers.append(key)
             continue
-        site = factors.setdefault(f"{match['stack']}.{match['layer']}", {})
-        site[_FACTORS[match["factor"]]] = tensor.float()
+        factors.setdefault(site, {})[_FACTORS[match["factor"]]] = tensor.float()
     if strangers:
         modules = sorted({_module(key) for key in strangers})
         raise PeftFormatError(
             f"{path}: found adapters on {', '.join(modules)} ({len(strangers)} of {len(tensors)} "
-            "tensors); an expert is a LoRA on the FFNs' `wo` alone: train it with target_modules=['wo']"
+            "tensors); an expert is a LoRA on q, k, v, o, wi, wi_0, wi_1 or wo alone: train it with these as "
+            "target_modules"
         )
-    halves = [site for site, pair in factors.items() if len(pair) < 2]
+    halves = [site.name for site, pair in factors.items() if len(pair) < 2]
     if not factors or halves:
         what = f"one factor of {halves[0]} alone" if halves else "no tensor"
         raise PeftFormatError(f"{path}: has {what}; save the adapter again")
@@ -262,20 +296,18 @@ def _module(key: str) -> str:
     return ".".join(part for part in plain.split(".")[-2:] if not part.isdigit())
 
 
-def _scale(folder: Path, settings: _Settings, site: str, rank: int) -> float:
-    """alpha / rank of one FFN, or alpha / √rank for a rank-stabilised LoRA."""
-    stack, layer = site.split(".")
-    name = f"{stack}.block.{layer}.layer.{_FFN_LAYER[stack]}.DenseReluDense.wo"
+def _scale(folder: Path, settings: _Settings, site: Site, rank: int) -> float:
+    """alpha / rank of one layer, or alpha / √rank for a rank-stabilised LoRA."""
     try:
-        expected = _of_pattern(settings.rank_pattern or {}, name, settings.r)
-        alpha = _of_pattern(settings.alpha_pattern or {}, name, settings.lora_alpha)
+        expected = _of_pattern(settings.rank_pattern or {}, site.module, settings.r)
+        alpha = _of_pattern(settings.alpha_pattern or {}, site.module, settings.lora_alpha)
     except (re.error, OverflowError, RecursionError) as error:
         raise PeftFormatError(
             f"{folder / CONFIG}: rank_pattern, alpha_pattern: a key is no regular expression: {error}"
         ) from None
     if rank != expected:
         raise PeftFormatError(
-            f"{folder / TENSORS}: the LoRA on {site} has rank {rank}, {CONFIG} says {expected}"
+            f"{folder / TENSORS}: the LoRA on {site.name} has rank {rank}, {CONFIG} says {expected}"
         )
     return alpha / rank**0.5 if settings.use_rslora else alpha / rank
 
@@ -289,15 +321,15 @@ def _of_pattern(pattern: Mapping[str, Number], name: str, default: Number) -> Nu
 
 
 def _check_widths(
-    path: Path, site: str, pair: Mapping[str, Tensor], shape: Mapping[str, Any]
+    path: Path, site: Site, pair: Mapping[str, Tensor], shape: Mapping[str, Any]
 ) -> None:
-    rank = len(pair["down"])
-    needed = {"down": (rank, shape["d_ff"]), "up": (shape["d_model"], rank)}
+    rank, (inputs, outputs) = len(pair["down"]), site.widths(shape)
+    needed = {"down": (rank, inputs), "up": (outputs, rank)}
     for factor, size in needed.items():
         if tuple(pair[factor].shape) != size:
             letter = {ours: theirs for theirs, ours in _FACTORS.items()}[factor]
             raise PeftFormatError(
-                f"{path}: lora_{letter} of {site} is {list(pair[factor].shape)}, this base model "
+                f"{path}: lora_{letter} of {site.name} is {list(pair[factor].shape)}, this base model "
                 f"needs {list(size)}; name the base model it was trained on"
             )
 

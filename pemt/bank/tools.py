@@ -4,132 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from pemt.bank.entries import read_entry, write_entry
 from pemt.bank.manifests import (
     TENSORS,
     BankError,
     Manifest,
-    check_free,
     entry_folder,
     entry_names,
     same_base,
 )
 from pemt.bank.peft_format import (
-    FILES,
-    PeftFormatError,
-    PeftLora,
-    read_base_name,
-    read_peft,
     write_peft,
 )
 from pemt.config import PemtError
 from pemt.model import (
     ExpertSource,
-    base_digest,
-    base_shape,
-    checked_base,
-    description_prompt,
-    load_pretrained,
 )
-from pemt.storage import MANIFEST, TEMPORARY, local_folder
-from pemt.tasks import get_task, task_names
-
-
-@dataclass(frozen=True, kw_only=True)
-class Added:
-    """What `add_peft` made.
-
-    Args:
-        folder: the new entry.
-        base_name: the base model it belongs to.
-        rank: of the expert.
-        prompt: `its own`, or the description that the prompt was made from.
-        absent: FFNs that the adapter does not touch: the expert gives zero there.
-    """
-
-    folder: Path
-    base_name: str
-    rank: int
-    prompt: str
-    absent: list[str]
-
-
-def add_peft(
-    path_or_id: str,
-    *,
-    bank_dir: str | Path,
-    task: str,
-    model_name_or_path: str | None = None,
-    tokenizer_name: str | None = None,
-    description: str | None = None,
-    revision: str | None = None,
-    overwrite: bool = False,
-) -> Added:
-    """Put a LoRA adapter in PEFT's format, on T5's `wo`, into a bank.
-
-    Args:
-        path_or_id: the adapter's folder, or a hub id.
-        bank_dir, task: where it goes.
-        model_name_or_path: its base model; default: the one its configuration names.
-        tokenizer_name: where the tokenizer lies elsewhere.
-        description: one sentence; its tokens' embeddings become the prompt, where the adapter has none.
-            Default: the description of the task of that name.
-        revision: of the hub repository.
-        overwrite: replace an entry of that name.
-
-    Raises:
-        BankError: the bank has such an entry.
-        PeftFormatError: it is no plain LoRA on `wo`, or fits another base model.
-        PemtError: the base model or the hub cannot be read, or the bank cannot be written.
-    """
-    check_free(bank_dir, task, overwrite=overwrite)
-    folder = local_folder(path_or_id, files=FILES, revision=revision)
-    name = model_name_or_path or read_base_name(folder)
-    if not name:
-        raise PeftFormatError(
-            f"{folder}: does not name its base model; give it with --model_name_or_path"
-        )
-    base, tokenizer = load_pretrained(name, tokenizer_name or name, lazy=True)
-    shape = base_shape(base.config)
-    lora = read_peft(folder, shape)
-    if description is None and task in task_names():
-        description = get_task(task).description
-    prompt_PD, origin = lora.prompt_PD, "its own"
-    if prompt_PD is None:
-        if description is None:
-            raise _no_description(path_or_id, task)
-        prompt_PD, origin = description_prompt(tokenizer, base, description), description
-    source = _source(task, lora, prompt_PD, base)
-    entry = write_entry(
-        bank_dir, source, base={"name": name, **shape}, description=description, metrics={}
-    )
-    return Added(folder=entry, base_name=name, rank=lora.rank, prompt=origin, absent=lora.absent)
-
-
-def _source(task: str, lora: PeftLora, prompt_PD: Tensor, base: PreTrainedModel) -> ExpertSource:
-    return ExpertSource(
-        name=task,
-        kind="lora",
-        rank=lora.rank,
-        alpha=lora.alpha,
-        weights=lora.weights,
-        prompt_PD=prompt_PD,
-        base_sha256=base_digest(checked_base(base)),
-    )
-
-
-def _no_description(path_or_id: str, task: str) -> BankError:
-    return BankError(
-        f"description: missing; {path_or_id} has no task prompt and `{task}` is no task that "
-        "`pemt tasks` lists: say in one sentence what it does, --description '...'"
-    )
+from pemt.storage import MANIFEST, TEMPORARY
 
 
 def export_peft(
@@ -152,7 +47,12 @@ def export_peft(
     if not entries:
         raise BankError(f"{bank_dir}: has no lora source, and PEFT knows no other kind of ours")
     return [
-        write_peft(Path(folder) / source.name, source, base_name=str(manifest.base["name"]))
+        write_peft(
+            Path(folder) / source.name,
+            source,
+            base_name=str(manifest.base["name"]),
+            shape=manifest.base,
+        )
         for manifest, source in entries
     ]
 

@@ -129,7 +129,8 @@ def forward_stacked(layer: Layer) -> tuple[Tensor, Tensor | None]:
 def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
     """One FFN and its loss with the fused op; without gradients, what `generate` calls for a token."""
     if layer.bench.forward_only:
-        return layer.adapt(answer_mixture(layer.x, layer.stacked, layer.up, layer.factors)), None
+        frozen = (layer.weight, layer.down, layer.up)
+        return layer.adapt(answer_mixture(layer.x, *frozen, layer.factors)), None
     return ops.ffn_output(
         layer.x, layer.stacked, layer.up, layer.gates, layer.scales, layer.ranks,
         adapter=layer.adapter,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from pemt.model import ExpertSource, expert_shapes
+from pemt.model import ExpertSource, Site, expert_shapes
 from pemt.plan import Shape
 
 
@@ -49,6 +49,7 @@ def random_sources(
     ranks: Sequence[int],
     prompt_tokens: int,
     names: Sequence[str] | None = None,
+    sites: Sequence[Sequence[Site]] | None = None,
 ) -> list[ExpertSource]:
     """K LoRA experts whose outputs are about as large as those of trained ones.
 
@@ -57,6 +58,7 @@ def random_sources(
         ranks: of each expert.
         prompt_tokens: P of each one's prompt.
         names: of each; by default source-0 and on.
+        sites: of each; by default every FFN's output.
     """
     return [
         ExpertSource(
@@ -66,7 +68,9 @@ def random_sources(
             alpha=rank,
             weights={
                 key: torch.randn(size) * size[1] ** -0.5
-                for key, size in expert_shapes("lora", rank, shape).items()
+                for key, size in expert_shapes(
+                    "lora", rank, shape, sites[k] if sites else None
+                ).items()
             },
             prompt_PD=torch.randn(prompt_tokens, shape["d_model"]),
         )

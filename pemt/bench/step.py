@@ -23,11 +23,12 @@ from pemt.bench.model import random_sources, random_t5
 from pemt.bench.op import time_once
 from pemt.config import AdapterConfig, MixtureConfig
 from pemt.engine import peak, watch_peak
-from pemt.model import MIXTURES, LoraMixture, PemtT5, base_shape
+from pemt.model import MIXTURES, LoraMixture, PemtT5, Site, base_shape, target_sites
 from pemt.ops import reference
 from pemt.plan import CHIPS, KNOWN, Job, Shape, flops
 
 VARIANTS = ("adapter", "loop", "packed", "fused")
+PUBLISHED_SITES = ("wo",)
 PROMPT_TOKENS = 20
 
 
@@ -42,6 +43,8 @@ class StepBench:
         rounds: how often every variant is timed.
         chip: a name in `pemt.plan.job.CHIPS`, to tell the share of its rate; None to tell none.
         layers: of each stack, in place of the size's own; a few stand for all of a large model.
+        sites: where the experts are, as `expert.target_modules` names it; by default where published ones are.
+        rank: of each expert.
     """
 
     size: str = "t5-small"
@@ -53,6 +56,14 @@ class StepBench:
     rounds: int = 20
     chip: str | None = None
     layers: int | None = None
+    sites: Sequence[str] = PUBLISHED_SITES
+    rank: int = RANK
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Of VARIANTS; the loop over experts is written for an FFN's output alone."""
+        published = tuple(self.sites) == PUBLISHED_SITES
+        return tuple(each for each in VARIANTS if published or each != "loop")
 
     @property
     def shape(self) -> Shape:
@@ -62,12 +73,17 @@ class StepBench:
             return known
         return replace(known, num_layers=self.layers, num_decoder_layers=self.layers)
 
+    def expert_sites(self) -> list[Site]:
+        """The linear layers that every expert is on."""
+        return target_sites(list(self.sites), self.shape.base_shape)
+
     def job(self, variant: str) -> Job:
         """The step as the planner sees it."""
         return Job(
             shape=self.shape,
             method="adapter" if variant == "adapter" else "pemt",
-            ranks=(RANK,) * EXPERTS,
+            ranks=(self.rank,) * EXPERTS,
+            ranks_by_site=({site.name: self.rank for site in self.expert_sites()},) * EXPERTS,
             prompt_tokens=PROMPT_TOKENS,
             source_prompt_tokens=EXPERTS * PROMPT_TOKENS,
             adapter_reduction=ADAPTER_REDUCTION,
@@ -162,9 +178,14 @@ def plain_base(bench: StepBench) -> T5ForConditionalGeneration:
 def build_model(bench: StepBench, variant: str) -> PemtT5:
     """A stage-2 model of this size; the same weights for every variant."""
     base = plain_base(bench)
-    ranks = () if variant == "adapter" else (RANK,) * EXPERTS
+    ranks = () if variant == "adapter" else (bench.rank,) * EXPERTS
     with torch.device(bench.device):
-        sources = random_sources(base_shape(base.config), ranks=ranks, prompt_tokens=PROMPT_TOKENS)
+        sources = random_sources(
+            base_shape(base.config),
+            ranks=ranks,
+            prompt_tokens=PROMPT_TOKENS,
+            sites=[bench.expert_sites()] * EXPERTS,
+        )
         prompt_PD = torch.randn(PROMPT_TOKENS, base.config.d_model)
     shipped = MIXTURES["lora"]
     try:
@@ -229,7 +250,8 @@ def take(bench: StepBench, variants: Sequence[str]) -> dict[str, Taken]:
 
 def measure(bench: StepBench) -> dict[str, Any]:
     """Times all variants and measures their memory; on a GPU one after another."""
-    groups = [VARIANTS] if bench.device == "cpu" else [(name,) for name in VARIANTS]
+    variants = bench.variants
+    groups = [variants] if bench.device == "cpu" else [(name,) for name in variants]
     taken: dict[str, Taken] = {}
     for group in groups:
         taken |= take(bench, group)
@@ -239,8 +261,8 @@ def measure(bench: StepBench) -> dict[str, Any]:
     pairs = {
         name: list(zip(each.milliseconds, without, strict=True)) for name, each in taken.items()
     }
-    needed = {name: flops(bench.job(name)) for name in VARIANTS}
-    rates = {name: needed[name] / medians[name] / 1e9 for name in VARIANTS}  # TFLOP/s
+    needed = {name: flops(bench.job(name)) for name in variants}
+    rates = {name: needed[name] / medians[name] / 1e9 for name in variants}  # TFLOP/s
     result: dict[str, Any] = {
         **asdict(bench),
         "threads": torch.get_num_threads(),
@@ -280,10 +302,11 @@ def table(result: dict[str, Any]) -> str:
     shares = result.get("share_of_chip", {})
     lines = [
         f"{result['size']}: {result['batch']} x ({PROMPT_TOKENS} + {result['source']} -> {result['target']}) tokens,"
-        f" {result['dtype']} on {result['device']} ({result['threads']} threads), medians of {result['rounds']} rounds",
+        f" {result['dtype']} on {result['device']} ({result['threads']} threads), medians of {result['rounds']} rounds;"
+        f" {EXPERTS} experts of rank {result['rank']} on {', '.join(result['sites'])}",
         "            step ms   x adapter   mixture ms   tokens/s   TFLOP/s   peak MB   over adapter MB   total MB",
     ]
-    for name in VARIANTS:
+    for name in peaks:
         share = f"   {100 * shares[name]:.1f} % of {result['chip']}" if shares else ""
         lines.append(
             f"  {name:<8}{result['milliseconds'][name]:10.1f}{result['over_adapter'][name]:11.3f}"

@@ -2,6 +2,7 @@ from .checkpoint import Checkpoints as Checkpoints
 from .choose import Checkpoint as Checkpoint
 from .folder import (
     CONFIG as CONFIG,
+    GIVEN_TASK as GIVEN_TASK,
     PREDICTIONS as PREDICTIONS,
     RESULTS as RESULTS,
     RunFolderError as RunFolderError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
 from pemt.storage import remove_partial_writes, write_text
 
 CONFIG, RESULTS, PREDICTIONS = "config.yaml", "all_results.json", "predictions.jsonl"
+GIVEN_TASK = "given_task.yaml"  # of a run whose task a Python caller has given
 
 
 class RunFolderError(PemtError):
@@ -76,7 +77,7 @@ def _differences(config: RunConfig, folder: Path) -> str:
     keys = field_keys(type(config))  # so that a mapping of the user's own is compared whole
     ours = flat(plain_values(config), keys)
     # A field that was not there when the run began had the default.
-    defaults = {each.name: each.default for each in fields(config)}
+    defaults = {each.name: each.default for each in fields(config)} | _section_defaults(config)
     theirs = {
         **{name: defaults.get(name, value) for name, value in ours.items()},
         **flat(theirs, keys),
@@ -89,6 +90,17 @@ def _differences(config: RunConfig, folder: Path) -> str:
         if name not in NON_IDENTITY_FIELDS and theirs[name] != value
     ]
     return f" with {'; '.join(found)}" if found else ""
+
+
+def _section_defaults(config: RunConfig) -> dict[str, Any]:
+    """The defaults of the fields in sections, by their dotted names."""
+    sections: dict[str, Any] = {each.name: each.default_factory for each in fields(config)}
+    return {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        if isinstance(section, type) and is_dataclass(section)
+        for key, value in asdict(section()).items()
+    }
 
 
 def begun_config(folder: Path) -> dict[str, Any] | None:
@@ -122,11 +134,12 @@ def holds_run(folder: Path) -> bool:
     return (folder / CONFIG).exists() or bool(checkpoint_folders(folder))
 
 
-def start_run_folder(config: RunConfig, *, fresh: bool) -> None:
+def start_run_folder(config: RunConfig, *, fresh: bool, task: str | None = None) -> None:
     """Make the folder and write the configuration into it (rank 0 calls, when the folder is locked).
 
     Args:
         fresh: the run begins at its first step.
+        task: YAML of a task that a Python caller has given.
 
     Raises:
         RunFolderError: it cannot be written, or another run has begun in it since it was looked at.
@@ -144,6 +157,8 @@ def start_run_folder(config: RunConfig, *, fresh: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULTS).unlink(missing_ok=True)
         write_text(folder / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+        if task is not None:
+            write_text(folder / GIVEN_TASK, task)
     except OSError as error:
         raise RunFolderError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
 
@@ -157,7 +172,7 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
 def _remove_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else that may lie in its folder."""
     for path in (
-        *(folder / name for name in (CONFIG, LOG_FILE, PREDICTIONS)),
+        *(folder / name for name in (CONFIG, LOG_FILE, PREDICTIONS, GIVEN_TASK)),
         *folder.glob("*_results.json"),
         *folder.glob("not-finite-*.jsonl"),
     ):

@@ -13,7 +13,7 @@ from pemt.storage import StorageError, read_manifest
 WEIGHTS, MOMENTS, RANDOM = "trained.safetensors", "moments.safetensors", "random.safetensors"
 
 # Fields that older checkpoints of this format lack.
-_ADDED = ("best_loss", "validations")
+_ADDED = ("best_loss", "validations", "ended")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class TrainState:
             makes it when it resumes.
         skipped: steps that changed nothing, since loss or gradient was not finite.
         position: where in a stream the next step begins.
+        ended: the step after which a callback has ended the run, which takes no further one; None while none has.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class TrainState:
     validated_step: int | None = None
     skipped: int = 0
     position: dict[str, Any] | None = None
+    ended: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The values to be saved, which `train_state_of` reads back from a manifest."""

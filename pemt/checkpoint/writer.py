@@ -87,8 +87,14 @@ class BackgroundWriter:
                 raise
             self.error = None
             del self._unwritten[step]
-            size = sum(path.stat().st_size for path in folder.iterdir())
+            seconds = time.perf_counter() - began
+            megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+            # with the time and the rank before it, one line of a terminal
             self._lines.append(
-                f"{folder.name}: {size / 1e6:,.2f} MB in {time.perf_counter() - began:.2f} s; "
-                f"training blocked {snapshot.blocked_seconds:.2f} s"
+                f"{folder.name}: {_short(megabytes)} MB in {_short(seconds)} s, "
+                f"blocked {_short(snapshot.blocked_seconds)} s"
             )
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"

@@ -12,7 +12,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from pemt.config import Parser
+from pemt.config import Parser, told_to_typists
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Command:
     about: str
 
     def __call__(self, arguments: list[str]) -> None:
-        """Run it on the command line behind its name."""
-        self._file().run(arguments)
+        """Run it on the command line behind its name; its errors name fields as they are typed."""
+        with told_to_typists():
+            self._file().run(arguments)
 
     def make_parser(self) -> Parser:
         """Its command line."""
@@ -57,6 +58,7 @@ COMMANDS = {
         Command("pull", "an export from the hub"),
         Command("tasks", "the tasks there are"),
         Command("plan", "memory, traffic, time"),
+        Command("fetch", "all for offline nodes"),
         Command("doctor", "is this machine ready"),
         Command("ops", "build the fused op"),
         Command("bench", "time op, step, answers"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from pemt.config import Parser, PemtError, command_parser, verb_parser
+
+if TYPE_CHECKING:
+    from pemt.bank import Added
 
 OVERWRITE = "replace the bank's entry of that name, with its scores; default: refuse to"
 
@@ -66,15 +69,21 @@ def _add_adding(verbs: Any) -> None:
     adding = verb_parser(
         verbs,
         "add",
-        "a LoRA adapter in PEFT's format, on the FFNs' `wo`, becomes an expert",
+        "LoRA adapters in PEFT's format, on any linear layers, become experts",
         "pemt bank add --peft someone/flan-t5-base-mnli-lora --task mnli --bank_dir bank",
     )
-    adding.add_argument("--peft", required=True, metavar="PATH_OR_HUB_ID", dest="path_or_id")
+    adding.add_argument("--peft", required=True, nargs="+", metavar="PATH_OR_HUB_ID")
     adding.add_argument("--bank_dir", required=True)
-    adding.add_argument("--task", required=True, help="name of the entry")
+    adding.add_argument(
+        "--task",
+        nargs="+",
+        help="name of the entry, one for each adapter; default: the last part of its path or hub id",
+    )
     adding.add_argument(
         "--description",
-        help="one sentence on the task, of which its prompt is made; default: that of the task named so",
+        nargs="+",
+        help="one sentence on the task, of which its prompt is made, one for each adapter; default: that of the task "
+        "named so, or the words of the adapter's own name",
     )
     adding.add_argument("--model_name_or_path", help="its base model; default: as the adapter says")
     adding.add_argument("--tokenizer_name", help="default: the base model's own")
@@ -105,21 +114,29 @@ def _add_importing(verbs: Any) -> None:
 
 
 def _list(*, bank_dir: str) -> None:
-    from pemt.bank import read_manifests
+    from pemt.bank import entry_folder, entry_names, listed_tensors, manifest_of
 
-    entries = read_manifests(bank_dir)
-    width = max(len(entry.task) for entry in entries)
-    for entry in entries:
+    entries = [manifest_of(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
+    width = max(len(entry.task) for entry, _ in entries)
+    for entry, raw in entries:
         score = entry.metrics.get("average_metrics")
         told = "" if score is None else f", test score {score:.1f}"
         print(
-            f"{entry.task:<{width}}  {entry.kind}, rank {entry.rank}, alpha {entry.alpha:g}, "
-            f"on {entry.base['name']}{told}"
+            f"{entry.task:<{width}}  {entry.kind} on {_layers(listed_tensors(raw))}, rank {entry.rank}, "
+            f"alpha {entry.alpha:g}, on {entry.base['name']}{told}"
         )
 
 
+def _layers(tensors: Iterable[str]) -> str:
+    """What an expert's tensors are on, as a person says it: `q, v`."""
+    from pemt.bank import site_names
+    from pemt.model import projections_of
+
+    return projections_of(site_names(tensors))
+
+
 def _show(*, bank_dir: str, task: str) -> None:
-    from pemt.bank import PROMPT, entry_folder, read_shapes
+    from pemt.bank import PROMPT, entry_folder, read_shapes, site_names
 
     folder = entry_folder(bank_dir, task)
     manifest, shapes = read_shapes(folder)
@@ -130,6 +147,7 @@ def _show(*, bank_dir: str, task: str) -> None:
         "entry": str(folder),
         "description": manifest.description or "not known",
         "expert": f"{manifest.kind}, rank {manifest.rank}, alpha {manifest.alpha:g}",
+        "on": f"{_layers(shapes)} ({len(site_names(shapes))} layers)",
         "prompt": f"{prompt_length} tokens",
         "base model": manifest.base.get("name"),
         "its shape": ", ".join(f"{key} {value}" for key, value in shape.items()),
@@ -170,14 +188,36 @@ def _merge(*, bank_dir: str, others: list[str]) -> None:
     print(f"{bank_dir}: added {', '.join(merge(bank_dir, others))}")
 
 
-def _add(*, path_or_id: str, bank_dir: str, task: str, **options: Any) -> None:
-    from pemt.bank import add_peft
+def _add(
+    *, peft: list[str], task: list[str] | None, description: list[str] | None, **options: Any
+) -> None:
+    for name, values in (("task", task), ("description", description)):
+        if values is not None and len(values) != len(peft):
+            raise PemtError(
+                f"--{name}: found {len(values)} for {len(peft)} adapters; give one for each, or none"
+            )
+    from pemt.bank import Adapter, add_peft
 
-    added = add_peft(path_or_id, bank_dir=bank_dir, task=task, **options)
+    nothing = [None] * len(peft)
+    adapters = map(Adapter, peft, task or nothing, description or nothing)
+    for added in add_peft(list(adapters), **options):
+        _tell_added(added)
+
+
+def _tell_added(added: Added) -> None:
+    from pemt.model import projections_of
+
     prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
-    print(f"{added.folder}: lora, rank {added.rank}, on {added.base_name}; prompt: {prompt}")
-    if added.absent:
-        print(f"the adapter leaves {len(added.absent)} FFNs alone: {', '.join(added.absent)}")
+    lora = added.lora
+    print(
+        f"{added.folder}: lora on {projections_of(lora.sites)}, rank {lora.rank}, on {added.base_name}; "
+        f"prompt: {prompt}"
+    )
+    if lora.absent:
+        print(
+            f"the adapter leaves {len(lora.absent)} of {len(lora.absent) + len(lora.sites)} such layers alone: "
+            f"{', '.join(lora.absent)}"
+        )
 
 
 def _export(*, bank_dir: str, peft: str, tasks: list[str] | None) -> None:

@@ -23,7 +23,7 @@ OP = """
 All variants run in every round, in turn, and a ratio is the median of the rounds' ratios."""
 STEP = """
     adapter  the same model without experts: target adapter, prompt and layer norms alone
-    loop     a loop over the K experts (`pemt.ops.reference`), by autograd
+    loop     a loop over the K experts (`pemt.ops.reference`), by autograd; with experts on wo alone
     packed   few matrix products in plain PyTorch
     fused    the compiled kernels
 
@@ -71,6 +71,10 @@ def make_parser() -> Parser:
         "pemt bench step --size t5-base --rounds 10",
     )
     _add_sizes(step, "batch", "source", "target", "rounds")
+    step.add_argument(
+        "--sites", nargs="+", metavar="NAME", help="where the experts are, as expert.target_modules"
+    )
+    step.add_argument("--rank", type=count, help="of each expert")
     step.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
     step.add_argument("--json", action="store_true", help="one JSON object")
     generate = _verb(

@@ -20,6 +20,7 @@ def run(arguments: list[str]) -> None:
     check_finished(options["run_dir"], overrides)
     from pemt.run import evaluate_run  # with all the libraries
 
+    options["constrain_labels"] = options["constrain_labels"] == "true"
     evaluate_run(**options, overrides=overrides)
 
 
@@ -42,4 +43,10 @@ def _own_parser() -> Parser:
     parser.add_argument("run_dir", help="output_dir of the run")
     parser.add_argument("--split", default="test", choices=SPLITS, help="default: test")
     parser.add_argument("--output_file", help="JSON; default: <split>_results.json in run_dir")
+    parser.add_argument(
+        "--constrain_labels",
+        choices=("true", "false"),
+        default="false",
+        help="score the most likely label too, as *_by_likelihood; default: false",
+    )
     return parser

@@ -9,14 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pemt.commands import plan_batch
 from pemt.config import AdapterConfig, ConfigError, ExpertConfig, Parser, RunConfig, command_parser
+from pemt.model import projections_of, target_sites
 from pemt.plan import (
     CHIPS,
     KNOWN,
     Cluster,
+    Division,
     Job,
     PlanError,
+    Wanted,
     describe,
+    divide,
     figures,
     read_shape,
     read_zero,
@@ -27,9 +32,15 @@ EXPERTS = 6
 
 
 def run(arguments: list[str]) -> None:
-    """`pemt plan`."""
+    """`pemt plan`, and `pemt plan batch`."""
+    if arguments[:1] == ["batch"]:
+        plan_batch.run(arguments[1:])
+        return
     options = make_parser().parse_args(arguments)
-    job, cluster = _job(options), _cluster(options)
+    cluster = _cluster(options)
+    division = _division(options, cluster)
+    cluster = replace(cluster, gpus_per_node=division.ranks_per_node)
+    job = _job(options, division)
     zero = read_zero(options.ds_config)
     found = figures(job, zero, cluster, options.ds_config.parent)
     if options.json:
@@ -39,6 +50,7 @@ def run(arguments: list[str]) -> None:
         f"{options.model_name_or_path}, {job.method}, {zero.name}: {cluster.nodes} x "
         f"{cluster.gpus_per_node} {options.gpu}, {job.batch} x ({job.encoder_tokens} -> {job.target}) "
         f"tokens a GPU, {_experts(job)}, {options.precision}\n"
+        f"global batch: {division}{_beside_recipe(options, division)}\n"
     )
     print(describe(found, job, zero, cluster))
 
@@ -55,6 +67,7 @@ def make_parser() -> Parser:
         "pemt plan --model_name_or_path google/flan-t5-xl --task_name superglue-cb \\",
         "      --num_nodes 4 --gpus_per_node 8 --gpu h100-80 --ds_config ds_configs/zero3.json",
         "pemt plan --model_name_or_path ./my-t5 --bank_dir bank --gpu a100-40 --json",
+        "pemt plan batch --help          # the same division for a script: ranks, micro-batch, accumulation",
     )
     _training_options(parser)
     machines = parser.add_argument_group("the machines")
@@ -111,6 +124,13 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--expert_rank", type=int, default=ExpertConfig.rank, metavar="R", help="(64)"
     )
     training.add_argument(
+        "--expert_target_modules", nargs="+", default=["wo"], metavar="NAME",
+        help="the layers that an expert is on: q k v o wi wi_0 wi_1 wo (wo)",
+    )  # fmt: skip
+    training.add_argument(
+        "--gate", choices=["learned", "uniform"], default="learned", help="(learned)"
+    )
+    training.add_argument(
         "--prompt_tokens", type=int, metavar="N", help="default: guessed from the description"
     )
     training.add_argument(
@@ -124,12 +144,24 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _batch_options(training: argparse._ArgumentGroup) -> None:
-    batch, length = RunConfig.per_device_train_batch_size, RunConfig.max_source_length
+    length = RunConfig.max_source_length
     training.add_argument(
-        "--per_device_train_batch_size", type=int, default=batch, metavar="N", help=f"({batch})"
+        "--global_batch_size",
+        type=int,
+        metavar="N",
+        help="examples of a step on all ranks; default: the recipe's, unless the next one is given",
     )
     training.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, metavar="N", help="(1)"
+        "--per_device_train_batch_size",
+        type=int,
+        metavar="N",
+        help="default: what keeps the global batch",
+    )
+    training.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        metavar="N",
+        help="default: what keeps the global batch, or 1",
     )
     training.add_argument(
         "--max_source_length", type=int, default=length, metavar="N", help=f"({length})"
@@ -146,15 +178,50 @@ def _batch_options(training: argparse._ArgumentGroup) -> None:
     training.add_argument("--gradient_checkpointing", action="store_true")
 
 
-def _job(options: argparse.Namespace) -> Job:
+def _division(options: argparse.Namespace, cluster: Cluster) -> Division:
+    """The recipe's global batch over all GPUs, unless another one or a rank's share was typed."""
+    _at_least_one(
+        options, "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"
+    )
+    micro, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    recipe = _recipe_batch(options)
+    if micro is not None and options.global_batch_size is None:
+        return Division(
+            nodes=cluster.nodes,
+            ranks_per_node=cluster.gpus_per_node,
+            micro_batch=micro,
+            accumulation=accumulation or 1,
+        )
+    wanted = Wanted(
+        global_batch=options.global_batch_size or recipe,
+        most=recipe,
+        micro_batch=micro,
+        accumulation=accumulation,
+        all_ranks=not (micro is None and accumulation is None),
+    )
+    return divide(wanted, nodes=cluster.nodes, ranks_per_node=cluster.gpus_per_node)
+
+
+def _recipe_batch(options: argparse.Namespace) -> int:
+    return plan_batch.recipe_batch("source" if options.method == "source" else "adapt")
+
+
+def _beside_recipe(options: argparse.Namespace, division: Division) -> str:
+    """What else to tell of the global batch: that it is not the recipe's, or that it leaves GPUs idle."""
+    recipe = _recipe_batch(options)
+    if division.global_batch != recipe:
+        return f"; the recipe's is {recipe}"
+    unused = plan_batch.unused_ranks(division, options.gpus_per_node)
+    return f", the recipe's{f'; {unused}' if unused else ''}"
+
+
+def _job(options: argparse.Namespace, division: Division) -> Job:
     _at_least_one(
         options,
         "num_experts",
         "expert_rank",
         "prompt_tokens",
         "adapter_reduction_factor",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
         "max_source_length",
         "max_target_length",
     )
@@ -165,17 +232,22 @@ def _job(options: argparse.Namespace) -> Job:
         task = get_task(options.task_name)
         words, target = len(task.description.split()), task.max_target_length or target
     prompt = options.prompt_tokens or math.ceil(TOKENS_A_WORD * words)
+    shape, experts = read_shape(options.model_name_or_path), options.num_experts
+    experts = 1 if options.method == "source" else experts
+    sites = target_sites(options.expert_target_modules, shape.base_shape)
     job = Job(
-        shape=read_shape(options.model_name_or_path),
+        shape=shape,
         method=options.method,
-        ranks=(options.expert_rank,) * (1 if options.method == "source" else options.num_experts),
+        ranks=(options.expert_rank,) * experts,
+        ranks_by_site=({site.name: options.expert_rank for site in sites},) * experts,
+        learned_gates=options.gate == "learned",
         prompt_tokens=prompt,
         source_prompt_tokens=prompt * options.num_experts,
         adapter_reduction=options.adapter_reduction_factor,
-        batch=options.per_device_train_batch_size,
+        batch=division.micro_batch,
         source=options.max_source_length,
         target=options.max_target_length or target,
-        accumulation=options.gradient_accumulation_steps,
+        accumulation=division.accumulation,
         bytes_per_value=4 if options.precision == "fp32" else 2,
         gradient_checkpointing=options.gradient_checkpointing,
     )
@@ -188,10 +260,10 @@ def _job(options: argparse.Namespace) -> Job:
 
 
 def _bank(bank_dir: str) -> dict[str, Any]:
-    """Ranks and prompt lengths of a bank's entries."""
-    from pemt.bank import PROMPT, entry_folder, entry_names, read_shapes
+    """Ranks, sites and prompt lengths of a bank's entries."""
+    from pemt.bank import PROMPT, entry_folder, entry_names, read_shapes, site_names
 
-    ranks, prompts = [], 0
+    ranks, places, prompts = [], [], 0
     for task in entry_names(bank_dir):
         manifest, shapes = read_shapes(entry_folder(bank_dir, task))
         if manifest.kind != "lora":
@@ -200,8 +272,13 @@ def _bank(bank_dir: str) -> dict[str, Any]:
                 "only LoRA experts can be planned with"
             )
         ranks.append(manifest.rank)
+        places.append({site: shapes[f"{site}.down"][0] for site in site_names(shapes)})
         prompts += shapes[PROMPT][0]
-    return {"ranks": tuple(ranks), "source_prompt_tokens": prompts}
+    return {
+        "ranks": tuple(ranks),
+        "ranks_by_site": tuple(places),
+        "source_prompt_tokens": prompts,
+    }
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
@@ -235,8 +312,8 @@ def _at_least_one(options: argparse.Namespace, *names: str) -> None:
 
 
 def _experts(job: Job) -> str:
-    if job.method == "source":
-        return f"one LoRA expert of rank {job.ranks[0]}"
-    if not job.experts:
+    if job.method != "source" and not job.experts:
         return "no experts"
-    return f"{job.experts} LoRA experts of rank {', '.join(map(str, sorted(set(job.ranks))))}"
+    layers = projections_of([name for each in job.ranks_by_site for name in each])
+    many = "one LoRA expert" if job.method == "source" else f"{job.experts} LoRA experts"
+    return f"{many} on {layers}, of rank {', '.join(map(str, sorted(set(job.ranks))))}"

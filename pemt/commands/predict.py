@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pemt.commands.evaluate import FIELDS
-from pemt.config import Parser, command_parser, count
+from pemt.config import Parser, PemtError, command_parser, count
 
 # Fields of the run, under the names that generation goes by.
 NAMES = {
@@ -11,6 +11,7 @@ NAMES = {
     "max_new_tokens": "max_target_length",
     "num_beams": "num_beams",
 }
+GENERATION = ("max_new_tokens", "num_beams")
 
 
 def run(arguments: list[str]) -> None:
@@ -18,6 +19,15 @@ def run(arguments: list[str]) -> None:
     from pemt.commands.fields import split_fields
 
     options, overrides = split_fields(_own_parser(), arguments)
+    asked = options.pop("constrain_labels")
+    constrain = None if asked is None else asked == "true"
+    generating = [name for name in GENERATION if options[name] is not None]
+    if generating:
+        if constrain:
+            raise PemtError(
+                f"--constrain_labels true: --{generating[0]} is for generated answers; leave one of them out"
+            )
+        constrain = False
     for name, field in NAMES.items():
         value = options.pop(name)
         overrides += [] if value is None else [f"--{field}", str(value)]
@@ -26,7 +36,7 @@ def run(arguments: list[str]) -> None:
     check_finished(options["run_dir"], overrides)
     from pemt.run import predict_file  # with all the libraries
 
-    predict_file(**options, overrides=overrides)
+    predict_file(**options, constrain_labels=constrain, overrides=overrides)
 
 
 def make_parser() -> Parser:
@@ -40,8 +50,8 @@ def _own_parser() -> Parser:
     parser = command_parser(
         "predict",
         "Answer inputs with a finished run: a line of JSON each, in their order, with `input`, `prediction` and\n"
-        "`gates`, the weight of every source task in every FFN. Behind a launcher give --output_file."
-        + FIELDS,
+        "`gates`, the weight of every source task in every FFN; of a task with labels also `label`, its name, and\n"
+        "`probabilities`, how likely each label is. Behind a launcher give --output_file." + FIELDS,
         "pemt predict runs/cb --input_file new.jsonl --output_file answers.jsonl",
         """echo '{"premise": "It rains.", "hypothesis": "It is wet."}' | pemt predict runs/cb""",
     )
@@ -59,4 +69,10 @@ def _own_parser() -> Parser:
         ("num_beams", "default: as the run was scored"),
     ):
         parser.add_argument(f"--{name}", type=count, metavar="N", help=about)
+    parser.add_argument(
+        "--constrain_labels",
+        choices=("true", "false"),
+        help="answer with the most likely label, or generate; default: true for a task with labels,\n"
+        "unless --num_beams or --max_new_tokens is given",
+    )
     return parser

@@ -17,17 +17,24 @@ from .distribution import (
     other_distribution as other_distribution,
     version_line as version_line,
 )
-from .errors import ConfigError as ConfigError, PemtError as PemtError
+from .errors import (
+    ConfigError as ConfigError,
+    PemtError as PemtError,
+    for_reader as for_reader,
+    told_to_typists as told_to_typists,
+)
 from .parse import (
     field_keys as field_keys,
     flat as flat,
     make_config as make_config,
     parse_config as parse_config,
+    read_recipe as read_recipe,
     read_yaml_mapping as read_yaml_mapping,
     recipe_names as recipe_names,
     value_sources as value_sources,
 )
 from .parts import (
+    TENSORBOARD as TENSORBOARD,
     AdapterConfig as AdapterConfig,
     ExpertConfig as ExpertConfig,
     MixtureConfig as MixtureConfig,

@@ -2,7 +2,46 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 MOST_CHARACTERS = 1500
+# A field as it is typed, with its value where that is a plain one.
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_.]*[a-z])(?: (true|false|\d+(?:\.\d+)?)\b)?")
+_readers = {"type": False}
+
+
+@contextmanager
+def told_to_typists() -> Iterator[None]:
+    """Within the block errors name a field as it is typed, `--overwrite_output_dir true`: in commands.
+
+    Elsewhere they name it as Python has it: `overwrite_output_dir=True`.
+    """
+    before = _readers["type"]
+    _readers["type"] = True
+    try:
+        yield
+    finally:
+        _readers["type"] = before
+
+
+def for_reader(text: str) -> str:
+    """A message whose fields are written as flags, as its reader writes them: a typist, or a Python caller.
+
+    What stands between backticks is a command, or what was typed, and stays.
+    """
+    if _readers["type"]:
+        return text
+    parts = text.split("`")
+    return "`".join(
+        part if number % 2 else _FLAG.sub(_as_python, part) for number, part in enumerate(parts)
+    )
+
+
+def _as_python(flag: re.Match[str]) -> str:
+    name, value = flag.groups()
+    return name if value is None else f"{name}={value.capitalize()}"
 
 
 class PemtError(ValueError):
@@ -22,6 +61,7 @@ class PemtError(ValueError):
 
 
 def _line(text: str) -> str:
+    text = for_reader(text)
     text = "".join(each if each.isprintable() else _shown(each) for each in text)
     if len(text) > MOST_CHARACTERS:
         text = f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"

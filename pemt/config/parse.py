@@ -6,7 +6,6 @@ complaints are turned into one line that names the file and the key.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -23,7 +22,8 @@ import jsonargparse
 import yaml
 
 from pemt.config.command_line import nearest
-from pemt.config.errors import ConfigError
+from pemt.config.errors import ConfigError, told_to_typists
+from pemt.config.help import help_text
 from pemt.config.schema import RunConfig
 from pemt.config.yaml_file import load_yaml
 
@@ -31,10 +31,6 @@ PRINT_CONFIG = "--print_config"
 INLINE = "peft_config"  # a field that may name a file, and becomes what that holds
 RECIPES = Path(__file__).parents[1] / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
-_EXAMPLES = {
-    "pemt source": "--config source --task_name mnli --output_dir runs/mnli --bank_dir bank",
-    "pemt adapt": "--config adapt --task_name superglue-cb --output_dir runs/cb --bank_dir bank",
-}
 
 
 def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Config:
@@ -51,10 +47,14 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         ConfigError: unknown key, wrong type, value out of range, unreadable or malformed YAML.
         SystemExit: after `--help` or `--print_config`.
     """
-    given, flags = _read(kind, arguments)
-    if PRINT_CONFIG in flags:
-        _print_config(kind, prog, given, flags)
-    return _config(kind, prog, given, flags)
+    with told_to_typists():
+        given, flags = _read(kind, arguments)
+        if not {"--help", "-h"}.isdisjoint(flags):
+            print(help_text(kind, prog, _published(kind, prog), recipe_names()), end="")
+            sys.exit(0)
+        if PRINT_CONFIG in flags:
+            _print_config(kind, prog, given, flags)
+        return _config(kind, prog, given, flags)
 
 
 def make_config(
@@ -188,37 +188,28 @@ def _with_sources(
 def _parser(kind: Any, prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
-        description=(kind.__doc__ or "").split("\n", 1)[0],
-        epilog=_epilog(prog),
-        formatter_class=_Formatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config",
-        action=jsonargparse.ActionConfigFile,
-        help=f"YAML file, or a recipe's name ({', '.join(recipe_names())}); may be given more than once.",
-    )
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile)
     parser.add_class_arguments(kind)
     return parser
 
 
-class _Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """jsonargparse's types and defaults; an example keeps its lines."""
-
-
-def _epilog(prog: str) -> str | None:
-    if prog not in _EXAMPLES:
-        return None
-    return (
-        f"example:\n  {prog} {_EXAMPLES[prog]}\n"
-        "with --print_config behind it, the whole configuration is shown and nothing runs"
-    )
+def _published(kind: type[Any], prog: str) -> dict[str, Any]:
+    """The values of the command's own recipe, by their keys on the command line; empty where it has none."""
+    name = prog.rpartition(" ")[2]
+    return flat(read_recipe(name), field_keys(kind)) if name in recipe_names() else {}
 
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package, by the names `--config` takes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The values of a recipe that comes with the package, as its file has them."""
+    return read_yaml_mapping(RECIPES / f"{name}.yaml")
 
 
 def field_keys(kind: type[Any], prefix: str = "") -> list[str]:

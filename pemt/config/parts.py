@@ -1,23 +1,43 @@
-"""The sections of a configuration: expert, adapter, mixture."""
+"""The sections of a configuration: expert, adapter, mixture; and the trackers there are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+TENSORBOARD = "tensorboard"
+# What accelerate has trackers for.
+TRACKERS = (
+    *(
+        TENSORBOARD,
+        "wandb",
+        "mlflow",
+        "trackio",
+        "comet_ml",
+        "aim",
+        "clearml",
+        "dvclive",
+        "swanlab",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    """The expert that stage 1 trains on every FFN's output projection.
+    """The expert that stage 1 trains.
 
     Args:
         kind: `lora` (the paper's default) or `bottleneck`.
+        target_modules: the linear layers that a LoRA is on, as PEFT names them: a list of q, k, v, o, wi, wi_0, wi_1
+            and wo (those of self-attention, cross-attention and FFNs), a regular expression over whole module names,
+            or `all-linear`. As published: wo, the FFNs' output projection; a bottleneck is there alone.
         rank: LoRA rank R.
         alpha: LoRA scaling numerator; the expert's output is multiplied by alpha / rank.
         reduction_factor: a bottleneck expert's inner width is d_ff // reduction_factor.
     """
 
     kind: Literal["lora", "bottleneck"] = "lora"
+    target_modules: list[str] | str = field(default_factory=lambda: ["wo"])
     rank: int = 64
     alpha: float = 64.0
     reduction_factor: int = 48
@@ -39,6 +59,10 @@ class MixtureConfig:
     """How stage 2 mixes the frozen experts.
 
     Args:
+        gate: `learned`, as published; `uniform`: every expert of a site has the same weight, and nothing is trained in
+            the gates, as a control.
+        top_sources: of the chosen experts, mix only this many, those whose prompts are most like the target task's
+            (cosine of the means over tokens), chosen before training; default: all.
         sparsity_loss_weight: weight of the task sparsity loss beside the cross-entropy.
         sparsity_over_padding: average the sparsity loss over padding too, as the published code does;
             false averages over real tokens only.
@@ -46,6 +70,8 @@ class MixtureConfig:
         train_layer_norms: train every T5 layer norm along with the adapters.
     """
 
+    gate: Literal["learned", "uniform"] = "learned"
+    top_sources: int | None = None
     sparsity_loss_weight: float = 0.1
     sparsity_over_padding: bool = True
     prompt_dropout: float = 0.1

@@ -6,13 +6,13 @@ Names follow Hugging Face's `TrainingArguments` wherever the same thing exists t
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pemt.config.errors import ConfigError
-from pemt.config.parts import AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.config.parts import TENSORBOARD, TRACKERS, AdapterConfig, ExpertConfig, MixtureConfig
+from pemt.config.types import check_finite, check_types, inherits_docs
 
 # Fields that may change when a run resumes: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
@@ -20,6 +20,7 @@ NON_IDENTITY_FIELDS = (
     "output_dir",
     "gradient_accumulation_steps",
     "logging_steps",
+    "report_to",
     "max_skipped_steps",
     "save_steps",
     "save_total_limit",
@@ -28,7 +29,6 @@ NON_IDENTITY_FIELDS = (
     "overwrite_output_dir",
     "ddp_timeout",
 )
-
 
 # Fields that name files or folders: `~` in them is home, as in a shell.
 PATHS = (
@@ -54,6 +54,8 @@ class RunConfig:
         task_name: the task to train on (`pemt tasks` lists them).
         task_file: YAML file that describes a task of your own.
         data_dir: read the task from local files in this folder instead of the hub.
+        data_fingerprint: set by `run_adapt` and `run_source` where data or task are given in Python: a hash of what
+            they say, so that a run resumes on the same ones alone.
         validation_split: the share of the training examples (of each class alike, drawn by data_seed) that
             becomes validation, for data that has no validation set; without a test set, half of it becomes that.
         streaming: read the training set while training instead of beforehand, for data larger than memory and
@@ -86,6 +88,8 @@ class RunConfig:
         eval_strategy: when to validate: each epoch, every eval_steps, or never.
         eval_steps: validation interval in steps for `eval_strategy: steps`.
         logging_steps: interval of logged scalars, in steps.
+        report_to: experiment trackers besides log.jsonl, each by accelerate: tensorboard, wandb, mlflow, trackio,
+            comet_ml, aim, clearml, dvclive, swanlab; [] for none. All but the first are packages to install.
         save_steps: save every so many steps too; a checkpoint is written after each validation anyway,
             or after each epoch where there is none.
         save_total_limit: newest checkpoints kept; the best one stays besides.
@@ -113,6 +117,7 @@ class RunConfig:
     tokenizer_name: str | None = None
     task_file: str | None = None
     data_dir: str | None = None
+    data_fingerprint: str | None = None
     validation_split: float | None = None
     streaming: bool = False
     shuffle_buffer_size: int = 10_000
@@ -138,6 +143,7 @@ class RunConfig:
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     eval_steps: int | None = None
     logging_steps: int = 10
+    report_to: list[str] = field(default_factory=lambda: [TENSORBOARD])
     save_steps: int | None = None
     save_total_limit: int = 2
     save_errors: Literal["stop", "warn"] = "stop"
@@ -153,8 +159,9 @@ class RunConfig:
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
-        self._expand_home()
-        _check_finite(self)
+        self._read_types()
+        check_finite(self)
+        self._check_trackers()
         self._at_least(
             1,
             "max_source_length",
@@ -178,10 +185,7 @@ class RunConfig:
             "ddp_timeout",
         )
         self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MOST_SEED:
-                raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
+        self._check_seeds()
         if self.validation_split is not None and not 0 < self.validation_split < 1:
             raise ConfigError(
                 f"validation_split: found {self.validation_split}, a number between 0 and 1 is needed"
@@ -203,11 +207,24 @@ class RunConfig:
                 "to start over or to resume"
             )
 
-    def _expand_home(self) -> None:
+    def _read_types(self) -> None:
+        """Types are right, and `~` is home."""
+        check_types(self)
         for name in PATHS:
             value = getattr(self, name, None)
             if isinstance(value, str):
                 object.__setattr__(self, name, os.path.expanduser(value))
+
+    def _check_seeds(self) -> None:
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST_SEED:
+                raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
+
+    def _check_trackers(self) -> None:
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(f"report_to: found `{name}`, allowed are {', '.join(TRACKERS)}")
 
     def _check_streaming(self) -> None:
         if self.max_steps <= 0:
@@ -234,16 +251,7 @@ class RunConfig:
         return self.seed if self.data_seed is None else self.data_seed
 
 
-def _check_finite(config: Any, prefix: str = "") -> None:
-    """YAML knows `.inf` and `.nan`, which no comparison with a bound finds."""
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if is_dataclass(value):
-            _check_finite(value, f"{each.name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{prefix}{each.name}: found {value}, a finite number is needed")
-
-
+@inherits_docs
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(RunConfig):
     """Stage 1, `pemt source`: train one source task's expert and prompt.
@@ -252,7 +260,7 @@ class SourceConfig(RunConfig):
         bank_dir: the expert bank that receives the entry.
         description: one sentence about the task; its tokens' embeddings start the task prompt.
             Default: the task's own.
-        expert: the expert's kind and size.
+        expert: the expert's kind, place and size.
     """
 
     bank_dir: str
@@ -266,11 +274,17 @@ class SourceConfig(RunConfig):
                 raise ConfigError(
                     f"expert.{name}: found {getattr(self.expert, name)}, it must be positive"
                 )
+        if self.expert.kind == "bottleneck" and self.expert.target_modules != ["wo"]:
+            raise ConfigError(
+                f"expert.target_modules: found {self.expert.target_modules}, a bottleneck expert is on [wo]; "
+                "`expert.kind: lora` goes on other layers"
+            )
 
 
 PEFT_METHODS = ("lora", "prompt", "peft")
 
 
+@inherits_docs
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig(RunConfig):
     """Stage 2, `pemt adapt`: adapt to a target task, over a bank of frozen experts or by a baseline.
@@ -280,7 +294,8 @@ class AdaptConfig(RunConfig):
 
     Args:
         bank_dir: the expert bank that `method: pemt` reads.
-        source_tasks: which of the bank's entries `pemt` mixes, in this order; default: all, by name.
+        source_tasks: which of the bank's entries `pemt` mixes, in this order, by name or pattern (`glue-*`); default:
+            all, by name.
         method: `pemt`; or a baseline on the same trainer, without experts. `adapter`: PEMT's target adapter,
             prompt and norms alone. `full`: everything is trained. `bitfit`: biases, put into every linear
             layer and layer norm. From the peft library `lora` (on q and v), `prompt` (100 tokens), and
@@ -319,6 +334,10 @@ class AdaptConfig(RunConfig):
         if self.adapter.reduction_factor <= 0:
             raise ConfigError(
                 f"adapter.reduction_factor: found {self.adapter.reduction_factor}, it must be positive"
+            )
+        if self.mixture.top_sources is not None and self.mixture.top_sources < 1:
+            raise ConfigError(
+                f"mixture.top_sources: found {self.mixture.top_sources}, at least 1 is needed"
             )
         if not 0 <= self.mixture.prompt_dropout < 1:
             raise ConfigError(

@@ -4,8 +4,14 @@ from .batching import (
     collate as collate,
     to_device as to_device,
 )
-from .encoding import encode_sources as encode_sources
+from .encoding import encode_sources as encode_sources, label_ids as label_ids
 from .errors import DataError as DataError
+from .in_memory import (
+    MemoryData as MemoryData,
+    Rows as Rows,
+    memory_data as memory_data,
+    memory_split as memory_split,
+)
 from .loading import (
     TaskData as TaskData,
     lengths_of as lengths_of,

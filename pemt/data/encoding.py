@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pemt.config import RunConfig
 from pemt.data.vocabulary import (
+    MOST_MEASURED,
     Tally,
     check_labels,
     comparable,
@@ -112,6 +113,11 @@ def encode_batch(
         "target_lost": [is_lost(text, backs[text]) for text in columns["target"]],
         "target_length": target_lengths,
     }
+
+
+def label_ids(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of each label of a task, with the end of sequence, in their order."""
+    return encode_texts(list(task.labels), tokenizer, max_length=MOST_MEASURED)[0]
 
 
 def encode_sources(

@@ -16,7 +16,8 @@ from datasets.fingerprint import Hasher
 
 from pemt.data.errors import DataError
 from pemt.data.formats import note_on
-from pemt.data.local_files import columns_of, read_rows, task_files
+from pemt.data.in_memory import MemoryData, Rows
+from pemt.data.local_files import columns_of, read_rows, renamed, task_files
 from pemt.data.tables import Record
 from pemt.tasks import (
     SPLITS,
@@ -54,17 +55,21 @@ class Origin:
 
     Args:
         task: what is read.
-        files: the local files of each split; None where the task is read from the hub.
+        files: the local files of each split; None where the task is read from the hub, or from memory.
         notes: in one line each, what was left out.
+        memory: the rows themselves, where a Python caller has given them.
     """
 
     task: Task
     files: dict[str, tuple[Path, ...]] | None
     notes: tuple[str, ...] = ()
+    memory: MemoryData | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The labelled splits that there are."""
+        if self.memory is not None:
+            return tuple(split for split in SPLITS if split in self.memory.splits)
         if self.files is not None:
             return tuple(self.files)
         return tuple(split for split in SPLITS if hub_of(self.task).split_name(split))
@@ -74,6 +79,10 @@ class Origin:
 
         Raises DataError where files or hub cannot be read.
         """
+        if self.memory is not None:
+            rows = MemoryRows(self.task, self.memory.splits[split], split)
+            # with the split, for messages: equal rows may be given as two
+            return build(self.task, rows, f"{split} {self.memory.digests[split]}")
         if self.files is not None:
             return local_examples(self.task, self.files[split])
         hub = hub_of(self.task)
@@ -82,11 +91,13 @@ class Origin:
         return hub_examples(self.task, hub, name)
 
 
-def origin_of(task: Task, data_dir: str | None) -> Origin:
-    """Looks for a task's splits in `data_dir`, else among its own files, else on the hub.
+def origin_of(task: Task, data_dir: str | None, memory: MemoryData | None = None) -> Origin:
+    """Looks for a task's splits in memory, in `data_dir`, else among its own files, else on the hub.
 
     Raises DataError where there is no such folder, file or data set.
     """
+    if memory is not None:
+        return Origin(task=task, files=None, memory=memory)
     if data_dir is None and not task.files:
         hub_of(task)
         return Origin(task=task, files=None)
@@ -198,6 +209,29 @@ class LocalRows:
 
     def __iter__(self) -> Iterator[tuple[str, Record | RowError]]:
         return read_rows(self.task, self.paths)
+
+
+class MemoryRows:
+    """Rows in memory with their places: `train[3]`, as Python counts."""
+
+    def __init__(self, task: Task, rows: Rows, split: str) -> None:
+        self.task, self.split = task, split
+        self.rows = rows.with_format(None) if isinstance(rows, Dataset) else rows
+
+    def __iter__(self) -> Iterator[tuple[str, Record | RowError]]:
+        features = self.rows.features if isinstance(self.rows, Dataset) else None
+        for number, row in enumerate(self.rows):
+            place = f"{self.split}[{number}]"
+            record = named(self.task, dict(row), features)
+            try:
+                unpacked = self.task.unpack(record) if self.task.unpack else (record,)
+                for each in unpacked:
+                    yield (
+                        place,
+                        each if isinstance(each, RowError) else renamed(self.task, dict(each)),
+                    )
+            except RowError as error:
+                yield place, error
 
 
 def build(task: Task, rows: Located, origin: str) -> Dataset:

@@ -18,6 +18,7 @@ from pemt.data import splits
 from pemt.data.encoding import Encoder, encode_batch
 from pemt.data.errors import DataError
 from pemt.data.examples import Origin, origin_of
+from pemt.data.in_memory import MemoryData
 from pemt.data.streaming import TrainStream
 from pemt.data.vocabulary import (
     FLAGS,
@@ -52,18 +53,25 @@ def load_task_data(
     task: Task,
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
+    memory: MemoryData | None = None,
 ) -> TaskData:
     """Loads, splits, draws and tokenises a task's data; who does it again finds all in the cache of `datasets`.
+
+    Rows in memory take the place of `data_dir`, files and hub.
 
     Raises DataError for a missing or malformed file or row, a class with too few examples, or
     labels longer than `max_target_length` or that the vocabulary cannot write.
     """
     with cache_faults():
-        return build(task, config, tokenizer)
+        return build(task, config, tokenizer, memory)
 
 
 def load_split(
-    task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase, split: str
+    task: Task,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    memory: MemoryData | None = None,
 ) -> tuple[Dataset, tuple[str, ...], str]:
     """One of the sets that `load_task_data` gives, its notes and its origin; no other split has to be there,
     unless `few_shot` draws the training set.
@@ -72,11 +80,11 @@ def load_split(
     needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
     """
     with cache_faults():
-        origin = origin_of(task, config.data_dir)
+        origin = origin_of(task, config.data_dir, memory)
         share = config.validation_split or task.validation_split
         is_drawn = split == "train" and config.few_shot is not None
         if is_drawn or not stands_alone(split, origin.splits, share):
-            data = build(task, config, tokenizer)
+            data = build(task, config, tokenizer, memory)
             return getattr(data, split), data.notes, data.origins[split]
         examples, left_out = usable(origin, split, config)
         encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
@@ -106,10 +114,15 @@ def stands_alone(split: str, there: Collection[str], validation_split: float | N
     return split in there and (split == "test" or not has_rule)
 
 
-def build(task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def build(
+    task: Task,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    memory: MemoryData | None = None,
+) -> TaskData:
     """What load_task_data does."""
     seed = config.effective_data_seed
-    origin = origin_of(task, config.data_dir)
+    origin = origin_of(task, config.data_dir, memory)
     share = config.validation_split or task.validation_split
     splits.check_splits(task, origin.splits, share)
     notes = [*origin.notes, *order_note(task)]

@@ -14,6 +14,7 @@ from .signals import (
     KILLED_STATUS as KILLED_STATUS,
     Interrupted as Interrupted,
     StopSignals as StopSignals,
+    is_interactive as is_interactive,
 )
 from .surroundings import (
     leave_working_folder as leave_working_folder,

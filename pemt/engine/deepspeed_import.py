@@ -4,8 +4,17 @@ DeepSpeed logs for ever to what stdout is when it is first imported; ours is for
 """
 
 import contextlib
+import logging
 import sys
 
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether to show a line: not that each rank runs on a CPU, which pemt tells of them all."""
+    return "Setting accelerator to CPU" not in record.getMessage()
+
+
+# The logger that DeepSpeed is about to use, before it looks for a GPU.
+logging.getLogger("DeepSpeed").addFilter(_is_news)
 with contextlib.redirect_stdout(sys.stderr):
     import deepspeed
 

@@ -140,7 +140,7 @@ def check_world_size(num_processes: int) -> None:
                 raise EngineError(
                     f"{variable} is {copies}, but WORLD_SIZE is not set: each process would train alone on all the "
                     "data. Let srun or mpirun start one `accelerate launch --machine_rank ...` a node, as "
-                    "launchers/slurm_adapt.sbatch does"
+                    "launchers/slurm_adapt.sbatch does, or tell each process its RANK as that does with LAUNCHER=srun"
                 )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != num_processes:

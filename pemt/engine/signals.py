@@ -19,6 +19,11 @@ KILLED_STATUS = 128 + signal.SIGINT
 SAME_SECONDS = 1.0
 
 
+def is_interactive() -> bool:
+    """Whether a person types at this very interpreter: a notebook, IPython, Python's own prompt."""
+    return hasattr(sys, "ps1")
+
+
 class Interrupted(SystemExit):
     """The run has been told to stop; a checkpoint is saved, and the same command resumes. Exit status 75."""
 
@@ -30,8 +35,8 @@ class Interrupted(SystemExit):
 class StopSignals:
     """Takes note of signals instead of dying of them, in a `with` block; a block within another is that same one.
 
-    A second SIGINT ends the process at once. So does SIGTERM after SIGINT behind a launcher: torch's elastic agent
-    passes the first Ctrl-C on as SIGINT, and the second one as SIGTERM.
+    A second SIGINT ends the process at once; in an interactive Python it is a KeyboardInterrupt. So does SIGTERM after
+    SIGINT behind a launcher: torch's elastic agent passes the first Ctrl-C on as SIGINT, and the second one as SIGTERM.
     """
 
     _outermost: ClassVar[StopSignals | None] = None
@@ -68,6 +73,8 @@ class StopSignals:
         return self._received
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received == "SIGINT" and number == signal.SIGINT and is_interactive():
+            raise KeyboardInterrupt
         self._received = signal.Signals(number).name
 
     def _watch_second(self) -> None:
@@ -82,6 +89,8 @@ class StopSignals:
         ending, apart, first = {signal.SIGINT}, 0.0, 0.0
         if self._launcher is not None:
             ending, apart = {signal.SIGINT, signal.SIGTERM}, SAME_SECONDS
+        if is_interactive():
+            ending = set()  # what is in memory is somebody's work
         with open(heard, "rb", buffering=0) as signals:
             while number := signals.read(1):
                 now = time.monotonic()

@@ -175,7 +175,9 @@ class Waiting:
             self._look()
             while late := [rank for rank in ranks if self._beats[rank].place < place]:
                 time.sleep(pause)
-                pause = min(2 * pause, longest)
+                pause = min(
+                    1.5 * pause, longest
+                )  # at most half as long again as what is waited for
                 self._look()
                 if self.while_waiting is not None:
                     self.while_waiting()

@@ -24,6 +24,12 @@ from .peft_model import (
     starts_from_text as starts_from_text,
 )
 from .pemt_t5 import PemtT5 as PemtT5
-from .prompts import description_prompt as description_prompt
+from .prompts import description_prompt as description_prompt, top_sources as top_sources
 from .shape import base_digest as base_digest, base_shape as base_shape
+from .sites import (
+    Site as Site,
+    projections_of as projections_of,
+    sites_of as sites_of,
+    target_sites as target_sites,
+)
 from .trained_t5 import PemtOutput as PemtOutput, TrainedT5 as TrainedT5

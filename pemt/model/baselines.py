@@ -5,7 +5,7 @@ Shapes: B batch, S tokens, D d_model, T target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from pemt.model.answering import fast_generate
 from pemt.model.inject import LAYER_NORMS, Base, checked_base
+from pemt.model.likelihood import decoder_of, log_likelihoods
 from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import PemtOutput, TrainedT5, mean_cross_entropy
 
@@ -52,6 +53,15 @@ class BaselineT5(TrainedT5):
         given = {**self.generation_cache(), **generation_kwargs}
         with fast_generate(self.base):
             return self.called.generate(input_ids=input_ids, attention_mask=attention_mask, **given)
+
+    @torch.no_grad()
+    def label_log_likelihoods(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        with fast_generate(self.base):
+            states = self.base.encoder(input_ids=input_ids, attention_mask=attention_mask)
+            decoder = decoder_of(self.base, states, attention_mask)
+            return log_likelihoods(decoder, labels, input_ids), None
 
 
 class FullT5(BaselineT5):

@@ -1,6 +1,6 @@
 """What one forward pass shares between modules that T5 itself does not connect.
 
-Shapes: B batch, S tokens of a stack (prompt included), D d_model, K experts, L all FFNs.
+Shapes: B batch, S tokens of a stack (prompt included), D d_model, K experts of a site.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pemt.ops import prompt_mean, token_weights
 
 @dataclass(frozen=True)
 class Record:
-    """What one FFN's mixture reports: its gates and its task sparsity loss, a scalar."""
+    """What a site's mixture reports: its gates, and at an FFN's output its task sparsity loss, a scalar."""
 
     gates_BK: Tensor
-    sparsity_loss: Tensor
+    sparsity_loss: Tensor | None
 
 
 @dataclass
 class PassContext:
-    """Shared by all FFNs of one model.
+    """Shared by all sites of one model.
 
-    `encoder_prompt_BD` is written by a hook inside every decoder block, hence inside the region
-    that activation checkpointing recomputes: a recomputed block sees the encoder states of its own
-    forward pass, however many passes have run since. In `generate` it is expanded over beams, and
-    taken once: beams change places, but only with beams of the same sample.
+    `encoder_prompt_BD` is written by a hook on the decoder. Activation checkpointing recomputes blocks alone:
+    `keep_for_recompute` lets a recomputed block see the encoder's states of its own forward pass, however many
+    passes have run since. In `generate` it is expanded over beams, and taken once: beams change places, but only
+    with beams of the same sample.
 
     The weights, made of the masks once a pass, limit the sparsity loss to real tokens; without them every
     position counts.
@@ -47,7 +47,7 @@ class PassContext:
     def recording(
         self, *, encoder_mask_BS: Tensor | None = None, decoder_mask_BS: Tensor | None = None
     ) -> Iterator[list[Record]]:
-        """Collect every FFN's record, encoder first.
+        """Collect every site's record, in the order in which the pass comes to them.
 
         The weights outlive the block, for the recompute of this pass: with masks and checkpointing,
         a pass must be followed by its own backward before the next.
@@ -66,7 +66,7 @@ class PassContext:
     def answering(self) -> Iterator[list[Tensor]]:
         """One `generate`: what is constant over its steps is computed at the first.
 
-        Gives every FFN's gates [B,K], encoder first; a decoder's rows are repeated for beams.
+        Gives every site's gates [B,K], in the order of a pass; a decoder's rows are repeated for beams.
         """
         gates: list[Tensor] = []
         self.encoder_prompt_BD, self._answers = None, gates
@@ -87,8 +87,17 @@ class PassContext:
             states_BSD, self.encoder_prompt_BD = prompt_mean(states_BSD, self.prompt_length)
         return states_BSD
 
+    @contextmanager
+    def seeing(self, encoder_prompt_BD: Tensor | None) -> Iterator[None]:
+        """Within the block, what the decoder's gates read is this."""
+        newer_BD, self.encoder_prompt_BD = self.encoder_prompt_BD, encoder_prompt_BD
+        try:
+            yield
+        finally:
+            self.encoder_prompt_BD = newer_BD
+
     def record_answer(self, gates_BK: Tensor) -> None:
-        """Keep what one FFN's gates were in this `generate`."""
+        """Keep what one site's gates were in this `generate`."""
         assert self._answers is not None
         self._answers.append(gates_BK)
 
@@ -97,7 +106,7 @@ class PassContext:
         """False in `generate`. True in a recompute, which must save what the first pass saved."""
         return self._records is not None or torch.is_grad_enabled()
 
-    def record(self, gates_BK: Tensor, sparsity_loss: Tensor) -> None:
+    def record(self, gates_BK: Tensor, sparsity_loss: Tensor | None) -> None:
         """Keep a record of the forward pass proper; a recompute's is dropped: each counts once."""
         if self._records is not None:
             self._records.append(Record(gates_BK.detach(), sparsity_loss))

@@ -1,12 +1,13 @@
-"""Stage 1: the trained expert on an FFN's output projection, and the form it is handed on in.
+"""Stage 1: the trained expert on a linear layer, and the form it is handed on in.
 
-Shapes: B batch, S tokens, D d_model, F d_ff, P prompt tokens, R rank or inner width.
+Shapes: B batch, S tokens, D output width, F input width (of an FFN's output projection: d_model, d_ff),
+P prompt tokens, R rank or inner width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,12 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pemt.config import ExpertConfig, PemtError
+from pemt.model.sites import Site, sites_of
 from pemt.model.trainable import Trainable
 from pemt.ops.linear import linear
 
 
 class ModelError(PemtError):
     """A base model, an expert or a prompt that do not go together."""
+
+
+TENSORS = {
+    "lora": ("down", "up"),
+    "bottleneck": ("down.weight", "down.bias", "up.weight", "up.bias"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +37,9 @@ class ExpertSource:
     Args:
         name: the source task.
         kind: `lora` or `bottleneck`.
-        rank: LoRA rank, or a bottleneck's inner width.
-        alpha: a LoRA expert's output is multiplied by alpha / rank; no effect on a bottleneck.
-        weights: by `<stack>.<layer>.<tensor>`, as `expert_shapes` lists them.
+        rank: LoRA rank, of the site that has the most, or a bottleneck's inner width.
+        alpha: a LoRA expert's output is multiplied by alpha / rank at each of its sites; no effect on a bottleneck.
+        weights: by `<site>.<tensor>`, as `expert_shapes` lists them; a LoRA is on any sites, a bottleneck on every FFN.
         prompt_PD: the task prompt.
         base_sha256: `base_digest` of the base model it was trained on; None where not known.
     """
@@ -44,15 +52,19 @@ class ExpertSource:
     prompt_PD: Tensor
     base_sha256: str | None = None
 
+    def is_on(self, site: str) -> bool:
+        """Whether the expert has tensors for this site."""
+        return f"{site}.{TENSORS[self.kind][0]}" in self.weights
+
     def check(self, shape: Mapping[str, Any]) -> None:
         """Raise `ModelError` unless every tensor fits a base model of this `base_shape`."""
         owner = f"source `{self.name}`"
-        expected = expert_shapes(self.kind, self.rank, shape)
+        expected = self._expected(shape)
         for key in sorted(expected.keys() ^ self.weights.keys()):
             problem = "is missing" if key in expected else "does not belong there"
             raise ModelError(
-                f"{owner}: tensor `{key}` {problem}; needed is one per layer of this base model "
-                f"({shape['num_layers']} encoder, {shape['num_decoder_layers']} decoder layers)"
+                f"{owner}: tensor `{key}` {problem}; needed are all of a {self.kind} expert on linear layers of this "
+                f"base model ({shape['num_layers']} encoder, {shape['num_decoder_layers']} decoder layers)"
             )
         for key, size in expected.items():
             found = tuple(self.weights[key].shape)
@@ -62,6 +74,30 @@ class ExpertSource:
                     f"this base model and rank {self.rank} need {list(size)}"
                 )
         check_prompt(self.prompt_PD, shape["d_model"], owner=owner)
+
+    def _expected(self, shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """`expert_shapes` of this expert's own sites; a site may have a lower rank than the largest."""
+        if self.kind != "lora":
+            return expert_shapes(self.kind, self.rank, shape)
+        sites = [
+            site
+            for site in sites_of(shape)
+            if any(f"{site.name}.{tensor}" in self.weights for tensor in TENSORS["lora"])
+        ]
+        if not sites:
+            sites = [site for site in sites_of(shape) if site.is_ffn_output]
+        ranks = {site: self._rank_at(site.name) for site in sites}
+        if self.rank not in ranks.values():
+            ranks = dict.fromkeys(sites, self.rank)
+        expected: dict[str, tuple[int, ...]] = {}
+        for site, rank in ranks.items():
+            expected |= expert_shapes("lora", rank, shape, [site])
+        return expected
+
+    def _rank_at(self, site: str) -> int:
+        down_RF = self.weights.get(f"{site}.down")
+        rows = 0 if down_RF is None or down_RF.dim() == 0 else len(down_RF)
+        return rows if 0 < rows < self.rank else self.rank
 
 
 def check_prompt(prompt_PD: Tensor, d_model: int, *, owner: str) -> None:
@@ -73,26 +109,28 @@ def check_prompt(prompt_PD: Tensor, d_model: int, *, owner: str) -> None:
         )
 
 
-def expert_shapes(kind: str, rank: int, shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an expert's tensors in a base model of this `base_shape`."""
-    d_model, d_ff = shape["d_model"], shape["d_ff"]
-    tensors: dict[str, tuple[int, ...]]
-    if kind == "lora":
-        tensors = {"down": (rank, d_ff), "up": (d_model, rank)}
-    else:
-        tensors = {
-            "down.weight": (rank, d_ff),
-            "down.bias": (rank,),
-            "up.weight": (d_model, rank),
-            "up.bias": (d_model,),
+def expert_shapes(
+    kind: str, rank: int, shape: Mapping[str, Any], sites: Sequence[Site] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of an expert, by `<site>.<tensor>`.
+
+    Args:
+        kind: `lora` or `bottleneck`.
+        rank: LoRA rank, or inner width.
+        shape: `base_shape` of the base model.
+        sites: that the expert is on; default: every FFN's output projection.
+    """
+    chosen = [site for site in sites_of(shape) if site.is_ffn_output] if sites is None else sites
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site in chosen:
+        inputs, outputs = site.widths(shape)
+        sizes: list[tuple[int, ...]] = [(rank, inputs), (outputs, rank)]
+        if kind != "lora":
+            sizes = [(rank, inputs), (rank,), (outputs, rank), (outputs,)]
+        shapes |= {
+            f"{site.name}.{key}": size for key, size in zip(TENSORS[kind], sizes, strict=True)
         }
-    depth = {"encoder": shape["num_layers"], "decoder": shape["num_decoder_layers"]}
-    return {
-        f"{stack}.{layer}.{name}": size
-        for stack, layers in depth.items()
-        for layer in range(layers)
-        for name, size in tensors.items()
-    }
+    return shapes
 
 
 class LoraExpert(Trainable):
@@ -156,7 +194,7 @@ def inner_width(config: ExpertConfig, d_ff: int) -> int:
 
 
 class SourceProjection(nn.Module):
-    """In `wo`'s place in stage 1: the frozen projection plus one trained expert."""
+    """In a linear layer's place in stage 1: the frozen projection plus one trained expert."""
 
     def __init__(self, weight: nn.Parameter, config: ExpertConfig) -> None:
         super().__init__()
@@ -171,6 +209,6 @@ class SourceProjection(nn.Module):
         self.ffn_input_BSD: Tensor | None = None
 
     def forward(self, x_BSF: Tensor) -> Tensor:
-        """wo(x) + o, [B,S,D]."""
+        """The layer's own output + o, [B,S,D]."""
         ffn_input_BSD, self.ffn_input_BSD = self.ffn_input_BSD, None
         return linear(x_BSF, self.weight) + self.expert(x_BSF, ffn_input_BSD)

@@ -1,4 +1,4 @@
-"""The gate of one FFN: one weight per sample and source expert.
+"""The gate of one site: one weight per sample and source expert.
 
 Shapes: B batch, C width of the gate's context, K experts.
 """
@@ -6,11 +6,19 @@ Shapes: B batch, C width of the gate's context, K experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pemt.model.trainable import Trainable
+
+GateKind = Literal["learned", "uniform"]
+
+
+def make_gate(kind: GateKind, width: int, experts: int, *, like: Tensor) -> nn.Module:
+    """A gate over K experts that reads a context of this width: see `MixtureConfig.gate`."""
+    return UniformGate(experts) if kind == "uniform" else Gate(width, experts, like=like)
 
 
 class Gate(Trainable):
@@ -32,3 +40,16 @@ class Gate(Trainable):
         """Gates [B,K] in fp32, under autocast too: bf16 would round small preferences away."""
         with torch.autocast(context_BC.device.type, enabled=False):
             return torch.softmax(context_BC.float() @ self.weight.float(), dim=-1)
+
+
+class UniformGate(nn.Module):
+    """1 / K for every expert, whatever the context: nothing is trained."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, context_BC: Tensor) -> Tensor:
+        """Gates [B,K] in fp32."""
+        shape = (len(context_BC), self.experts)
+        return context_BC.new_full(shape, 1 / self.experts, dtype=torch.float32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 from pemt.config import AdapterConfig
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
-from pemt.model.gate import Gate
-from pemt.model.inject import FfnSite
+from pemt.model.factors import rank_factors, side_by_side
+from pemt.model.gate import GateKind
+from pemt.model.gated import GatedLinear
+from pemt.model.inject import LinearSite
 from pemt.model.lazy import is_lazy, lazy_parameter, value_of
 from pemt.model.trainable import Trainable
-from pemt.ops import ffn_output, prompt_mean
+from pemt.ops import ffn_output
 from pemt.ops.linear import answer_mixture, linear
-from pemt.ops.orthonormal import Split, split
 
 
 class TargetAdapter(Trainable):
@@ -51,10 +51,7 @@ class TargetAdapter(Trainable):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Down [H,D], its bias [H], up [D,H], its bias [D]: as `pemt.ops` takes an adapter.
-
-        Under ZeRO-3 DeepSpeed gathers them as it is asked for them, and from then on with the module that asks.
-        """
+        """Down [H,D], its bias [H], up [D,H], its bias [D]: as `pemt.ops` takes an adapter."""
         return self.down.weight, self.down.bias, self.up.weight, self.up.bias
 
     def forward(self, y_BSD: Tensor) -> Tensor:
@@ -65,7 +62,7 @@ class TargetAdapter(Trainable):
 class AdapterProjection(nn.Module):
     """The frozen projection and the target adapter alone: the baseline without experts."""
 
-    def __init__(self, site: FfnSite, adapter: AdapterConfig) -> None:
+    def __init__(self, site: LinearSite, adapter: AdapterConfig) -> None:
         super().__init__()
         self.weight = site.weight
         self.adapter = TargetAdapter(adapter, self.weight)
@@ -75,27 +72,21 @@ class AdapterProjection(nn.Module):
         return self.adapter(linear(x_BSF, self.weight))
 
 
-class MixtureProjection(AdapterProjection, ABC):
-    """z = adapter(wo(x) + Σ_k g_k o_k); reports its gates and its task sparsity loss.
-
-    The gate's context is `wo`'s input in the encoder and the encoder's last state in the decoder,
-    each as its mean over the prompt. Source: arXiv 2402.15082.
-    """
+class MixtureProjection(GatedLinear, AdapterProjection, ABC):
+    """z = adapter(wo(x) + Σ_k g_k o_k); reports its gates and its task sparsity loss. Source: arXiv 2402.15082."""
 
     def __init__(
         self,
-        site: FfnSite,
+        site: LinearSite,
         sources: Sequence[ExpertSource],
         adapter: AdapterConfig,
         context: PassContext,
+        *,
+        gate: GateKind = "learned",
     ) -> None:
         super().__init__(site, adapter)
-        d_model, d_ff = self.weight.shape
-        self.in_decoder = site.in_decoder
-        self.gate = Gate(d_model if self.in_decoder else d_ff, len(sources), like=self.weight)
-        self.context = context
+        self.add_gate(site, sources, context, gate)
         self.ranks = [source.rank for source in sources]
-        self._answered: tuple[Tensor, Any] | None = None
 
     def forward(self, x_BSF: Tensor) -> Tensor:
         """z [B,S,D]; gates [B,K] and sparsity loss go to the pass's context, as it asks for them."""
@@ -105,29 +96,12 @@ class MixtureProjection(AdapterProjection, ABC):
         gates_BK = self.gate(prompt_BC)
         context = self.context
         if context.is_answering:
-            # through the adapter's own modules: outside of a training step ZeRO-3 gathers for modules alone
             context.record_answer(gates_BK)
             return self.adapter(self.answer(x_BSF, self.prepare_answer(gates_BK)))
         z_BSD, loss = self.mix(x_BSF, gates_BK, sparsity=context.wants_sparsity)
         if loss is not None:
             context.record(gates_BK, loss)
         return z_BSD
-
-    def _gate_context(self, x_BSF: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and what its gates are computed from; see `prompt_mean`."""
-        if not self.in_decoder:
-            return prompt_mean(x_BSF, self.context.prompt_length)
-        assert self.context.encoder_prompt_BD is not None, "the hook on cross-attention has not run"
-        return x_BSF, self.context.encoder_prompt_BD
-
-    def _answer(self, x_BSF: Tensor) -> Tensor:
-        """One step of `generate` in the decoder: y [B,S,D], with the gates of its first step."""
-        _, prompt_BD = self._gate_context(x_BSF)
-        if self._answered is None or self._answered[0] is not prompt_BD:
-            gates_BK = self.gate(prompt_BD)
-            self.context.record_answer(gates_BK)
-            self._answered = prompt_BD, self.prepare_answer(gates_BK)
-        return self.answer(x_BSF, self._answered[1])
 
     @property
     def token_weights_BS(self) -> Tensor | None:
@@ -159,31 +133,26 @@ class LoraMixture(MixtureProjection):
 
     def __init__(
         self,
-        site: FfnSite,
+        site: LinearSite,
         sources: Sequence[ExpertSource],
         adapter: AdapterConfig,
         context: PassContext,
+        *,
+        gate: GateKind = "learned",
     ) -> None:
-        super().__init__(site, sources, adapter, context)
-        downs, ups = (
-            [source.weights[f"{site.name}.{factor}"] for source in sources]
-            for factor in ("down", "up")
-        )
-        splits = [split(up_DR) for up_DR in ups]
-        mixes = [
-            replace(each, basis=each.basis.new_empty(0)) for each in splits
-        ]  # a few numbers to keep
-        self.ranks = [len(each.mix) for each in splits]
-        self.scales = [
-            source.alpha / source.rank * each.size
-            for source, each in zip(sources, splits, strict=True)
-        ]
-        d_model, d_ff = self.weight.shape
+        super().__init__(site, sources, adapter, context, gate=gate)
+        factors = side_by_side(site.name, sources)
+        self.ranks, self.scales = factors.ranks, factors.scales
+        own, (d_model, d_ff) = self.weight, self.weight.shape
         self.sizes = d_model, sum(self.ranks)
-        own = self.weight
-        stacked = partial(_stacked, own, mixes, downs)
+        stacked = partial(_stacked, own, factors.down)
         self.weight = frozen((sum(self.sizes), d_ff), stacked, like=own)
-        self.up = frozen(self.sizes, partial(_bases, ups), like=own)
+        self.up = frozen(self.sizes, factors.up, like=own)
+
+    @property
+    def external_parameters(self) -> tuple[Tensor, ...]:
+        """What it computes with and its submodules own: ZeRO-3 must gather them with it."""
+        return self.adapter.tensors
 
     def mix(
         self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
@@ -202,16 +171,12 @@ class LoraMixture(MixtureProjection):
 
     def prepare_answer(self, gates_BK: Tensor) -> Tensor:
         """g_k s_k of every sample, once per rank [B,1,N]."""
-        experts = zip(gates_BK.split(1, dim=1), self.scales, self.ranks, strict=True)
-        factors_BN = torch.cat(
-            [(gate_B1 * scale).expand(-1, rank) for gate_B1, scale, rank in experts], dim=1
-        )
-        return factors_BN[:, None].to(self.weight.dtype)
+        return rank_factors(gates_BK, self.scales, self.ranks, like=self.weight)
 
     def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
         """y [B,S,D]; `prepared` is [B,1,N]."""
         # Not folded into a weight of each sample: see docs/serving.md.
-        return answer_mixture(x_BSF, self.weight, self.up, prepared)
+        return answer_mixture(x_BSF, *self.weight.split(self.sizes), self.up, prepared)
 
 
 class BottleneckMixture(MixtureProjection):
@@ -219,12 +184,14 @@ class BottleneckMixture(MixtureProjection):
 
     def __init__(
         self,
-        site: FfnSite,
+        site: LinearSite,
         sources: Sequence[ExpertSource],
         adapter: AdapterConfig,
         context: PassContext,
+        *,
+        gate: GateKind = "learned",
     ) -> None:
-        super().__init__(site, sources, adapter, context)
+        super().__init__(site, sources, adapter, context, gate=gate)
         self.down = packed(sources, f"{site.name}.down.weight", self.weight, dim=0)
         self.down_bias = packed(sources, f"{site.name}.down.bias", self.weight, dim=0)
         self.up = packed(sources, f"{site.name}.up.weight", self.weight, dim=1)
@@ -277,18 +244,10 @@ class BottleneckMixture(MixtureProjection):
         return loss
 
 
-def _stacked(
-    weight_DF: nn.Parameter, splits: Sequence[Split], downs_RF: Sequence[Tensor]
-) -> Tensor:
-    """[D+N,F]: the projection's weight, and under it the down projections that go with `_bases`."""
+def _stacked(weight_DF: nn.Parameter, downs: Callable[[], Tensor]) -> Tensor:
+    """[D+N,F]: the projection's weight, and under it the down projections."""
     own = value_of(weight_DF)
-    downs = [each.down(down) for each, down in zip(splits, downs_RF, strict=True)]
-    return torch.cat([own, *(down.to(own) for down in downs)])
-
-
-def _bases(ups_DR: Sequence[Tensor]) -> Tensor:
-    """[D,N]: the up projections, each expert's an isometry."""
-    return torch.cat([split(up).basis for up in ups_DR], dim=1)
+    return torch.cat([own, downs().to(own)])
 
 
 def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int) -> nn.Parameter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +16,7 @@ from pemt.model.baselines import BaselineT5
 from pemt.model.experts import ModelError
 from pemt.model.inject import Base
 from pemt.model.lazy import materialize_all
+from pemt.model.likelihood import log_likelihoods
 
 # What `--method lora` and `--method prompt` stand for; `peft_config` overrides single fields.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -175,6 +176,21 @@ class PeftT5(BaselineT5):
     def called(self) -> Any:
         """What is called in the base model's place: peft's model."""
         return self.peft
+
+    @torch.no_grad()
+    def label_log_likelihoods(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.peft.active_peft_config.is_prompt_learning:
+            return super().label_log_likelihoods(input_ids, attention_mask, labels)
+
+        # What stands before the encoder's input peft puts there itself, in a pass of all.
+        def logits_of(targets_BT: Tensor) -> Tensor:
+            logits_BTV = self.forward(input_ids, attention_mask, targets_BT).logits
+            assert logits_BTV is not None
+            return logits_BTV
+
+        return log_likelihoods(logits_of, labels, input_ids), None
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         yield from self._marked

@@ -1,7 +1,7 @@
 """PEMT's two models on one frozen base: source training and target adaptation.
 
 Shapes: B batch, S source tokens, P prompt tokens, T target tokens, V vocabulary, D d_model,
-L all FFNs, K experts.
+L sites with a gate, K experts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,20 @@ from pemt.model.experts import (
     check_prompt,
     inner_width,
 )
-from pemt.model.inject import Base, checked_base, ffn_sites, layer_norms, pass_encoder_prompt
-from pemt.model.mixture import MIXTURES, AdapterProjection
+from pemt.model.gated import GatedLinear
+from pemt.model.inject import (
+    Base,
+    checked_base,
+    keep_for_recompute,
+    layer_norms,
+    linear_sites,
+    pass_encoder_prompt,
+)
+from pemt.model.likelihood import decoder_of, log_likelihoods
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_digest, base_shape, keep_digest
+from pemt.model.site_mixture import mix_at
+from pemt.model.sites import target_sites
 from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import IGNORED_LABEL, PemtOutput, TrainedT5, mean_cross_entropy
 
@@ -45,9 +55,16 @@ class PemtT5(TrainedT5):
         *,
         expert: ExpertConfig | None = None,
         mixture: MixtureConfig | None = None,
+        source_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.base = base
+        self.source_names = list(source_names)
+        self._gate_sites = {
+            each.name.replace(".", "/"): each.module.source_names
+            for each in linear_sites(base)
+            if isinstance(each.module, GatedLinear)
+        }
         self.prompt = prompt
         self.context = context
         self.expert = expert
@@ -57,17 +74,20 @@ class PemtT5(TrainedT5):
 
     @classmethod
     def source(cls, base: PreTrainedModel, *, expert: ExpertConfig, prompt_PD: Tensor) -> PemtT5:
-        """Stage 1: trained are one expert on every FFN's output projection, and a task prompt.
+        """Stage 1: trained are one expert on every layer that `expert.target_modules` names, and a task prompt.
 
         Raises:
             ModelError: the base is no T5, or the prompt or the expert does not fit it.
+            ConfigError: `expert.target_modules` names no linear layer of the base.
         """
         base = checked_base(base)
         prompt = _task_prompt(base, prompt_PD)
-        for site in ffn_sites(base):
-            site.replace_projection(SourceProjection(site.weight, expert))
-            if expert.kind == "bottleneck":
-                site.pass_ffn_input()
+        chosen = target_sites(expert.target_modules, base_shape(base.config))
+        for site in linear_sites(base):
+            if site.site in chosen:
+                site.replace(SourceProjection(site.weight, expert))
+                if expert.kind == "bottleneck":
+                    site.pass_ffn_input()
         return cls(base, prompt, PassContext(prompt_length=len(prompt_PD)), expert=expert)
 
     @classmethod
@@ -82,6 +102,7 @@ class PemtT5(TrainedT5):
     ) -> PemtT5:
         """Stage 2: trained are gates, target adapters, the prompt and (by `mixture`) layer norms.
 
+        A layer's gate weighs the sources that have an expert on it; where none has, there is no gate.
         Without sources there are no gates: the baseline of adapter, prompt and layer norms alone.
 
         Raises:
@@ -100,24 +121,43 @@ class PemtT5(TrainedT5):
             dropout=mixture.prompt_dropout,
         )
         context = PassContext(prompt_length=len(prompt_PD))
-        for site in ffn_sites(base):
-            if kind is None:
-                site.replace_projection(AdapterProjection(site, adapter))
-            else:
-                site.replace_projection(MIXTURES[kind](site, sources, adapter, context))
-            if kind == "bottleneck":
-                site.pass_ffn_input()
+        for site in linear_sites(base):
+            there = [source for source in sources if source.is_on(site.name)]
+            mix_at(site, there, mixture, adapter, context)
         if kind is not None:
             pass_encoder_prompt(base, context)
-        return cls(base, prompt, context, mixture=mixture)
+        names = [source.name for source in sources]
+        return cls(base, prompt, context, mixture=mixture, source_names=names)
+
+    @property
+    def gate_sites(self) -> dict[str, list[str]]:
+        return self._gate_sites
+
+    def enable_gradient_checkpointing(self) -> None:
+        super().enable_gradient_checkpointing()
+        keep_for_recompute(self.base, self.context)
 
     @property
     def sparsity_loss_weight(self) -> float:
         return 0.0 if self.mixture is None else self.mixture.sparsity_loss_weight
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+    ) -> PemtOutput:
+        """As `TrainedT5.forward`; T5's own `decoder_input_ids` [B,T] may take the labels' place, or stand before them.
+
+        Without labels there is no loss.
+        """
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
-        counted_BT = labels != IGNORED_LABEL
+        if decoder_input_ids is None:
+            assert labels is not None, "neither labels nor decoder_input_ids"
+            decoder_input_ids = self.base.prepare_decoder_input_ids_from_labels(labels)
+        no_mask = torch.ones_like(decoder_input_ids, dtype=torch.bool)
+        counted_BT = no_mask if labels is None else labels != IGNORED_LABEL
         over_padding = self.mixture is None or self.mixture.sparsity_over_padding
         with self.context.recording(
             encoder_mask_BS=None if over_padding else mask_BS,
@@ -126,10 +166,10 @@ class PemtT5(TrainedT5):
             out = self.base(
                 inputs_embeds=embeds_BSD,
                 attention_mask=mask_BS,
-                decoder_input_ids=self.base.prepare_decoder_input_ids_from_labels(labels),
+                decoder_input_ids=decoder_input_ids,
                 use_cache=False,
             )
-        ce_loss = mean_cross_entropy(out.logits, labels)
+        ce_loss = None if labels is None else mean_cross_entropy(out.logits, labels)
         return PemtOutput(
             ce_loss=ce_loss,
             logits=out.logits,
@@ -155,7 +195,19 @@ class PemtT5(TrainedT5):
             return tokens_BT, None
         # In the decoder every sample stands there once per beam.
         batch = len(input_ids)
-        return tokens_BT, torch.stack([each[:: len(each) // batch] for each in gates], dim=1)
+        return tokens_BT, self._all_gates([each[:: len(each) // batch] for each in gates], dim=1)
+
+    @torch.no_grad()
+    def label_log_likelihoods(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
+        base: Any = self.base
+        # As `generate`: the decoder's gates are computed for the first label, and serve all.
+        with self.context.answering() as gates, fast_generate(base):
+            states = base.encoder(inputs_embeds=embeds_BSD, attention_mask=mask_BS)
+            likely_BC = log_likelihoods(decoder_of(base, states, mask_BS), labels, input_ids)
+        return likely_BC, self._all_gates(gates, dim=1) if gates else None
 
     def export_expert(
         self, name: str, *, state: Mapping[str, Tensor] | None = None
@@ -179,14 +231,23 @@ class PemtT5(TrainedT5):
             kind=self.expert.kind,
             rank=inner_width(self.expert, self.base.config.d_ff),
             alpha=self.expert.alpha,
-            weights={
-                f"{site.name}.{key}": taken(parameter)
-                for site in ffn_sites(self.base)
-                for key, parameter in site.dense.wo.expert.named_parameters()
-            },
+            weights={key: taken(parameter) for key, parameter in self._expert_parameters()},
             prompt_PD=taken(self.prompt.prompt),
             base_sha256=self.base_sha256,
         )
+
+    def _expert_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for site in linear_sites(self.base):
+            if isinstance(site.module, SourceProjection):
+                for key, parameter in site.module.expert.named_parameters():
+                    yield f"{site.name}.{key}", parameter
+
+    @torch.no_grad()
+    def load_expert(self, source: ExpertSource) -> None:
+        """Go on from an expert and prompt that `export_expert` of such a model gave."""
+        for key, parameter in self._expert_parameters():
+            parameter.copy_(source.weights[key])
+        self.prompt.prompt.copy_(source.prompt_PD)
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         for module in self.modules():
@@ -208,15 +269,31 @@ class PemtT5(TrainedT5):
         embeds_BSD = torch.cat([prompt_BPD, embeds_BSD], dim=1)
         return embeds_BSD, torch.cat([ones_BP, attention_mask], dim=1)
 
-    def _with_sparsity(self, ce_loss: Tensor, records: list[Record]) -> dict[str, Tensor]:
+    def _with_sparsity(
+        self, ce_loss: Tensor | None, records: list[Record]
+    ) -> dict[str, Tensor | None]:
         if self.mixture is None or not records:
             return {"loss": ce_loss}
-        sparsity_loss = torch.stack([record.sparsity_loss for record in records]).mean()
-        return {
-            "loss": ce_loss + self.sparsity_loss_weight * sparsity_loss,
-            "sparsity_loss": sparsity_loss,
-            "gates_LBK": torch.stack([record.gates_BK for record in records]),
-        }
+        gates = {"gates_LBK": self._all_gates([record.gates_BK for record in records], dim=0)}
+        losses = [each.sparsity_loss for each in records if each.sparsity_loss is not None]
+        if not losses:  # no expert on an FFN's output
+            return {"loss": ce_loss, **gates}
+        sparsity_loss = torch.stack(losses).mean()
+        loss = None if ce_loss is None else ce_loss + self.sparsity_loss_weight * sparsity_loss
+        return {"loss": loss, "sparsity_loss": sparsity_loss, **gates}
+
+    def _all_gates(self, gates: Sequence[Tensor], *, dim: int) -> Tensor:
+        """Every site's gates [B,K of the site] as one tensor with the sites at `dim`: 0 for sources not on a site."""
+        sites = self.gate_sites.values()
+        whole = [self._of_all(each, names) for each, names in zip(gates, sites, strict=True)]
+        return torch.stack(whole, dim=dim)
+
+    def _of_all(self, gates_BK: Tensor, names: list[str]) -> Tensor:
+        if names == self.source_names:
+            return gates_BK
+        columns = dict(zip(names, gates_BK.unbind(dim=1), strict=True))
+        absent_B = gates_BK.new_zeros(len(gates_BK))
+        return torch.stack([columns.get(name, absent_B) for name in self.source_names], dim=1)
 
 
 def _task_prompt(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pemt.model.experts import ModelError
+from pemt.model.experts import ExpertSource, ModelError
 from pemt.model.lazy import value_of
 from pemt.model.trainable import Trainable
 
@@ -75,6 +75,29 @@ class TaskPrompt(Trainable):
             attention_PN = F.dropout(attention_PN, self.dropout, self.training)
             mixed_PD = torch.addmm(target_PD, attention_PN, sources_ND)
         return mixed_PD.to(self.prompt.dtype)
+
+
+def top_sources(
+    prompt_PD: Tensor, sources: Sequence[ExpertSource], most: int | None
+) -> tuple[list[ExpertSource], list[str]]:
+    """Of these experts, in their order, the `mixture.top_sources` whose prompts are most like the target's.
+
+    Similarity is rounded to six digits, so that machines that add in another order choose alike; of equals the first
+    are taken.
+
+    Args:
+        prompt_PD: the target's prompt as it starts.
+        most: how many; None for all.
+
+    Returns:
+        Those that are mixed, and the names of the others.
+    """
+    if most is None or most >= len(sources):
+        return list(sources), []
+    found = mean_cosines([prompt_PD, *(source.prompt_PD for source in sources)])[0, 1:].tolist()
+    nearest = sorted(range(len(sources)), key=lambda k: -round(found[k], 6))[:most]
+    left_out = [source.name for k, source in enumerate(sources) if k not in nearest]
+    return [sources[k] for k in sorted(nearest)], left_out
 
 
 @torch.no_grad()

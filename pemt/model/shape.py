@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pemt.model.inject import Base
 from pemt.model.lazy import value_of
+
+if TYPE_CHECKING:  # which asks for `base_shape`
+    from pemt.model.inject import Base
 
 _KEYS = (
     "model_type",

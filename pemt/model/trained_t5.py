@@ -1,13 +1,13 @@
 """What the training loop needs of a model, whichever method trains it.
 
 Shapes: B batch, S source tokens, P prompt tokens, T target tokens, V vocabulary, D d_model,
-L all FFNs, K experts.
+L sites with a gate, K experts.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,11 @@ class PemtOutput(ModelOutput):
     Args:
         loss: what is trained on, fp32: `ce_loss`, with experts + weight · `sparsity_loss`.
         ce_loss: mean cross-entropy over the labels that are not -100, fp32; 0 where all are.
-        sparsity_loss: mean task sparsity loss over all FFNs, fp32; None where no experts are mixed.
+        sparsity_loss: mean task sparsity loss over the FFNs that mix experts, fp32; None where none do.
         logits: [B,T,V].
         encoder_last_hidden_state: [B,P+S,D].
-        gates_LBK: every FFN's gates, encoder first, fp32, detached; None where none are.
+        gates_LBK: every gate's weights in the order of `gate_sites`, 0 for a source that has no expert there, fp32,
+            detached; None where no gates are.
     """
 
     loss: Tensor | None = None
@@ -78,6 +79,17 @@ class TrainedT5(nn.Module, ABC):
         return self.generate(input_ids, attention_mask, **generation_kwargs), None
 
     @abstractmethod
+    def label_log_likelihoods(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The log-likelihood of each label as the answer [B,C], fp32, from one pass of the encoder; and gates [B,L,K].
+
+        Args:
+            input_ids, attention_mask: as of `forward`.
+            labels: token ids of each, with the end of sequence.
+        """
+
+    @abstractmethod
     def declared_parameters(self) -> Iterator[nn.Parameter]:
         """What is trained, in any order; a parameter may come twice."""
 
@@ -89,14 +101,12 @@ class TrainedT5(nn.Module, ABC):
         return None
 
     @property
-    def gate_sites(self) -> list[str]:
-        """The places that may have a gate, in the order of the gates: `encoder/0` …, `decoder/0` …, the FFNs."""
-        config = self.base.config
-        assert config.num_decoder_layers is not None
-        return [
-            *(f"encoder/{layer}" for layer in range(config.num_layers)),
-            *(f"decoder/{layer}" for layer in range(config.num_decoder_layers)),
-        ]
+    def gate_sites(self) -> dict[str, list[str]]:
+        """The places with a gate, in the order of the gates, and the sources that each weighs.
+
+        An FFN's is named `encoder/0` or `decoder/0`, that of another linear layer `encoder/0/self/q`.
+        """
+        return {}
 
     def freeze_untrained(self) -> None:
         """Freeze everything that is not declared; once, before an engine sees the model.

@@ -7,12 +7,10 @@ from .board import record_outcome as record_outcome
 from .entropy import entropy_NL as entropy_NL
 from .figures import gate_map as gate_map, save_gate_map as save_gate_map
 from .gates import (
-    STACKS as STACKS,
     GateNames as GateNames,
     NamedGates as NamedGates,
     gates_in as gates_in,
     mean_by_source as mean_by_source,
-    of_stack as of_stack,
 )
 from .log_file import (
     LOG_FILE as LOG_FILE,

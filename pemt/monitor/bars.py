@@ -11,6 +11,7 @@ import datasets
 import transformers
 from tqdm import tqdm
 
+from pemt.monitor.notebook import bar_class, in_notebook
 from pemt.monitor.progress import progress_logger
 
 SECONDS_A_LINE = 30.0  # of an evaluation, where stdout is no terminal
@@ -25,6 +26,8 @@ def quiet_libraries(is_main: bool) -> None:
 
 def _on_terminal() -> bool:
     """Whether a bar can be seen; a service without a console has no stdout at all."""
+    if in_notebook():
+        return True
     if sys.stdout is None or not sys.stdout.isatty():
         return False
     with contextlib.suppress(OSError, ValueError):  # none of the system's
@@ -47,7 +50,7 @@ class ProgressBar:
         self._initial_step = initial_step
         self._description = description
         self._started = time.monotonic()
-        self._bar = tqdm(
+        self._bar = bar_class()(
             total=total_steps,
             initial=initial_step,
             desc=description,
@@ -101,7 +104,7 @@ class EvaluationBar:
     def __init__(self, *, total: int, description: str, shown: bool) -> None:
         self._description, self._shown = description, shown
         self._told = time.monotonic()
-        self._bar = tqdm(
+        self._bar = bar_class()(
             total=total,
             desc=description,
             unit="example",

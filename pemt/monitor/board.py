@@ -1,19 +1,19 @@
 """A run's TensorBoard folder: scalars, pictures, texts, layout, the outcome beside the configuration.
 
-Shapes: N examples, L FFNs (the encoder's first), K sources, M = 1 + K prompts.
+Shapes: N examples, L sites (the encoder's first), K sources, M = 1 + K prompts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pemt.config import RunConfig
+from pemt.config import TENSORBOARD, RunConfig
 from pemt.monitor.entropy import entropy_NL
 from pemt.monitor.gates import STACKS, GateNames, of_stack
 from pemt.monitor.hparams import hparams_summaries
@@ -24,7 +24,25 @@ DRAWING_SHARE = 0.01  # of a run's time, at most
 COMPARED = ("test/average_metrics", "test/loss")
 
 
-class TensorBoardWriter:
+class NoBoard:
+    """Stands where `report_to` does not name TensorBoard."""
+
+    def log_config(self, task: str, texts: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def gates(
+        self, step: int, gates_NLK: Tensor, similarity_MM: Tensor, *, part: str, title: str
+    ) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class TensorBoardWriter(NoBoard):
     """Writes one run's TensorBoard (rank 0 makes one).
 
     Args:
@@ -62,7 +80,9 @@ class TensorBoardWriter:
             part: the data set, in the tags.
             title: stands over the pictures.
         """
-        for stack, entropy_Nl in self._gates.by_stack(entropy_NL(gates_NLK), dim=1).items():
+        for stack, entropy_Nl in self._gates.by_stack(
+            entropy_NL(gates_NLK, self._gates), dim=1
+        ).items():
             self._writer.add_histogram(f"gate_entropy_{part}/{stack}", entropy_Nl, step)
         began = time.monotonic()
         if self._drawing + self._last_drawing > DRAWING_SHARE * (began - self._started):
@@ -71,7 +91,9 @@ class TensorBoardWriter:
 
         named = self._gates.named(gates_NLK.mean(dim=0))
         for stack in STACKS:
-            pixels = figures.gate_map(of_stack(named, stack), title=f"{stack}, {title}")
+            if not (of_one := of_stack(named, stack)):
+                continue
+            pixels = figures.gate_map(of_one, title=f"{stack}, {title}")
             self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
         prompts = ["target", *self._gates.sources]
         pixels = figures.similarity_map(similarity_MM.numpy(), names=prompts, title=title)
@@ -81,9 +103,8 @@ class TensorBoardWriter:
 
     def outcome(self, step: int, config: RunConfig, results: Mapping[str, Any]) -> None:
         """The final report's numbers as scalars, and beside the configuration in the table of runs."""
-        for name, value in results.items():
-            if name.startswith("test_"):
-                self._writer.add_scalar(f"test/{name.removeprefix('test_')}", value, step)
+        for tag, value in test_scalars(results).items():
+            self._writer.add_scalar(tag, value, step)
         file: Any = self._writer.file_writer
         for summary in hparams_summaries(config, COMPARED):
             file.add_summary(summary)
@@ -91,6 +112,15 @@ class TensorBoardWriter:
     def close(self) -> None:
         """Write what is still held back, and end the file."""
         self._writer.close()
+
+
+def test_scalars(results: Mapping[str, Any]) -> dict[str, float]:
+    """The test set's numbers by tag: `test/<metric>`."""
+    return {
+        f"test/{name.removeprefix('test_')}": value
+        for name, value in results.items()
+        if name.startswith("test_")
+    }
 
 
 def wait_for_the_next_second(folder: Path) -> None:
@@ -111,8 +141,9 @@ def record_outcome(
     results: Mapping[str, Any],
     gates: GateNames,
     mixture: tuple[Tensor, Tensor] | None,
+    trackers: Sequence[Any] = (),
 ) -> None:
-    """Add a finished run's outcome to its TensorBoard (rank 0 calls).
+    """Add a finished run's outcome to its TensorBoard and trackers, and close these (rank 0 calls).
 
     Args:
         output_dir: the run's folder.
@@ -120,7 +151,16 @@ def record_outcome(
         results: what all_results.json holds.
         gates: the names behind the gates' axes.
         mixture: of the test set, gates [N,L,K] and prompt similarity [M,M]; None without gates.
+        trackers: open ones (`Engine.open_trackers`).
     """
+    for tracker in trackers:
+        try:
+            tracker.log(test_scalars(results), step=step)
+            tracker.finish()
+        except Exception as error:  # noqa: BLE001  each has its own; all_results.json tells the same
+            print(f"{tracker.name}: the outcome is missing: {error}", flush=True)
+    if TENSORBOARD not in config.report_to:
+        return
     folder = output_dir / TENSORBOARD_FOLDER
     try:
         board = TensorBoardWriter(folder, gates=gates)

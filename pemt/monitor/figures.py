@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage, imsave
 
-from pemt.monitor.gates import NamedGates
+from pemt.monitor.gates import NamedGates, by_layer
 
 # TensorBoard shrinks a picture to the width of a card, about 330 dots: a small one stays legible.
 INCHES_A_CELL = (0.5, 0.28)
@@ -22,14 +22,17 @@ MOST_NUMBERS = 64  # cells of a map that has numbers in it: text takes most of t
 
 
 def gate_map(gates: NamedGates, *, title: str) -> np.ndarray:
-    """Mean gates of every site (rows) and source (columns).
+    """Mean gates of every layer (rows) and source (columns), which is left white where it has no expert.
 
     Returns:
         RGB, uint8 [height, width, 3].
     """
-    sources = list(next(iter(gates.values())))
-    figure, axes = _figure(rows=list(gates), columns=sources)
-    values_LK = np.array([[weights[name] for name in sources] for weights in gates.values()])
+    layers = by_layer(gates)
+    sources = list(dict.fromkeys(name for weights in layers.values() for name in weights))
+    figure, axes = _figure(rows=list(layers), columns=sources)
+    values_LK = np.array(
+        [[weights.get(name, np.nan) for name in sources] for weights in layers.values()]
+    )
     image = _heat_map(axes, values_LK, low=0.0)
     figure.colorbar(image, ax=axes, label="mean gate")
     return _pixels(figure, title)
@@ -77,6 +80,8 @@ def _heat_map(axes: Axes, values: np.ndarray, *, low: float) -> AxesImage:
     image = axes.imshow(values, vmin=low, vmax=1, cmap=colours, aspect="auto")
     if values.size <= MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(values.round(2) + 0.0):  # -0.0 + 0.0 is 0.0
+            if np.isnan(value):
+                continue
             shade = "white" if (value < 0.6 if low == 0 else abs(value) > 0.6) else "black"
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9

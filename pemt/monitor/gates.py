@@ -1,6 +1,6 @@
-"""Gates by name: `{"encoder/0": {source: weight}}`.
+"""Gates by name: `{"encoder/0": {source: weight}}`, or `encoder/0/self/q` where experts are on other layers than FFNs.
 
-Shapes: L sites (a gate each: the FFNs, the encoder's first), K sources.
+Shapes: L sites (a gate each, the encoder's first), K sources.
 """
 
 from __future__ import annotations
@@ -25,16 +25,25 @@ class GateNames:
 
     Args:
         sources: the K sources' names.
-        sites: the L places with a gate, as `TrainedT5.gate_sites` names them: `encoder/0` …, `decoder/0` ….
+        sites: the L places with a gate, and the sources that each weighs: see `TrainedT5.gate_sites`. A gates tensor is
+            0 for the others.
     """
 
     sources: Sequence[str]
-    sites: Sequence[str]
+    sites: Mapping[str, Sequence[str]]
 
     def named(self, gates_LK: Tensor) -> NamedGates:
-        """Each gate under its site and source."""
-        rows = zip(self.sites, gates_LK.tolist(), strict=True)
-        return {site: dict(zip(self.sources, gates_K, strict=True)) for site, gates_K in rows}
+        """Each gate under its site and source; a source that has no expert at a site is not there."""
+        named = {}
+        for (site, present), gates_K in zip(self.sites.items(), gates_LK.tolist(), strict=True):
+            weights = zip(self.sources, gates_K, strict=True)
+            named[site] = {source: weight for source, weight in weights if source in present}
+        return named
+
+    def over_sites(self, gates_NLK: Tensor) -> Tensor:
+        """Each source's weight [..., K], averaged over the sites that have it."""
+        counts = [sum(name in present for present in self.sites.values()) for name in self.sources]
+        return gates_NLK.sum(dim=-2) / gates_NLK.new_tensor(counts)
 
     def scalars(self, gates_LK: Tensor) -> dict[str, float]:
         """`gate/<site>/<source>`, and `gate_mean/<source>` over all sites."""
@@ -48,10 +57,11 @@ class GateNames:
         return each | {f"gate_mean/{source}": weight for source, weight in means.items()}
 
     def by_stack(self, gates_LK: Tensor, *, dim: int = 0) -> dict[str, Tensor]:
-        """Encoder and decoder apart; `dim` is where the sites lie."""
+        """Encoder and decoder apart, where they have gates; `dim` is where the sites lie."""
         stacks = [site.partition("/")[0] for site in self.sites]
         sizes = [stacks.count(stack) for stack in STACKS]
-        return dict(zip(STACKS, gates_LK.split(sizes, dim=dim), strict=True))
+        parts = zip(STACKS, gates_LK.split(sizes, dim=dim), strict=True)
+        return {stack: part for stack, part in parts if part.shape[dim]}
 
 
 def mean_by_source(gates: NamedGates) -> dict[str, float]:
@@ -61,6 +71,14 @@ def mean_by_source(gates: NamedGates) -> dict[str, float]:
         for source, weight in of_site.items():
             weights.setdefault(source, []).append(weight)
     return {source: mean(each) for source, each in weights.items()}
+
+
+def by_layer(gates: NamedGates) -> NamedGates:
+    """The gates of each layer's sites as one, `{"encoder/0": …}`, each source's averaged over those that have it."""
+    layers: dict[str, NamedGates] = {}
+    for site, weights in gates.items():
+        layers.setdefault("/".join(site.split("/")[:2]), {})[site] = weights
+    return {layer: mean_by_source(of_layer) for layer, of_layer in layers.items()}
 
 
 def of_stack(gates: NamedGates, stack: str) -> NamedGates:

@@ -20,7 +20,14 @@ LEFT_OUT = frozenset(
     {
         *("output_dir", "bank_dir", "data_dir", "task_file", "tokenizer_name", "description"),
         *("resume_from_checkpoint", "overwrite_output_dir", "skip_bad_rows"),
-        *("logging_steps", "save_steps", "save_total_limit", "eval_strategy", "eval_steps"),
+        *(
+            "logging_steps",
+            "report_to",
+            "save_steps",
+            "save_total_limit",
+            "eval_strategy",
+            "eval_steps",
+        ),
     }
 )
 # The page shows five columns unasked, those first that are said to differ between runs; the score after
@@ -83,6 +90,16 @@ def values(config: RunConfig) -> dict[str, Any]:
     found = flat(asdict(config), field_keys(type(config)))
     return {
         name: value for name, value in found.items() if value is not None and name not in LEFT_OUT
+    }
+
+
+def plain_fields(config: RunConfig) -> dict[str, str | int | float | bool]:
+    """All that is set of a configuration, sections by dots, as trackers take it: no lists, no mappings."""
+    found = flat(asdict(config), field_keys(type(config)))
+    return {
+        name: value if isinstance(value, str | int | float) else json.dumps(value)
+        for name, value in found.items()
+        if value is not None
     }
 
 

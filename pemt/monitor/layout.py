@@ -27,7 +27,7 @@ def layout(task: str, gates: GateNames) -> Layout:
             "prompt similarity": _lines("prompt_similarity/.*"),
         }
         charts["3 where each source acts, by layer"] = {
-            f"{source}, {stack}": _lines(rf"gate/{stack}/\d+/{re.escape(source)}")
+            f"{source}, {stack}": _lines(rf"gate/{stack}/\d+(/\w+/\w+)?/{re.escape(source)}")
             for source in gates.sources
             for stack in STACKS
         }

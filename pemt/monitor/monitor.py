@@ -1,26 +1,28 @@
-"""What a run says while it trains: to TensorBoard, to log.jsonl, to a terminal or a file.
+"""What a run says while it trains: to TensorBoard and other trackers, to log.jsonl, to a terminal or a file.
 
-Shapes: N examples, L FFNs (the encoder's first), K sources, M = 1 + K prompts.
+Shapes: N examples, L sites (the encoder's first), K sources, M = 1 + K prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor
 
 from pemt.config import PemtError, RunConfig
 from pemt.monitor.bars import ProgressBar
-from pemt.monitor.board import TensorBoardWriter
+from pemt.monitor.board import NoBoard, TensorBoardWriter
 from pemt.monitor.entropy import decisions
 from pemt.monitor.gates import GateNames
+from pemt.monitor.hparams import plain_fields
 from pemt.monitor.log_file import LOG_FILE, TENSORBOARD_FOLDER, LogFile
 from pemt.monitor.provenance import config_text, environment_text
 
-NO_GATES = GateNames(sources=(), sites=())
+NO_GATES = GateNames(sources=(), sites={})
 
 
 class LogError(PemtError):
@@ -41,6 +43,9 @@ class Monitor:
         is_main: whether this rank is the one that writes.
         description: a few words before the bar and before each line.
         gates: the names behind the gates' axes, where the run has gates.
+        tensorboard: whether to write `tensorboard/`.
+        trackers: others, opened (accelerate's `GeneralTracker`s). They are closed here where the block is left by an
+            error; else whoever has opened them does, behind the run's outcome. One that fails ends no training.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class Monitor:
         is_main: bool,
         description: str,
         gates: GateNames = NO_GATES,
+        tensorboard: bool = True,
+        trackers: Sequence[Any] = (),
     ) -> None:
         self._output_dir = output_dir
         self._total_steps = total_steps
@@ -60,6 +67,8 @@ class Monitor:
         self._description = description
         self._gates = gates
         self._refused: set[str] = set()
+        self._tensorboard = tensorboard
+        self._trackers = list(trackers)
 
     def __enter__(self) -> Monitor:
         if self._is_main:
@@ -74,11 +83,13 @@ class Monitor:
     def _open(self) -> None:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         self._log = LogFile(self._output_dir / LOG_FILE, initial_step=self._initial_step)
-        self._board = TensorBoardWriter(
-            self._output_dir / TENSORBOARD_FOLDER,
-            gates=self._gates,
-            purge_step=self._initial_step + 1,
-        )
+        self._board = NoBoard()
+        if self._tensorboard:
+            self._board = TensorBoardWriter(
+                self._output_dir / TENSORBOARD_FOLDER,
+                gates=self._gates,
+                purge_step=self._initial_step + 1,
+            )
         self._bar = ProgressBar(
             total_steps=self._total_steps,
             initial_step=self._initial_step,
@@ -97,6 +108,20 @@ class Monitor:
                 self._board.close()
             with self._whatever_the_disk_says(LOG_FILE):
                 self._log.close()
+            if kind is not None:
+                self._to_trackers(lambda tracker: tracker.finish())
+
+    def _to_trackers(self, record: Callable[[Any], None]) -> None:
+        """Have each tracker record something; one that fails, whatever it says, is told once and left alone then."""
+        for tracker in list(self._trackers):
+            try:
+                record(tracker)
+            except Exception as error:  # noqa: BLE001  each has its own
+                self._trackers.remove(tracker)
+                what = " ".join(str(error).split()) or type(error).__name__
+                self.message(
+                    f"{tracker.name}: {what}; training continues, this tracker gets nothing more"
+                )
 
     @contextmanager
     def _whatever_the_disk_says(self, name: str) -> Iterator[None]:
@@ -122,10 +147,13 @@ class Monitor:
             texts = {"config": config_text(config), "environment": environment}
             with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
                 self._board.log_config(config.task_name, texts)
+            fields = plain_fields(config) | dict(facts)
+            self._to_trackers(lambda tracker: tracker.store_init_configuration(fields))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record values under flat tags such as `train/loss`, in TensorBoard and log.jsonl."""
+        """Record values under flat tags such as `train/loss`, in log.jsonl, TensorBoard and all trackers."""
         if self._is_main:
+            self._to_trackers(lambda tracker: tracker.log(dict(scalars), step=step))
             with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
                 self._board.scalars(step, scalars)
             with self._whatever_the_disk_says(LOG_FILE):

@@ -45,18 +45,18 @@ def add_linear(y: Tensor, x: Tensor, weight_OI: Tensor) -> Tensor:
     return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight_OI.t()).view_as(y)
 
 
-def answer_mixture(x: Tensor, stacked_XI: Tensor, up_OT: Tensor, factors: Tensor) -> Tensor:
-    """wo(x) and the experts' mixture [B, S, O] of one step of `generate`, whose gates are known.
+def answer_mixture(
+    x: Tensor, weight_OI: Tensor, down_TI: Tensor, up_OT: Tensor, factors: Tensor
+) -> Tensor:
+    """A linear layer and the experts' mixture [B, S, O] of one step of `generate`, whose gates are known.
 
     Not the op: for a token at a time its checks and its dispatch cost a fifth of it, and no gradient wants the latent.
 
     Args:
         x: [B, S, I].
-        stacked_XI: [O + T, I], wo's weight over the experts' down projections.
-        up_OT: the experts' up projections.
+        weight_OI: the layer's own; down_TI, up_OT: the experts'.
         factors: [B, 1, T], each expert's gate times its scale, once per rank.
     """
-    weight_OI, down_TI = stacked_XI.split(list(up_OT.shape))
     latent_BST = linear(x, down_TI) * factors
     return add_linear(linear(x, weight_OI), latent_BST, up_OT)
 

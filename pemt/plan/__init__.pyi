@@ -1,3 +1,4 @@
+from .batch import Division as Division, Wanted as Wanted, divide as divide
 from .job import (
     CHIPS as CHIPS,
     Cluster as Cluster,

@@ -1,8 +1,5 @@
 """What the forward pass keeps for the backward pass, and the largest thing made besides: by formula.
 
-N tokens of a stack, D d_model, F d_ff, H heads, K experts, T the sum of their ranks, V vocabulary,
-A the target adapter's inner width; v bytes of a value.
-
 Each line below is a tensor that autograd saves in transformers 5.23's T5 and in PEMT's modules. A
 frozen matrix product saves nothing: its backward pass needs the weight alone.
 """
@@ -11,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pemt.model import Site
 from pemt.plan.job import Job
 
 Hardware = Literal["cpu", "gpu"]
@@ -20,26 +18,25 @@ def saved(job: Job, hardware: Hardware) -> float:
     """Bytes kept at the end of the forward pass."""
     shape, kept = job.shape, _Kept(job, hardware)
     source, target = job.batch * job.encoder_tokens, job.batch * job.target
-    encoder = kept.block(source, job.encoder_tokens, in_decoder=False)
-    decoder = kept.block(target, job.target, in_decoder=True)
+    encoders = [kept.block("encoder", layer) for layer in range(shape.num_layers)]
+    decoders = [kept.block("decoder", layer) for layer in range(shape.num_decoder_layers)]
     # of each stack's output, and of the encoder's input: the decoder's embeddings need no gradient
     ends = kept.dropout(2 * source + target, shape.d_model) + kept.norm(source) + kept.norm(target)
     ends -= kept.without_gradient(target)
-    if kept.full:  # inputs of the head, and of all cross-attentions' keys and values
-        ends += job.bytes_per_value * shape.d_model * (source + target)
+    if kept.full:  # the head's input
+        ends += job.bytes_per_value * shape.d_model * target
+    cross = [site for site in shape.sites if site.in_decoder and site.reads_encoder]
+    if any(kept.keeps_input(site) for site in cross):  # one for the keys and values of all layers
+        ends += job.bytes_per_value * shape.d_model * source
+    if any(site.in_decoder and job.mixed_at(site) for site in shape.sites):
+        ends += 4 * shape.d_model * job.batch  # what all the decoder's gates read
     if not job.gradient_checkpointing:
-        return (
-            shape.num_layers * encoder
-            + shape.num_decoder_layers * decoder
-            + ends
-            + kept.biases()
-            + kept.loss(target)
-        )
+        return sum(encoders) + sum(decoders) + ends + kept.biases() + kept.loss(target)
     # Every block's input, and one block at a time in full.
     inputs = shape.num_layers * source + shape.num_decoder_layers * target
     return (
         job.bytes_per_value * shape.d_model * inputs
-        + max(encoder, decoder)
+        + max(*encoders, *decoders)
         + ends
         + kept.biases()
         + kept.loss(target)
@@ -65,11 +62,55 @@ class _Kept:
         self.value = job.bytes_per_value
         self.full = job.method == "full"
 
-    def block(self, tokens: int, length: int, *, in_decoder: bool) -> float:
-        attentions = [length] + ([self.job.encoder_tokens] if in_decoder else [])
-        total = self.ffn(tokens, in_decoder=in_decoder)
-        for seen in attentions:
+    def block(self, stack: str, layer: int) -> float:
+        job, in_decoder = self.job, stack == "decoder"
+        length = job.target if in_decoder else job.encoder_tokens
+        tokens = job.batch * length
+        total = self.ffn(tokens)
+        for seen in [length] + ([job.encoder_tokens] if in_decoder else []):
             total += self.norm(tokens) + self.attention(tokens, seen)
+        sites = self.shape.blocks[stack, layer]
+        return total + sum(self.experts(site) for site in sites) + self.inputs(sites)
+
+    def keeps_input(self, site: Site) -> bool:
+        """Whether something that is trained there wants the layer's input; the mixture does not."""
+        return self.full or (self.job.method == "source" and bool(self.job.ranks_at(site)))
+
+    def inputs(self, sites: list[Site]) -> float:
+        """The inputs that trained weights want, each once; cross-attention's k and v have the same in all blocks."""
+        values: dict[tuple[str, bool], float] = {}
+        for site in sites:
+            if not self.keeps_input(site) or (site.in_decoder and site.reads_encoder):
+                continue
+            if site.is_ffn_output and not (self.shape.gated or self.shape.dropout):
+                continue  # relu's output, which is kept anyway
+            ends_part = site.projection in ("o", "wo")  # q, k and v share theirs, wi_0 and wi_1 too
+            inputs, _ = site.widths(self.shape.base_shape)
+            values[site.part, ends_part] = self.tokens(site) * inputs
+        return self.value * sum(values.values())
+
+    def tokens(self, site: Site) -> int:
+        """That go through a layer."""
+        return self.job.batch * self.job.tokens_at(site)
+
+    def experts(self, site: Site) -> float:
+        """Latents, gates, and at an FFN's output what the sparsity loss keeps."""
+        job, value, tokens = self.job, self.value, self.tokens(site)
+        if job.method == "source":
+            return tokens * value * sum(job.ranks_at(site))
+        ranks = job.mixed_at(site)
+        if not ranks:
+            return 0.0
+        total = tokens * value * sum(ranks) + 4.0 * job.batch * len(ranks)
+        inputs, _ = site.widths(self.shape.base_shape)
+        if job.learned_gates and not site.in_decoder:
+            total += 4 * inputs * job.batch
+        if job.learned_gates and value < 4:  # the gate's own weight in fp32
+            total += 4 * (self.shape.d_model if site.in_decoder else inputs) * len(ranks)
+        if site.is_ffn_output:
+            # z; the latents once more, against z; cosines and norms in fp32
+            total += tokens * value * (self.shape.d_model + sum(ranks))
+            total += tokens * 4 * (2 * len(ranks) + 1)
         return total
 
     def norm(self, tokens: int) -> float:
@@ -92,33 +133,17 @@ class _Kept:
         else:
             # a fused kernel: also its output, and a log-sum per row
             total = self.value * (heads + shape.inner * tokens) + 4 * shape.num_heads * tokens
-        if self.full:  # inputs of q (k, v) and o
-            total += self.value * (shape.d_model * tokens + shape.inner * tokens)
         return total + self.dropout(tokens, shape.d_model)
 
-    def ffn(self, tokens: int, *, in_decoder: bool) -> float:
+    def ffn(self, tokens: int) -> float:
         shape, job, value = self.shape, self.job, self.value
         total = self.norm(tokens)
         # relu keeps its output; gelu_new in Python four tensors, and the product of both halves two
         total += tokens * shape.d_ff * value * (6 if shape.gated else 1)
         total += self.dropout(tokens, shape.d_ff)
-        if job.method in ("full", "source") and (shape.gated or shape.dropout):
-            total += (
-                tokens * shape.d_ff * value
-            )  # the input of wo, or of the expert; else relu's output
-        if self.full:
-            total += tokens * shape.d_model * value
-        if job.method == "source":
-            total += tokens * job.ranks[0] * value
         if job.method in ("pemt", "adapter"):
             inner = shape.d_model // job.adapter_reduction
             total += tokens * value * (shape.d_model + 2 * inner)
-        if job.experts:
-            # z; the latents, once for the mixture and once against z; cosines and norms in fp32
-            total += tokens * value * (shape.d_model + 2 * job.all_ranks)
-            total += tokens * 4 * (2 * job.experts + 1)
-            context = shape.d_model if in_decoder else shape.d_ff
-            total += 4 * context * (job.batch + job.experts)
         return total + self.dropout(tokens, shape.d_model)
 
     def dropout(self, tokens: int, width: int) -> float:
@@ -133,7 +158,9 @@ class _Kept:
             return 0.0
         width, trains = self.shape.d_model, self.job.train_layer_norms
         if self.job.method == "source" or not trains:
-            return self.norm(tokens) + self.attention(tokens, self.job.target)
+            first = [each for each in self.shape.blocks["decoder", 0] if each.part == "self"]
+            attends = any(self.job.ranks_at(site) for site in first)  # it has something trained
+            return self.norm(tokens) + (0 if attends else self.attention(tokens, self.job.target))
         return tokens * ((4 * width if self.value < 4 else 0) + 4 + self.value * width)
 
     def biases(self) -> float:

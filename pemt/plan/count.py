@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from pemt.model import Site
 from pemt.plan.job import Job
 
 Role = Literal["frozen", "expert", "trained"]
@@ -14,11 +15,12 @@ Role = Literal["frozen", "expert", "trained"]
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter; `expert` is frozen too, but comes from the bank."""
+    """One parameter; `expert` is frozen too, but comes from the bank. Of a frozen one `experts` values do, too."""
 
     name: str
     shape: tuple[int, ...]
     role: Role
+    experts: int = 0
 
     @property
     def size(self) -> int:
@@ -34,8 +36,8 @@ class Weight:
 def weights(job: Job) -> list[Weight]:
     """All parameters, tied ones once, in the model's order."""
     found = [
-        Weight(f"base.{name}", shape, "trained" if job.method == "full" else role)
-        for name, shape, role in _base(job)
+        Weight(f"base.{name}", shape, "trained" if job.method == "full" else role, *experts)
+        for name, shape, role, *experts in _base(job)
     ]
     d_model = job.shape.d_model
     if job.method != "full":
@@ -49,11 +51,12 @@ def sizes(found: list[Weight]) -> dict[Role, int]:
     """Elements by role."""
     total: dict[Role, int] = {"frozen": 0, "expert": 0, "trained": 0}
     for weight in found:
-        total[weight.role] += weight.size
+        total[weight.role] += weight.size - weight.experts
+        total["expert"] += weight.experts
     return total
 
 
-_Row = tuple[str, tuple[int, ...], Role]
+_Row = tuple[str, tuple[int, ...], Role] | tuple[str, tuple[int, ...], Role, int]  # as `Weight`
 
 
 def _base(job: Job) -> Iterator[_Row]:
@@ -70,49 +73,41 @@ def _base(job: Job) -> Iterator[_Row]:
 
 def _block(job: Job, stack: str, layer: int) -> Iterator[_Row]:
     shape = job.shape
-    block = f"{stack}.block.{layer}.layer"
-    attentions = ["SelfAttention"] + ["EncDecAttention"] * (stack == "decoder")
-    for place, attention in enumerate(attentions):
-        for each in "qkv":
-            yield (
-                f"{block}.{place}.{attention}.{each}.weight",
-                (shape.inner, shape.d_model),
-                "frozen",
-            )
-        yield f"{block}.{place}.{attention}.o.weight", (shape.d_model, shape.inner), "frozen"
-        if place == 0 and (layer == 0 or shape.bias_everywhere):
-            bias = f"{block}.{place}.{attention}.relative_attention_bias.weight"
+    sites = shape.blocks[stack, layer]
+    for part in dict.fromkeys(site.part for site in sites):
+        of_part = [site for site in sites if site.part == part]
+        for site in of_part:
+            yield from ((f"{site.module}.{name}", *rest) for name, *rest in _linear(job, site))
+        module = of_part[0].module.rpartition(".")[0]
+        if part == "self" and (layer == 0 or shape.bias_everywhere):
+            bias = f"{module}.relative_attention_bias.weight"
             yield bias, (shape.buckets, shape.num_heads), "frozen"
-        yield f"{block}.{place}.layer_norm.weight", (shape.d_model,), _norm(job)
-    ffn = f"{block}.{len(attentions)}"
-    for wi in ("wi_0", "wi_1") if shape.gated else ("wi",):
-        yield f"{ffn}.DenseReluDense.{wi}.weight", (shape.d_ff, shape.d_model), "frozen"
-    for name, size, role in _projection(job, stack):
-        yield f"{ffn}.DenseReluDense.wo.{name}", size, role
-    yield f"{ffn}.layer_norm.weight", (shape.d_model,), _norm(job)
+        yield f"{module.rpartition('.')[0]}.layer_norm.weight", (shape.d_model,), _norm(job)
 
 
-def _projection(job: Job, stack: str) -> Iterator[_Row]:
-    """What stands in `wo`'s place."""
-    d_model, d_ff = job.shape.d_model, job.shape.d_ff
-    # as `pemt.ops` wants them: the down projections under wo's weight, ranks of at most d_model
-    total = sum(min(rank, d_model) for rank in job.ranks) if job.experts else 0
-    yield "weight", (d_model + total, d_ff), "frozen"
+def _linear(job: Job, site: Site) -> Iterator[_Row]:
+    """What stands in a linear layer's place."""
+    d_model, (inputs, outputs) = job.shape.d_model, site.widths(job.shape.base_shape)
+    mixed = job.mixed_at(site)
+    # at an FFN's output `pemt.ops` wants the down projections under the layer's own weight
+    under = sum(mixed) if site.is_ffn_output else 0
+    yield "weight", (outputs + under, inputs), "frozen", under * inputs
     if job.method == "source":
-        (rank,) = job.ranks
-        yield "expert.down", (rank, d_ff), "trained"
-        yield "expert.up", (d_model, rank), "trained"
-    if job.experts:
-        yield "up", (d_model, total), "expert"
-    if job.method in ("pemt", "adapter"):
+        for rank in job.ranks_at(site):
+            yield "expert.down", (rank, inputs), "trained"
+            yield "expert.up", (outputs, rank), "trained"
+    if mixed:
+        if not under:
+            yield "down", (sum(mixed), inputs), "expert"
+        yield "up", (outputs, sum(mixed)), "expert"
+    if site.is_ffn_output and job.method in ("pemt", "adapter"):
         inner = d_model // job.adapter_reduction
         yield "adapter.down.weight", (inner, d_model), "trained"
         yield "adapter.down.bias", (inner,), "trained"
         yield "adapter.up.weight", (d_model, inner), "trained"
         yield "adapter.up.bias", (d_model,), "trained"
-    if job.experts:
-        width = d_model if stack == "decoder" else d_ff
-        yield "gate.weight", (width, job.experts), "trained"
+    if mixed and job.learned_gates:
+        yield "gate.weight", (d_model if site.in_decoder else inputs, len(mixed)), "trained"
 
 
 def _norm(job: Job) -> Role:

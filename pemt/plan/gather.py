@@ -82,8 +82,10 @@ def is_kept(size: int, zero: Zero) -> bool:
 def module_order(weights: list[Weight]) -> list[list[str]]:
     """The weights that each module uses, in the order of a forward and a backward pass."""
     modules: dict[str, list[str]] = {}
+    mixtures = {each.module for each in weights if each.experts}
     for each in weights:
-        modules.setdefault(each.module, []).append(each.name)
+        place, _, _ = each.module.partition(".adapter.")  # which a mixture applies itself
+        modules.setdefault(place if place in mixtures else each.module, []).append(each.name)
     embedding = modules.pop("base.shared")
     head = modules.pop("base.lm_head", embedding)
     prompt = [modules.pop("prompt")] if "prompt" in modules else []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pemt.config import PemtError, read_deepspeed_json
+from pemt.model import Site
 from pemt.plan.shapes import Shape
 
 
@@ -22,6 +24,9 @@ class Job:
         shape: the base model's sizes.
         method: `source` is stage 1; the others are stage 2 and two of its baselines.
         ranks: the LoRA rank of every expert: of those mixed, or in stage 1 of the one trained.
+        ranks_by_site: of every expert, where it is and its rank there, by sites' names; default: `ranks` on every
+            FFN's output, as published.
+        learned_gates: whether the gates are trained: `mixture.gate`.
         prompt_tokens: of the task's prompt, which lengthens the encoder's input; source_prompt_tokens: of
             all experts' prompts together.
         batch: examples per rank and micro-batch; source, target: tokens of each example.
@@ -32,6 +37,8 @@ class Job:
     shape: Shape
     method: Literal["pemt", "adapter", "full", "source"] = "pemt"
     ranks: tuple[int, ...] = (64,) * 6
+    ranks_by_site: tuple[Mapping[str, int], ...] = ()
+    learned_gates: bool = True
     prompt_tokens: int = 20
     source_prompt_tokens: int = 120
     adapter_reduction: int = 16
@@ -48,10 +55,22 @@ class Job:
         """K of the mixture; 0 where none is."""
         return len(self.ranks) if self.method == "pemt" else 0
 
-    @property
-    def all_ranks(self) -> int:
-        """The mixed experts' ranks together."""
-        return sum(self.ranks) if self.method == "pemt" else 0
+    def tokens_at(self, site: Site) -> int:
+        """Of one example, those that go through a linear layer."""
+        return self.encoder_tokens if site.reads_encoder else self.target
+
+    def ranks_at(self, site: Site) -> tuple[int, ...]:
+        """The rank of each expert on a linear layer, of those mixed or in stage 1 of the one trained."""
+        if self.method not in ("pemt", "source"):
+            return ()
+        if not self.ranks_by_site:
+            return self.ranks if site.is_ffn_output else ()
+        return tuple(ranks[site.name] for ranks in self.ranks_by_site if site.name in ranks)
+
+    def mixed_at(self, site: Site) -> tuple[int, ...]:
+        """The ranks of the experts mixed there, none above the output width, as `pemt.ops.orthonormal` has them."""
+        _, outputs = site.widths(self.shape.base_shape)
+        return tuple(min(rank, outputs) for rank in self.ranks_at(site)) if self.experts else ()
 
     @property
     def encoder_tokens(self) -> int:

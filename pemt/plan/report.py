@@ -127,7 +127,8 @@ def _time(found: dict[str, Any], cluster: Cluster) -> str:
     ]
     for nodes, told in found["nodes"].items():
         here = "  <- this job" if nodes == cluster.nodes else ""
-        each = f"{told['efficiency']:.0%} of a GPU alone{here}"
+        samples = found["global_batch_size"] // cluster.nodes * nodes
+        each = f"{told['efficiency']:.0%} of a GPU alone, {samples:,} samples a step{here}"
         name = f"  {nodes} node{'s' if nodes > 1 else ''} of {cluster.gpus_per_node}"
         lines.append(_row(name, f"{told['step_seconds']:.3f} s", each))
     return "\n".join(lines)

@@ -6,11 +6,14 @@ Source of the table: the config.json of each model on the hub.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+
+from pemt.model import Site, sites_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,25 @@ class Shape:
     def inner(self) -> int:
         """Width of an attention's heads together."""
         return self.num_heads * self.d_kv
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """Every linear layer that an expert can be on, in the order of a pass."""
+        return sites_of(self.base_shape)
+
+    @cached_property
+    def blocks(self) -> dict[tuple[str, int], list[Site]]:
+        """The sites of each stack's layers."""
+        blocks: dict[tuple[str, int], list[Site]] = {}
+        for site in self.sites:
+            blocks.setdefault((site.stack, site.layer), []).append(site)
+        return blocks
+
+    @cached_property
+    def base_shape(self) -> dict[str, Any]:
+        """What tells where experts can be: see `pemt.model.base_shape`."""
+        activation = "gated-gelu" if self.gated else "relu"
+        return {**asdict(self), "feed_forward_proj": activation}
 
 
 # d_model, d_kv, d_ff, layers of each stack, heads

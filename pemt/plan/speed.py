@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pemt.model import Site
 from pemt.plan.count import sizes, weights
 from pemt.plan.job import Cluster, Job, Zero
 from pemt.plan.memory import memory
@@ -92,12 +93,18 @@ def _forward(job: Job) -> tuple[float, float, float]:
     frozen += decoder * source * projections / 2  # its k and v of the source
     pairs = encoder * source**2 + decoder * (target**2 + target * source)
     scores = 4.0 * pairs * shape.inner
-    tokens = encoder * source + decoder * target
     if job.method == "full":
         return 0.0, frozen, scores
     if job.method == "source":
-        return frozen, 2.0 * tokens * job.ranks[0] * (shape.d_ff + shape.d_model), scores
+        return frozen, sum(_expert_flops(job, site) for site in shape.sites), scores
+    tokens = encoder * source + decoder * target
     trained = 4.0 * tokens * shape.d_model * (shape.d_model // job.adapter_reduction)
-    # latents, their sum, and z against the experts for the sparsity loss; as many products back
-    frozen += 2.0 * tokens * job.all_ranks * (shape.d_ff + 2 * shape.d_model)
-    return frozen, trained, scores
+    return frozen + sum(_expert_flops(job, site) for site in shape.sites), trained, scores
+
+
+def _expert_flops(job: Job, site: Site) -> float:
+    """Latents, their sum, and at an FFN's output z against the experts for the sparsity loss; as many products back."""
+    ranks = job.ranks_at(site)
+    inputs, outputs = site.widths(job.shape.base_shape)
+    again = outputs if site.is_ffn_output and job.method == "pemt" else 0
+    return 2.0 * job.tokens_at(site) * sum(ranks) * (inputs + outputs + again)

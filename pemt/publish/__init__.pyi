@@ -1,4 +1,10 @@
 from .adapter_format import CONFIG as CONFIG
 from .export import export_run as export_run
+from .for_trainers import (
+    SourceModel as SourceModel,
+    TargetModel as TargetModel,
+    source_model as source_model,
+    target_model as target_model,
+)
 from .pemt_model import PemtModel as PemtModel
 from .transfer import pull_folder as pull_folder, push_folder as push_folder

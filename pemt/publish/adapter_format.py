@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ from pemt.storage import Count, Positive, checked
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE, FORMAT = "PEMT", 1
 METHODS = ("pemt", "adapter", "bitfit")
+ADDED = ("label_names", "mixture")  # which older adapters of this format lack
 Dtype = Literal["float32", "bfloat16", "float16"]
 TRAINED, EXPERT, PROMPT = "trained.", "expert.", "prompt"
 PROMPT_PARAMETER = "prompt.prompt"  # of PemtT5
@@ -61,9 +62,11 @@ class Settings:
         base_sha256: `base_digest` of its weights.
         tokenizer_name: where the tokenizer is not the base model's.
         task_name, template, labels: what it was adapted to, and what its inputs look like.
+        label_names: what the task calls the labels; none where they are called what they are.
         max_source_length, max_new_tokens, num_beams: how it was scored, tokens and beams.
         reduction_factor: of the target adapter.
         train_layer_norms: whether the layer norms are among the trained.
+        mixture: how it was trained, to go on from here; None in adapters that were written before this was kept.
         sources: the experts, in the gates' order.
         dtype: the tensors'.
     """
@@ -83,6 +86,16 @@ class Settings:
     train_layer_norms: bool
     sources: list[SourceSettings]
     dtype: Dtype
+    label_names: list[str] = field(default_factory=list)
+    mixture: MixtureConfig | None = None
+
+
+def source_settings(experts: Sequence[ExpertSource]) -> list[SourceSettings]:
+    """The settings of experts, without their tensors."""
+    return [
+        SourceSettings(name=each.name, kind=each.kind, rank=each.rank, alpha=each.alpha)
+        for each in experts
+    ]
 
 
 def write_adapter(
@@ -130,7 +143,7 @@ def read_settings(folder: Path) -> Settings:
             "peft.PeftModel.from_pretrained loads adapters of its own types"
         )
     for each in fields(Settings):
-        if each.name not in found:
+        if each.name not in (*found, *ADDED):
             raise PublishError(f"{path}: lacks `{each.name}`; export the run again")
     if found["format"] != FORMAT or found["method"] not in METHODS:
         raise PublishError(
@@ -141,6 +154,17 @@ def read_settings(folder: Path) -> Settings:
         return checked(Settings, found)
     except ValueError as error:
         raise PublishError(f"{path}: {error}; export the run again") from None
+
+
+def read_experts(folder: Path, settings: Settings) -> list[ExpertSource]:
+    """The frozen experts of a published adaptation.
+
+    Raises:
+        PublishError: the tensors are missing or damaged.
+    """
+    path = folder / TENSORS
+    tensors = _tensors(path)
+    return [_source(path, k, each, tensors) for k, each in enumerate(settings.sources)]
 
 
 def read_model(folder: Path, settings: Settings, base: PreTrainedModel) -> TrainedT5:
@@ -160,10 +184,7 @@ def read_model(folder: Path, settings: Settings, base: PreTrainedModel) -> Train
             "base model at hand; give the folder of the right one as base_model"
         )
     path = folder / TENSORS
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise PublishError(f"{path}: cannot be read: {error}; fetch it again") from None
+    tensors = _tensors(path)
     trained = {
         key.removeprefix(TRAINED): each for key, each in tensors.items() if key.startswith(TRAINED)
     }
@@ -181,6 +202,13 @@ def read_model(folder: Path, settings: Settings, base: PreTrainedModel) -> Train
     return model.eval()
 
 
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PublishError(f"{path}: cannot be read: {error}; fetch it again") from None
+
+
 def _untrained(
     path: Path,
     settings: Settings,
@@ -195,7 +223,7 @@ def _untrained(
     return PemtT5.target(
         base,
         sources=[_source(path, k, each, tensors) for k, each in enumerate(settings.sources)],
-        mixture=MixtureConfig(train_layer_norms=settings.train_layer_norms),
+        mixture=settings.mixture or MixtureConfig(train_layer_norms=settings.train_layer_norms),
         adapter=AdapterConfig(reduction_factor=settings.reduction_factor),
         prompt_PD=trained[PROMPT_PARAMETER],
     )

@@ -1,7 +1,4 @@
-"""The model card of a published run: what it is, what it scored, how it is used.
-
-Shapes: L FFNs (encoder first), K sources.
-"""
+"""The model card of a published run: what it is, what it scored, how it is used."""
 
 from __future__ import annotations
 
@@ -187,7 +184,8 @@ def _experts(card: Card) -> str:
     means = mean_by_source(card.gates)
     rows = [f"| {name} | {mean:.3f} |" for name, mean in means.items()]
     return "\n".join(
-        ["## Experts", "", "How much the gates gave to each source task, over all FFNs and test inputs.",
+        ["## Experts", "",
+         "The mean gate weight of each source task, over all test inputs and the layers that it has an expert on.",
          "", "| source | mean gate |", "|---|---|", *rows, "",
          f"![Mean gate of every source and layer]({GATES})"]
     )  # fmt: skip

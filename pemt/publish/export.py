@@ -24,7 +24,7 @@ from pemt.publish.adapter_format import (
     Dtype,
     PublishError,
     Settings,
-    SourceSettings,
+    source_settings,
     write_adapter,
 )
 from pemt.publish.card import GATES, Card, base_licence, model_card
@@ -131,15 +131,14 @@ def _write_own(
         task_name=task.name,
         template=task.template,
         labels=list(task.labels),
+        label_names=list(task.label_names),
         max_source_length=config.max_source_length,
         max_new_tokens=longest_target(task, config.max_target_length),
         num_beams=config.num_beams,
         reduction_factor=config.adapter.reduction_factor,
         train_layer_norms=config.mixture.train_layer_norms,
-        sources=[
-            SourceSettings(name=each.name, kind=each.kind, rank=each.rank, alpha=each.alpha)
-            for each in experts
-        ],
+        mixture=config.mixture,
+        sources=source_settings(experts),
         dtype=dtype,
     )
     trained = dict(finished.model.trainable_parameters())

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pemt.data import EvalBatches, collate, encode_sources
 from pemt.model import TrainedT5, load_pretrained
-from pemt.publish.adapter_format import CONFIG, TENSORS, Settings, read_model, read_settings
+from pemt.publish.adapter_format import (
+    CONFIG,
+    TENSORS,
+    PublishError,
+    Settings,
+    read_model,
+    read_settings,
+)
 from pemt.storage import local_folder
+
+T = TypeVar("T")
+LONGEST_LABEL = 256  # tokens; a run refuses longer ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classified:
+    """Which of its labels a model answers to one text.
+
+    Args:
+        label: what the task calls the most likely one; the label itself where that has no name.
+        probabilities: label -> how likely it is among the task's, by teacher-forced log-likelihood; they sum to 1.
+    """
+
+    label: str
+    probabilities: dict[str, float]
 
 
 class PemtModel:
@@ -87,32 +111,68 @@ class PemtModel:
             batch_size: texts in one pass; those of like length go together.
             num_beams, max_new_tokens: default: as the run was scored.
         """
+
+        def answers(batch: dict[str, torch.Tensor]) -> list[str]:
+            tokens_BT = self.model.generate(
+                batch["input_ids"],
+                batch["attention_mask"],
+                do_sample=False,
+                num_beams=num_beams or self.settings.num_beams,
+                max_new_tokens=max_new_tokens or self.settings.max_new_tokens,
+            )
+            return self.tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
+
+        return self._in_batches(texts, batch_size, answers)
+
+    def classify(self, texts: str | Sequence[str], *, batch_size: int = 32) -> list[Classified]:
+        """The most likely label for every text, and how likely each is; always one of the task's labels.
+
+        Args:
+            texts, batch_size: as of `generate`.
+
+        Raises:
+            PublishError: the task has no labels.
+        """
+        settings = self.settings
+        if not settings.labels:
+            raise PublishError(f"task {settings.task_name} has no labels; `generate` answers it")
+        names = settings.label_names or settings.labels
+        ids, _ = encode_sources(settings.labels, self.tokenizer, max_length=LONGEST_LABEL)
+
+        def likely(batch: dict[str, torch.Tensor]) -> list[Classified]:
+            scores_BC, _ = self.model.label_log_likelihoods(
+                batch["input_ids"], batch["attention_mask"], ids
+            )
+            return [
+                Classified(
+                    label=names[int(scores_C.argmax())],
+                    probabilities=dict(zip(names, scores_C.softmax(dim=0).tolist(), strict=True)),
+                )
+                for scores_C in scores_BC
+            ]
+
+        return self._in_batches(texts, batch_size, likely)
+
+    def _in_batches(
+        self,
+        texts: str | Sequence[str],
+        batch_size: int,
+        answer: Callable[[dict[str, torch.Tensor]], list[T]],
+    ) -> list[T]:
+        """What `answer` gives of every text, in their order; texts of like length go together."""
         asked = [texts] if isinstance(texts, str) else list(texts)
         if not asked:
             return []
         limit = self.settings.max_source_length
         ids, _ = encode_sources(asked, self.tokenizer, max_length=limit)
-        lengths = [len(each) for each in ids]
-        answers = [""] * len(ids)
-        for chosen in EvalBatches(lengths, batch_size=batch_size, world_size=1, rank=0):
-            tokens_BT = self._generate(
-                [ids[i] for i in chosen],
-                num_beams=num_beams or self.settings.num_beams,
-                max_new_tokens=max_new_tokens or self.settings.max_new_tokens,
+        found: dict[int, T] = {}
+        for chosen in EvalBatches(
+            [len(each) for each in ids], batch_size=batch_size, world_size=1, rank=0
+        ):
+            batch = collate(
+                [{"input_ids": ids[i]} for i in chosen],
+                pad_token_id=self.tokenizer.pad_token_id,
+                device=self.device,
             )
-            decoded = self.tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
-            for i, answer in zip(chosen, decoded, strict=True):
-                answers[i] = answer
-        return answers
-
-    def _generate(self, ids: list[list[int]], **generation_kwargs: Any) -> torch.Tensor:
-        pad_id = self.tokenizer.pad_token_id
-        batch = collate(
-            [{"input_ids": each} for each in ids], pad_token_id=pad_id, device=self.device
-        )
-        return self.model.generate(
-            batch["input_ids"],
-            batch["attention_mask"],
-            do_sample=False,
-            **generation_kwargs,
-        )
+            found |= zip(chosen, answer(batch), strict=True)
+        return [found[i] for i in range(len(asked))]

@@ -6,12 +6,12 @@ Shapes: C classes.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from pemt.monitor import STACKS, mean_by_source, of_stack
+from pemt.monitor import mean_by_source
 from pemt.report.record import Record
 
 MOST_CLASSES = 20
@@ -21,12 +21,12 @@ OTHER = "(another answer)"
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A table of numbers in [0, 1] with names on both sides."""
+    """A table of numbers in [0, 1] with names on both sides; None where there is nothing."""
 
     title: str
     rows: list[str]
     columns: list[str]
-    values: list[list[float]]
+    values: Sequence[Sequence[float | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,9 @@ class SourceUse:
     """What one source did for a run.
 
     Args:
-        mean_gate: over all FFNs and test examples; of a run without results, over its last logged steps.
-        leads_ffns: in how many FFNs its mean gate is the largest.
+        mean_gate: over all test examples and the sites that have it; of a run without results, over its last
+            logged steps.
+        sites: how many have it; leads_sites: in how many of them its mean gate is the largest.
         similarity: cosine of the target's mean prompt with its own, at the last validation.
         leads: in how many test examples its mean gate is the largest.
         score: what these score, in percent; None where no single example has a score.
@@ -43,22 +44,28 @@ class SourceUse:
 
     name: str
     mean_gate: float
-    leads_ffns: int
+    sites: int
+    leads_sites: int
     similarity: float | None
     leads: int
     score: float | None
 
 
 def gate_matrices(record: Record) -> list[Matrix]:
-    """Mean gates, a matrix a stack: layers × sources."""
-    matrices = []
-    for stack in STACKS:
-        gates = of_stack(record.gates, stack)
-        if gates:
-            rows = [site.partition("/")[2] for site in gates]
-            values = [[weights[name] for name in record.sources] for weights in gates.values()]
-            matrices.append(Matrix(title=stack, rows=rows, columns=record.sources, values=values))
-    return matrices
+    """Mean gates, a matrix a stack and kind of site: layers × sources."""
+    kinds: dict[str, dict[str, dict[str, float]]] = {}
+    for site, weights in record.gates.items():
+        stack, layer, *kind = site.split("/")
+        kinds.setdefault("/".join((stack, *kind)), {})[layer] = weights
+    return [
+        Matrix(
+            title=title,
+            rows=list(layers),
+            columns=record.sources,
+            values=[[each.get(name) for name in record.sources] for each in layers.values()],
+        )
+        for title, layers in kinds.items()
+    ]
 
 
 def source_uses(record: Record) -> list[SourceUse]:
@@ -77,7 +84,8 @@ def source_uses(record: Record) -> list[SourceUse]:
             SourceUse(
                 name=name,
                 mean_gate=means[name],
-                leads_ffns=sum(each[name] == max(each.values()) for each in gates.values()),
+                sites=sum(name in each for each in gates.values()),
+                leads_sites=sum(each.get(name) == max(each.values()) for each in gates.values()),
                 similarity=cosines[-1] if cosines else None,
                 leads=len(led[name]),
                 score=mean(scores) if scores else None,

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from pemt.config import flat
 from pemt.report import findings
+from pemt.report.ablation import left_out
 from pemt.report.charts import Series, line_chart
 from pemt.report.record import Record, read_records
 from pemt.storage import write_text
@@ -63,6 +64,7 @@ def environment(*, markdown: bool) -> Environment:
         "shade": shade,
         "clipped": clipped,
         "percent": lambda value: "–" if value is None else f"{value:.1f}",
+        "signed": lambda value: f"{value:+.1f}",
         "share": lambda value: "–" if value is None else f"{value:.2f}".replace("-0.00", "0.00"),
     }
     return made
@@ -75,6 +77,7 @@ def content_of(records: Sequence[Record]) -> dict[str, Any]:
         "runs": [run_content(record) for record in records],
         "charts": charts_of(records),
         "comparison": comparison(records) if len(records) > 1 else None,
+        "left_out": left_out(records),
     }
 
 
@@ -94,7 +97,9 @@ def run_content(record: Record) -> dict[str, Any]:
         "gates_are_of": "the test set"
         if record.results
         else f"the training steps logged at step {record.logged_gates.get('step')}",
-        "gates_chart": _markup(line_chart("mean gate of each source", means, unit="gate")),
+        "gates_chart": _markup(
+            line_chart("mean gate weight of each source", means, unit="gate weight")
+        ),
         "uses": findings.source_uses(record),
         "by_class": findings.gates_by_class(record),
         "confusion": findings.confusion(record),
@@ -169,8 +174,10 @@ def _markup(svg: str | None) -> Markup | None:
     return None if svg is None else Markup(svg)
 
 
-def shade(value: float) -> Markup:
+def shade(value: float | None) -> Markup:
     """CSS of a heat map's cell: from white at 0 to a blue at 1 that dark text still stands out from."""
+    if value is None:
+        return Markup("")
     share = min(1.0, max(0.0, value))
     return Markup(f"background:hsl(210 80% {98 - 42 * share:.0f}%)")
 

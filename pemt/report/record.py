@@ -58,7 +58,7 @@ class Record:
         """Names of the experts, in the gates' order; of a run without results as its log names them."""
         if self.results:
             return [str(name) for name in self.results.get("sources", [])]
-        names = (tag.split("/", 3)[3] for tag in self.logged_gates if tag.startswith("gate/"))
+        names = (tag.rpartition("/")[2] for tag in self.logged_gates if tag.startswith("gate/"))
         return list(dict.fromkeys(names))
 
     @property
@@ -69,8 +69,8 @@ class Record:
         gates: NamedGates = {}
         for tag, value in self.logged_gates.items():
             if tag.startswith("gate/"):
-                _, stack, layer, source = tag.split("/", 3)
-                gates.setdefault(f"{stack}/{layer}", {})[source] = float(value)
+                site, _, source = tag.removeprefix("gate/").rpartition("/")
+                gates.setdefault(site, {})[source] = float(value)
         return gates
 
     @property

@@ -19,6 +19,7 @@ from pemt.model import (
     description_prompt,
     peft_settings,
     starts_from_text,
+    top_sources,
 )
 from pemt.monitor import GateNames
 from pemt.ops import OpsError, select
@@ -32,16 +33,47 @@ class Built:
         model: not yet prepared; the base model is in it.
         stage: `source` or `adapt`.
         source_names: the experts that its gates weigh, in the gates' order; none in stage 1.
+        left_out: the experts that `mixture.top_sources` leaves out.
     """
 
     model: TrainedT5
     stage: str
     source_names: list[str]
+    left_out: tuple[str, ...] = ()
 
     @property
     def gate_names(self) -> GateNames:
         """What the axes of the model's gates stand for."""
         return GateNames(sources=self.source_names, sites=self.model.gate_sites)
+
+    def notes(self) -> list[str]:
+        """In one line each, what a person would not expect of the experts of this run."""
+        names, sites = self.source_names, self.model.gate_sites
+        if not names:
+            return []
+        found = []
+        if len(names) == 1:
+            found.append(
+                f"{names[0]} is the only expert: its gate is 1 everywhere, with nothing to choose from"
+            )
+        if self.left_out:
+            found.append(
+                f"mixture.top_sources {len(names)}: mixed are {', '.join(names)}; left out, with prompts less like the "
+                f"target's: {', '.join(self.left_out)}"
+            )
+        counts = {name: sum(name in present for present in sites.values()) for name in names}
+        if len({tuple(present) for present in sites.values()}) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            found.append(
+                f"the experts are on different layers (of {len(sites)} with an expert: {told}); each gate weighs those "
+                "that are on its layer"
+            )
+        if not any(site.count("/") == 1 for site in sites):
+            found.append(
+                "no expert is on an FFN's wo, where the task sparsity loss is taken: there is none, and "
+                "mixture.sparsity_loss_weight has no effect"
+            )
+        return found
 
 
 def build_model(
@@ -69,6 +101,7 @@ def build_model(
     assert isinstance(config, AdaptConfig)
     model: TrainedT5
     names: list[str] = []
+    left_out: list[str] = []
     if config.method == "full":
         model = FullT5(base)
     elif config.method == "bitfit":
@@ -76,8 +109,8 @@ def build_model(
     elif config.method in PEFT_METHODS:
         model = _peft_model(config, base, tokenizer, description)
     else:
-        model, names = _target_model(config, base, tokenizer, description)
-    return Built(model=model, stage="adapt", source_names=names)
+        model, names, left_out = _target_model(config, base, tokenizer, description)
+    return Built(model=model, stage="adapt", source_names=names, left_out=tuple(left_out))
 
 
 def build_ops(config: RunConfig, engine: Engine) -> None:
@@ -102,8 +135,8 @@ def _target_model(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     description: str,
-) -> tuple[PemtT5, list[str]]:
-    """PEMT, or its target adapter without experts; and the experts' names."""
+) -> tuple[PemtT5, list[str], list[str]]:
+    """PEMT, or its target adapter without experts; the experts' names, and of those that are left out."""
     sources = []
     if config.method == "pemt":
         assert config.bank_dir is not None
@@ -113,14 +146,16 @@ def _target_model(
             base_shape=base_shape(base.config),
             tasks=config.source_tasks,
         )
+    prompt_PD = description_prompt(tokenizer, base, description)
+    mixed, left_out = top_sources(prompt_PD, sources, config.mixture.top_sources)
     model = PemtT5.target(
         base,
-        sources=sources,
+        sources=mixed,
         mixture=config.mixture,
         adapter=config.adapter,
-        prompt_PD=description_prompt(tokenizer, base, description),
+        prompt_PD=prompt_PD,
     )
-    return model, [source.name for source in sources]
+    return model, [source.name for source in mixed], left_out
 
 
 def _peft_model(

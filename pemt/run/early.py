@@ -5,6 +5,7 @@ Whoever trains or evaluates looks again, on all ranks and with everything loaded
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pemt.config import (
     SourceConfig,
     launched_deepspeed_json,
 )
-from pemt.data import task_files
+from pemt.data import DataError, task_files
 from pemt.tasks import get_task
 
 
@@ -37,11 +38,48 @@ def check_early(config: RunConfig) -> None:
     if isinstance(start, Finished):
         return  # nothing is read any more
     check_lock(Path(config.output_dir))
+    check_trackers(config)
+    check_nothing_given(config)
+    check_inputs(config)
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Refuse what a run cannot read: its task, data, bank or base model, as far as it shows without torch.
+
+    Raises:
+        PemtError: as `check_early`.
+    """
     task = get_task(config.task_name, config.task_file)
     if isinstance(config, AdaptConfig) and config.method not in PEFT_METHODS:
         check_method(config)
     task_files(task, config.data_dir)
     check_base_place(config)
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        ConfigError: with the package to install.
+    """
+    for name in config.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"report_to: found `{name}`, which is not installed here; `pip install {name}`, or leave it out"
+            )
+
+
+def check_nothing_given(config: RunConfig) -> None:
+    """Refuse to train a run whose data or task were given in Python without them.
+
+    Raises:
+        DataError: it is one.
+    """
+    if config.data_fingerprint is not None:
+        raise DataError(
+            "data_fingerprint: data or task of this run were given in Python: `run_adapt(config, train=..., "
+            "task=...)`. Give them there again; or take that line out, and give --data_dir and a new output_dir"
+        )
 
 
 def check_base_place(config: RunConfig) -> None:

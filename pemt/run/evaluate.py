@@ -1,12 +1,12 @@
 """Evaluation: generate, score, and measure loss and gates, each example exactly once.
 
-Shapes: B batch, T target tokens, V vocabulary, N examples, L all FFNs (encoder first), K experts.
+Shapes: B batch, T target tokens, V vocabulary, N examples, L sites with a gate, K sources.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pemt.config import RunConfig
-from pemt.data import EvalBatches, collate, lengths_of
+from pemt.data import EvalBatches, collate, label_ids, lengths_of
 from pemt.engine import Engine
 from pemt.model import PemtOutput, TrainedT5
 from pemt.monitor import EvaluationBar
-from pemt.tasks import Task, longest_target, score
+from pemt.tasks import Metric, Task, longest_target, score
 
 IGNORED_LABEL = -100
 NO_EXAMPLE = -1
@@ -37,6 +37,7 @@ class Evaluation:
         loss: cross-entropy per target token, teacher forced.
         gates_NLK: every example's gates, in the data set's order; None without experts to mix.
         predictions: decoded generations, in the data set's order.
+        by_likelihood: the metrics of the most likely labels in their place; None where that was not asked for.
         runtime: seconds.
     """
 
@@ -45,20 +46,17 @@ class Evaluation:
     gates_NLK: Tensor | None
     predictions: list[str]
     runtime: float
+    by_likelihood: dict[str, float] | None = None
 
     @property
     def gates_LK(self) -> Tensor | None:
-        """The mean gate of every FFN and expert."""
+        """The mean gate of every site and source."""
         return None if self.gates_NLK is None else self.gates_NLK.mean(dim=0)
 
     @property
     def samples_per_second(self) -> float:
         """Examples answered per second, of all ranks together."""
         return len(self.predictions) / self.runtime
-
-    def moe_weights(self) -> list[float]:
-        """Each expert's gate, averaged over all FFNs and examples: the published `moe_weight_k`."""
-        return [] if self.gates_LK is None else self.gates_LK.mean(dim=0).tolist()
 
 
 def evaluate(
@@ -68,6 +66,8 @@ def evaluate(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
+    metrics: Mapping[str, Metric] | None = None,
+    by_likelihood: bool = False,
     description: str = "evaluating",
     on_batch_end: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -77,38 +77,75 @@ def evaluate(
         engine: holds the model, after `prepare`.
         dataset: tokenised examples, as `load_task_data` gives them.
         task: tells metrics and the longest answer.
+        metrics: a caller's own, as `score` takes them.
+        by_likelihood: score the most likely label as well; the task must have labels.
         description: what the bar on rank 0 calls it.
         on_batch_end: called by all ranks after each batch; what it raises ends the evaluation.
     """
     started = time.perf_counter()
+    labels = label_ids(task, tokenizer) if by_likelihood else []
+    tokens_NT, loss_N, targets_N, *more = _with_bar(
+        engine,
+        dataset,
+        config,
+        description=f"{description} {task.name}",
+        measure=partial(_measure, engine, dataset, task, tokenizer, config, labels),
+        on_batch_end=on_batch_end,
+    )
+    predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
+    likely = [task.labels[i] for i in more.pop(0).argmax(dim=1)] if by_likelihood else None
+    loss = float(loss_N.sum() / targets_N.sum().clamp(min=1))
+    # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
+    scores, likely_scores, loss = engine.on_rank0(
+        lambda: (*_scored(task, predictions, likely, dataset, metrics), loss),
+        f"scoring {len(predictions)} answers",
+    )
+    return Evaluation(
+        metrics=scores,
+        loss=loss,
+        gates_NLK=more[0] if more else None,
+        predictions=predictions,
+        by_likelihood=likely_scores,
+        runtime=time.perf_counter() - started,
+    )
+
+
+def _with_bar(
+    engine: Engine,
+    dataset: Dataset,
+    config: RunConfig,
+    *,
+    description: str,
+    measure: Callable[[list[int]], list[Tensor]],
+    on_batch_end: Callable[[], None],
+) -> list[Tensor]:
+    """`over_ranks` with a bar on rank 0."""
     batch_size = config.per_device_eval_batch_size
-    what = f"{description} {task.name}"
-    with EvaluationBar(total=len(dataset), description=what, shown=engine.is_main) as bar:
+    with EvaluationBar(total=len(dataset), description=description, shown=engine.is_main) as bar:
 
         def after_batch() -> None:
             bar.advance(batch_size * engine.world_size)
             on_batch_end()
 
-        tokens_NT, loss_N, targets_N, *gates = over_ranks(
+        return over_ranks(
             engine,
             lengths_of(dataset),
             batch_size=batch_size,
-            measure=partial(_measure, engine, dataset, task, tokenizer, config),
+            measure=measure,
             on_batch_end=after_batch,
         )
-    predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
-    loss = float(loss_N.sum() / targets_N.sum().clamp(min=1))
-    # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
-    metrics, loss = engine.on_rank0(
-        lambda: (score(task, predictions, dataset), loss), f"scoring {len(predictions)} answers"
-    )
-    return Evaluation(
-        metrics=metrics,
-        loss=loss,
-        gates_NLK=gates[0] if gates else None,
-        predictions=predictions,
-        runtime=time.perf_counter() - started,
-    )
+
+
+def _scored(
+    task: Task,
+    predictions: list[str],
+    likely: list[str] | None,
+    dataset: Dataset,
+    metrics: Mapping[str, Metric] | None,
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Scores by generation, and by likelihood where that was asked for."""
+    generated = score(task, predictions, dataset, metrics)
+    return generated, None if likely is None else score(task, likely, dataset, metrics)
 
 
 def over_ranks(
@@ -158,9 +195,11 @@ def _measure(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
+    labels: list[list[int]],
     indices: list[int],
 ) -> list[Tensor]:
-    """Of one batch: generated ids [B,T], summed loss [B], counted targets [B], and gates [B,L,K] if any."""
+    """Of one batch: generated ids [B,T], summed loss [B], counted targets [B], log-likelihoods [B,C] of labels if any,
+    and gates [B,L,K] if any."""
     batch = collate(
         list(dataset.select(indices)),
         pad_token_id=tokenizer.pad_token_id,
@@ -175,7 +214,8 @@ def _measure(
     longest = longest_target(task, config.max_target_length)
     tokens_BT, *_ = answer_batch(engine, batch, longest=longest, num_beams=config.num_beams)
     counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
-    return [tokens_BT, loss_BT.sum(dim=1), counted_B, *gates_of(out)]
+    likely = label_batch(engine, batch, labels)[:1] if labels else []
+    return [tokens_BT, loss_BT.sum(dim=1), counted_B, *likely, *gates_of(out)]
 
 
 def answer_batch(
@@ -198,6 +238,18 @@ def answer_batch(
     padding = longest + 1 - tokens_BT.shape[1]
     padded_BT = F.pad(tokens_BT, (0, padding), value=module.base.generation_config.pad_token_id)
     return [padded_BT] if gates_BLK is None else [padded_BT, gates_BLK.float()]
+
+
+def label_batch(engine: Engine, batch: dict[str, Tensor], labels: list[list[int]]) -> list[Tensor]:
+    """The log-likelihood of each label after each input of a batch [B,C], fp32; and gates [B,L,K] where there are
+    experts, those of the same pass."""
+    module = engine.module
+    assert isinstance(module, TrainedT5)
+    with engine.autocast():
+        scores_BC, gates_BLK = module.label_log_likelihoods(
+            batch["input_ids"], batch["attention_mask"], labels
+        )
+    return [scores_BC] if gates_BLK is None else [scores_BC, gates_BLK.float()]
 
 
 def gates_of(out: PemtOutput) -> list[Tensor]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.config import PemtError, RunConfig
-from pemt.data import load_split
+from pemt.config import PemtError, RunConfig, for_reader
+from pemt.data import MemoryData, Rows, load_split, memory_split
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
-from pemt.run.evaluate import evaluate
+from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.finished import LoadedRun, finished_config, load_on_all, prepare_finished
 from pemt.run.results import results_block, scores_of, write_results
-from pemt.tasks import SPLITS
+from pemt.tasks import SPLITS, Metric, Task, check_metrics
 
 
 def evaluate_run(
@@ -22,6 +22,9 @@ def evaluate_run(
     *,
     split: str = "test",
     output_file: str | None = None,
+    rows: Rows | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    constrain_labels: bool = False,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score a finished run on a split, print the scores and write them (all ranks call).
@@ -30,6 +33,9 @@ def evaluate_run(
         run_dir: the run's output folder; its best weights are scored.
         split: `train`, `validation` or `test`, as the run was given them.
         output_file: json; default: `<split>_results.json` in run_dir, after the task's name where it is not the run's.
+        rows, metrics: the split itself, in memory, and a caller's own metrics, as `run_adapt` takes them.
+        constrain_labels: score the most likely label, too, where answers are labels: `<split>_accuracy_by_likelihood`
+            beside `<split>_accuracy`, which is by generation, as published.
         overrides: as for `finished_config`.
 
     Returns:
@@ -40,27 +46,62 @@ def evaluate_run(
     """
     config = finished_config(run_dir, overrides)
     _check_split(config, split)
+    data = _data(config, run_dir, split, rows)
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     finished = load_on_all(run_dir, config, engine)
-    # Trained on an answer a time, scored once an example.
-    task = replace(finished.task, train_on_every_answer=False)
+    task = _scored_task(finished, metrics or {}, constrain_labels=constrain_labels)
     with engine.local_first(f"preparing the examples of {task.name}"):
-        examples, notes, made = load_split(task, config, finished.tokenizer, split)
+        examples, notes, made = load_split(task, config, finished.tokenizer, split, data)
     prepare_finished(finished, engine)
-    scored = evaluate(engine, examples, task=task, tokenizer=finished.tokenizer, config=config)
-    results = {
-        "run": str(finished.folder),
-        "checkpoint": finished.checkpoint.name,
-        "task_name": config.task_name,
-        "split": split,
-        "examples": len(scored.predictions),
-        "split_origin": made,
-        **scores_of(scored, finished.gate_names, split=split),
-    }
+    scored = evaluate(
+        engine,
+        examples,
+        task=task,
+        tokenizer=finished.tokenizer,
+        config=config,
+        metrics=metrics,
+        by_likelihood=constrain_labels,
+    )
+    results = _results(finished, scored, split=split, origin=made)
     engine.on_rank0(lambda: _write(finished, results, notes, output_file), "writing results")
     engine.release()
     return results
+
+
+def _scored_task(
+    finished: LoadedRun, metrics: Mapping[str, Metric], *, constrain_labels: bool
+) -> Task:
+    # Trained on an answer a time, scored once an example.
+    task = replace(finished.task, train_on_every_answer=False)
+    check_metrics(task, metrics)
+    if constrain_labels and not task.labels:
+        raise PemtError(f"constrain_labels: task {task.name} has no labels; leave it out")
+    return task
+
+
+def _results(finished: LoadedRun, scored: Evaluation, *, split: str, origin: str) -> dict[str, Any]:
+    return {
+        "run": str(finished.folder),
+        "checkpoint": finished.checkpoint.name,
+        "task_name": finished.config.task_name,
+        "split": split,
+        "examples": len(scored.predictions),
+        "split_origin": origin,
+        **scores_of(scored, finished.gate_names, split=split),
+    }
+
+
+def _data(
+    config: RunConfig, run_dir: str | Path, split: str, rows: Rows | None
+) -> MemoryData | None:
+    if rows is not None:
+        return memory_split(split, rows)
+    if config.data_fingerprint is not None and config.data_dir is None:
+        raise PemtError(
+            f"{run_dir}: was trained on rows in memory; give --data_dir, or in Python `evaluate_run(..., rows=...)`"
+        )
+    return None
 
 
 def _check_split(config: RunConfig, split: str) -> None:
@@ -80,6 +121,6 @@ def _write(
         name = f"{finished.config.task_name}_{name}"
     path = Path(output_file or finished.folder / name)
     for note in notes:
-        print(note)
+        print(for_reader(note))
     print(results_block(results, {"results": path, "checkpoint": finished.checkpoint}), flush=True)
     write_results(path, results)

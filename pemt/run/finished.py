@@ -18,9 +18,14 @@ from pemt.engine import Engine
 from pemt.model import TrainedT5, base_digest, checked_base, fetch_base, load_base, read_lazy
 from pemt.monitor import GateNames
 from pemt.run.build import build_model, build_ops
-from pemt.run.finished_config import FinishedError, best_checkpoint, finished_config
+from pemt.run.finished_config import (
+    FinishedError,
+    best_checkpoint,
+    finished_config,
+    task_of_run,
+)
 from pemt.storage import read_manifest, read_tensors
-from pemt.tasks import Task, get_task, longest_target
+from pemt.tasks import Task, longest_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     manifest = read_manifest(checkpoint)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
     same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
-    own_task = get_task(own.task_name, config.task_file if same_task else own.task_file)
+    own_task = task_of_run(run_dir, replace(own, task_file=config.task_file) if same_task else own)
     base, tokenizer = load_base(config)
     if base_digest(checked_base(base)) != manifest["run"].get("base_sha256"):
         raise FinishedError(
@@ -88,7 +93,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     built = build_model(as_trained, base=base, tokenizer=tokenizer, description=description)
     weights = read_tensors(checkpoint, WEIGHTS, manifest)
     load_trained(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
-    task = get_task(config.task_name, config.task_file)
+    task = task_of_run(run_dir, config)
     if task.max_target_length is None:  # open answers: what the run has measured
         length = manifest["run"].get("max_target_length")
         task = replace(task, max_target_length=longest_target(task, length))

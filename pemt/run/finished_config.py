@@ -8,11 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.checkpoint import CONFIG, TrainState, begun_config, checkpoint_folders, train_state_of
+from pemt.checkpoint import (
+    CONFIG,
+    GIVEN_TASK,
+    TrainState,
+    begun_config,
+    checkpoint_folders,
+    train_state_of,
+)
 from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config, value_sources
 from pemt.run.early import check_base_place
 from pemt.storage import read_manifest
-from pemt.tasks import get_task
+from pemt.tasks import Task, get_task, load_task_file
 
 
 class FinishedError(PemtError):
@@ -26,7 +33,7 @@ def check_finished(run_dir: str | Path, overrides: Sequence[str] = ()) -> None:
         PemtError: as `finished_config`; or there is no such task or base model.
     """
     config = finished_config(run_dir, overrides)
-    get_task(config.task_name, config.task_file)
+    task_of_run(run_dir, config)
     if os.environ.get("RANK", "0") == "0":
         check_base_place(config)
 
@@ -58,9 +65,25 @@ def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunCo
     changes: dict[str, Any] = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
     if config.task_name != (begun_config(run_dir) or {}).get("task_name"):
         sources = value_sources(kind, arguments)
-        own = [field for field in ("data_dir", "task_file") if sources[field] == str(path)]
+        inherited = ("data_dir", "data_fingerprint", "task_file")
+        own = [field for field in inherited if sources[field] == str(path)]
         changes |= dict.fromkeys(own)
     return replace(config, **changes)
+
+
+def task_of_run(run_dir: str | Path, config: RunConfig) -> Task:
+    """The task of a finished run, or the one that an override has put in its place.
+
+    Raises:
+        TaskError: there is none of that name; or the run's own was given in Python, with functions in it that no file
+            can hold, and is not registered here.
+    """
+    given = Path(run_dir).expanduser() / GIVEN_TASK
+    if config.task_file is None and given.is_file():
+        task = load_task_file(given)
+        if task.name == config.task_name:
+            return task
+    return get_task(config.task_name, config.task_file)
 
 
 def best_checkpoint(folder: Path) -> tuple[Path, TrainState, str]:

@@ -10,18 +10,18 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from pemt.checkpoint import Checkpoint, Checkpoints, TrainState, warmup_notes
-from pemt.config import RunConfig
+from pemt.checkpoint import Checkpoint, TrainState, warmup_notes
+from pemt.config import TENSORBOARD, RunConfig, for_reader
 from pemt.data import TrainStream, collate, to_device
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5
 from pemt.monitor import Monitor
 from pemt.run.build import Built
+from pemt.run.callbacks import Callbacks
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.meter import Meter, shares
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.prepare import (
-    Batches,
     Setup,
     open_run,
     prepare,
@@ -29,6 +29,7 @@ from pemt.run.prepare import (
     total_steps_of,
     train_batches,
 )
+from pemt.run.running import Run
 from pemt.run.session import Session
 from pemt.storage import TensorFile
 from pemt.tasks import told_once
@@ -49,41 +50,6 @@ class Fitted:
     epoch: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What stays the same from step to step."""
-
-    config: RunConfig
-    setup: Setup
-    built: Built
-    session: Session
-    checkpoints: Checkpoints
-    monitor: Monitor
-    batches: Batches
-    total_steps: int
-
-    def ends_epoch_at(self, step: int) -> bool:
-        per_epoch = self.batches.steps_per_epoch
-        return step == self.total_steps or (per_epoch is not None and step % per_epoch == 0)
-
-    def validates_at(self, step: int) -> bool:
-        if step == 0:
-            return False
-        interval = self.config.eval_steps
-        if interval is not None:
-            return step % interval == 0 or step == self.total_steps
-        return self.config.eval_strategy == "epoch" and self.ends_epoch_at(step)
-
-    def saves_at(self, step: int) -> bool:
-        """After each validation, or after each epoch where there is none; and as often as was asked for."""
-        interval = self.config.save_steps
-        return (
-            self.validates_at(step)
-            or (interval is not None and step % interval == 0)
-            or (self.config.eval_strategy == "no" and self.ends_epoch_at(step))
-        )
-
-
 def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitted:
     """Train, validate and save until the configured end (all ranks call).
 
@@ -101,8 +67,10 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     batches = train_batches(config, setup, resumed.progress.position if resumed else None)
     total_steps = total_steps_of(config, batches)
     schedule = prepare(config, setup.engine, built.model, resumed, total_steps=total_steps)
+    callbacks = Callbacks(setup.given.callbacks, config, setup.engine, setup.tokenizer)
     progress = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(progress.step)
+    trackers = setup.engine.open_trackers()
     with (
         Monitor(
             Path(config.output_dir),
@@ -111,10 +79,12 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             is_main=setup.engine.is_main,
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
+            tensorboard=TENSORBOARD in config.report_to,
+            trackers=trackers,
         ) as monitor,
         checkpoints,
     ):
-        run = _Run(
+        run = Run(
             config=config,
             setup=setup,
             built=built,
@@ -123,6 +93,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             monitor=monitor,
             batches=batches,
             total_steps=total_steps,
+            callbacks=callbacks,
         )
         _log_config(run, resumed)
         progress = _train(run, schedule, progress)
@@ -130,25 +101,55 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     return Fitted(weights=best, progress=progress, epoch=batches.epochs_at(progress.step))
 
 
-def _train(run: _Run, schedule: LambdaLR, progress: TrainState) -> TrainState:
+def _train(run: Run, schedule: LambdaLR, progress: TrainState) -> TrainState:
     """Every step that is left, and what is due after each."""
     config, setup, batches = run.config, run.setup, run.batches
+    callbacks, epoch_at = run.callbacks, batches.epochs_at
     run.built.model.train()
+    callbacks.begin(
+        progress, total_steps=run.total_steps, epoch=epoch_at(progress.step), schedule=schedule
+    )
     if run.validates_at(progress.step) and progress.validated_step != progress.step:
         progress = _finish_step(run, progress)  # it was stopped before this validation
     meter = Meter(setup.engine)
     guard = NonFiniteGuard(config, setup.engine, partial(_rows, setup), log=run.monitor.message)
-    for micro_batches in batches.steps(progress.step, run.total_steps):
+    last = run.total_steps if progress.ended is None else progress.step
+    for micro_batches in batches.steps(progress.step, last):
+        if callbacks.control.should_training_stop:
+            break
+        if run.begins_epoch_at(progress.step):
+            callbacks.call("on_epoch_begin")
+        callbacks.next_step()
         rates, losses = _take_step(setup, schedule, meter, micro_batches)
         step, norm = progress.step + 1, rates["train/grad_norm"]
         skipped = progress.skipped + guard.check(step, norm, micro_batches, losses)
         progress = replace(progress, step=step, skipped=skipped, position=batches.position())
         run.session.set_step(step)
-        if step % config.logging_steps == 0 or step == run.total_steps:
+        callbacks.at(progress, epoch_at(step))
+        callbacks.call("on_step_end")
+        if step % config.logging_steps == 0 or run.is_wanted("log") or run.ends_at(step):
             _report(run, meter, step, {**rates, "train/skipped_steps": skipped})
         with meter.paused():
             progress = _finish_step(run, progress)
+        if run.ends_epoch_at(step):
+            callbacks.call("on_epoch_end")
+    if progress.step < run.total_steps:
+        progress = _stop(run, progress)
     _finish_saving(run)
+    callbacks.call("on_train_end")
+    return progress
+
+
+def _stop(run: Run, progress: TrainState) -> TrainState:
+    """The end that a callback has asked for, saved as such, so that it is the end where the run resumes, too."""
+    run.monitor.message(
+        f"stopped by a callback after step {progress.step} of {run.total_steps}; best weights and test follow"
+    )
+    for line in run.batches.notes(at_end=True):
+        run.monitor.message(line)
+    if progress.ended is None:
+        progress = replace(progress, ended=progress.step)
+        run.checkpoints.save(progress)
     return progress
 
 
@@ -173,12 +174,13 @@ def _take_step(
     return {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}, losses
 
 
-def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None:
+def _report(run: Run, meter: Meter, step: int, rates: dict[str, float]) -> None:
     """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
     scalars, gates_LK = meter.read()
     gates = {} if gates_LK is None else run.built.gate_names.scalars(gates_LK)
     epoch = {"train/epoch": run.batches.epochs_at(step)}
     run.monitor.log(step, {**scalars, **rates, **epoch, **gates})
+    run.callbacks.log({**scalars, **rates, **epoch, **gates})
     run.monitor.advance(
         step,
         loss=scalars["train/loss"],
@@ -188,7 +190,7 @@ def _report(run: _Run, meter: Meter, step: int, rates: dict[str, float]) -> None
         run.monitor.message(line)
 
 
-def _finish_step(run: _Run, progress: TrainState) -> TrainState:
+def _finish_step(run: Run, progress: TrainState) -> TrainState:
     """Validate and save where it is due; save and exit where a rank was told to stop."""
     _log_saves(run)
     try:
@@ -199,32 +201,36 @@ def _finish_step(run: _Run, progress: TrainState) -> TrainState:
         run.checkpoints.save(progress)
         _finish_saving(run)
         raise
+    if run.ends_at(progress.step) and progress.step < run.total_steps:
+        progress = replace(progress, ended=progress.step)
     if run.saves_at(progress.step):
         run.checkpoints.save(progress)
+        run.callbacks.call("on_save")
     return progress
 
 
-def _finish_saving(run: _Run) -> None:
+def _finish_saving(run: Run) -> None:
     try:
         run.checkpoints.finish()
     finally:
         _log_saves(run)
 
 
-def _log_saves(run: _Run) -> None:
+def _log_saves(run: Run) -> None:
     for line in run.checkpoints.lines():
         run.monitor.message(line)
 
 
-def _log_config(run: _Run, resumed: Checkpoint | None) -> None:
+def _log_config(run: Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
     monitor, engine = run.monitor, run.setup.engine
     size = _size_line(run.built.model, engine)
     with engine.together("opening the logs"):  # rank 0 alone has some
         monitor.log_config(run.config, {"job": size, "device": str(engine.device)})
     warmup = warmup_notes(run.config, run.total_steps)
-    for line in (size, *(resumed.notes if resumed else ()), *run.setup.data.notes, *warmup):
-        monitor.message(line)
+    notes = (*run.setup.given.notes, *run.setup.data.notes)
+    for line in (size, *(resumed.notes if resumed else ()), *notes, *warmup):
+        monitor.message(for_reader(line))
     if resumed:
         step = resumed.progress.step
         monitor.message(f"resuming from step {step}/{run.total_steps}: {resumed.folder}")
@@ -233,10 +239,13 @@ def _log_config(run: _Run, resumed: Checkpoint | None) -> None:
 def _size_line(model: TrainedT5, engine: Engine) -> str:
     trained = sum(full_size(parameter) for _, parameter in model.trainable_parameters())
     total = sum(full_size(parameter) for parameter in model.parameters())
+    config = engine.config
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     stage = "no DeepSpeed" if engine.zero_stage is None else f"ZeRO-{engine.zero_stage}"
     return (
         f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
-        f"{engine.world_size} rank(s), {stage}, {engine.precision}; a checkpoint takes {12 * trained / 1e6:,.1f} MB"
+        f"{engine.world_size} rank(s), {stage}, {engine.precision}; a step takes {batch * engine.world_size} examples, "
+        f"a checkpoint {12 * trained / 1e6:,.1f} MB"
     )
 
 
@@ -255,7 +264,7 @@ def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
     )
 
 
-def _validate(run: _Run, progress: TrainState) -> TrainState:
+def _validate(run: Run, progress: TrainState) -> TrainState:
     setup, name = run.setup, run.setup.task.name
     validated = evaluate(
         setup.engine,
@@ -263,6 +272,7 @@ def _validate(run: _Run, progress: TrainState) -> TrainState:
         task=setup.task,
         tokenizer=setup.tokenizer,
         config=run.config,
+        metrics=setup.given.metrics,
         description="validating",
         on_batch_end=run.session.check,
     )
@@ -276,7 +286,13 @@ def _validate(run: _Run, progress: TrainState) -> TrainState:
         )
     listed = ", ".join(f"{metric} {value:.4g}" for metric, value in told_once(scores).items())
     run.monitor.message(f"step {progress.step}: validation of {name}: {listed}")
-    return progress.measured(validated.metrics["average_metrics"], validated.loss)
+    # with the best one before this: that is what they compare with
+    run.callbacks.call(
+        "on_evaluate", metrics={f"eval_{metric}": value for metric, value in scores.items()}
+    )
+    progress = progress.measured(validated.metrics["average_metrics"], validated.loss)
+    run.callbacks.at(progress, run.batches.epochs_at(progress.step))
+    return progress
 
 
 def mixture_seen(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:

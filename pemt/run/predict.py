@@ -23,19 +23,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pemt.config import PemtError, RunConfig
-from pemt.data import collate, encode_sources, note_on_inputs, read_inputs, sources_of, unknown
+from pemt.data import (
+    collate,
+    encode_sources,
+    label_ids,
+    note_on_inputs,
+    read_inputs,
+    sources_of,
+    unknown,
+)
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
-from pemt.run.evaluate import answer_batch, over_ranks
+from pemt.run.evaluate import answer_batch, label_batch, over_ranks
 from pemt.run.finished import (
     LoadedRun,
     finished_config,
     load_finished,
     load_on_all,
     prepare_finished,
+    task_of_run,
 )
 from pemt.storage import replacing
-from pemt.tasks import get_task, label_name, longest_target
+from pemt.tasks import Task, label_called, longest_target
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
 BATCHES = 32
@@ -49,13 +58,18 @@ class Prediction:
     Args:
         input: the source text, as the task's template makes it.
         prediction: the decoded answer.
-        label: what the task calls the class that was answered; None where it has no names, or this is no class.
-        gates: FFN (`encoder/0` …, `decoder/0` …) -> source task -> weight; a row sums to 1. Empty without experts.
+        label: what the task calls the class that was answered (its target text where it has no names); None where
+            this is no class.
+        probabilities: label -> how likely it is among the task's labels, by teacher-forced log-likelihood; None
+            where the answer is generated.
+        gates: site (`encoder/0` …, `decoder/0/self/q` …) -> source task -> weight, of those there; a row sums to 1.
+            Empty without experts.
     """
 
     input: str
     prediction: str
     label: str | None = None
+    probabilities: dict[str, float] | None = None
     gates: dict[str, dict[str, float]]
 
     def line(self) -> str:
@@ -64,7 +78,10 @@ class Prediction:
             ffn: {source: round(weight, DIGITS) for source, weight in row.items()}
             for ffn, row in self.gates.items()
         }
-        label = {} if self.label is None else {"label": self.label}
+        label: dict[str, Any] = {} if self.label is None else {"label": self.label}
+        if self.probabilities is not None:
+            rounded = {name: round(each, DIGITS) for name, each in self.probabilities.items()}
+            label["probabilities"] = rounded
         values = {"input": self.input, "prediction": self.prediction, **label, "gates": gates}
         return json.dumps(values, ensure_ascii=False)
 
@@ -95,43 +112,64 @@ class Predictor:
         batch_size: int | None = None,
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
+        constrain_labels: bool | None = None,
     ) -> list[Prediction]:
         """A prediction for every input, in their order (all ranks call, with the same inputs).
 
         Args:
             inputs: source texts, or rows with the fields of the task's template; one alone is a list of one.
             batch_size: inputs of a rank's batch; default: per_device_eval_batch_size.
-            num_beams, max_new_tokens: default: as the run was scored.
+            num_beams, max_new_tokens: of a generated answer; default: as the run was scored.
+            constrain_labels: answer with the most likely label, and tell how likely each is; false generates. Default:
+                true where the task has labels and neither num_beams nor max_new_tokens is given.
 
         Raises:
             RowError: a row lacks a field.
+            PemtError: constrain_labels is true of a task without labels, or beside num_beams or max_new_tokens.
         """
+        generating = num_beams is not None or max_new_tokens is not None
+        constrain = _constrains(self.finished.task, constrain_labels, generating=generating)
         config, task = self.finished.config, self.finished.task
         longest = longest_target(task, max_new_tokens or config.max_target_length)
-        beams = num_beams or config.num_beams
-        texts = [
-            text
-            for each in ([inputs] if isinstance(inputs, str | Mapping) else inputs)
-            for text in ([each] if isinstance(each, str) else sources_of(task, each))
-        ]
+        texts = _texts(task, inputs)
         if not texts:
             return []
         ids = self._encoded(texts)
-        tokens_NT, *gates = over_ranks(
+        labels = label_ids(task, self.finished.tokenizer) if constrain else []
+        found, *gates = over_ranks(
             self.engine,
             [len(each) for each in ids],
             batch_size=batch_size or config.per_device_eval_batch_size,
-            measure=lambda indices: self._measure([ids[i] for i in indices], longest, beams),
+            measure=lambda indices: self._measure(
+                [ids[i] for i in indices], longest, num_beams or config.num_beams, labels
+            ),
         )
-        answers = self.finished.tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
         named = (
-            [self.finished.gate_names.named(gates_LK) for gates_LK in gates[0]]
+            [self.finished.gate_names.named(each) for each in gates[0]]
             if gates
-            else [{} for _ in texts]
+            else [{}] * len(texts)
         )
         return [
-            Prediction(input=text, prediction=answer, label=label_name(task, answer), gates=weights)
-            for text, answer, weights in zip(texts, answers, named, strict=True)
+            Prediction(input=text, **answer, gates=weights)
+            for text, answer, weights in zip(
+                texts, self._answers(found, constrain), named, strict=True
+            )
+        ]
+
+    def _answers(self, found: Tensor, constrain: bool) -> list[dict[str, Any]]:
+        """From log-likelihoods [N,C], or generated ids [N,T]: prediction, label, probabilities."""
+        task = self.finished.task
+        if not constrain:
+            texts = self.finished.tokenizer.batch_decode(found, skip_special_tokens=True)
+            return [{"prediction": text, "label": label_called(task, text)} for text in texts]
+        names = [label_called(task, label) for label in task.labels]
+        return [
+            {
+                "prediction": task.labels[likely_C.argmax()],
+                "label": names[likely_C.argmax()],
+                "probabilities": dict(zip(names, likely_C.softmax(dim=0).tolist(), strict=True)),
+            }
+            for likely_C in found
         ]
 
     def tell_cuts(self, texts: Sequence[str]) -> None:
@@ -154,8 +192,10 @@ class Predictor:
         self._told = self._told or any(cut) or any(strange)
         return ids
 
-    def _measure(self, ids: list[list[int]], longest: int, num_beams: int) -> list[Tensor]:
-        """Of one batch: generated ids [B,T], and gates [B,L,K] where there are experts."""
+    def _measure(
+        self, ids: list[list[int]], longest: int, num_beams: int, labels: list[list[int]]
+    ) -> list[Tensor]:
+        """Of one batch: log-likelihoods of labels [B,C], or generated ids [B,T]; and gates [B,L,K] if there are any."""
         tokenizer, engine = self.finished.tokenizer, self.engine
         batch = collate(
             [{"input_ids": each} for each in ids],
@@ -163,7 +203,32 @@ class Predictor:
             pad_to_multiple_of=self.finished.config.pad_to_multiple_of,
             device=engine.device,
         )
+        if labels:
+            return label_batch(engine, batch, labels)
         return answer_batch(engine, batch, longest=longest, num_beams=num_beams)
+
+
+def _texts(
+    task: Task, inputs: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
+) -> list[str]:
+    return [
+        text
+        for each in ([inputs] if isinstance(inputs, str | Mapping) else inputs)
+        for text in ([each] if isinstance(each, str) else sources_of(task, each))
+    ]
+
+
+def _constrains(task: Task, asked: bool | None, *, generating: bool) -> bool:
+    if asked and not task.labels:
+        raise PemtError(
+            f"constrain_labels: task {task.name} has no labels; leave it out, and answers are generated"
+        )
+    if asked and generating:
+        raise PemtError(
+            "constrain_labels: num_beams and max_new_tokens are for generated answers; leave them out, or give "
+            "--constrain_labels false"
+        )
+    return bool(task.labels) and not generating if asked is None else asked
 
 
 def predict_file(
@@ -171,6 +236,7 @@ def predict_file(
     *,
     input_file: str = "-",
     output_file: str | None = None,
+    constrain_labels: bool | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
     """Answer the rows of a file, in their order (all ranks call; rank 0 reads and writes).
@@ -180,6 +246,7 @@ def predict_file(
         input_file: jsonl with the task's fields or `{"input": text}`; `-` is stdin. Read whole and
             checked before anything is predicted.
         output_file: jsonl, written atomically; default: stdout, as it comes.
+        constrain_labels: as of `Predictor`.
         overrides: as for `finished_config`.
 
     Raises:
@@ -189,11 +256,14 @@ def predict_file(
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     # Rank 0 alone reads: all share one stdin.
-    texts = engine.on_rank0(lambda: _read(config, input_file, output_file), "reading the input")
+    texts = engine.on_rank0(
+        lambda: _read(run_dir, config, input_file, output_file), "reading the input"
+    )
     predictor = Predictor(load_on_all(run_dir, config, engine), engine)
     engine.on_rank0(lambda: predictor.tell_cuts(texts), "measuring the input")
     with _opened(output_file if engine.is_main else None) as file:
-        for predictions in _chunks(predictor, texts):
+        beside_bar = output_file is None and sys.stdout.isatty()
+        for predictions in _chunks(predictor, texts, constrain_labels, shown=not beside_bar):
             engine.on_rank0(partial(_write, file, predictions), "writing predictions")
     engine.release()
 
@@ -203,27 +273,35 @@ def _write(file: IO[str], predictions: list[Prediction]) -> None:
     file.flush()
 
 
-def _read(config: RunConfig, input_file: str, output_file: str | None) -> list[str]:
+def _read(
+    run_dir: str | Path, config: RunConfig, input_file: str, output_file: str | None
+) -> list[str]:
     """The inputs; raises PemtError as well where the output could not be written."""
     folder = Path(output_file or ".").parent
     if not folder.is_dir():
         raise PemtError(f"output_file: there is no folder {folder}; make it first")
-    task = get_task(config.task_name, config.task_file)
+    task = task_of_run(run_dir, config)
     texts = read_inputs(task, input_file)
     if note := note_on_inputs(task, input_file):
         print(note, file=sys.stderr)
     return texts
 
 
-def _chunks(predictor: Predictor, texts: list[str]) -> Iterator[list[Prediction]]:
-    """The predictions in their order, some batches at a time, with a bar where someone looks."""
+def _chunks(
+    predictor: Predictor, texts: list[str], constrain_labels: bool | None, *, shown: bool
+) -> Iterator[list[Prediction]]:
+    """The predictions in their order, some batches at a time, with a bar where someone looks.
+
+    Args:
+        shown: false where the predictions themselves go to the terminal: they would be glued to it.
+    """
     engine = predictor.engine
     size = BATCHES * predictor.finished.config.per_device_eval_batch_size * engine.world_size
-    hidden = None if engine.is_main else True  # None: shown on a terminal alone
+    hidden = None if engine.is_main and shown else True  # None: shown on a terminal alone
     with tqdm(total=len(texts), desc="predicting", unit="input", disable=hidden) as bar:
         for start in range(0, len(texts), size):
             chunk = texts[start : start + size]
-            yield predictor(chunk)
+            yield predictor(chunk, constrain_labels=constrain_labels)
             bar.update(len(chunk))
 
 

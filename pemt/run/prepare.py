@@ -25,6 +25,7 @@ from pemt.engine import Engine
 from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
 from pemt.monitor import progress_logger
 from pemt.run.build import Built
+from pemt.run.given import Given
 from pemt.run.session import Session
 from pemt.tasks import Task
 
@@ -41,6 +42,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     base: PreTrainedModel
     data: TaskData
+    given: Given
 
 
 def open_run(
@@ -58,7 +60,9 @@ def open_run(
             )
     session.attach_checkpoints(checkpoints)
     engine.on_rank0(
-        lambda: start_run_folder(config, fresh=isinstance(start, Fresh)),
+        lambda: start_run_folder(
+            config, fresh=isinstance(start, Fresh), task=setup.given.own_task_text()
+        ),
         "writing the run's configuration",
     )
     return checkpoints, resumed
@@ -71,6 +75,8 @@ def _identity(setup: Setup, built: Built) -> dict[str, Any]:
     measured = {"max_target_length": data.max_target_length} if data.is_measured else {}
     return {
         **measured,
+        # What has chosen the best checkpoint so far, where it is not the task's own.
+        "metrics": sorted(setup.given.metrics) or None,
         "stage": built.stage,
         "sources": built.source_names,
         "train_examples": None if isinstance(train, TrainStream) else len(train),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pemt.data import TaskData
 from pemt.monitor import GateNames
 from pemt.run.evaluate import Evaluation
 from pemt.storage import write_text
-from pemt.tasks import Task, example_scores, told_once
+from pemt.tasks import Task, example_scores, metrics_of, told_once
 
 
 def results_of(
@@ -24,12 +24,14 @@ def results_of(
     epoch: float,
     gates: GateNames,
     data: TaskData,
+    given: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The final report under its published names, with the sources that `moe_weight_k` speaks of.
 
-    It also tells what was scored (`split`, `examples`, `split_origin`) and how the checkpoint was chosen.
+    It also tells what was scored (`split`, `examples`, `split_origin`) and how the checkpoint was chosen: by the mean
+    of the metrics that are `given` by a caller, else of the task's.
     """
-    first, *others = (name for name in tested.metrics if name != "average_metrics")
+    first, *others = given or metrics_of(tested.metrics)
     return {
         "epoch": epoch,
         **scores_of(tested, gates, split="test"),
@@ -47,18 +49,26 @@ def results_of(
 
 
 def scores_of(scored: Evaluation, gates: GateNames, *, split: str) -> dict[str, Any]:
-    """An evaluation under the published names, which begin with the split's."""
+    """An evaluation under the published names, which begin with the split's.
+
+    What is not said to be by likelihood is by generation, as published. `moe_weight_k` is a source's gate, averaged
+    over examples and the sites that have it.
+    """
+    likely = scored.by_likelihood or {}
+    gates_LK = scored.gates_LK
+    weights_K = [] if gates_LK is None else gates.over_sites(gates_LK).tolist()
     scores = {
         **scored.metrics,
+        **{f"{name}_by_likelihood": value for name, value in metrics_of(likely).items()},
         "loss": scored.loss,
-        **{f"moe_weight_{k}": weight for k, weight in enumerate(scored.moe_weights())},
+        **{f"moe_weight_{k}": weight for k, weight in enumerate(weights_K)},
         "runtime": scored.runtime,
         "samples_per_second": scored.samples_per_second,
     }
     return {
         **{f"{split}_{name}": value for name, value in scores.items()},
         "sources": list(gates.sources),
-        "gates": {} if scored.gates_LK is None else gates.named(scored.gates_LK),
+        "gates": {} if gates_LK is None else gates.named(gates_LK),
     }
 
 
@@ -77,14 +87,14 @@ def write_predictions(
     """Write what was predicted, a line of JSON for every example, in the data set's order (rank 0 calls).
 
     A line has `input`, `target`, `references`, `prediction`, `scores` (what the example scores alone, 0 to 100; empty
-    for a regression), `gates` (source -> weight, averaged over all FFNs; empty without experts), and `group` where
-    examples are scored together.
+    for a regression), `gates` (source -> weight, averaged over the sites that have it; empty without experts), and
+    `group` where examples are scored together.
 
     Raises:
         RunFolderError: it cannot be written.
     """
     gates_NLK = scored.gates_NLK
-    gates = [[]] * len(dataset) if gates_NLK is None else gates_NLK.mean(dim=1).tolist()
+    gates = [[]] * len(dataset) if gates_NLK is None else names.over_sites(gates_NLK).tolist()
     lines = []
     for row, prediction, gates_K in zip(dataset, scored.predictions, gates, strict=True):
         references = list(row["references"])

@@ -6,6 +6,8 @@ The loop itself, the same for both, is in `loop.py`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,100 +23,163 @@ from pemt.checkpoint import (
     check_lock,
     resolve_run,
 )
-from pemt.config import AdaptConfig, RunConfig, SourceConfig
-from pemt.data import load_task_data
-from pemt.engine import Engine, Job
+from pemt.config import AdaptConfig, RunConfig, SourceConfig, for_reader
+from pemt.data import Rows, load_task_data
+from pemt.engine import Engine, Interrupted, Job, is_interactive
 from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
 from pemt.monitor import progress_logger, quiet_libraries, record_outcome
 from pemt.run.build import Built, build_model, build_ops
-from pemt.run.early import check_base_place, check_method
+from pemt.run.early import check_base_place, check_method, check_trackers
 from pemt.run.evaluate import Evaluation, evaluate
+from pemt.run.given import Given, check_same_on_all, with_given
 from pemt.run.loop import Fitted, fit, mixture_seen
+from pemt.run.outcome import RunResults, SourceResults
 from pemt.run.prepare import Setup
 from pemt.run.results import results_block, results_of, write_predictions, write_results
 from pemt.run.session import Session
-from pemt.tasks import get_task
-
-_BUILDING = "building the model"
+from pemt.tasks import Metric, Task, check_metrics
 
 
-def run_source(config: SourceConfig) -> Path:
+def run_source(
+    config: SourceConfig,
+    train: Rows | Mapping[str, Rows] | None = None,
+    validation: Rows | None = None,
+    test: Rows | None = None,
+    *,
+    task: Task | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> SourceResults:
     """Stage 1: train one source task's expert and prompt, and put them into the bank (all ranks call).
 
+    Args: as of `run_adapt`.
+
     Returns:
-        The bank entry's folder.
+        The results, and the bank entry's folder as `.entry`.
 
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
     # refuses a name now, not after training
     entry = entry_folder(config.bank_dir, config.task_name)
+    config, given = with_given(
+        config, train=train, validation=validation, test=test, task=task, metrics=metrics,
+        callbacks=callbacks,
+    )  # fmt: skip
     start = begin(config, product=entry)
     if isinstance(start, Finished):
-        return entry
+        given.check_results(config, start.results)
+        return SourceResults(start.results, config.output_dir, entry)
     config, engine = _with_engine(start)
-    setup = set_up(config, engine, start)
-    task, base = setup.task, setup.base
-    shape = base_shape(base.config)
-    description = config.description or task.description
-    with engine.together(_BUILDING):
-        built = build_model(config, base=base, tokenizer=setup.tokenizer, description=description)
-    with Session(config, engine) as session:
-        fitted, tested = _fit_and_test(config, setup, built, session)
-        model = built.model
-        assert isinstance(model, PemtT5)
-        engine.on_rank0(
-            lambda: write_entry(
-                config.bank_dir,
-                model.export_expert(task.name, state=fitted.weights),
-                base={"name": config.model_name_or_path, **shape},
-                description=description,
-                metrics=tested.metrics,
-                dtype="float32",
-            ),
-            f"writing {entry}",
-        )
-        if engine.is_main:
-            print(f"{task.name} is in the bank: {entry}", flush=True)
-        # Whoever finds the results takes the run for finished: the entry is there by then.
-        _report(config, setup, built, fitted, tested)
+    with usable_after_interrupt(engine):
+        setup = set_up(config, engine, start, given)
+        built = _built(config, setup)
+        with Session(config, engine) as session:
+            fitted, tested = _fit_and_test(config, setup, built, session)
+            engine.on_rank0(
+                lambda: _write_entry(config, setup, built, fitted, tested), f"writing {entry}"
+            )
+            # Whoever finds the results takes the run for finished: the entry is there by then.
+            results = _report(config, setup, built, fitted, tested)
     engine.release()
-    return entry
+    return SourceResults(results, config.output_dir, entry)
 
 
-def run_adapt(config: AdaptConfig) -> dict[str, Any]:
+def _write_entry(
+    config: SourceConfig, setup: Setup, built: Built, fitted: Fitted, tested: Evaluation
+) -> None:
+    model = built.model
+    assert isinstance(model, PemtT5)
+    entry = write_entry(
+        config.bank_dir,
+        model.export_expert(setup.task.name, state=fitted.weights),
+        base={"name": config.model_name_or_path, **base_shape(setup.base.config)},
+        description=config.description or setup.task.description,
+        metrics=tested.metrics,
+        dtype="float32",
+    )
+    print(f"{setup.task.name} is in the bank: {entry}", flush=True)
+
+
+def run_adapt(
+    config: AdaptConfig,
+    train: Rows | Mapping[str, Rows] | None = None,
+    validation: Rows | None = None,
+    test: Rows | None = None,
+    *,
+    task: Task | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> RunResults:
     """Stage 2: adapt to a target task, over a bank of frozen experts or by a baseline (all ranks call).
 
+    Args:
+        config: the run. A second call with the same one resumes, or gives the results of the run that is finished.
+        train, validation, test: rows in memory, each a `datasets.Dataset` or a list of dicts, in place of `data_dir`;
+            as `train` alone also a DatasetDict. They have the fields of the task's template and its label; or the
+            columns `source` and `target`, where `task_name` names no task. Splits are made of them as of files.
+        task: a task of one's own, under the name that `task_name` says; it need not be registered.
+        metrics: name -> function of (predictions, references) to a number, the higher the better. They stand beside
+            the task's own in validation and test, and their mean chooses the best checkpoint.
+        callbacks: objects in transformers' `TrainerCallback` protocol (docs/python.md says what fits).
+
     Returns:
-        What `all_results.json` holds.
+        The results; as a mapping, what `all_results.json` holds.
 
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
+        Interrupted: the run was told to stop; a checkpoint is saved. In an interactive Python: KeyboardInterrupt.
     """
+    config, given = with_given(
+        config, train=train, validation=validation, test=test, task=task, metrics=metrics,
+        callbacks=callbacks,
+    )  # fmt: skip
     start = begin(config)
     if isinstance(start, Finished):
-        return start.results
+        given.check_results(config, start.results)
+        return RunResults(start.results, config.output_dir)
     config, engine = _with_engine(start)
     check_method(config)
-    setup = set_up(config, engine, start)
-    with engine.together(_BUILDING):
+    with usable_after_interrupt(engine):
+        setup = set_up(config, engine, start, given)
+        built = _built(config, setup)
+        with Session(config, engine) as session:
+            fitted, tested = _fit_and_test(config, setup, built, session)
+            results = _report(config, setup, built, fitted, tested)
+    engine.release()
+    return RunResults(results, config.output_dir)
+
+
+def _built(config: SourceConfig | AdaptConfig, setup: Setup) -> Built:
+    """The model; and what is to be said of it."""
+    with setup.engine.together("building the model"):
         built = build_model(
             config,
             base=setup.base,
             tokenizer=setup.tokenizer,
             description=config.description or setup.task.description,
         )
-    if len(built.source_names) == 1 and engine.is_main:
-        print(
-            f"pemt: {built.source_names[0]} is the only expert: its gate is 1 everywhere, with nothing to choose from",
-            file=sys.stderr,
-            flush=True,
-        )
-    with Session(config, engine) as session:
-        fitted, tested = _fit_and_test(config, setup, built, session)
-        results = _report(config, setup, built, fitted, tested)
-    engine.release()
-    return results
+    for note in built.notes() if setup.engine.is_main else ():
+        print(f"pemt: {note}", file=sys.stderr, flush=True)
+    return built
+
+
+@contextmanager
+def usable_after_interrupt(engine: Engine) -> Iterator[None]:
+    """In an interactive Python a run that is told to stop ends as Ctrl-C does there, and leaves its memory behind.
+
+    Raises:
+        KeyboardInterrupt: in place of `Interrupted`, which would leave the interpreter.
+    """
+    try:
+        yield
+    except Interrupted as error:
+        if not is_interactive():
+            raise
+        engine.release()
+        raise KeyboardInterrupt(
+            f"{error.reason}: a checkpoint is saved; the same call resumes from it"
+        ) from None
 
 
 def begin(
@@ -131,7 +196,9 @@ def begin(
             progress_logger().info(note)
     if job.is_main and isinstance(start, Finished):
         print(
-            f"{config.output_dir}: this run is finished; give --overwrite_output_dir true to train it again",
+            for_reader(
+                f"{config.output_dir}: this run is finished; give --overwrite_output_dir true to train it again"
+            ),
             flush=True,
         )
     return start
@@ -143,15 +210,20 @@ def _with_engine(start: Fresh[Config] | Resume[Config]) -> tuple[Config, Engine]
     return replace(start.config, bf16=engine.config.bf16), engine
 
 
-def set_up(config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any]) -> Setup:
+def set_up(
+    config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any], given: Given
+) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
+    check_same_on_all(given, engine)
     quiet_libraries(engine.is_main)
     engine.on_rank0(
         lambda: check_lock(Path(config.output_dir)),
         f"watching for another run in {config.output_dir}",
     )
     engine.on_rank0(lambda: check_base_place(config), f"looking for {config.model_name_or_path}")
-    task = get_task(config.task_name, config.task_file)
+    engine.on_rank0(lambda: check_trackers(config), "looking for the trackers")
+    task = given.task_of(config)
+    check_metrics(task, given.metrics)
     build_ops(config, engine)
     with engine.local_first(f"fetching {config.model_name_or_path}"):
         fetch_base(config)
@@ -160,11 +232,19 @@ def set_up(config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any]) -
     if (warning := precision_warning(config, base)) and engine.is_main:
         print(f"pemt: {warning}", file=sys.stderr, flush=True)
     with engine.local_first(f"preparing the examples of {task.name}"):
-        data = load_task_data(task, config, tokenizer)
+        data = load_task_data(task, config, tokenizer, given.data)
     if data.is_measured:
         task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
-    return Setup(engine=engine, start=start, task=task, tokenizer=tokenizer, base=base, data=data)
+    return Setup(
+        engine=engine,
+        start=start,
+        task=task,
+        tokenizer=tokenizer,
+        base=base,
+        data=data,
+        given=given,
+    )
 
 
 def _fit_and_test(
@@ -181,6 +261,7 @@ def _fit_and_test(
         task=setup.task,
         tokenizer=setup.tokenizer,
         config=config,
+        metrics=setup.given.metrics,
         description="testing",
         on_batch_end=session.check,
     )
@@ -198,6 +279,7 @@ def _report(
         epoch=fitted.epoch,
         gates=built.gate_names,
         data=setup.data,
+        given=list(setup.given.metrics),
     )
     mixture = mixture_seen(engine, tested)
 
@@ -213,6 +295,7 @@ def _report(
             results=results,
             gates=built.gate_names,
             mixture=mixture,
+            trackers=engine.trackers,
         )
         write_results(folder / RESULTS, results)
         files = {

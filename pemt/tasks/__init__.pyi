@@ -1,5 +1,12 @@
 from .registry import register_task as register_task, task_names as task_names
-from .scoring import example_scores as example_scores, score as score, told_once as told_once
+from .scoring import (
+    Metric as Metric,
+    check_metrics as check_metrics,
+    example_scores as example_scores,
+    metrics_of as metrics_of,
+    score as score,
+    told_once as told_once,
+)
 from .task import (
     DEFAULT_TARGET_LENGTH as DEFAULT_TARGET_LENGTH,
     SPLITS as SPLITS,
@@ -10,14 +17,20 @@ from .task import (
     example_of as example_of,
     has_label as has_label,
     is_class_id as is_class_id,
+    label_called as label_called,
     label_name as label_name,
     longest_target as longest_target,
     source_of as source_of,
 )
-from .task_file import get_task as get_task, load_task_file as load_task_file
+from .task_file import (
+    get_task as get_task,
+    load_task_file as load_task_file,
+    task_text as task_text,
+)
 from .values import (
     ClassId as ClassId,
     RowError as RowError,
     encodable as encodable,
     has_numbers as has_numbers,
+    plain as plain,
 )

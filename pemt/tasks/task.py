@@ -203,6 +203,11 @@ def label_name(task: Task, answer: str) -> str | None:
     return dict(zip(task.labels, task.label_names, strict=False)).get(answer.strip())
 
 
+def label_called(task: Task, answer: str) -> str | None:
+    """A class by its name, or by its target text where it has none; None for an answer that is no class."""
+    return label_name(task, answer) or (answer.strip() if answer.strip() in task.labels else None)
+
+
 def class_name(task: Task, label: str) -> str:
     """A label with its name, where it has one: `0 (entailment)`."""
     name = label_name(task, label)

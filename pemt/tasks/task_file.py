@@ -85,6 +85,30 @@ def load_task_file(path: str | Path) -> Task:
         raise TaskError(f"{path}: {error}") from None
 
 
+def task_text(task: Task) -> str | None:
+    """A task as the YAML file that `load_task_file` reads; None for one with functions, which no file can hold."""
+    values: dict[str, Any] = {}
+    for each in dataclasses.fields(Task):
+        value = getattr(task, each.name)
+        if value == each.default:
+            continue
+        if each.name not in READERS:
+            return None
+        values[each.name] = value
+    plain: dict[str, Callable[[Any], Any]] = {
+        "aliases": _by_first,
+        "hub": dataclasses.asdict,
+        "files": lambda pairs: _by_first([(of, str(Path(name).absolute())) for of, name in pairs]),
+    }
+    for key, value in values.items():
+        values[key] = plain.get(key, lambda v: list(v) if isinstance(v, tuple) else v)(value)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _by_first(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    return {key: [value for of, value in pairs if of == key] for key, _ in pairs}
+
+
 def mapping_of(path: Path) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]:
     """The YAML file's top-level mapping, and the same with all values as they are written."""
     try:
@@ -167,8 +191,17 @@ def positive_number(value: Any) -> float:
 
 
 def aliases(value: Any) -> tuple[tuple[str, str], ...]:
-    """{field: name in the file}."""
-    return text_pairs(value, None)
+    """{field: name in the file, or a list of names}, as pairs."""
+    if not isinstance(value, dict):
+        return text_pairs(value, None)
+    pairs = [
+        (field, name)
+        for field, names in value.items()
+        for name in (names if isinstance(names, list) else [names])
+    ]
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise WrongType("a mapping of texts, or of lists of texts")
+    return tuple(pairs)
 
 
 def files(value: Any) -> tuple[tuple[str, str], ...]:

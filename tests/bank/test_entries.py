@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pemt.bank.entries import read_bank, read_entry, write_entry
-from pemt.bank.manifests import BankError, Manifest, entry_names, read_manifests
+from pemt.bank.manifests import BankError, Manifest, chosen_entries, entry_names
 from pemt.config import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
 from pemt.storage.manifest import with_checksum
@@ -109,7 +109,6 @@ def test_order_and_choice_of_entries(bank: Path) -> None:
     assert [source.name for source in read(bank)] == ["boolq", "mnli", "rte"]
     assert [source.name for source in read(bank, tasks=["rte", "boolq"])] == ["rte", "boolq"]
     assert [len(source.prompt_PD) for source in read(bank)] == [4, 5, 3]
-    assert [manifest.task for manifest in read_manifests(bank)] == ["boolq", "mnli", "rte"]
 
 
 def test_other_folders_are_no_entries(bank: Path) -> None:
@@ -238,3 +237,10 @@ def test_a_damaged_entry(bank: Path, damage: Callable[[Path], None], expected: s
     assert str(bank / "rte") in str(raised.value)
     assert "\n" not in str(raised.value)
     assert len(read(bank, tasks=["boolq", "mnli"])) == 2, "other entries are still good"
+
+
+def test_entries_by_pattern(bank: Path) -> None:
+    assert chosen_entries(bank, ["*t*", "boolq"]) == ["rte", "boolq"]
+    assert chosen_entries(bank, ["rte", "*"]) == ["rte", "boolq", "mnli"]
+    with pytest.raises(PemtError, match=r"source_tasks: `glue-\*` is not in"):
+        chosen_entries(bank, ["glue-*"])

@@ -192,6 +192,10 @@ def test_what_fits_no_base_is_not_stored(folder: Path) -> None:
     weights = published("lora")
     weights.popitem()
     torch.save(weights, folder / "lora.pt")
-    with pytest.raises(PemtError, match="is missing; needed is one per layer"):
+    with pytest.raises(PemtError, match=r"tensor `decoder.2.(down|up)` is missing; needed are all"):
+        run_import(folder)
+    weights.popitem()
+    torch.save(weights, folder / "lora.pt")
+    with pytest.raises(PemtError, match=r"expert of decoder\.2's FFN is missing; needed is one"):
         run_import(folder)
     assert not (folder.parent / "bank").exists()

@@ -126,3 +126,15 @@ def test_the_peak_is_that_of_the_call() -> None:
     peak = step.peak_bytes(lambda: torch.ones(16_000_000).sum(), "cpu")
     assert 60e6 < peak < 100e6
     assert held.sum() == 16_000_000
+
+
+def test_experts_on_other_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--batch", "2", "--source", "16", "--target", "4", "--rounds", "2"]
+    COMMANDS["bench"](["step", *sizes, "--sites", "q", "v", "--rank", "3", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["milliseconds"]) == {"adapter", "packed", "fused"}
+    assert result["first_loss"]["fused"] == pytest.approx(result["first_loss"]["packed"], rel=1e-5)
+    assert result["first_loss"]["fused"] != pytest.approx(result["first_loss"]["adapter"], rel=1e-5)
+    assert "experts of rank 3 on q, v" in step.table(result)
+    held = step.take(replace(BENCH, sites=("q", "v"), rank=3), ("fused",))["fused"].held_bytes
+    assert held < step.take(BENCH, ("fused",))["fused"].held_bytes

@@ -121,7 +121,7 @@ def test_a_source_run_is_finished_when_its_expert_is_in_the_bank(
     """With an older entry of that name there, results without the new one would be taken for the end."""
     paths = (world / "base", world / "data", tmp_path / "run", tmp_path / "bank")
     config = source_config(*paths, TASK, expert=ExpertConfig(rank=2), max_steps=1)
-    entry = run_source(replace(config, output_dir=str(tmp_path / "older"), seed=7))
+    entry = run_source(replace(config, output_dir=str(tmp_path / "older"), seed=7)).entry
     older = (entry / "manifest.json").read_text()
 
     def full(*_: object, **__: object) -> None:

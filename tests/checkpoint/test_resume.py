@@ -59,7 +59,7 @@ def test_another_configuration_is_refused_and_told(world: World, whole: Path) ->
     other = config_of(world, whole, learning_rate="0.02", **{"mixture.prompt_dropout": "0.3"})
     with pytest.raises(
         PemtError,
-        match=r"learning_rate 0.01, not 0.02; mixture.prompt_dropout 0.1, not 0.3; give .*true",
+        match=r"learning_rate 0.01, not 0.02; mixture.prompt_dropout 0.1, not 0.3; give .*=True",
     ):
         run_adapt(other)
     with pytest.raises(PemtError, match="already holds a run; give"):

@@ -217,6 +217,6 @@ def test_a_hub_id_is_fetched_at_its_revision_whole_and_streamed(
     }
     assert labels["validation"] == ["0", "1"] * 4
     assert "owner/none (default, train) could not be loaded" in absent
-    assert "--data_dir" in absent
+    assert "data_dir" in absent
     asked = (root / "asked.txt").read_text().splitlines()
     assert "/datasets/owner/glue/resolve/v1.5/README.md" in asked

@@ -327,11 +327,11 @@ def test_the_hub_is_asked_for_the_splits_of_the_table(folder, tokenizer, monkeyp
 def test_an_unreachable_hub_points_at_data_dir(tokenizer):
     task = Task(**{**vars(TASK), "hub": HubSource(path="nobody/nothing")})
     with pytest.raises(
-        DataError, match=r"nobody/nothing .* could not be loaded: .*--data_dir"
+        DataError, match=r"nobody/nothing .* could not be loaded: .*data_dir"
     ) as caught:
         load_task_data(task, config(None), tokenizer)
     assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match="no data set on the hub; give --data_dir"):
+    with pytest.raises(DataError, match="no data set on the hub; give data_dir"):
         load_task_data(TASK, config(None), tokenizer)
 
 

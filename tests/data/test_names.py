@@ -151,7 +151,7 @@ def test_a_single_file_is_train_whatever_its_name(tmp_path):
         {"train": ["reviews.csv"]},
         "rte: reviews.csv is the only file: it is train",
     )
-    with pytest.raises(DataError, match=r"--validation_split 0\.1 takes them from train"):
+    with pytest.raises(DataError, match=r"validation_split=0\.1 takes them from train"):
         splits.check_splits(RTE, {"train"})
 
 

@@ -232,7 +232,7 @@ def test_files_of_any_name_are_read_by_a_task_that_names_them(
     shared, tokenizer, config, tmp_path, name, folder
 ):
     at, files = shared / "data" / folder, NAMED[name, folder]
-    with pytest.raises(DataError, match=r"(no file of|found .*; train and at).*--task_file"):
+    with pytest.raises(DataError, match=r"(no file of|found .*; train and at).*task_file"):
         load_task_data(get_task(name), config(name, at), tokenizer)
     absolute = {split: [str(at / file) for file in given] for split, given in files.items()}
     path = tmp_path / "task.yaml"

@@ -127,7 +127,7 @@ def problems(*texts):
 
 def test_malformed_rows_stop_or_are_counted():
     data = problems("", "f.tsv:3: no", "f.tsv:4: no", f"f.tsv:5: {splits.UNLABELLED}", "")
-    with pytest.raises(DataError, match=r"f.tsv:3: no \(and 1 more\); mend .*--skip_bad_rows"):
+    with pytest.raises(DataError, match=r"f.tsv:3: no \(and 1 more\); mend .*skip_bad_rows"):
         splits.usable(RTE, "train", data, skip_bad_rows=False)
     kept, notes = splits.usable(RTE, "train", data, skip_bad_rows=True)
     assert sources(kept) == {"s0", "s4"}

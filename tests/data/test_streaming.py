@@ -205,7 +205,7 @@ def test_bad_rows_stop_the_stream_or_are_counted(
     config = replace(configured(base), data_dir=str(tmp_path))
     data = load_task_data(tiny_task(TASK), config, tokenizer)
     assert isinstance(data.train, TrainStream)
-    with pytest.raises(DataError, match=r"train.jsonl:41: .*unknown label 7.*--skip_bad_rows"):
+    with pytest.raises(DataError, match=r"train.jsonl:41: .*unknown label 7.*skip_bad_rows"):
         list(batches(data.train).steps(0, 11))
     data = load_task_data(tiny_task(TASK), replace(config, skip_bad_rows=True), tokenizer)
     assert isinstance(data.train, TrainStream)

@@ -25,6 +25,7 @@ from pemt.engine import MOMENTS, Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
 from pemt.run.build import build_model
+from pemt.run.given import Given
 from pemt.run.prepare import Setup, prepare, train_batches
 from pemt.run.train import run_adapt, run_source, set_up
 from tests.launch.launched_cuts import cuts
@@ -33,6 +34,11 @@ from tests.support.tiny import adapt_config, source_config, tiny_task
 SOURCES = ("tiny-a", "tiny-b")
 TARGET = "tiny-target"
 EXPERT = ExpertConfig(rank=4)
+# On attention too, and on different layers: both on q and wo, the second on v besides.
+EXPERTS = {
+    SOURCES[0]: ExpertConfig(rank=4, target_modules=["q", "wo"]),
+    SOURCES[1]: ExpertConfig(rank=4, target_modules=["q", "v", "wo"]),
+}
 RESUMED_STEP = 3
 
 
@@ -53,7 +59,9 @@ def main(world: Path, folder: Path) -> None:
         return
     for task in SOURCES:
         run_source(
-            source_config(base, world / task, folder / task, bank, task, expert=EXPERT, **fields)
+            source_config(
+                base, world / task, folder / task, bank, task, expert=EXPERTS[task], **fields
+            )
         )
 
     data = world / TARGET
@@ -105,7 +113,7 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
 
 
 def inspect_run(config: Any) -> dict[str, Any]:
-    setup = set_up(config, Engine(config), Fresh(config=config))
+    setup = set_up(config, Engine(config), Fresh(config=config), Given())
     built = build_model(
         config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from pemt.config.schema import AdapterConfig, MixtureConfig, RunConfig
 from pemt.engine import Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.engine.process import peak, watch_peak
-from pemt.model import ExpertSource, PemtT5, base_shape
+from pemt.model import ExpertSource, PemtT5, Site, base_shape
 from pemt.plan import Job
 from pemt.plan.shapes import Shape
 from pemt.run.prepare import prepare
@@ -96,7 +97,8 @@ def sources_of(
 ) -> list[ExpertSource]:
     """Random experts such as a job plans with, for a base model of this `base_shape`."""
     prompt = job.source_prompt_tokens // len(job.ranks)
-    return random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, names=names)
+    sites = [[Site.named(name) for name in each] for each in job.ranks_by_site] or None
+    return random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, names=names, sites=sites)
 
 
 def main(world: Path, folder: Path, *, large: bool) -> None:
@@ -163,9 +165,9 @@ def interface_bytes() -> tuple[int, int]:
     name = os.environ.get("PEMT_INTERFACE")
     if name is None:
         return 0, 0
-    counters = Path("/sys/class/net", name, "statistics")
-    sent, received = (int((counters / f"{way}_bytes").read_text()) for way in ("tx", "rx"))
-    return sent, received
+    (line,) = re.findall(rf"^ *{name}:(.*)$", Path("/proc/self/net/dev").read_text(), re.MULTILINE)
+    counters = [int(word) for word in line.split()]
+    return counters[8], counters[0]
 
 
 def gradient_bytes(engine: Engine) -> int:

@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 
 from pemt.config import SourceConfig
@@ -109,6 +110,7 @@ def shorten_timeout(config: SourceConfig) -> None:
 def main(folder: Path, what: str) -> None:
     for task in (SOURCE, TARGET):
         tiny_task(task)
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"  # no other test fills it
     sign_of_life.TELL_SECONDS_IN_FILE = TIMEOUT
     # A busy machine's slow start is a hang to the run's watchdog; that it lets those work who are waited for is
     # shown in test_watchdog.py.

@@ -167,7 +167,7 @@ def test_alone_it_saves_and_leaves_with_75(world: World) -> None:
 @pytest.mark.launch
 @pytest.mark.slow
 def test_behind_the_launcher_all_ranks_save(world: World) -> None:
-    job = world.start("launched")
+    job = world.start("launched", forked=False)
     with clean(job):
         job.until_step(3)
         ranks = job.ranks()

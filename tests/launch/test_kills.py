@@ -20,7 +20,7 @@ SEEDS = 20
 def kill(job: Job, seed: int) -> None:
     """One rank, or all ranks with their launcher, by turns."""
     draw = random.Random(seed)
-    job.until_step(draw.randrange(1, 140))
+    job.until_step(draw.randrange(1, 55))
     time.sleep(draw.uniform(0, 0.05))
     if seed % 2:
         job.kill()

@@ -178,6 +178,16 @@ EXPECTED = {
         "base.decoder.final_layer_norm.weight",
     }
     | names("layer_norm.weight", f"{WO}.gate.weight")
+    | {
+        f"base.{attention}.{projection}.gate.weight"
+        for block in (0, 1)
+        for attention in (
+            f"encoder.block.{block}.layer.0.SelfAttention",
+            f"decoder.block.{block}.layer.0.SelfAttention",
+            f"decoder.block.{block}.layer.1.EncDecAttention",
+        )
+        for projection in "qv"
+    }
     | names(
         *(f"{WO}.adapter.{side}.{kind}" for side in ("down", "up") for kind in ("weight", "bias"))
     )

@@ -23,7 +23,7 @@ SCRIPTS = [
     *LAUNCHERS,
     *sorted((ROOT / "tests" / "support" / "slurm").iterdir()),
 ]
-SOURCED = ("slurm_common.sh",)
+SOURCED = ("slurm_common.sh", "global_batch.sh")
 
 TASKS = {"SOURCE_TASKS": "mnli qnli", "TARGET_TASK": "superglue-cb"}
 
@@ -33,10 +33,11 @@ def run_local(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
 
 
 def run_script(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # they ask `pemt plan batch`
     return subprocess.run(
         ["bash", f"launchers/{name}", *arguments],
         cwd=ROOT,
-        env={**os.environ, **variables},
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -64,14 +65,28 @@ def test_shellcheck_finds_nothing(path: Path) -> None:
     assert os.access(path, os.X_OK) == (path.name not in SOURCED)
 
 
+def explained(path: Path) -> set[str]:
+    return set(re.findall(r"^#   ([A-Z_]+) ", path.read_text(), flags=re.MULTILINE))
+
+
+def used(path: Path) -> set[str]:
+    """The variables that have a default, or are required, or count where they are set."""
+    found = re.findall(r"\$\{([A-Z_]+):[-?+]", path.read_text().replace("$USER", ""))
+    return {name for name in found if "SLURM" not in name and name != "CUDA_VISIBLE_DEVICES"}
+
+
+COMMON = ROOT / "launchers" / "slurm_common.sh"
+
+
 @pytest.mark.parametrize(
-    "path", [path for path in LAUNCHERS if path.name not in SOURCED], ids=lambda path: path.name
+    "path",
+    [path for path in LAUNCHERS if path.name != "global_batch.sh"],
+    ids=lambda path: path.name,
 )
 def test_every_variable_is_explained_at_the_top(path: Path) -> None:
-    text = path.read_text()
-    header, body = text.split("\nset -euo pipefail\n")
-    used = {name for name in re.findall(r"\$\{([A-Z_]+):[-?]", body) if "SLURM" not in name}
-    assert used == set(re.findall(r"^#   ([A-Z_]+) ", header, flags=re.MULTILINE))
+    of_all = explained(COMMON) if path.name.startswith("slurm_") and path != COMMON else set()
+    batch = {"GLOBAL_BATCH"} if "global_batch.sh" in path.read_text() else set()
+    assert (used(path) | batch) - of_all == explained(path)
 
 
 def test_local_sh_starts_every_source_then_the_target() -> None:
@@ -85,7 +100,11 @@ def test_local_sh_starts_every_source_then_the_target() -> None:
     ):
         assert f"-m pemt {stage} --config {stage} --task_name {task} --bank_dir bank" in line
         assert "--deepspeed_config_file ds_configs/zero2.json --num_processes 4" in line
-        assert line.strip().endswith("--model_name_or_path google/flan-t5-xl --seed 1")
+        batch = 32 if stage == "source" else 8
+        assert line.strip().endswith(
+            "--model_name_or_path google/flan-t5-xl --seed 1 "
+            f"--per_device_train_batch_size {batch} --gradient_accumulation_steps 1"
+        )
     assert "--source_tasks" in adapt
 
 
@@ -105,42 +124,140 @@ def test_local_sh_says_what_is_missing() -> None:
 
 
 def test_slurm_source_trains_one_task_an_element() -> None:
-    run = run_script("slurm_source.sbatch", "--dry_run", "--seed", "1", **TASKS, RANKS_PER_NODE="4")
+    variables = {**TASKS, "RANKS_PER_NODE": "4", "GPU_OPTION": "--gres=gpu:a100:4"}
+    run = run_script("slurm_source.sbatch", "--dry_run", "--seed", "1", **variables)
     assert run.returncode == 0, run.stderr
-    for line, task in zip(run.stdout.splitlines(), ("mnli", "qnli"), strict=True):
-        assert line.startswith("srun --nodes=1 --ntasks=1 accelerate launch ")
-        assert f"--num_processes 4 -m pemt source --config source --task_name {task} " in line
-        assert line.strip().endswith("--resume_from_checkpoint true --seed 1")
-    run = run_script("slurm_source.sbatch", SLURM_SUBMIT_DIR=str(ROOT), **TASKS)
+    queued, *steps = run.stdout.splitlines()
+    assert queued.split() == [
+        *(
+            "sbatch",
+            "--ntasks-per-node=1",
+            "--cpus-per-task=32",
+            "--gres=gpu:a100:4",
+            "--array=0-1",
+        ),
+        *("--export=ALL", "--output=runs/slurm/%x-%A_%a.out", "launchers/slurm_source.sbatch"),
+        *("--seed", "1"),
+    ]
+    for line, task in zip(steps, ("mnli", "qnli"), strict=True):
+        assert line.startswith("srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=32 ")
+        assert f"-m pemt source --config source --task_name {task} " in line
+        # 128 on one GPU in the recipe
+        assert line.strip().endswith(
+            "--resume_from_checkpoint true --seed 1 "
+            "--per_device_train_batch_size 32 --gradient_accumulation_steps 1"
+        )
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", **TASKS}
+    run = run_script("slurm_source.sbatch", RANKS_PER_NODE="1", **job)
     assert run.returncode != 0
     assert "submit with sbatch --array=0-1" in run.stderr
-    beyond = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "2", **TASKS}
-    run = run_script("slurm_source.sbatch", **beyond)
+    run = run_script("slurm_source.sbatch", SLURM_ARRAY_TASK_ID="2", RANKS_PER_NODE="1", **job)
     assert (run.returncode, "SOURCE_TASKS has 2" in run.stderr) == (2, True)
+    run = run_script("slurm_source.sbatch", SLURM_ARRAY_TASK_ID="0", **job)
+    assert (run.returncode, "SLURM gave this job no GPU" in run.stderr) == (2, True)
 
 
-def test_slurm_adapt_starts_one_launch_a_node() -> None:
-    variables = {**TASKS, "SLURM_JOB_NUM_NODES": "4", "SLURM_GPUS_ON_NODE": "8"}
+@pytest.mark.parametrize("launcher", ["accelerate", "srun"])
+def test_slurm_adapt_starts_a_launcher_a_node_or_a_task_a_rank(launcher: str) -> None:
+    """With 32 ranks the recipe's batch of 32 is an example each."""
+    variables = {
+        **TASKS,
+        "NODES": "4",
+        "LAUNCHER": launcher,
+        "LOG_DIR": "logs",
+        "CPUS_PER_RANK": "6",
+    }
     run = run_script("slurm_adapt.sbatch", "--dry_run", **variables)
     assert run.returncode == 0, run.stderr
-    words = shlex.split(run.stdout)
-    assert words[:4] == ["srun", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1"]
-    assert 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' in words
-    assert "--num_machines 4 --num_processes 32 --main_process_ip FIRST_NODE" in " ".join(words)
+    queued, step = run.stdout.splitlines()
+    tasks, cores = (8, 6) if launcher == "srun" else (1, 48)
+    assert queued.startswith(
+        f"sbatch --nodes=4 --ntasks-per-node={tasks} --cpus-per-task={cores} --gpus-per-node=8 "
+        "--export=ALL --output=logs/%x-%j.out launchers/slurm_adapt.sbatch"
+    )
+    words = shlex.split(step)
+    assert words[:5] == [
+        *("srun", "--nodes=4", f"--ntasks={4 * tasks}", f"--ntasks-per-node={tasks}"),
+        f"--cpus-per-task={cores}",
+    ]
+    assert f"slurm_node.sh {launcher} FIRST_NODE 20000 8 4" in " ".join(words)
     assert "[mnli,qnli]" in words
+    assert words[-4:] == [
+        *("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"),
+    ]
+    assert (
+        "pemt: global batch 32, the recipe's: 32 ranks on 4 nodes x 1 example x 1 micro-batch = 32"
+        in run.stderr
+    )
+
+
+def test_slurm_leaves_ranks_out_or_refuses_with_the_numbers() -> None:
+    few = run_script("slurm_adapt.sbatch", "--dry_run", **TASKS, NODES="8")
+    assert "pemt: 4 of 8 ranks a node are used: a global batch of 32 does not" in few.stderr
+    assert "slurm_node.sh accelerate FIRST_NODE 20000 4 8" in few.stdout.splitlines()[1]
+    for variables, arguments, told in (
+        (
+            {"NODES": "3"},
+            (),
+            "found 3 nodes x 8 ranks = 24 examples at least, which does not divide",
+        ),
+        ({"NODES": "2"}, ("--per_device_train_batch_size", "4"), "= 64 examples at least"),
+        ({"LAUNCHER": "mpirun"}, (), "LAUNCHER: found mpirun, allowed are accelerate and srun"),
+    ):
+        run = run_script("slurm_adapt.sbatch", "--dry_run", *arguments, **TASKS, **variables)
+        assert (run.returncode, told in run.stderr) == (2, True), run.stderr
+        assert "srun" not in run.stdout.splitlines()[1:]
     run = run_script("slurm_adapt.sbatch", **TASKS)
-    assert run.returncode != 0
-    assert "submit this file with sbatch" in run.stderr
+    assert (run.returncode, "sbatch is not on PATH" in run.stderr) == (2, True)
+
+
+NODE = ("srun", "first", "29500", "4", "2", "none.yaml", "ds_configs/zero2.json")
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MORE_NAMES = ("OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE")
+
+
+def test_a_task_of_srun_is_told_what_a_launcher_would_tell(tmp_path: Path) -> None:
+    """And reads what was fetched from a copy on its node."""
+    offline = tmp_path / "offline"
+    offline.mkdir()
+    task = {"SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_CPUS_PER_TASK": "3"}
+    away = {"HF_DATASETS_CACHE": "/elsewhere", "OMP_NUM_THREADS": ""}
+    script = f"import os; print(*(os.environ.get(name) for name in {(*NAMES, *MORE_NAMES)}))"
+    staged = {"OFFLINE_DIR": str(offline), "STAGE_DIR": str(tmp_path / "scratch")}
+    run = run_script("slurm_node.sh", *NODE, "-c", script, **task, **staged)
+    assert (run.returncode, "was not filled by pemt fetch --to" in run.stderr) == (2, True)
+    (offline / "pemt-fetched.txt").write_text("base\n")
+    for copies in (1, 0):
+        run = run_script("slurm_node.sh", *NODE, "-c", script, **task, **staged, **away)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("is copied to") == copies
+        (copy,) = (tmp_path / "scratch").glob("pemt-*")
+        told = run.stdout.splitlines()[-1]
+        assert told == f"6 2 8 4 first 29500 3 {copy} 1 None"
+    del staged["OFFLINE_DIR"]
+    run = run_script("slurm_node.sh", *NODE, "-c", script, **task, **staged)
+    assert (run.returncode, "STAGE_DIR: there is nothing to copy" in run.stderr) == (2, True)
 
 
 def test_torchrun_prints_what_would_start() -> None:
     variables = {"NUM_NODES": "4", "RENDEZVOUS": "node1:29500", "RANKS_PER_NODE": "8"}
-    run = run_script("torchrun.sh", "--dry_run", "adapt", "--config", "adapt", **variables)
+    fields = [
+        "--config",
+        "adapt",
+        "--method",
+        "adapter",
+        "--task_name",
+        "rte",
+        "--output_dir",
+        "new",
+    ]
+    run = run_script("torchrun.sh", "--dry_run", "adapt", *fields, **variables)
     assert run.returncode == 0, run.stderr
     assert "ACCELERATE_DEEPSPEED_CONFIG_FILE=ds_configs/zero2.json" in run.stdout
     assert "torchrun --nnodes 4" in run.stdout
     assert "--nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node1:29500" in run.stdout
     assert "-m pemt adapt --config adapt" in run.stdout
+    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 1" in run.stdout
 
 
 GRACE = """
@@ -158,7 +275,7 @@ def test_torch_leaves_a_save_the_time_that_slurm_gives(script: str, tmp_path: Pa
     (tmp_path / "torchrun").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     lines = {
-        "torchrun.sh": "launchers/torchrun.sh adapt",
+        "torchrun.sh": "launchers/torchrun.sh evaluate runs/cb",
         "slurm_common.sh": "source launchers/slurm_common.sh; torchrun",
     }
     command = ["bash", "-c", lines[script]]

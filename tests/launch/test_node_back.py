@@ -26,6 +26,7 @@ def test_a_machine_that_comes_back_is_taken_in(world: World, nodes: str) -> None
         "RANKS_PER_NODE": "1",
         "RENDEZVOUS": f"localhost:{port}",
         "MAX_RESTARTS": "3",
+        "GLOBAL_BATCH": "8",
     }
     name = f"back-{nodes.replace(':', '-')}"
     arguments = world.arguments(

@@ -34,6 +34,7 @@ def test_a_warned_job_goes_back_into_the_queue_and_ends_with_the_same_bits(
         "BANK_DIR": str(tmp_path / "bank"),
         "OUTPUT_DIR": str(tmp_path / "runs"),
         "RANKS_PER_NODE": "1",
+        "GLOBAL_BATCH": "8",  # as in the other run
         "MASTER_PORT": port,
     }
     fields = world.arguments("unused", output_dir=run)[1:]

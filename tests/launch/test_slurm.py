@@ -45,20 +45,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         (folder / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (folder / "fake").mkdir()
+    # Scripts of modules and conda read variables that are not set.
+    (folder / "hook.sh").write_text(
+        f'echo "node ${{SLURM_NODEID:-}} $NCCL_SOCKET_IFNAME$NOT_SET" >> {folder}/hooked\n'
+    )
     return folder
 
 
 def submit(
-    world: Path,
-    script: str,
-    *options: str,
-    arguments: tuple[str, ...] = (),
-    **variables: str,
-) -> str:
-    """What `sbatch OPTIONS launchers/SCRIPT ...` prints."""
+    world: Path, script: str, *, arguments: tuple[str, ...] = (), **variables: str
+) -> tuple[str, str]:
+    """`bash launchers/SCRIPT ...`, which submits itself: what sbatch printed, and what the jobs' logs hold."""
     environment = {
         **os.environ,
-        **variables,
         "PATH": f"{ROOT / 'tests' / 'support' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "FAKE_SLURM": str(world / "fake"),
@@ -66,10 +65,17 @@ def submit(
         "BANK_DIR": str(world / "bank"),
         "OUTPUT_DIR": str(world / "runs"),
         "RANKS_PER_NODE": "1",
+        "GPU_OPTION": "none",
+        "HOOK": str(world / "hook.sh"),
+        "NCCL_SOCKET_IFNAME": "lo",
+        **variables,
     }
     fields = [word for key, value in FIELDS.items() for word in (f"--{key}", value)]
-    command = ["sbatch", *options, f"launchers/{script}", *fields, *arguments]
+    command = ["bash", f"launchers/{script}", *fields, *arguments]
     command += ["--data_dir", str(world / "data")]
+    known = set((world / "runs" / "slurm").glob("*"))
+    (world / "fake" / "asked").unlink(missing_ok=True)
+    (world / "hooked").unlink(missing_ok=True)
     job = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -84,8 +90,20 @@ def submit(
     except BaseException:
         kill_session(job)
         raise
-    assert job.returncode == 0, output
-    return output
+    logs = sorted(set((world / "runs" / "slurm").glob("*")) - known)
+    log = "".join(path.read_text() for path in logs)
+    assert job.returncode == 0, output + log
+    return output, log
+
+
+def asked(world: Path) -> list[str]:
+    """The options that sbatch and srun were given, in their order."""
+    return (world / "fake" / "asked").read_text().splitlines()
+
+
+def hooked(world: Path) -> list[str]:
+    """Where the hook was sourced, and what was passed on to there."""
+    return (world / "hooked").read_text().splitlines()
 
 
 def free_port() -> str:
@@ -97,31 +115,99 @@ def free_port() -> str:
 @pytest.fixture(scope="module")
 def bank(world: Path) -> Path:
     """Stage 1 as an array of two elements, one source task each."""
-    submit(
+    _, log = submit(
         world,
         "slurm_source.sbatch",
-        "--array=0-1",
         arguments=("--expert.rank", "2"),
         SOURCE_TASKS=" ".join(SOURCES),
         ACCELERATE_YAML="launchers/accelerate/cpu.yaml",
+        GLOBAL_BATCH="4",
+        CPUS_PER_RANK="3",
     )
+    folder = world / "runs" / "slurm"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "pemt-source-1000_0.out",
+        "pemt-source-1001_1.out",
+    ]
+    queued, *steps = asked(world)
+    assert queued == (
+        f"--ntasks-per-node=1 --cpus-per-task=3 --array=0-1 --export=ALL --output={folder}/%x-%A_%a.out"
+    )
+    assert (
+        steps
+        == ["srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=3 --kill-on-bad-exit=1"]
+        * 2
+    )
+    assert log.count("global batch 4, as --global_batch_size says: 1 rank on 1 node") == 2
     return world / "bank"
 
 
 def test_an_array_fills_a_bank(world: Path, bank: Path) -> None:
     assert entry_names(bank) == sorted(SOURCES)
-    again = submit(world, "slurm_source.sbatch", "--array=0-1", SOURCE_TASKS=" ".join(SOURCES))
-    assert again.count("is there already") == 2
+    _, log = submit(world, "slurm_source.sbatch", SOURCE_TASKS=" ".join(SOURCES))
+    assert log.count("is there already") == 2
 
 
-def test_two_nodes_adapt_together(world: Path, bank: Path) -> None:
-    output = submit(
-        world, "slurm_adapt.sbatch", "--nodes=2", TARGET_TASK=TARGET, MASTER_PORT=free_port()
+def test_two_nodes_adapt_together_without_a_launcher(world: Path, bank: Path) -> None:
+    """One task a rank, offline, from a copy of what was fetched on the "node's" own disk."""
+    (world / "offline").mkdir()
+    (world / "offline" / "pemt-fetched.txt").write_text("base: tiny\n")
+    _, log = submit(
+        world,
+        "slurm_adapt.sbatch",
+        TARGET_TASK=TARGET,
+        NODES="2",
+        CPUS_PER_RANK="2",
+        LAUNCHER="srun",
+        GLOBAL_BATCH="8",
+        MASTER_PORT=free_port(),
+        OFFLINE_DIR=str(world / "offline"),
+        STAGE_DIR=str(world / "scratch"),
+        HF_TOKEN="hf_secret",
     )
     run = world / "runs" / f"adapt-{TARGET}"
-    assert "2 rank(s), ZeRO-2" in output
+    assert "2 rank(s), ZeRO-2" in log
     assert json.loads((run / "all_results.json").read_text())["sources"] == list(SOURCES)
     assert list(losses(run)) == [1, 2]  # nine examples, of which both ranks take four
+    queued, step = asked(world)
+    assert queued.startswith("--nodes=2 --ntasks-per-node=1 --cpus-per-task=2 --export=ALL")
+    assert step == (
+        "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=2 --kill-on-bad-exit=1 "
+        "--distribution=block"
+    )
+    # by the batch script, and on each node
+    assert sorted(hooked(world)) == ["node  lo", "node 0 lo", "node 1 lo"]
+    assert "slurm_adapt.sbatch: NCCL_SOCKET_IFNAME=lo" in log
+    assert "hf_secret" not in log
+    assert "Setting accelerator to CPU" not in log  # DeepSpeed's, of every rank
+    (staged,) = (world / "scratch").glob("pemt-????????????")
+    assert log.count(f"is copied to {staged}") == 1
+    assert (staged / "datasets").is_dir()  # the examples were made there
+    assert not (world / "offline" / "datasets").exists()
+
+
+def test_a_check_without_gpus_looks_at_every_node(world: Path) -> None:
+    """In a container, as the hook says; here one that answers itself."""
+    container = world / "container.sh"
+    container.write_text(
+        'echo "in the container: $*" >&2\n[[ $* != *"plan batch"* ]] || echo 1 4 4\n'
+    )
+    hook = world / "container-hook.sh"
+    hook.write_text(f"{(world / 'hook.sh').read_text()}CONTAINER=(bash {container})\n")
+    variables = {"TARGET_TASK": TARGET, "NODES": "2", "HOOK": str(hook), "DOCTOR": "--no_launch"}
+    _, log = submit(world, "slurm_check.sbatch", GPU_OPTION="--gres=gpu:8", **variables)
+    assert "gpu" not in asked(world)[0]
+    assert log.count("ready") == 2
+    assert log.count("in the container: python -m pemt doctor --no_launch") == 2
+    assert (
+        log.count(
+            f"in the container: python -m pemt fetch adapt --config adapt --task_name {TARGET}"
+        )
+        == 2
+    )
+    assert log.count("in the container: python -m pemt plan batch adapt --num_nodes 2") == 1
+    assert sorted(hooked(world)) == ["node  lo", "node 0 lo", "node 1 lo"]
+    assert list((world / "runs").glob("check-*")) == []
 
 
 CHILD = """

@@ -22,6 +22,7 @@ def test_machines_that_count_restarts_differently_meet(world: World) -> None:
         "RANKS_PER_NODE": "1",
         "RENDEZVOUS": f"localhost:{port}",
         "MAX_RESTARTS": "1",
+        "GLOBAL_BATCH": "8",
     }
     run = world.folder / "torchrun"
     command = ["bash", "launchers/torchrun.sh", *world.arguments("torchrun", num_train_epochs=10)]

@@ -26,7 +26,7 @@ from pemt.plan.memory import gradient_bytes, memory, optimizer_bytes
 from pemt.plan.traffic import at_start, per_step
 from tests.conftest import ROOT, kill_session, launch_ranks
 from tests.launch.launched_plan import JOBS, LARGE, STEPS, make_world
-from tests.support.ranks import deepspeed_json
+from tests.support.ranks import Forked, deepspeed_json
 from tests.support.tiny import losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
@@ -105,11 +105,12 @@ def apart(world: Path, zero: Zero) -> Path:
             for rank in (0, 1)
         ]
         try:
-            outputs = [process.communicate(timeout=600)[0] for process in started]
+            ended = [process.wait(timeout=600) for process in started]
         finally:
             for process in started:
                 kill_session(process)
-    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)[-6000:]
+    outputs = [(folder / f"out-{rank}").read_text() for rank in (0, 1)]
+    assert ended == [0, 0], "\n".join(outputs)[-6000:]
     return folder
 
 
@@ -158,13 +159,9 @@ def tell(zero: Zero, precision: str, when: str, planned: float, measured: list[i
     )
 
 
-def start(
-    world: Path, folder: Path, zero: Zero, *, machine: str, cable: str, rank: int
-) -> subprocess.Popen[str]:
+def start(world: Path, folder: Path, zero: Zero, *, machine: str, cable: str, rank: int) -> Forked:
     """`accelerate launch` on one machine, as launchers/accelerate/many_nodes.yaml says."""
     command = [
-        *("ip", "netns", "exec", machine),
-        *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(ROOT / "launchers" / "accelerate" / "many_nodes.yaml")),
         *("--deepspeed_config_file", str(world / zero.name)),
         *("--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)),
@@ -172,22 +169,8 @@ def start(
         *("-m", "tests.launch.launched_plan", str(world), str(folder)),
     ]
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    environment = {
-        **os.environ,
-        "PATH": path,
-        "PYTHONPATH": str(ROOT),
-        "GLOO_SOCKET_IFNAME": cable,
-        "PEMT_INTERFACE": cable,
-    }
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    environment = {**os.environ, "PATH": path, "GLOO_SOCKET_IFNAME": cable, "PEMT_INTERFACE": cable}
+    return Forked(command, folder / f"out-{rank}", environment, namespace=machine)
 
 
 @contextmanager

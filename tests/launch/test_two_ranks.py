@@ -9,7 +9,7 @@ import pytest
 from pemt.run.train import run_adapt
 from tests.conftest import Launch
 from tests.launch.two_ranks import stopped_after, without_dropout
-from tests.support.jobs import World, assert_same_end, final_state
+from tests.support.jobs import World, assert_same_end, final_state, last_step, status
 from tests.support.tiny import losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
@@ -52,3 +52,13 @@ def test_one_rank_more_and_one_less_keep_global_batch_and_order(
     assert "saved on 2 rank(s), now on 1: gradient_accumulation_steps becomes 4" in told
     assert losses(world.folder / "from-two") == pytest.approx(whole, rel=ROUNDING)
     assert len(set(whole.values())) == 6, "losses that do not change show nothing"
+
+
+def test_rows_in_memory_and_a_callback_that_stops_one_rank(runs: tuple[World, str]) -> None:
+    folder = runs[0].folder
+    assert last_step(folder / "memory") == 2
+    assert status(folder / "memory")["state"] == "finished"
+    assert losses(folder / "memory")[1] == losses(folder / "whole")[1], "the same rows and batches"
+    told = (folder / "told").read_text()
+    assert told.startswith("train: rank 1 was given other data, or another task, than rank 0")
+    assert not (folder / "other" / "log.jsonl").exists()

@@ -28,8 +28,6 @@ def program(launch: Launch, folder: Path, what: str, *, check: bool = True) -> t
         *("-m", "tests.launch.slow_places", str(folder), what),
         zero=2,
         timeout=600,
-        # Nothing of these worlds is in a cache that others fill.
-        environment={"HF_DATASETS_CACHE": str(folder / "datasets")},
         check=check,
     )
     return done.returncode, done.output

@@ -10,10 +10,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
 
 from pemt.config.parse import parse_config
 from pemt.config.schema import AdaptConfig
+from pemt.data import DataError
 from pemt.engine import shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.engine.signals import Interrupted
@@ -46,6 +51,30 @@ def stopped_after(config: AdaptConfig, stops: int) -> None:
         raise AssertionError("it was not stopped")
 
 
+class StopsOnOne(TrainerCallback):
+    """Rank 1 alone wants the run to stop."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 2 and os.environ["RANK"] == "1"
+
+
+def from_memory(world: World) -> str:
+    """A run over rows in memory; and what ranks are told that were given different ones."""
+    rows = {
+        split: [json.loads(line) for line in (world.folder / "data" / f"{split}.jsonl").open()]
+        for split in ("train", "validation", "test")
+    }
+    config = replace(config_of(world, "memory"), data_dir=None)
+    run_adapt(config, **rows, callbacks=[StopsOnOne()])
+    fewer = rows["train"][int(os.environ["RANK"]) :]
+    other = replace(config, output_dir=str(world.folder / "other"))
+    try:
+        run_adapt(other, **{**rows, "train": fewer})
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
 def main(world: World) -> None:
     run_adapt(config_of(world, "whole"))
     run_adapt(config_of(world, "again"))
@@ -53,8 +82,10 @@ def main(world: World) -> None:
     run_adapt(without_dropout(world, "plain"))
     stopped_after(without_dropout(world, "from-two"), 2)
     run_adapt(without_dropout(world, "from-one", gradient_accumulation_steps="4"))
+    told = from_memory(world)
     if os.environ["RANK"] == "0":
         (world.folder / "stops.json").write_text(json.dumps(stops))
+        (world.folder / "told").write_text(told)
     shut_down()
 
 

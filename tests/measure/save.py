@@ -81,8 +81,8 @@ def measure(
         lines += checkpoints.lines()
     if not engine.is_main:
         return {}
-    found = [re.search(r"([\d.]+) MB in ([\d.]+) s;", line) for line in lines]
-    written = [(float(each[1]), float(each[2])) for each in found if each]
+    found = [re.search(r"([\d.,]+) MB in ([\d.]+) s,", line) for line in lines]
+    written = [(float(each[1].replace(",", "")), float(each[2])) for each in found if each]
     assert len(written) == rounds, lines
     step = statistics.median(plain) / steps
     cost = [with_it - without for with_it, without in zip(saving, plain, strict=True)]

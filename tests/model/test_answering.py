@@ -13,8 +13,15 @@ from transformers import T5Config, T5ForConditionalGeneration
 from pemt.model import answering
 from pemt.model.answering import fast_generate
 from pemt.model.baselines import FullT5
-from pemt.model.inject import ffn_sites
-from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_sources
+from tests.support.tiny_t5 import (
+    ffn_sites,
+    on_sites,
+    source_model,
+    target_model,
+    tiny_base,
+    tiny_batch,
+    tiny_sources,
+)
 
 # No token twice: random models repeat one for ever, whatever is wrong with them.
 LONG = {"max_new_tokens": 8, "min_new_tokens": 8, "no_repeat_ngram_size": 1}
@@ -30,8 +37,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(weight.data_ptr())
         return product(x, weight, bias)
 
-    for place in ("answering", "mixture", "experts"):
-        monkeypatch.setattr(f"pemt.model.{place}.linear", counted)
+    for place in ("model.answering", "model.mixture", "ops.linear", "model.experts"):
+        monkeypatch.setattr(f"pemt.{place}.linear", counted)
     return asked
 
 
@@ -82,12 +89,13 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(calls: list[int]) -> None:
     [
         lambda: target_model(tiny_sources("lora")),
         lambda: target_model(tiny_sources("bottleneck")),
+        lambda: on_sites(tiny_base()),
         lambda: target_model([]),
         lambda: source_model("lora"),
         lambda: source_model("bottleneck"),
         lambda: FullT5(tiny_base()),
     ],
-    ids=["lora", "bottleneck", "adapter", "source lora", "source bottleneck", "full"],
+    ids=["lora", "bottleneck", "sites", "adapter", "source lora", "source bottleneck", "full"],
 )
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -> None:
@@ -96,7 +104,7 @@ def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -
     tokens, gates = model.generate_with_gates(**inputs(), **fixed)
     weights = [each.weight for each in model.modules() if type(each) is nn.Linear]
     # the encoder's are the op's where LoRA experts are mixed
-    weights += [site.dense.wo.weight for site in ffn_sites(model.base) if site.in_decoder]
+    weights += [site.module.weight for site in ffn_sites(model.base) if site.in_decoder]
     assert {each.data_ptr() for each in weights} <= set(calls)
     with pytest.MonkeyPatch.context() as patched:
         for place in ("pemt_t5", "baselines"):

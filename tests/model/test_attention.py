@@ -10,7 +10,14 @@ from torch import Tensor
 
 from pemt.model import FullT5, PemtT5
 from pemt.model.attention import NAME
-from tests.support.tiny_t5 import SIZES, gradients, target_model, tiny_base, tiny_batch
+from tests.support.tiny_t5 import (
+    OLD_ATTENTION,
+    SIZES,
+    gradients,
+    target_model,
+    tiny_base,
+    tiny_batch,
+)
 
 Model = TypeVar("Model", PemtT5, FullT5)
 LAYERS = SIZES["num_layers"] + 2 * SIZES["num_decoder_layers"]  # with attention: self and cross
@@ -38,6 +45,12 @@ def saved_sums(model: PemtT5) -> tuple[int, int]:
     return len(kept), sum(kept.values())
 
 
+by_interface = pytest.mark.skipif(
+    OLD_ATTENTION, reason="this transformers' T5 adds bias and mask itself, and keeps its sums"
+)
+
+
+@by_interface
 def test_one_sum_for_all_layers_of_a_stack() -> None:
     sums, saved = saved_sums(target_model().train())
     stock_sums, stock_saved = saved_sums(stock(target_model()).train())
@@ -52,6 +65,7 @@ def test_one_sum_for_all_layers_of_a_stack() -> None:
     )
 
 
+@by_interface
 @pytest.mark.parametrize("family", ["t5", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

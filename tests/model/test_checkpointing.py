@@ -13,7 +13,9 @@ from pemt.config.schema import MixtureConfig
 from pemt.model import PemtT5
 from tests.support.tiny_t5 import (
     FFNS,
+    OLD_ATTENTION,
     gradients,
+    on_sites,
     source_model,
     target_model,
     tiny_base,
@@ -29,6 +31,9 @@ MODELS: dict[str, Callable[[], PemtT5]] = {
     "target bottleneck": lambda: target_model(tiny_sources("bottleneck")),
     "target umt5": lambda: target_model(base=tiny_base("umt5")),
     "target, real tokens only": lambda: target_model(mixture=REAL_TOKENS),
+    "source everywhere": lambda: source_model("everywhere"),
+    "target sites": lambda: on_sites(tiny_base()),
+    "target sites umt5": lambda: on_sites(tiny_base("umt5")),
     "adapter alone": lambda: target_model([]),
 }
 
@@ -52,10 +57,20 @@ def test_the_same_loss_and_gradients(name: str) -> None:
     recomputed_loss, found = _step(recomputed, tiny_batch())
     assert len(runs) == 2, "nothing was recomputed"
     torch.testing.assert_close(recomputed_loss, loss)
-    torch.testing.assert_close(found, expected)
+    # transformers 5.17 takes another kernel where it recomputes: 2.7e-5 was seen
+    torch.testing.assert_close(found, expected, rtol=1.3e-6, atol=1e-4 if OLD_ATTENTION else 1e-5)
 
 
-@pytest.mark.parametrize("name", ["target lora", "target bottleneck", "target umt5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "target lora",
+        "target bottleneck",
+        "target umt5",
+        "target sites",
+        "target sites umt5",
+    ],
+)
 def test_two_passes_before_the_first_backward(name: str) -> None:
     """A recompute sees the encoder's states of its own pass, not those of the newest one."""
     batches = [tiny_batch((7, 4, 2)), tiny_batch((3, 6, 5))]

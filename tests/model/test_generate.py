@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from pemt.model import PemtT5, mixture
-from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_sources
+from tests.support.tiny_t5 import (
+    on_sites,
+    source_model,
+    target_model,
+    tiny_base,
+    tiny_batch,
+    tiny_sources,
+)
 
 LENGTHS = (7, 4, 2)
 
@@ -27,6 +34,8 @@ MODELS: dict[str, Callable[[], PemtT5]] = {
     "target mt5": lambda: target_model(base=tiny_base("mt5")),
     "target umt5": lambda: target_model(base=tiny_base("umt5")),
     "target bottleneck": lambda: target_model(tiny_sources("bottleneck")),
+    "target sites": lambda: on_sites(tiny_base()),
+    "target sites umt5": lambda: on_sites(tiny_base("umt5")),
     "adapter alone": lambda: target_model([]),
     "source": source_model,
 }
@@ -92,9 +101,9 @@ def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
-def test_the_gates_of_an_answer_are_those_of_a_forward_pass(kind: str, beams: int) -> None:
-    model = target_model(tiny_sources(kind))
+@pytest.mark.parametrize("name", ["target t5", "target bottleneck", "target sites"])
+def test_the_gates_of_an_answer_are_those_of_a_forward_pass(name: str, beams: int) -> None:
+    model = MODELS[name]()
     with torch.no_grad():
         expected = model(**tiny_batch(LENGTHS)).gates_LBK.transpose(0, 1)
     tokens, gates = model.generate_with_gates(**_inputs(), num_beams=beams, max_new_tokens=5)

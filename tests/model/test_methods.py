@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModelForSeq2SeqLM
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
@@ -187,6 +188,7 @@ def complaint(make: Callable[[], TrainedT5]) -> str:
     return ""
 
 
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="an older peft has fewer")
 def test_the_docs_name_every_type_of_peft() -> None:
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     runs, refused = page.split("Types that run")[1].split("Types that are refused")

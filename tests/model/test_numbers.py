@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from pemt.config.schema import MixtureConfig
 from pemt.model import PemtT5
 from pemt.model.experts import SourceProjection
-from pemt.model.inject import ffn_sites
 from pemt.model.prompts import TaskPrompt
 from tests.support.tiny_t5 import (
     ADAPTER,
     EXPERT,
     FFNS,
     MIXTURE,
+    ffn_sites,
     randomised,
     source_model,
+    sources_on_sites,
     target_model,
     tiny_base,
     tiny_batch,
@@ -117,11 +118,11 @@ def test_an_exported_expert_computes_what_it_computed(kind: str) -> None:
     x_BSF, ffn_input_BSD = torch.randn(2, 9, 48), torch.randn(2, 9, 16)
     target.context.encoder_prompt_BD = torch.randn(2, 16)
     for old, new in zip(ffn_sites(source.base), ffn_sites(target.base), strict=True):
-        torch.nn.init.zeros_(new.dense.wo.adapter.up.weight)
-        torch.nn.init.zeros_(new.dense.wo.adapter.up.bias)
-        for projection in (old.dense.wo, new.dense.wo):
+        torch.nn.init.zeros_(new.module.adapter.up.weight)
+        torch.nn.init.zeros_(new.module.adapter.up.bias)
+        for projection in (old.module, new.module):
             projection.ffn_input_BSD = ffn_input_BSD
-        torch.testing.assert_close(new.dense.wo(x_BSF), old.dense.wo(x_BSF))
+        torch.testing.assert_close(new.module(x_BSF), old.module(x_BSF))
 
 
 def test_export_takes_the_given_weights_and_shares_no_memory() -> None:
@@ -147,10 +148,17 @@ def test_experts_start_as_published() -> None:
     assert not bottleneck.up.bias.any()
 
 
-@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+SOURCES = {
+    "lora": tiny_sources,
+    "bottleneck": lambda: tiny_sources("bottleneck"),
+    "sites": sources_on_sites,
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
 def test_bfloat16_base(kind: str) -> None:
-    exact = target_model(tiny_sources(kind))
-    model = target_model(tiny_sources(kind), base=tiny_base().bfloat16())
+    exact = target_model(SOURCES[kind]())
+    model = target_model(SOURCES[kind](), base=tiny_base().bfloat16())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     out, expected = model(**tiny_batch()), exact(**tiny_batch())
     out.loss.backward()
@@ -163,9 +171,9 @@ def test_bfloat16_base(kind: str) -> None:
     assert model.generate(**batch, num_beams=2, max_new_tokens=3).shape[0] == 3
 
 
-@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+@pytest.mark.parametrize("kind", SOURCES)
 def test_autocast(kind: str) -> None:
-    model = target_model(tiny_sources(kind))
+    model = target_model(SOURCES[kind]())
     expected = model(**tiny_batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(**tiny_batch())
@@ -179,7 +187,7 @@ def test_the_fp16_layout_of_transformers() -> None:
     """Loaded in fp16, T5 keeps `wo` in fp32: experts and adapters must follow `wo`."""
     base = tiny_base().half()
     for site in ffn_sites(base):
-        site.dense.wo.float()
+        site.module.float()
     model = target_model(base=base)
     out = model(**tiny_batch())
     assert out.loss.isfinite()

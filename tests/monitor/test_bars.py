@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import struct
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,3 +32,28 @@ def test_on_a_terminal_without_a_width_there_are_lines(
     os.close(ours)
     assert "training" in said
     assert said.count("training: step 5/10, loss 1.0000") == lines
+
+
+class ZMQInteractiveShell:
+    """What a notebook's IPython calls its shell; a terminal's is a TerminalInteractiveShell."""
+
+
+class TerminalInteractiveShell:
+    """The other one."""
+
+
+@pytest.mark.parametrize(
+    ("shell", "is_bar"), [(ZMQInteractiveShell(), True), (TerminalInteractiveShell(), False)]
+)
+def test_in_a_notebook_there_is_a_bar(
+    shell: object, is_bar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setattr("pemt.monitor.notebook.find_spec", lambda name: None)  # no widgets
+    cell = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", cell)
+    bar = ProgressBar(total_steps=10, initial_step=0, description="training")
+    bar.advance(5, loss=1.0, samples_per_second=2.0)
+    bar.close()
+    assert ("training: step 5/10" in cell.getvalue()) is not is_bar
+    assert ("5/10" in cell.getvalue()) is True

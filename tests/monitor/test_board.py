@@ -21,13 +21,16 @@ from tensorboard.plugins.hparams import metadata
 from pemt.config.schema import AdaptConfig, ExpertConfig, SourceConfig
 from pemt.model.prompts import mean_cosines
 from pemt.monitor import GateNames, Monitor, board, entropy_NL, figures
+from pemt.monitor.entropy import decisions
+from pemt.monitor.gates import by_layer
 from pemt.monitor.hparams import columns
 from pemt.monitor.provenance import config_text, environment_text, git_state
 from pemt.run.train import run_adapt, run_source
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
 SOURCES, TARGET = ("tiny-board-a", "tiny-board-b"), "tiny-board-target"
-NAMES = GateNames(sources=("mnli", "qqp.x"), sites=("encoder/0", "decoder/0"))
+SITES = dict.fromkeys(("encoder/0", "decoder/0"), ("mnli", "qqp.x"))
+NAMES = GateNames(sources=("mnli", "qqp.x"), sites=SITES)
 GATES_NLK = torch.tensor([[[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [1.0, 0.0]]])
 SIMILARITY_MM = torch.tensor([[1.0, 0.5, -0.25], [0.5, 1.0, 0.0], [-0.25, 0.0, 1.0]])
 
@@ -43,10 +46,53 @@ def last(events: EventAccumulator, tag: str) -> float:
 
 
 def test_entropy_is_a_share_of_the_largest() -> None:
-    entropy = entropy_NL(GATES_NLK)
+    entropy = entropy_NL(GATES_NLK, NAMES)
     quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
     assert entropy.tolist() == [[1.0, 0.0], [pytest.approx(quarter), 0.0]]
-    assert entropy_NL(torch.ones(3, 2, 1)).tolist() == [[0.0, 0.0]] * 3
+    alone = GateNames(sources=("mnli",), sites=dict.fromkeys(SITES, ("mnli",)))
+    assert entropy_NL(torch.ones(3, 2, 1), alone).tolist() == [[0.0, 0.0]] * 3
+
+
+class TestSourcesThatAreNotEverywhere:
+    """Three sites: two sources, two, one; and a stack without gates."""
+
+    names = GateNames(
+        sources=("a", "b", "c"),
+        sites={"encoder/0/self/q": ["a", "b"], "encoder/0": ["a", "c"], "encoder/1/self/q": ["c"]},
+    )
+    gates_NLK = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])
+
+    def test_names(self) -> None:
+        assert self.names.named(self.gates_NLK[0]) == {
+            "encoder/0/self/q": {"a": 0.5, "b": 0.5},
+            "encoder/0": {"a": 1.0, "c": 0.0},
+            "encoder/1/self/q": {"c": 1.0},
+        }
+        tags = self.names.scalars(self.gates_NLK[0])
+        assert tags["gate/encoder/0/self/q/b"] == 0.5
+        assert "gate/encoder/0/b" not in tags
+        assert (tags["gate_mean/a"], tags["gate_mean/b"], tags["gate_mean/c"]) == (0.75, 0.5, 0.5)
+
+    def test_means_are_over_the_sites_that_have_a_source(self) -> None:
+        assert self.names.over_sites(self.gates_NLK).tolist() == [[0.75, 0.5, 0.5]]
+        named = self.names.named(self.gates_NLK[0])
+        assert by_layer(named) == {
+            "encoder/0": {"a": 0.75, "b": 0.5, "c": 0.0},
+            "encoder/1": {"c": 1.0},
+        }
+
+    def test_entropy_is_over_the_sources_of_a_site(self) -> None:
+        assert entropy_NL(self.gates_NLK, self.names).tolist() == [[1.0, 0.0, 0.0]]
+        found = decisions(self.names, self.gates_NLK, torch.eye(4))
+        assert found["gate_entropy/encoder"] == pytest.approx(1 / 3)
+        assert "gate_entropy/decoder" not in found
+
+    def test_a_validation_is_drawn(self, tmp_path: Path) -> None:
+        with Monitor(
+            tmp_path, total_steps=2, is_main=True, description="adapt cb", gates=self.names
+        ) as watch:
+            watch.mixture(1, self.gates_NLK, torch.eye(4))
+        assert "gates/encoder_validation" in events_of(tmp_path).Tags()["images"]
 
 
 def test_cosines_of_mean_prompts() -> None:

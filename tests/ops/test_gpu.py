@@ -19,14 +19,12 @@ ALONE = """
 import sys
 from importlib.metadata import packages_distributions
 needed = {"torch", "functorch", "torchgen", "numpy", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock",
-          "fsspec", "typing_extensions", "setuptools", "pkg_resources", "_distutils_hack"}  # torch, and what it needs
+          "fsspec", "typing_extensions", "packaging", "setuptools", "pkg_resources", "_distutils_hack"}
 for name in {*packages_distributions(), "pemt", "tests"} - needed:
     sys.modules[name] = None  # an import of it is an error
 del sys.modules["pemt"], sys.modules["tests"]
 from tests.ops import standalone
 standalone.package_alone()
-from pemt.commands.bench import make_parser
-from tests import gpu
 from tests.ops import gpu_checks
 def wrong(device):
     raise RuntimeError("wrong on purpose")

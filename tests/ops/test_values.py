@@ -81,9 +81,8 @@ def test_experts_of_any_size_and_rank(implementation, dtype, d_model, kind):
     case = make_case(batch=16, tokens=4, d_ff=128, d_model=d_model, ranks=(1, 1, 1), inner=0)
     down, up, ranks = raw_experts(kind, d_model, 128)
     given = replace(case, down=down, up=up, ranks=ranks, scales=[1.0, 0.5, -2.0])
-    factor = (
-        4 if dtype == torch.float32 else 2
-    )  # of PyTorch's error; factors are stored in float32 too
+    # of PyTorch's error. In float32 the new factors are rounded as well: 1.5 on average, up to 5 in 12 draws
+    factor = 8 if dtype == torch.float32 else 2
     exact = results(given.to(torch.float64), through="reference")
     composed = results(given.to(dtype), through="reference")
     down, up, scales, ranks = ops.orthonormal_experts(down, up, given.scales, ranks)
@@ -94,7 +93,10 @@ def test_experts_of_any_size_and_rank(implementation, dtype, d_model, kind):
         # PyTorch's own is NaN in half precision where an expert has no output
         if name.startswith("sparsity") and composed[name].isnan().any():
             continue  # too small for float16 to have many bits for it, and nothing to be held against
-        theirs = factor * torch.nan_to_num(torch.tensor(relative_error(composed[name], truth)))
+        # a gate's gradient is a sum of both signs: 2.15 in one draw in half precision
+        allowed_factor = max(factor, 4) if "dgates" in name else factor
+        theirs = torch.nan_to_num(torch.tensor(relative_error(composed[name], truth)))
+        theirs = allowed_factor * theirs
         allowed = max(float(theirs), 4 * torch.finfo(dtype).eps)
         assert relative_error(found[name], truth) <= allowed, name
 

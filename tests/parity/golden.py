@@ -17,7 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5
-from pemt.model.inject import ffn_sites
+from tests.support.tiny_t5 import ffn_sites
 
 STAGES = ("stage1", "stage2", "stage1_bottleneck", "stage2_bottleneck")
 ADAPTERS = "adapter_controller.adapters"
@@ -182,7 +182,7 @@ _ADAPTER_PARTS = {
 def _published_names(model: PemtT5, parameters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     names = {"task_shared": model.prompt.prompt}
     for site, place in _places(model.base):
-        wo, dense = site.dense.wo, f"{place}.DenseReluDense"
+        wo, dense = site.module, f"{place}.DenseReluDense"
         if model.expert is None:
             (gate,) = {f"{dense}.wo.w_gate", f"{dense}.w_gate"} & parameters.keys()
             names[gate] = wo.gate.weight
@@ -217,5 +217,4 @@ def _adapter_tasks(parameters: Mapping[str, Tensor], prefix: str) -> list[str]:
 def _places(base: Any) -> Iterator[tuple[Any, str]]:
     """Every FFN site with its layer's published path."""
     for site in ffn_sites(base):
-        layer = 2 if site.in_decoder else 1
-        yield site, f"{site.stack}.block.{site.layer}.layer.{layer}"
+        yield site, site.site.module.removesuffix(".DenseReluDense.wo")

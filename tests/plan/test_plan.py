@@ -19,6 +19,7 @@ from pemt.bench.model import random_t5
 from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig, PemtError
 from pemt.model import FullT5, PemtT5, TrainedT5, base_shape
+from pemt.model.sites import Site, target_sites
 from pemt.plan import Cluster, Job, Zero, read_zero
 from pemt.plan.activations import saved
 from pemt.plan.advice import advise, fits, largest_batch
@@ -39,6 +40,12 @@ TINY = Shape(
     gated=False, tied=True,
 )  # fmt: skip
 RANKS = {"source": (4,)}
+# Where experts are, by PEFT's names; one for each expert, the last for all that follow.
+PLACES: dict[str, list[list[str] | str]] = {
+    "q v": [["q", "v"]],
+    "everywhere": ["all-linear"],
+    "different": [["q", "v", "o"], r"decoder.*(wo|k)"],
+}
 
 
 def model_of(job: Job) -> TrainedT5:
@@ -48,15 +55,36 @@ def model_of(job: Job) -> TrainedT5:
         return FullT5(base).train()
     prompt_PD = torch.randn(job.prompt_tokens, job.shape.d_model)
     if job.method == "source":
-        expert = ExpertConfig(rank=job.ranks[0])
+        expert = ExpertConfig(rank=job.ranks[0], target_modules=modules_of(job))
         return PemtT5.source(base, expert=expert, prompt_PD=prompt_PD).train()
     return PemtT5.target(
         base,
         sources=sources_of(job, base_shape(base.config)) if job.experts else [],
-        mixture=MixtureConfig(train_layer_norms=job.train_layer_norms),
+        mixture=MixtureConfig(
+            train_layer_norms=job.train_layer_norms,
+            gate="learned" if job.learned_gates else "uniform",
+        ),
         adapter=AdapterConfig(reduction_factor=job.adapter_reduction),
         prompt_PD=prompt_PD,
     ).train()
+
+
+def modules_of(job: Job) -> list[str]:
+    """What the one expert of stage 1 is on."""
+    return [Site.named(name).module for each in job.ranks_by_site for name in each] or ["wo"]
+
+
+def placed(job: Job, places: str) -> Job:
+    """The job with its experts elsewhere."""
+    modules = PLACES[places]
+    chosen = [modules[min(k, len(modules) - 1)] for k in range(len(job.ranks))]
+    return replace(
+        job,
+        ranks_by_site=tuple(
+            {site.name: rank for site in target_sites(each, job.shape.base_shape)}
+            for each, rank in zip(chosen, job.ranks, strict=True)
+        ),
+    )
 
 
 def tiny_job(method: Any, **changes: Any) -> Job:
@@ -89,6 +117,30 @@ def test_every_parameter_and_buffer(method: str, gated: bool) -> None:
     found = [(p.name, p.shape, p.role == "trained") for p in weights(job)]
     assert found == [(n, tuple(p.shape), p.requires_grad) for n, p in model.named_parameters()]
     assert not list(model.buffers()), "memory that the plan does not count"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("method", ["pemt", "source"])
+def test_every_parameter_of_experts_elsewhere(method: str, places: str, gated: bool) -> None:
+    job = placed(tiny_job(method, gated=gated, tied=not gated), places)
+    for each in (job, replace(job, learned_gates=False)):
+        found = [(p.name, p.shape, p.role == "trained") for p in weights(each)]
+        real = model_of(each).named_parameters()
+        assert found == [(n, tuple(p.shape), p.requires_grad) for n, p in real]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("method", ["pemt", "source"])
+def test_saved_activations_of_experts_elsewhere(
+    method: str, places: str, dtype: torch.dtype
+) -> None:
+    job = placed(replace(tiny_job(method, gated=True), bytes_per_value=dtype.itemsize), places)
+    model = model_of(job).to(dtype)
+    kept = kept_for_backward(model, lambda: model(**batch_of(job)))
+    biases = job.batch * job.shape.num_heads * dtype.itemsize * (16 * 16 + 7 * 7 + 7 * 16)
+    assert saved(job, "cpu") - biases == pytest.approx(kept, rel=0.03)
 
 
 # Published: the sizes that the model cards give, to the digits they give.
@@ -256,7 +308,7 @@ def test_checkpointing_trades_memory_for_time() -> None:
 COMMAND = [
     *("--model_name_or_path", "google/flan-t5-xl", "--task", "superglue-cb"),
     *("--num_nodes", "4", "--gpus_per_node", "8", "--gpu", "h100-80"),
-    *("--ds_config", "ds_configs/zero3.json"),
+    *("--ds_config", "ds_configs/zero3.json", "--per_device_train_batch_size", "32"),
 ]
 
 
@@ -304,6 +356,22 @@ def test_a_bank_gives_ranks_and_prompts(tmp_path: Path, capsys: pytest.CaptureFi
     found = json.loads(capsys.readouterr().out)
     layers, d_model, d_ff = 4, 16, 33
     assert found["parameters"]["expert"] == layers * 12 * (d_ff + d_model) + 6 * d_model
+
+
+def test_experts_elsewhere_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    COMMANDS["plan"]([*COMMAND, "--json"])
+    published = json.loads(capsys.readouterr().out)["parameters"]
+    elsewhere = ["--expert_target_modules", "q", "v", "--expert_rank", "16"]
+    COMMANDS["plan"]([*COMMAND, *elsewhere, "--json"])
+    found = json.loads(capsys.readouterr().out)["parameters"]
+    attentions, width, experts = 24 + 2 * 24, 2048, 6
+    prompts = published["expert"] - 48 * experts * 64 * (5120 + 2048)
+    assert found["expert"] == attentions * 2 * experts * 16 * 2 * width + prompts
+    COMMANDS["plan"]([*COMMAND, *elsewhere, "--gate", "uniform", "--json"])
+    uniform = json.loads(capsys.readouterr().out)["parameters"]
+    assert found["trained"] - uniform["trained"] == attentions * 2 * experts * width
+    COMMANDS["plan"]([*COMMAND, *elsewhere])
+    assert "6 LoRA experts on q, v, of rank 16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

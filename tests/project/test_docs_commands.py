@@ -33,6 +33,7 @@ from tensorboard.program import TensorBoard
 
 import pemt.__main__
 from pemt.commands import COMMANDS
+from pemt.commands.fetch import PLACES
 from pemt.plan.shapes import KNOWN
 from pemt.sweep.plan import read_sweep
 from tests.bench.test_step import SMALL
@@ -97,11 +98,12 @@ def try_pemt(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def is_only_named(name: str, arguments: list[str]) -> bool:
-    """`pemt adapt`, `pemt bank show`, `pemt adapt --method`: no command lines, but what they name exists."""
+    """`pemt adapt`, `pemt bank show`, `pemt adapt --method lora`: no command lines, but what they name exists."""
     parser = COMMANDS[name].make_parser()
     if arguments and arguments[0] in parser.verbs():
         return len(arguments) == 1
-    if len(arguments) == 1 and arguments[0].startswith("--"):
+    most = 2 if name in ("source", "adapt", "evaluate") else 1  # which run with more alone
+    if 1 <= len(arguments) <= most and arguments[0].startswith("--"):
         assert arguments[0] in parser.options()
         return True
     return not arguments and name not in ("tasks", "doctor")
@@ -120,6 +122,7 @@ def made_by(name: str, arguments: list[str]) -> list[Path]:
         "report": lambda: [Path(flags.get("--output_dir", arguments[0]), "report.html")],
         "export": lambda: [Path(arguments[1])],
         "pull": lambda: [Path(arguments[1])],
+        "fetch": lambda: [Path(flags["--to"], "pemt-fetched.txt")] if "--to" in flags else [],
         "bank": lambda: [
             Path(flags["--peft"]) if "export" in arguments else bank / flags["--task"]
         ],
@@ -144,6 +147,16 @@ def run_sweep(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
 def run_bench(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KNOWN, "t5-small", SMALL)
     COMMANDS[name]([*arguments, "--rounds", "1"])
+
+
+def run_fetch(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this world's base and data; tests/commands/test_fetch.py has it fetch something."""
+    task = dict(pairwise(arguments))["--task_name"]
+    small = ["--model_name_or_path", "base", "--data_dir", f"data/{task}"]
+    monkeypatch.setenv("HF_HOME", "set back behind the test")
+    for place in PLACES:
+        monkeypatch.delenv(place, raising=False)
+    COMMANDS[name]([*arguments, *small])
 
 
 def run_doctor(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +191,7 @@ RUNS: dict[str, Run] = {
     "sweep": run_sweep,
     "bench": run_bench,
     "doctor": run_doctor,
+    "fetch": run_fetch,
     "demo": read_only,
     "push": run_on_the_hub,
     "pull": run_on_the_hub,
@@ -224,7 +238,10 @@ def try_paths(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def output_of(words: list[str]) -> str:
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    # launchers ask `python -m pemt plan batch`
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -235,6 +252,7 @@ TRIALS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "bash launchers/local.sh": try_script,
     "bash launchers/slurm_source.sbatch": try_script,
     "bash launchers/slurm_adapt.sbatch": try_script,
+    "bash launchers/slurm_check.sbatch": try_script,
     "bash launchers/torchrun.sh": try_script,
     "make": try_make,
     "tensorboard": try_tensorboard,
@@ -249,9 +267,12 @@ TRIALS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
 OFFLINE = [found for found in blocks("python") if "register_task" not in found[1]]
 
 
-@pytest.mark.parametrize("found", OFFLINE, ids=lambda found: name_of(found[0]))
-def test_python_runs(
-    found: tuple[Path, str], place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    exec(compile(found[1], name_of(found[0]), "exec"), {})
-    assert capsys.readouterr().out.startswith("[")
+@pytest.mark.parametrize("page", {path: None for path, _ in OFFLINE}, ids=name_of)
+def test_python_runs(page: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The blocks of a page, one after another; each of them shows something."""
+    names: dict[str, object] = {}
+    for path, text in OFFLINE:
+        if path == page:
+            here = text.replace("google-t5/t5-base", "base")
+            exec(compile(here, name_of(path), "exec"), names)
+            assert capsys.readouterr().out, text

@@ -19,16 +19,39 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD_INPUTS = ("pemt", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The package's wheel, built from a copy, since building leaves folders behind."""
-    folder = tmp_path_factory.mktemp("wheel")
+def copied(folder: Path) -> Path:
+    """What a build reads, in a folder of its own."""
     for name in BUILD_INPUTS:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
+    return folder
+
+
+def test_an_editable_install_is_a_path_that_checkers_and_editors_follow(tmp_path: Path) -> None:
+    """They read `.pth` files and run no import hooks, so `py.typed` counts only where there is a plain path."""
+    folder = copied(tmp_path)
+    program = "from setuptools.build_meta import build_editable; build_editable('dist')"
+    (folder / "dist").mkdir()
+    built = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    (path,) = (folder / "dist").glob("*.whl")
+    editable = zipfile.ZipFile(path)
+    inside = [name for name in editable.namelist() if ".dist-info/" not in name]
+    assert len(inside) == 1, "no finder beside it"
+    place = Path(editable.read(inside[0]).decode().strip())
+    assert place.samefile(folder)
+    assert (place / "pemt" / "py.typed").is_file()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The package's wheel, built from a copy, since building leaves folders behind."""
+    folder = copied(tmp_path_factory.mktemp("wheel"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     built = subprocess.run(
         [*command, "--wheel-dir", "dist", "."],

@@ -30,7 +30,7 @@ from pemt.publish.pemt_model import PemtModel
 from pemt.run.finished import load_finished
 from pemt.run.train import run_adapt, run_source
 from pemt.tasks import get_task
-from tests.conftest import ROOT
+from tests.conftest import Launch
 from tests.support.hub import hub
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
@@ -347,17 +347,16 @@ def test_the_commands(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         COMMANDS["push"]([str(world / "base" / ".."), "me/x"])
 
 
-def test_no_bars_in_a_file(world: Path, tmp_path: Path) -> None:
+def test_no_bars_in_a_file(world: Path, tmp_path: Path, launch: Launch) -> None:
     program = f"""
 from pemt.commands import COMMANDS
 from tests.support.tiny import tiny_task
 tiny_task({TARGET!r})
 COMMANDS["export"]([{str(world / "full")!r}, {str(tmp_path / "out")!r}])
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert "%|" not in done.stderr, done.stderr
+    told = launch("-c", program, zero=None).output
+    assert told.count("\n") == 1, told
+    assert "%|" not in told, told
 
 
 def test_importing_pemt_loads_nothing_heavy() -> None:

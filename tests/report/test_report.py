@@ -200,7 +200,7 @@ def test_sources_and_where_they_helped() -> None:
     log = [{"step": 1, "gate/encoder/0/x": 0.5, "prompt_similarity/x": 0.25}]
     run = record(predictions=lines, results=results, log=log)
     first, second = findings.source_uses(run)
-    assert (first.name, first.mean_gate, first.leads_ffns) == ("x", pytest.approx(1.6 / 3), 2)
+    assert (first.name, first.mean_gate, first.leads_sites) == ("x", pytest.approx(1.6 / 3), 2)
     assert (first.leads, first.score, first.similarity) == (2, 50.0, 0.25)
     assert (second.name, second.leads, second.score, second.similarity) == ("y", 1, 100.0, None)
     by_class = findings.gates_by_class(run)
@@ -310,7 +310,7 @@ def test_a_run_that_is_not_finished_is_told_as_far_as_it_goes(runs: Path, tmp_pa
     assert "training loss" in text
     (unfinished,) = read_records([run])
     (last,) = [line for line in unfinished.log if "gate_mean/tiny-report-a" in line][-1:]
-    assert f"Mean over the training steps logged at step {last['step']}: how much" in text
+    assert f"mean over the training steps logged at step {last['step']}: how much" in text
     assert unfinished.sources == list(SOURCES)
     for stack, matrix in zip(
         ("encoder", "decoder"), findings.gate_matrices(unfinished), strict=True

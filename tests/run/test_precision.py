@@ -15,6 +15,7 @@ from pemt.checkpoint import Fresh
 from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
 from pemt.model import FullT5
 from pemt.model.base import precision_warning
+from pemt.run.given import Given
 from pemt.run.train import set_up
 from tests.conftest import ROOT
 from tests.support.tiny import adapt_config, make_base, tiny_task
@@ -116,7 +117,7 @@ def test_the_warning_is_told_before_the_data_is_read(
     tiny_task(TASK)
     engine = mock.MagicMock(device=torch.device("cpu"))  # fp16 without DeepSpeed needs a GPU
     with pytest.raises(KeyboardInterrupt):
-        set_up(config, engine, Fresh(config=config))
+        set_up(config, engine, Fresh(config=config), Given())
     assert "pemt: warning: fp16: activations of a T5" in capsys.readouterr().err
 
 

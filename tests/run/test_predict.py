@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,12 @@ def test_the_order_is_kept_whatever_the_batches(world: Path, predictor: Predicto
 def test_texts_rows_and_inputs_are_the_same(world: Path, predictor: Predictor) -> None:
     row = {"text": "the box is red"}
     answers = predictor([row, "text : the box is red", {"input": "text : the box is red"}])
-    assert answers[0] == answers[1] == answers[2]
+    likely = [list((each.probabilities or {}).values()) for each in answers]
+    # a batch's rows are added up in different orders
+    assert likely[1] == pytest.approx(likely[0], abs=1e-5)
+    assert likely[2] == pytest.approx(likely[0], abs=1e-5)
+    first, *others = (replace(each, probabilities=None) for each in answers)
+    assert others == [first, first]
     assert predictor([]) == []
 
 
@@ -117,6 +123,82 @@ def test_a_folder_with_the_split_alone_is_enough(world: Path, tmp_path: Path, sp
     assert scored[f"{split}_accuracy"] == results["test_accuracy"]
     with pytest.raises(PemtError, match=f"found {split}; train and at least one of"):
         evaluate_run(world / "adapter", split="train", overrides=["--data_dir", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def untaught(world: Path) -> Predictor:
+    """A run of one step: what it writes is no label."""
+    config = adapt_config(
+        world / "base", world / TARGET, world / "raw", world / "bank", TARGET,
+        max_steps=1, max_train_samples=4, eval_strategy="no",
+    )  # fmt: skip
+    run_adapt(config)
+    return Predictor.load(world / "raw")
+
+
+def test_an_answer_is_a_label_with_its_probability(world: Path, untaught: Predictor) -> None:
+    rows = rows_of(world)
+    generated = untaught(rows, constrain_labels=False)
+    assert not {each.prediction for each in generated} <= {"no", "yes"}
+    assert {each.probabilities for each in generated} == {None}
+    assert None in {each.label for each in generated}
+    answers = untaught(rows)
+    assert {each.prediction for each in answers} <= {"no", "yes"}
+    for answer, other in zip(answers, generated, strict=True):
+        assert answer.probabilities is not None
+        assert sum(answer.probabilities.values()) == pytest.approx(1)
+        assert answer.label == max(
+            answer.probabilities, key=lambda name: answer.probabilities[name]
+        )
+        for ffn, weights in answer.gates.items():
+            assert weights == pytest.approx(other.gates[ffn], abs=1e-5)
+    # as generation is asked for, it is generated
+    assert untaught(rows, num_beams=1)[0].prediction == generated[0].prediction
+    with pytest.raises(PemtError, match="num_beams and max_new_tokens are for generated answers"):
+        untaught(rows, num_beams=2, constrain_labels=True)
+
+
+def test_scores_by_likelihood_stand_beside_those_by_generation(
+    world: Path, untaught: Predictor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(world / "raw")
+    COMMANDS["evaluate"]([run])
+    plain = evaluated(world / "raw" / "test_results.json")
+    COMMANDS["evaluate"]([run, "--constrain_labels", "true"])
+    both = evaluated(world / "raw" / "test_results.json")
+    rows = rows_of(world)
+    right = [
+        answer.prediction == ("no", "yes")[row["label"]]
+        for answer, row in zip(untaught(rows), rows, strict=True)
+    ]
+    assert both["test_accuracy_by_likelihood"] == pytest.approx(100 * sum(right) / len(right))
+    assert both["test_accuracy"] == plain["test_accuracy"]
+    assert "test_accuracy_by_likelihood" not in plain
+    assert "test_accuracy_by_likelihood" in capsys.readouterr().out
+
+
+class Terminal(io.StringIO):
+    """Stdout and stderr of one terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_lines_are_not_glued_to_a_bar(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to_file: bool
+) -> None:
+    asked, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked.write_text('{"text": "the box is red"}\n' * 3)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    files = ["--output_file", str(answers)] if to_file else []
+    COMMANDS["predict"]([str(world / "pemt"), "--input_file", str(asked), *files])
+    shown = terminal.getvalue()
+    assert ("predicting" in shown) is to_file
+    lines = (answers.read_text() if to_file else shown).splitlines()
+    assert [json.loads(line)["input"] for line in lines] == ["text : the box is red"] * 3
 
 
 def predict(*arguments: str, stdin: bytes | None = None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +225,17 @@ def test_from_stdin_to_stdout_in_a_process_of_its_own(world: Path, predictor: Pr
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert list(found[0]) == ["input", "prediction", "label", "gates"]
+    assert list(found[0]) == ["input", "prediction", "label", "probabilities", "gates"]
+    assert [list(each.pop("probabilities")) for each in found] == [["closed", "open"]] * len(rows)
     names = {"no": "closed", "yes": "open"}
     assert [each.pop("label") for each in found] == [names[each["prediction"]] for each in found]
-    assert found == [json.loads(each.line()) for each in predictor(rows)]
+    assert found == [unlabelled(each) for each in predictor(rows)]
+
+
+def unlabelled(answer: Prediction) -> dict[str, Any]:
+    """Its line without what depends on how the labels are called."""
+    line = json.loads(answer.line())
+    return {key: line[key] for key in ("input", "prediction", "gates")}
 
 
 def test_a_file_and_options(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +291,9 @@ def test_what_is_wrong_on_the_command_line(world: Path, monkeypatch: pytest.Monk
         predict(run, "--batchsize", "3", monkeypatch=monkeypatch)
     with pytest.raises(PemtError, match="holds no run"):
         predict(str(world), monkeypatch=monkeypatch)
+    both = ("--constrain_labels", "true", "--num_beams", "2")
+    with pytest.raises(PemtError, match="--constrain_labels true: --num_beams is for generated"):
+        predict(run, *both, monkeypatch=monkeypatch)
     with pytest.raises(PemtError, match="--batch_size: found `0`"):
         predict(run, "--batch_size", "0", monkeypatch=monkeypatch)
 

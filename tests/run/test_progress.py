@@ -6,8 +6,8 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from pemt.monitor import EvaluationBar, bars as bars_module
-from tests.conftest import ROOT, kill_session
+from tests.conftest import Launch, kill_session
+from tests.support.ranks import Forked
 from tests.support.tiny import make_base, write_task_files
 
 TASK = {
@@ -34,27 +35,18 @@ def on_a_terminal(command: list[str], *, columns: int) -> str:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs, start_new_session=True
-    )
-    os.close(theirs)
+    process = Forked(command, Path(os.ttyname(theirs)), {**os.environ, "PATH": path})
     shown = b""
     try:
-        while chunk := read(ours):
-            shown += chunk
-        assert process.wait(timeout=60) == 0, shown.decode()[-3000:]
+        while process.poll() is None or select.select([ours], [], [], 0)[0]:
+            if select.select([ours], [], [], 0.1)[0]:
+                shown += os.read(ours, 65536)
+        assert process.wait(timeout=60) == 0, shown.decode()[-9000:]
     finally:
         kill_session(process)
         os.close(ours)
+        os.close(theirs)
     return shown.decode()
-
-
-def read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65536)
-    except OSError:  # Linux says so when the last writer has gone
-        return b""
 
 
 EVALUATION = """
@@ -73,7 +65,7 @@ training.close()
 
 
 def test_a_bar_while_it_evaluates() -> None:
-    shown = on_a_terminal([sys.executable, "-c", EVALUATION], columns=100)
+    shown = on_a_terminal(["-c", EVALUATION], columns=100)
     bars = re.findall(r"validating seen: +\d+%\|[^\r\n]*", shown)
     rate = r"\[\d+:\d+<\d+:\d+, +[\d.]+(example/s|s/example)\]"
     assert [bar for bar in bars if re.search(rf" [69]/10 {rate}", bar)], shown
@@ -103,15 +95,14 @@ def test_lines_while_it_evaluates_in_a_file(
     assert lines(0.0, shown=False) == lines(60.0) == []
 
 
-def test_no_bar_over_the_weights_in_a_file(tmp_path: Path) -> None:
+def test_no_bar_over_the_weights_in_a_file(tmp_path: Path, launch: Launch) -> None:
     base = make_base(tmp_path / "base")
     program = (
         f"from pemt.model.base import load_pretrained as load; load({str(base)!r}, {str(base)!r})"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "")
-    assert "%|" not in done.stderr, done.stderr
-    assert "Loading weights" in on_a_terminal([sys.executable, "-c", program], columns=100)
+    told = launch("-c", program, zero=None).output
+    assert "%|" not in told, told
+    assert "Loading weights" in on_a_terminal(["-c", program], columns=100)
 
 
 @pytest.mark.launch
@@ -120,7 +111,6 @@ def test_two_ranks_show_one_bar(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(TASK))
     shown = on_a_terminal(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", "launchers/accelerate/cpu.yaml"),
             *("--deepspeed_config_file", "ds_configs/zero2.json", "-m", "pemt", "adapt"),
             *("--method", "adapter", "--task_name", "seen", "--bf16", "false"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, settings, strategies as st
 
 from pemt.config import PemtError
 
-INPUTS = 1000
+INPUTS = int(os.environ.get("PEMT_FUZZ_INPUTS", "250"))  # `make soak`: 1000
 fuzz = settings(
     max_examples=INPUTS,
     deadline=None,

@@ -1,4 +1,4 @@
-"""A thousand mutated inputs for each reader: every one is read, or refused with one clear line."""
+"""Hundreds of mutated inputs for each reader: every one is read, or refused with one clear line."""
 
 from __future__ import annotations
 

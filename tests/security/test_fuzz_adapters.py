@@ -1,4 +1,4 @@
-"""A thousand mutations of each file of an adapter that comes from a stranger, ours and PEFT's."""
+"""Hundreds of mutations of each file of an adapter that comes from a stranger, ours and PEFT's."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def published(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """A LoRA in PEFT's format, with patterns."""
-    folder = write_peft(tmp_path / "adapter", tiny_source(), base_name="t5-tiny")
+    folder = write_peft(tmp_path / "adapter", tiny_source(), base_name="t5-tiny", shape=SHAPE)
     content = json.loads((folder / CONFIG).read_text())
     content |= {"rank_pattern": {"decoder.*wo": 4}, "alpha_pattern": {"encoder.*wo": 2.5}}
     (folder / CONFIG).write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""A thousand mutated data files: every row is an example, or told in one clear line."""
+"""Hundreds of mutated data files: every row is an example, or told in one clear line."""
 
 from __future__ import annotations
 

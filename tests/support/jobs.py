@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ import psutil
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.conftest import ROOT, kill_session
+from tests.conftest import ROOT, kill_session, start_ranks
 from tests.support.tiny import make_base, write_task_files
 
 TASK_FILE = """
@@ -38,7 +36,7 @@ FIELDS = {
     "per_device_eval_batch_size": "4",
     "max_source_length": "24",
     "learning_rate": "0.01",
-    "num_train_epochs": "30",  # of five steps on two ranks
+    "num_train_epochs": "12",  # of five steps on two ranks
     "logging_steps": "1",
     "seed": "0",
 }
@@ -85,11 +83,18 @@ class World:
         program: tuple[str, ...] = ("-m", "pemt"),
         launcher: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
+        forked: bool = True,
         **fields: object,
     ) -> Job:
-        """Start a run behind accelerate launch; `program` stands before pemt's own arguments."""
+        """Start a run behind accelerate launch.
+
+        Args:
+            program: stands before pemt's own arguments.
+            launcher: more options of accelerate launch.
+            environment: variables on top of this process's.
+            forked: not in fresh interpreters, which take ten seconds to import everything.
+        """
         command = [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", str(ROOT / "launchers" / "accelerate" / "cpu.yaml")),
             *("--deepspeed_config_file", str(ROOT / "ds_configs" / f"zero{zero}.json")),
             *("--num_processes", str(ranks)),
@@ -97,26 +102,19 @@ class World:
             *program,
             *self.arguments(run, **fields),
         ]
-        return Job(command, self.folder / run, environment or {})
+        return Job(command, self.folder / run, environment or {}, forked=forked)
 
 
 class Job:
     """A launcher and its ranks, under way."""
 
-    def __init__(self, command: list[str], run: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, command: list[str], run: Path, environment: dict[str, str], *, forked: bool
+    ) -> None:
         self.run = run
         self._log = run.with_name(f"{run.name}-{time.monotonic_ns()}.out")
-        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-        with self._log.open("w") as out:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
+        self._log.touch()
+        self.process = start_ranks(command, self._log, environment, forked=forked)
 
     @property
     def output(self) -> str:
@@ -124,15 +122,8 @@ class Job:
 
     def ranks(self) -> list[psutil.Process]:
         """The rank processes, rank 0 first."""
-        found = {}
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                rank = child.environ().get("RANK")
-            except psutil.Error:
-                continue
-            if rank is not None and child.ppid() == self.process.pid:
-                found[int(rank)] = child
-        return [found[rank] for rank in sorted(found)]
+        started = psutil.Process(self.process.pid).children()
+        return sorted(started, key=lambda rank: rank.pid)  # they are started in this order
 
     def until(self, condition: Callable[[], object], *, timeout: float = 400) -> None:
         """Wait for something to happen while the job runs."""

@@ -6,19 +6,45 @@ Where the launcher itself, a variable that is read at import or a fresh interpre
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import runpy
+import subprocess
 import sys
 import traceback
 from argparse import Namespace
 from dataclasses import replace
 from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PRELOADED = ["pemt.engine.deepspeed_import", "datasets", "accelerate.commands.launch", "pemt.demo"]
+# By name all that a run imports: the packages of pemt and of transformers import their modules when they are used.
+PRELOADED = [
+    "pemt.engine.deepspeed_import",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "datasets",
+    "evaluate",
+    "peft",
+    "accelerate.commands.launch",
+    "torch._dynamo",
+    "scipy.io",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.t5.modeling_t5",
+    "transformers.models.t5.tokenization_t5",
+    "transformers.generation.utils",
+    "tensorboard.plugins.hparams.summary_v2",
+    "pemt.run.train",
+    "pemt.run.early",
+    "pemt.run.predict",
+    "pemt.run.evaluate_finished",
+    "pemt.sweep.run",
+    "pemt.demo.run",
+    "pemt.demo.pretraining",
+    "pemt.report.page",
+    "tests.support.tiny",
+]
 
 
 def deepspeed_json(folder: Path, name: str, **zero_fields: object) -> Path:
@@ -34,29 +60,75 @@ def deepspeed_json(folder: Path, name: str, **zero_fields: object) -> Path:
     return path
 
 
-def start(command: list[str], out: Path) -> BaseProcess:
-    """Start what `accelerate launch *command` would; `python *command` where it is the program itself, alone.
+class Forked:
+    """A forked launcher, or a program alone, as `subprocess.Popen` would show it.
 
     Args:
-        command: options of accelerate launch, and the program: `-m module`, and its arguments.
+        command: options of accelerate launch, and the program: `-m module` and its arguments; that, or `-c text`, alone
+            where there are no options.
         out: receives what all ranks print.
+        environment: all variables of the launcher and its ranks.
+        stdin: a pipe with a name, from which the program reads.
+        namespace: of the network, by its name; as under `ip netns exec`.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, __name__])
-    process = context.Process(target=_run, args=(command, str(out), dict(os.environ)))
-    process.start()
-    return process
+
+    def __init__(
+        self,
+        command: list[str],
+        out: Path,
+        environment: dict[str, str],
+        *,
+        stdin: Path = Path(os.devnull),
+        namespace: str | None = None,
+    ) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload([*PRELOADED, __name__])
+        self.args = command
+        self._process = context.Process(
+            target=_run, args=(command, out, stdin, environment, namespace)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not in `timeout` seconds.
+        """
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self._process.exitcode
 
 
-def _run(command: list[str], out: str, environment: dict[str, str]) -> None:
+def _run(
+    command: list[str], out: Path, stdin: Path, environment: dict[str, str], namespace: str | None
+) -> None:
     os.setsid()
-    written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    if namespace is not None:
+        with Path("/var/run/netns", namespace).open() as network:
+            assert ctypes.CDLL(None).setns(network.fileno(), 0) == 0
+    gc.freeze()  # each run of a test collects garbage at its end, half of its time over all that is imported
+    written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600)
     for stream in (1, 2):
         os.dup2(written, stream)
+    # As an interpreter has them: line by line on a terminal.
+    sys.stdin, sys.stdout = stdin.open(), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(environment)
-    if command[0] == "-m":
-        _program(command[1], command[2:])
+    if command[0] in ("-m", "-c"):
+        _program(command[0], command[1], command[2:])
     else:
         _launch(command)
 
@@ -70,18 +142,21 @@ def _launch(command: list[str]) -> None:
     def run_forked(arguments: Namespace) -> None:
         config, *_ = run.config_from_args(arguments)
         launcher = elastic_launch(replace(config, start_method="fork"), _program)
-        launcher(arguments.training_script, arguments.training_script_args)
+        launcher("-m", arguments.training_script, arguments.training_script_args)
 
     run.run = run_forked
     launch.launch_command(launch.launch_command_parser().parse_args(command))
 
 
-def _program(module: str, arguments: list[str]) -> None:
-    """Be `python -m module *arguments`; torch's launcher waits for functions to return, so success returns."""
-    sys.argv = [module, *arguments]
+def _program(option: str, program: str, arguments: list[str]) -> None:
+    """Be `python -m` or `-c program *arguments`; torch's launcher waits for functions to return, so success returns."""
+    sys.argv = [program, *arguments]
     status = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if option == "-c":
+            exec(program, {"__name__": "__main__"})
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as left:
         status = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:  # noqa: BLE001 what the interpreter does with it

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     MT5Config,
@@ -19,6 +22,8 @@ from transformers import (
 from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5, TrainedT5, base_shape
 from pemt.model.experts import expert_shapes
+from pemt.model.inject import LinearSite, linear_sites
+from pemt.model.sites import target_sites
 
 VOCABULARY = 64
 SIZES: dict[str, Any] = {
@@ -40,13 +45,21 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**SIZES)),
     "umt5": lambda: UMT5ForConditionalGeneration(UMT5Config(**SIZES)),
 }
+# transformers 5.17 does not hand T5's position bias to an attention function.
+OLD_ATTENTION = Version(transformers.__version__) < Version("5.20")
 FFNS = SIZES["num_layers"] + SIZES["num_decoder_layers"]
 EXPERT = {
     "lora": ExpertConfig(kind="lora", rank=4, alpha=8.0),
     "bottleneck": ExpertConfig(kind="bottleneck", reduction_factor=12),
+    "everywhere": ExpertConfig(kind="lora", rank=2, alpha=8.0, target_modules="all-linear"),
 }
 MIXTURE = MixtureConfig(prompt_dropout=0.0)
 ADAPTER = AdapterConfig(reduction_factor=4)
+
+
+def ffn_sites(base: Any) -> list[LinearSite]:
+    """The FFNs' output projections, encoder then decoder, each from the first layer up."""
+    return [each for each in linear_sites(base) if each.site.is_ffn_output]
 
 
 def tiny_base(family: str = "t5", seed: int = 0) -> Any:
@@ -63,11 +76,20 @@ def tiny_base(family: str = "t5", seed: int = 0) -> Any:
 
 
 def tiny_source(
-    name: str = "rte", kind: Any = "lora", *, rank: int = 4, prompt: int = 3, seed: int = 1
+    name: str = "rte",
+    kind: Any = "lora",
+    *,
+    rank: int = 4,
+    prompt: int = 3,
+    seed: int = 1,
+    target_modules: list[str] | str = "",
+    family: str = "t5",
 ) -> ExpertSource:
-    """A random source task for `tiny_base`."""
+    """A random source task for `tiny_base`, on the FFNs' outputs where no modules are named."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = expert_shapes(kind, rank, base_shape(tiny_base().config))
+    shape = base_shape(tiny_base(family).config)
+    sites = target_sites(target_modules or ["wo"], shape)
+    shapes = expert_shapes(kind, rank, shape, sites)
     return ExpertSource(
         name=name,
         kind=kind,
@@ -88,10 +110,35 @@ def tiny_sources(kind: str = "lora", experts: int = 3) -> list[ExpertSource]:
     ]
 
 
+def sources_on_sites(family: str = "t5") -> list[ExpertSource]:
+    """Sources of different ranks on different layers: everywhere, on q and v, on the FFNs' outputs, in the decoder."""
+    places: dict[str, list[str] | str] = {
+        "everywhere": "all-linear",
+        "attention": ["q", "v"],
+        "outputs": ["wo"],
+        "decoder": r"decoder.*\.(k|o)",
+    }
+    sources = []
+    for k, (name, modules) in enumerate(places.items()):
+        source = tiny_source(
+            name, rank=2 + k, prompt=2 + k, seed=20 + k, target_modules=modules, family=family
+        )
+        # so many of them would saturate every gate
+        weights = {key: 0.3 * tensor for key, tensor in source.weights.items()}
+        sources.append(replace(source, weights=weights))
+    return sources
+
+
 def source_model(kind: str = "lora", base: Any = None) -> PemtT5:
     """Stage 1 in evaluation mode."""
     base = tiny_base() if base is None else base
     return PemtT5.source(base, expert=EXPERT[kind], prompt_PD=tiny_prompt()).eval()
+
+
+def on_sites(base: Any) -> PemtT5:
+    """Stage 2 with `sources_on_sites` for any family."""
+    gated = str(base.config.feed_forward_proj).startswith("gated")
+    return target_model(sources_on_sites("t5-v1.1" if gated else "t5"), base)
 
 
 def target_model(

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +23,7 @@ from pemt.run.train import run_adapt
 from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
 from pemt.sweep.report import Cell, cells_of, write_report
 from pemt.sweep.run import run_sweep
+from tests.support.ranks import Forked
 from tests.support.tiny import adapt_config, make_base, write_task_files
 
 ROOT = Path(__file__).parents[2]
@@ -171,29 +170,22 @@ def test_fields_of_a_method_win_over_a_tasks_over_the_shared_over_the_recipe(
     assert sweep.runs[-1].folder == world / "out" / "lids" / "lora" / "seed-4"
 
 
-def start(path: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pemt", "sweep", "--config", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(path: Path, out: Path) -> Forked:
+    return Forked(["-m", "pemt", "sweep", "--config", str(path)], out, dict(os.environ))
 
 
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_where_it_stopped(world: Path, tmp_path: Path) -> None:
     path = write_sweep(tmp_path / "sweep.yaml", content_of(world))
-    killed = start(path)
+    killed = start(path, tmp_path / "killed.out")
     sweep = read_sweep(path)
     deadline = time.monotonic() + 120
     while sum(run.finished for run in sweep.runs) < 2:
-        assert killed.poll() is None, killed.communicate()
+        assert killed.poll() is None, (tmp_path / "killed.out").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
     before = {
         str(run): (run.folder / "all_results.json").read_bytes()
         for run in sweep.runs
@@ -205,9 +197,9 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stopped(world: Path, tmp_path:
     failed.folder.mkdir(parents=True, exist_ok=True)
     (failed.folder / "error.txt").write_text("the disk was full\n")
 
-    again = start(path)
-    output, errors = again.communicate(timeout=200)
-    assert again.returncode == 0, errors
+    again = start(path, tmp_path / "again.out")
+    status, output = again.wait(timeout=200), (tmp_path / "again.out").read_text()
+    assert status == 0, output
     assert f"8 runs, {len(before)} of them finished before" in output
     order = [line.split(": ")[1] for line in output.splitlines() if line.startswith("run ")]
     assert len(order) == 8 - len(before)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pemt.tasks import HubSource, TaskError, get_task, load_task_file
+from pemt.tasks import HubSource, TaskError, get_task, load_task_file, task_names
+from pemt.tasks.task_file import task_text
 
 GOOD = """
 name: tickets
@@ -128,3 +130,26 @@ def test_other_wrong_task_files(written, tmp_path):
         load_task_file(tmp_path / "bytes.yaml")
     with pytest.raises(TaskError, match=r"found 'rte', but .* describes 'tickets'"):
         get_task("rte", str(written(GOOD)))
+
+
+PLAIN = [name for name in task_names() if task_text(get_task(name)) is not None]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_task_is_written_as_it_is_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text(str(task_text(get_task(name))), encoding="utf-8")
+    read, task = load_task_file(path), get_task(name)
+    assert replace(read, aliases=()) == replace(task, aliases=())
+    assert sorted(read.aliases) == sorted(task.aliases)
+    for field, _ in task.aliases:  # whichever of a field's comes first counts
+        of_one = [[own for own in each.aliases if own[0] == field] for each in (read, task)]
+        assert of_one[0] == of_one[1]
+
+
+def test_a_task_with_functions_is_not_written() -> None:
+    assert len(PLAIN) > 10
+    assert task_text(dataclasses.replace(get_task(PLAIN[0]), prepare=dict)) is None
+    files = (("train", "a.jsonl"), ("train", "b.jsonl"), ("test", "c.jsonl"))
+    text = task_text(dataclasses.replace(get_task(PLAIN[0]), files=files))
+    assert str(Path.cwd() / "b.jsonl") in str(text)

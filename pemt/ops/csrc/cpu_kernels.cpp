@@ -15,17 +15,6 @@ namespace {
 constexpr int kBlock = 64;  // tokens per partial sum
 
 template <class T>
-struct RealOf {
-  using type = float;
-};
-template <>
-struct RealOf<double> {
-  using type = double;
-};
-template <class T>
-using Real = typename RealOf<T>::type;
-
-template <class T>
 Real<T> dot(const T* left, const T* right, int64_t count) {
   using R = Real<T>;
   R sum = 0;
@@ -230,21 +219,6 @@ void sparsity_backward_of(
       dgates[b * count + k] = grad * static_cast<const R*>(args.distance)[k] / R(shape.batch);
 }
 
-// Calls `run` with a null pointer of the tensors' type.
-template <class Run>
-void with_type(Dtype dtype, const Run& run) {
-  switch (dtype) {
-    case Dtype::f32:
-      return run(static_cast<float*>(nullptr));
-    case Dtype::f64:
-      return run(static_cast<double*>(nullptr));
-    case Dtype::bf16:
-      return run(static_cast<c10::BFloat16*>(nullptr));
-    case Dtype::f16:
-      return run(static_cast<c10::Half*>(nullptr));
-  }
-}
-
 }  // namespace
 
 int64_t mixture_partials(const Shape& shape) { return (shape.tokens + kBlock - 1) / kBlock; }
@@ -255,7 +229,7 @@ int64_t sparsity_partials(const Shape& shape) {
 
 void gate_latent(void*, Dtype dtype, const Shape& shape, const Experts& experts, Read latent,
     const void* gates, void* gated) {
-  with_type(dtype, [&](auto* type) {
+  with_type<c10::BFloat16, c10::Half>(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     gate_latent_of(
         shape, experts, latent, static_cast<const Real<T>*>(gates), static_cast<T*>(gated));
@@ -264,21 +238,21 @@ void gate_latent(void*, Dtype dtype, const Shape& shape, const Experts& experts,
 
 void mixture_backward(
     void*, Dtype dtype, const Shape& shape, const Experts& experts, const MixtureBackward& args) {
-  with_type(dtype, [&](auto* type) {
+  with_type<c10::BFloat16, c10::Half>(dtype, [&](auto* type) {
     mixture_backward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
   });
 }
 
 void sparsity_forward(
     void*, Dtype dtype, const Shape& shape, const Experts& experts, const SparsityForward& args) {
-  with_type(dtype, [&](auto* type) {
+  with_type<c10::BFloat16, c10::Half>(dtype, [&](auto* type) {
     sparsity_forward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
   });
 }
 
 void sparsity_backward(
     void*, Dtype dtype, const Shape& shape, const Experts& experts, const SparsityBackward& args) {
-  with_type(dtype, [&](auto* type) {
+  with_type<c10::BFloat16, c10::Half>(dtype, [&](auto* type) {
     sparsity_backward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
   });
 }

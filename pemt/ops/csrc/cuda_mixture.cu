@@ -45,46 +45,44 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Per block: kChunk tokens of one sample and one expert.
+// Per block: kChunk tokens of one sample and one expert; each pair has the loss's part as a third.
 template <class T>
 __global__ void __launch_bounds__(kThreads) mixture_backward_kernel(Shape shape,
     const __grid_constant__ Experts experts, MixtureBackward args, int64_t chunks, bool wide) {
   using R = Real<T>;
-  constexpr int rounds =
-      kInFlight / 2;  // of a latent and a projection each, and of the loss's part
   const int k = blockIdx.y, start = experts.offset[k], rank = experts.offset[k + 1] - start;
   const int packs = (rank + kPack<T> - 1) / kPack<T>;
   const int64_t b = blockIdx.x / chunks, first = blockIdx.x % chunks * kChunk;
   const R scale = R(experts.scale[k]);
   const R factor = static_cast<const R*>(args.gates)[b * experts.count + k] * scale;
   R sum = 0;
-  for (int i = threadIdx.x; i < kChunk * packs; i += rounds * kThreads) {
-    const T* from[3 * rounds];
-    T* to[rounds];
-    int valid[3 * rounds];
-    Pack<T> found[3 * rounds];
+  for (int i = threadIdx.x; i < kChunk * packs; i += kPairs * kThreads) {
+    const T* from[3 * kPairs];
+    T* to[kPairs];
+    int valid[3 * kPairs];
+    Pack<T> found[3 * kPairs];
 #pragma unroll
-    for (int j = 0; j < rounds; ++j) {
+    for (int j = 0; j < kPairs; ++j) {
       const int at = i + j * kThreads, column = at % packs * kPack<T>;
       const int64_t s = first + at / packs, n = b * shape.tokens + s;
       valid[j] = at < kChunk * packs && s < shape.tokens ? left_of<T>(rank, column) : 0;
-      valid[j + rounds] = valid[j];
-      valid[j + 2 * rounds] = args.sparsity_gate ? valid[j] : 0;
+      valid[j + kPairs] = valid[j];
+      valid[j + 2 * kPairs] = args.sparsity_gate ? valid[j] : 0;
       to[j] = row_of<T>(args.dlatent, n) + start + column;
       from[j] = row_of<T>(args.latent, n) + start + column;
-      from[j + rounds] =
+      from[j + kPairs] =
           static_cast<const T*>(args.projection) + n * experts.total + start + column;
-      from[j + 2 * rounds] = to[j];
+      from[j + 2 * kPairs] = to[j];
     }
     load(from, valid, wide, found);
 #pragma unroll
-    for (int j = 0; j < rounds; ++j) {
+    for (int j = 0; j < kPairs; ++j) {
       R value[kPack<T>];
 #pragma unroll
       for (int c = 0; c < kPack<T>; ++c) {
-        const R projection = real(found[j + rounds].value[c]);
+        const R projection = real(found[j + kPairs].value[c]);
         sum += real(found[j].value[c]) * projection;
-        value[c] = projection * factor + real(found[j + 2 * rounds].value[c]);
+        value[c] = projection * factor + real(found[j + 2 * kPairs].value[c]);
       }
       store(value, valid[j], wide, to[j]);
     }
@@ -114,7 +112,7 @@ void gate_latent(void* stream, Dtype dtype, const Shape& shape, const Experts& e
     const void* gates, void* gated) {
   const int64_t blocks = blocks_of(shape.batch * shape.tokens, kGatedChunk);
   if (blocks == 0) return;
-  with_type(dtype, [&](auto* type) {
+  with_type<bf16, f16>(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     launch(gate_latent_kernel<T>, dim3(unsigned(blocks), experts.count), kThreads, stream, shape,
         experts, latent, static_cast<const Real<T>*>(gates), static_cast<T*>(gated),
@@ -125,7 +123,7 @@ void gate_latent(void* stream, Dtype dtype, const Shape& shape, const Experts& e
 void mixture_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
     const MixtureBackward& args) {
   if (shape.batch == 0) return;
-  with_type(dtype, [&](auto* type) {
+  with_type<bf16, f16>(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using R = Real<T>;
     const int64_t chunks = mixture_partials(shape), gates = shape.batch * experts.count;

@@ -30,7 +30,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_forward_kernel(Shape shape,
     const __grid_constant__ Experts experts, SparsityForward args, bool wide, bool wide_z) {
   using R = Real<T>;
-  constexpr int step = kWarp * kPack<T>, tiles = kInFlight / 2;  // a latent and a projection each
+  constexpr int step = kWarp * kPack<T>;
   __shared__ R norm_z[kTokens];
   __shared__ R distance[kTokens][kMaxExperts];
   const Place place(blockIdx.x, shape.batch * shape.tokens);
@@ -64,35 +64,19 @@ __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_forward_ke
   const T* latents = row_of<T>(args.latent, n);
   const T* projections = static_cast<const T*>(args.projection) + n * experts.total;
   R dot = 0, square = 0;
-  for (Tile tile; tile.k < count;) {
-    const T* from[2 * tiles];
-    int valid[2 * tiles], expert[2 * tiles];
-    bool last[2 * tiles];
-    Pack<T> found[2 * tiles];
+  for (Tiles<T> tiles; tiles.k < count;) {
+    tiles.next(experts, place, latents, projections, wide);
 #pragma unroll
-    for (int j = 0; j < tiles; ++j) {
-      expert[j] = tile.k;
-      const int k = tile.k < count ? tile.k : 0, start = experts.offset[k];
-      const int column = tile.start + place.column * kPack<T>;
-      valid[j] = present && tile.k < count ? left_of<T>(experts.offset[k + 1] - start, column) : 0;
-      valid[j + tiles] = valid[j];
-      from[j] = latents + start + column;
-      from[j + tiles] = projections + start + column;
-      tile.advance<T>(experts);
-      last[j] = tile.start == 0;
-    }
-    load(from, valid, wide, found);
-#pragma unroll
-    for (int j = 0; j < tiles; ++j) {
-      const int k = expert[j];
+    for (int j = 0; j < kPairs; ++j) {
+      const int k = tiles.expert[j];
       if (k >= count) continue;  // all threads of the block agree
 #pragma unroll
       for (int c = 0; c < kPack<T>; ++c) {
-        const R latent = real(found[j].value[c]);
-        dot += latent * real(found[j + tiles].value[c]);
+        const R latent = real(tiles.found[j].value[c]);
+        dot += latent * real(tiles.found[j + kPairs].value[c]);
         square += latent * latent;
       }
-      if (!last[j]) continue;
+      if (!tiles.ends[j]) continue;
       dot = lane_sum<kPerToken>(dot) * R(experts.scale[k]);
       const R norm = sqrt(lane_sum<kPerToken>(square)) * abs(R(experts.scale[k]));
       const R cosine = dot / (max(norm, R(kCosineEps)) * safe_z);
@@ -146,11 +130,11 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_backward_kernel(Shape shape,
     const __grid_constant__ Experts experts, SparsityBackward args, bool wide, bool wide_z) {
   using R = Real<T>;
-  constexpr int step = kWarp * kPack<T>, tiles = kInFlight / 2;  // a latent and a projection each
+  constexpr int step = kWarp * kPack<T>;
   __shared__ R push_all[kMaxExperts], shrink_z[kTokens];
   const Place place(blockIdx.x, shape.batch * shape.tokens);
   const int lane = threadIdx.x % kWarp, count = experts.count;
-  const int64_t n = place.first + place.row, token_at = n * experts.total;
+  const int64_t n = place.first + place.row;
   const bool present = place.row < place.count;
   const R grad = *static_cast<const R*>(args.grad);
   for (int k = threadIdx.x / kWarp; k < count; k += kThreads / kWarp) {
@@ -169,29 +153,12 @@ __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_backward_k
   const T* latents = row_of<T>(args.latent, n);
   const T* projections = static_cast<const T*>(args.projection) + n * experts.total;
   R shrink_sum = 0;
-  for (Tile tile; tile.k < count;) {
-    const T* from[2 * tiles];
-    int valid[2 * tiles], expert[2 * tiles], at[2 * tiles];
-    bool begins[2 * tiles];
-    Pack<T> found[2 * tiles];
+  for (Tiles<T> tiles; tiles.k < count;) {
+    tiles.next(experts, place, latents, projections, wide);
 #pragma unroll
-    for (int j = 0; j < tiles; ++j) {
-      expert[j] = tile.k;
-      begins[j] = tile.start == 0;
-      const int k = tile.k < count ? tile.k : 0, start = experts.offset[k];
-      const int column = tile.start + place.column * kPack<T>;
-      valid[j] = present && tile.k < count ? left_of<T>(experts.offset[k + 1] - start, column) : 0;
-      valid[j + tiles] = valid[j];
-      at[j] = start + column;
-      from[j] = latents + at[j];
-      from[j + tiles] = projections + at[j];
-      tile.advance<T>(experts);
-    }
-    load(from, valid, wide, found);
-#pragma unroll
-    for (int j = 0; j < tiles; ++j) {
-      if (valid[j] <= 0 && place.column > 0) continue;
-      const int k = expert[j];
+    for (int j = 0; j < kPairs; ++j) {
+      const int k = tiles.expert[j], valid = tiles.valid[j];
+      if (valid <= 0 && place.column > 0) continue;
       if (k >= count) continue;
       const R scale = R(experts.scale[k]), push = push_all[k] * weight;
       const R cosine = present ? stats[k] : R(0), norm_k = present ? stats[count + k] : R(0);
@@ -200,17 +167,17 @@ __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_backward_k
       // gradient is that of the unclamped norm, and 0 at 0.
       const R along = -push * scale / (safe_k * safe_z);
       const R shrink = norm_k > 0 ? push * cosine * scale * scale / (safe_k * norm_k) : R(0);
-      if (begins[j]) shrink_sum += push * cosine;
+      if (tiles.begins[j]) shrink_sum += push * cosine;
       R mix[kPack<T>], dlatent[kPack<T>];
 #pragma unroll
       for (int c = 0; c < kPack<T>; ++c) {
-        const R latent = real(found[j].value[c]);
+        const R latent = real(tiles.found[j].value[c]);
         mix[c] = along * latent;
-        dlatent[c] = along * real(found[j + tiles].value[c]) + shrink * latent;
+        dlatent[c] = along * real(tiles.found[j + kPairs].value[c]) + shrink * latent;
       }
-      if (valid[j] <= 0) continue;
-      store(mix, valid[j], wide, static_cast<T*>(args.mix) + n * experts.total + at[j]);
-      store(dlatent, valid[j], wide, row_of<T>(args.dlatent, n) + at[j]);
+      if (valid <= 0) continue;
+      store(mix, valid, wide, static_cast<T*>(args.mix) + n * experts.total + tiles.at[j]);
+      store(dlatent, valid, wide, row_of<T>(args.dlatent, n) + tiles.at[j]);
     }
   }
   if (place.column == 0) shrink_z[place.row] = norm > 0 ? shrink_sum / (safe_z * norm) : R(0);
@@ -220,24 +187,24 @@ __global__ void __launch_bounds__(kThreads, kSparsityBlocks) sparsity_backward_k
     const T* z = static_cast<const T*>(args.z) + token * shape.d_model;
     const T* dz = args.dz ? static_cast<const T*>(args.dz) + token * shape.d_model : z;
     T* whole = row_of<T>(args.whole_dz, token);
-    for (int64_t i = lane * kPack<T>; i < shape.d_model; i += tiles * step) {
-      const T* from[2 * tiles];
-      int valid[2 * tiles];
-      Pack<T> found[2 * tiles];
+    for (int64_t i = lane * kPack<T>; i < shape.d_model; i += kPairs * step) {
+      const T* from[2 * kPairs];
+      int valid[2 * kPairs];
+      Pack<T> found[2 * kPairs];
 #pragma unroll
-      for (int j = 0; j < tiles; ++j) {
+      for (int j = 0; j < kPairs; ++j) {
         valid[j] = left_of<T>(shape.d_model, i + j * step);
-        valid[j + tiles] = args.dz ? valid[j] : 0;
+        valid[j + kPairs] = args.dz ? valid[j] : 0;
         from[j] = z + i + j * step;
-        from[j + tiles] = dz + i + j * step;
+        from[j + kPairs] = dz + i + j * step;
       }
       load(from, valid, wide_z, found);
 #pragma unroll
-      for (int j = 0; j < tiles; ++j) {
+      for (int j = 0; j < kPairs; ++j) {
         R value[kPack<T>];
 #pragma unroll
         for (int c = 0; c < kPack<T>; ++c)
-          value[c] = shrink_z[row] * real(found[j].value[c]) + real(found[j + tiles].value[c]);
+          value[c] = shrink_z[row] * real(found[j].value[c]) + real(found[j + kPairs].value[c]);
         store(value, valid[j], wide_z, whole + i + j * step);
       }
     }
@@ -252,7 +219,7 @@ int64_t sparsity_partials(const Shape& shape) {
 
 void sparsity_forward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
     const SparsityForward& args) {
-  with_type(dtype, [&](auto* type) {
+  with_type<bf16, f16>(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t blocks = sparsity_partials(shape);
     const bool wide =
@@ -268,7 +235,7 @@ void sparsity_forward(void* stream, Dtype dtype, const Shape& shape, const Exper
 
 void sparsity_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
     const SparsityBackward& args) {
-  with_type(dtype, [&](auto* type) {
+  with_type<bf16, f16>(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t blocks = std::max<int64_t>(1, sparsity_partials(shape));  // one for the gates
     const bool wide = ranks_aligned<T>(experts) && aligned<T>(args.latent) &&

@@ -21,17 +21,6 @@ constexpr int kGatedChunk = 128;               // tokens of one block in gate_la
 constexpr int kInFlight = 4;                   // 16-byte reads that a thread waits for together
 
 template <class T>
-struct RealOf {
-  using type = float;
-};
-template <>
-struct RealOf<double> {
-  using type = double;
-};
-template <class T>
-using Real = typename RealOf<T>::type;
-
-template <class T>
 constexpr int kPack = 16 / sizeof(T);  // elements of one wide access
 template <class T>
 constexpr int kTile =
@@ -122,14 +111,36 @@ struct Place {
         column(threadIdx.x % kPerToken) {}
 };
 
-// The next tile of an expert's ranks for the threads of a token; after an expert's last, the next
-// expert's.
-struct Tile {
-  int k = 0, start = 0;
-  template <class T>
-  __device__ void advance(const Experts& experts) {
-    start += kTile<T>;
-    if (k < experts.count && start >= experts.offset[k + 1] - experts.offset[k]) ++k, start = 0;
+constexpr int kPairs = kInFlight / 2;  // a latent and a projection each, or z and its gradient
+
+// A token's latents and projections, kPairs tiles at a time for the threads that share it; after
+// an expert's last tile comes the next expert's first.
+template <class T>
+struct Tiles {
+  int k = 0, start = 0;  // where the next one begins
+  int expert[kPairs], at[kPairs], valid[2 * kPairs];
+  bool begins[kPairs], ends[kPairs];  // the expert
+  Pack<T> found[2 * kPairs];          // latents, then projections
+
+  __device__ void next(const Experts& experts, const Place& place, const T* latents,
+      const T* projections, bool wide) {
+    const T* from[2 * kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const int own = k < experts.count ? k : 0, first = experts.offset[own];
+      const int rank = experts.offset[own + 1] - first, column = start + place.column * kPack<T>;
+      const bool present = place.row < place.count && k < experts.count;
+      expert[j] = k;
+      at[j] = first + column;
+      valid[j] = valid[j + kPairs] = present ? left_of<T>(rank, column) : 0;
+      from[j] = latents + at[j];
+      from[j + kPairs] = projections + at[j];
+      begins[j] = start == 0;
+      start += kTile<T>;
+      if (k < experts.count && start >= rank) ++k, start = 0;
+      ends[j] = start == 0;
+    }
+    load(from, valid, wide, found);
   }
 };
 
@@ -155,21 +166,6 @@ template <class T>
 bool ranks_aligned(const Experts& experts) {  // every expert begins a pack
   return std::all_of(experts.offset, experts.offset + experts.count + 1,
       [](int offset) { return offset % kPack<T> == 0; });
-}
-
-// Calls `run` with a null pointer of the tensors' type.
-template <class Run>
-void with_type(Dtype dtype, const Run& run) {
-  switch (dtype) {
-    case Dtype::f32:
-      return run(static_cast<float*>(nullptr));
-    case Dtype::f64:
-      return run(static_cast<double*>(nullptr));
-    case Dtype::bf16:
-      return run(static_cast<bf16*>(nullptr));
-    case Dtype::f16:
-      return run(static_cast<f16*>(nullptr));
-  }
 }
 
 }  // namespace pemt

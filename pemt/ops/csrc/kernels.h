@@ -2,8 +2,8 @@
 // defined for the CPU in cpu_*.cpp and for CUDA in cuda_*.cu. No torch header.
 //
 // B batch, S tokens, N = B * S, D d_model, K experts, R rank, T the sum of the ranks.
-// The experts' up projections are isometries: the norm of an output is that of its latent.
-// "Reals" are float, or double where the tensors are double; all sums run in them.
+// The experts' up projections have orthonormal columns: the norm of an output is that of its
+// latent. "Reals" are float, or double where the tensors are double; all sums run in them.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,32 @@ constexpr int kMaxExperts = 128;     // as MAX_EXPERTS in checks.py
 constexpr double kCosineEps = 1e-8;  // torch.nn.functional.cosine_similarity's default
 
 enum class Dtype { f32, f64, bf16, f16 };
+
+template <class T>
+struct RealOf {
+  using type = float;
+};
+template <>
+struct RealOf<double> {
+  using type = double;
+};
+template <class T>
+using Real = typename RealOf<T>::type;
+
+// Calls `run` with a null pointer of the tensors' type; half types are each device's own.
+template <class Bf16, class F16, class Run>
+void with_type(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::f32:
+      return run(static_cast<float*>(nullptr));
+    case Dtype::f64:
+      return run(static_cast<double*>(nullptr));
+    case Dtype::bf16:
+      return run(static_cast<Bf16*>(nullptr));
+    case Dtype::f16:
+      return run(static_cast<F16*>(nullptr));
+  }
+}
 
 struct Experts {  // small enough to be a kernel's argument
   int count;

@@ -1,0 +1,181 @@
+"""LoRA adapters in PEFT's format become entries of a bank: all of them, or none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pemt.bank.entries import write_entry
+from pemt.bank.manifests import BankError, check_free
+from pemt.bank.peft_format import FILES, PeftFormatError, PeftLora, read_base_name, read_peft
+from pemt.model import (
+    ExpertSource,
+    base_digest,
+    base_shape,
+    checked_base,
+    description_prompt,
+    load_pretrained,
+)
+from pemt.storage import local_folder
+from pemt.tasks import get_task, task_names
+
+DOWNLOADS = 8  # at a time
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter that is to be an entry.
+
+    Args:
+        path_or_id: its folder, or a hub id.
+        task: the entry's name; default: the last part of the folder's name or hub id.
+        description: one sentence; its tokens' embeddings become the prompt, where the adapter has none. Default: the
+            description of the task of that name; where the entry is named after the adapter, the words of that name.
+    """
+
+    path_or_id: str
+    task: str | None = None
+    description: str | None = None
+
+    @property
+    def entry(self) -> str:
+        """The entry's name."""
+        return self.task or re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(self.path_or_id).name)
+
+    def sentence(self) -> str | None:
+        """What the prompt is made of, where the adapter has none of its own."""
+        if self.description is not None:
+            return self.description
+        if self.entry in task_names():
+            return get_task(self.entry).description
+        return None if self.task else re.sub(r"[-_.+]+", " ", self.entry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """What became of an adapter.
+
+    Args:
+        folder: the new entry.
+        base_name: the base model it belongs to.
+        lora: the expert: its rank, where it is, and where it is not.
+        prompt: `its own`, or the description that the prompt was made from.
+    """
+
+    folder: Path
+    base_name: str
+    lora: PeftLora
+    prompt: str
+
+
+def add_peft(
+    adapters: Sequence[Adapter],
+    *,
+    bank_dir: str | Path,
+    model_name_or_path: str | None = None,
+    tokenizer_name: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> list[Added]:
+    """Put LoRA adapters in PEFT's format, on any linear layers of one T5, into a bank.
+
+    They are fetched side by side; nothing is written before all of them have been read.
+
+    Args:
+        adapters: which, and their names in the bank.
+        bank_dir: where they go.
+        model_name_or_path: their base model; default: the one that their configurations name.
+        tokenizer_name: where the tokenizer lies elsewhere.
+        revision: of the hub repositories.
+        overwrite: replace entries of these names.
+
+    Raises:
+        BankError: the bank has such an entry, two have one name, or one has neither prompt nor description.
+        PeftFormatError: one is no plain LoRA on linear layers, or fits another base model.
+        PemtError: the base model or the hub cannot be read, or the bank cannot be written.
+    """
+    _check_names(adapters, bank_dir, overwrite=overwrite)
+    fetch = partial(local_folder, files=FILES, revision=revision)
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        folders = list(pool.map(fetch, (adapter.path_or_id for adapter in adapters)))
+    base_name = model_name_or_path or _common_base(folders)
+    base, tokenizer = load_pretrained(base_name, tokenizer_name or base_name, lazy=True)
+    shape = base_shape(base.config)
+    read = [
+        _read(adapter, read_peft(folder, shape), base, tokenizer)
+        for adapter, folder in zip(adapters, folders, strict=True)
+    ]
+    return [
+        Added(
+            folder=write_entry(
+                bank_dir, source, base={"name": base_name, **shape}, description=said, metrics={}
+            ),
+            base_name=base_name,
+            lora=lora,
+            prompt=origin,
+        )
+        for source, lora, said, origin in read
+    ]
+
+
+def _check_names(adapters: Sequence[Adapter], bank_dir: str | Path, *, overwrite: bool) -> None:
+    names = [adapter.entry for adapter in adapters]
+    for name in names:
+        check_free(bank_dir, name, overwrite=overwrite)
+        if names.count(name) > 1:
+            raise BankError(
+                f"--task: `{name}` is the name of two entries; give each a name of its own"
+            )
+
+
+def _read(
+    adapter: Adapter, lora: PeftLora, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ExpertSource, PeftLora, str | None, str]:
+    """The expert, its adapter, its description and what its prompt is made of."""
+    said = adapter.sentence()
+    prompt_PD, origin = lora.prompt_PD, "its own"
+    if prompt_PD is None:
+        if said is None:
+            raise _no_description(adapter)
+        prompt_PD, origin = description_prompt(tokenizer, base, said), said
+    source = ExpertSource(
+        name=adapter.entry,
+        kind="lora",
+        rank=lora.rank,
+        alpha=lora.alpha,
+        weights=lora.weights,
+        prompt_PD=prompt_PD,
+        base_sha256=base_digest(checked_base(base)),
+    )
+    return source, lora, said, origin
+
+
+def _common_base(folders: Sequence[Path]) -> str:
+    names = {folder: read_base_name(folder) for folder in folders}
+    for folder, name in names.items():
+        if not name:
+            raise PeftFormatError(
+                f"{folder}: does not name its base model; give it with --model_name_or_path"
+            )
+    (first, base_name), *others = names.items()
+    for folder, name in others:
+        if name != base_name:
+            raise PeftFormatError(
+                f"{folder}: is for the base model {name}, and {first} is for {base_name}; a bank is for one: add them "
+                "to two banks, or give --model_name_or_path where both names mean one model"
+            )
+    assert base_name is not None
+    return base_name
+
+
+def _no_description(adapter: Adapter) -> BankError:
+    return BankError(
+        f"description: missing; {adapter.path_or_id} has no task prompt and `{adapter.entry}` is no task that "
+        "`pemt tasks` lists: say in one sentence what it does, --description '...'"
+    )

@@ -1,0 +1,90 @@
+"""Stage 2, in the place of a linear layer other than an FFN's output: frozen LoRA experts and a gate over them.
+
+Shapes: B batch, S tokens, F input width, D output width, K experts, N ranks of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pemt.config import AdapterConfig, MixtureConfig
+from pemt.model.context import PassContext
+from pemt.model.experts import ExpertSource
+from pemt.model.factors import rank_factors, side_by_side
+from pemt.model.gate import GateKind
+from pemt.model.gated import GatedLinear
+from pemt.model.inject import LinearSite
+from pemt.model.mixture import MIXTURES, AdapterProjection, frozen
+from pemt.ops import expert_mixture
+from pemt.ops.linear import answer_mixture
+
+
+class SiteMixture(GatedLinear):
+    """y = W x + Σ_k g_k o_k over the sources that are on this layer; reports its gates.
+
+    Target adapter and sparsity loss are at the FFNs' outputs alone.
+    """
+
+    def __init__(
+        self,
+        site: LinearSite,
+        sources: Sequence[ExpertSource],
+        context: PassContext,
+        *,
+        gate: GateKind,
+    ) -> None:
+        super().__init__()
+        self.weight = site.weight
+        self.add_gate(site, sources, context, gate)
+        factors = side_by_side(site.name, sources)
+        self.ranks, self.scales = factors.ranks, factors.scales
+        (outputs, inputs), total = self.weight.shape, sum(self.ranks)
+        self.down = frozen((total, inputs), factors.down, like=self.weight)
+        self.up = frozen((outputs, total), factors.up, like=self.weight)
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        """y [B,S,D]; the gates [B,K] go to the pass's context, as it asks for them."""
+        context = self.context
+        if self.in_decoder and context.is_answering:
+            return self._answer(x_BSF)
+        x_BSF, prompt_BC = self._gate_context(x_BSF)
+        gates_BK = self.gate(prompt_BC)
+        if context.is_answering:
+            context.record_answer(gates_BK)
+        else:
+            context.record(gates_BK, None)
+        y_BSD, _ = expert_mixture(
+            x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
+        )
+        return y_BSD
+
+    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
+        """g_k s_k of every sample, once per rank [B,1,N]."""
+        return rank_factors(gates_BK, self.scales, self.ranks, like=self.down)
+
+    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+        """y [B,S,D]; `prepared` is [B,1,N]."""
+        return answer_mixture(x_BSF, self.weight, self.down, self.up, prepared)
+
+
+def mix_at(
+    site: LinearSite,
+    sources: Sequence[ExpertSource],
+    mixture: MixtureConfig,
+    adapter: AdapterConfig,
+    context: PassContext,
+) -> None:
+    """Put the sources that are on a layer into it; at an FFN's output there is a target adapter in any case."""
+    if not site.site.is_ffn_output:
+        if sources:
+            site.replace(SiteMixture(site, sources, context, gate=mixture.gate))
+        return
+    if not sources:
+        site.replace(AdapterProjection(site, adapter))
+        return
+    kind = sources[0].kind
+    site.replace(MIXTURES[kind](site, sources, adapter, context, gate=mixture.gate))
+    if kind == "bottleneck":
+        site.pass_ffn_input()

@@ -1,0 +1,163 @@
+"""A caller's callbacks in transformers' `TrainerCallback` protocol, and what they want of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+
+from pemt.checkpoint import TrainState
+from pemt.config import PemtError, RunConfig
+from pemt.engine import Engine
+from pemt.monitor import progress_logger
+
+EVENTS = (
+    "on_train_begin",
+    "on_epoch_begin",
+    "on_step_begin",
+    "on_step_end",
+    "on_log",
+    "on_evaluate",
+    "on_save",
+    "on_epoch_end",
+    "on_train_end",
+)
+_FLAGS = ("should_training_stop", "should_save", "should_evaluate", "should_log")
+TRAIN = "train/"
+
+
+def checked_callbacks(callbacks: Sequence[Any]) -> list[Any]:
+    """A caller's callbacks; of classes, an instance each.
+
+    Raises:
+        PemtError: one has no method that is called.
+    """
+    made = [each() if isinstance(each, type) else each for each in callbacks]
+    for each in made:
+        if not any(callable(getattr(each, event, None)) for event in EVENTS):
+            raise PemtError(f"callbacks: {each!r:.60} has none of the methods {', '.join(EVENTS)}")
+    return made
+
+
+class Callbacks:
+    """Calls them on every rank, and has all ranks do what any of them asks for; without any it does nothing.
+
+    `args` is the run's configuration, under transformers' names: its metric for the best model is `average_metrics`,
+    the higher the better, and the best one is loaded at the end. Keyword arguments are `model` (a TrainedT5),
+    `processing_class`, `optimizer` and `lr_scheduler`.
+
+    Args:
+        callbacks: as `checked_callbacks` gives them.
+        config: the run's.
+        engine: the model is in it by `begin`.
+        tokenizer: the base model's.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[Any],
+        config: RunConfig,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._callbacks = callbacks
+        self._engine, self._tokenizer = engine, tokenizer
+        values = {each.name: getattr(config, each.name) for each in fields(config)}
+        self.args = SimpleNamespace(
+            **values,
+            load_best_model_at_end=True,
+            metric_for_best_model="average_metrics",
+            greater_is_better=True,
+        )
+        self.state, self.control = TrainerState(), TrainerControl()
+
+    def begin(self, progress: TrainState, *, total_steps: int, epoch: float, schedule: Any) -> None:
+        """Before the first step (all ranks call)."""
+        self._schedule = schedule
+        engine, args = self._engine, self.args
+        self.state = TrainerState(
+            max_steps=total_steps,
+            num_train_epochs=args.num_train_epochs,
+            logging_steps=args.logging_steps,
+            eval_steps=args.eval_steps,
+            save_steps=args.save_steps,
+            train_batch_size=args.per_device_train_batch_size,
+            is_world_process_zero=engine.is_main,
+            is_local_process_zero=engine.is_local_main,
+        )
+        self.at(progress, epoch)
+        if engine.is_main:
+            self._tell_unserved()
+        self.call("on_train_begin")
+
+    def at(self, progress: TrainState, epoch: float) -> None:
+        """The step that the loop has come to."""
+        state = self.state
+        state.global_step, state.epoch = progress.step, epoch
+        state.best_metric, state.best_global_step = progress.best_metric, progress.best_step
+        if progress.best_step is not None:
+            state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{progress.best_step}"
+
+    def next_step(self) -> None:
+        """Forget what was wanted of the last one."""
+        self.control = replace(
+            self.control, should_save=False, should_evaluate=False, should_log=False
+        )
+        self.call("on_step_begin")
+
+    def log(self, scalars: Mapping[str, float]) -> None:
+        """What the run has just logged; `train/loss` is `loss` to them, as it is transformers'."""
+        if self._callbacks:
+            logs = {name.removeprefix(TRAIN): value for name, value in scalars.items()}
+            self.state.log_history.append({**logs, "step": self.state.global_step})
+            self.call("on_log", logs=logs)
+
+    def call(self, event: str, **given: Any) -> None:
+        """One event (all ranks call)."""
+        if not self._callbacks:
+            return
+        for each in self._callbacks:
+            if (method := getattr(each, event, None)) is None:
+                continue
+            changed = method(
+                self.args,
+                self.state,
+                self.control,
+                model=self._engine.module,
+                processing_class=self._tokenizer,
+                optimizer=self._engine.optimizer,
+                lr_scheduler=self._schedule,
+                **given,
+            )
+            self.control = changed or self.control
+        self._agree()
+
+    def _agree(self) -> None:
+        """What any rank's callbacks want is done by all."""
+        control = self.control
+        if control.should_epoch_stop:
+            raise PemtError(
+                "callbacks: should_epoch_stop is set, and this loop has no epochs to leave; set should_training_stop"
+            )
+        wanted = self._engine.totals([int(getattr(control, flag)) for flag in _FLAGS])
+        for flag, count in zip(_FLAGS, wanted, strict=True):
+            setattr(control, flag, count > 0)
+
+    def _tell_unserved(self) -> None:
+        known = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+        for each in self._callbacks:
+            own = {
+                name
+                for kind in type(each).__mro__
+                if kind is not TrainerCallback
+                for name in vars(kind)
+            }
+            unserved = [name for name in known if name in own and name not in EVENTS]
+            if unserved:
+                progress_logger().info(
+                    f"callbacks: {type(each).__name__}.{', '.join(unserved)} are not called; called are "
+                    f"{', '.join(EVENTS)}"
+                )

@@ -1,0 +1,70 @@
+"""A run under way: what stays the same from step to step, and what is due after which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pemt.checkpoint import Checkpoints
+from pemt.config import RunConfig
+from pemt.monitor import Monitor
+from pemt.run.build import Built
+from pemt.run.callbacks import Callbacks
+from pemt.run.prepare import Batches, Setup
+from pemt.run.session import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What stays the same from step to step."""
+
+    config: RunConfig
+    setup: Setup
+    built: Built
+    session: Session
+    checkpoints: Checkpoints
+    monitor: Monitor
+    batches: Batches
+    total_steps: int
+    callbacks: Callbacks
+
+    def ends_epoch_at(self, step: int) -> bool:
+        """Whether this step is an epoch's last, or the run's."""
+        per_epoch = self.batches.steps_per_epoch
+        return step == self.total_steps or (per_epoch is not None and step % per_epoch == 0)
+
+    def begins_epoch_at(self, step: int) -> bool:
+        """Whether the step after this one is an epoch's first."""
+        per_epoch = self.batches.steps_per_epoch
+        return step == 0 or (per_epoch is not None and step % per_epoch == 0)
+
+    def is_wanted(self, what: str) -> bool:
+        """By a callback: `log`, `evaluate`, `save`."""
+        wanted: bool = getattr(self.callbacks.control, f"should_{what}")
+        return wanted
+
+    def ends_at(self, step: int) -> bool:
+        """The last step, or the one after which a callback stops the run."""
+        stops: bool = self.callbacks.control.should_training_stop
+        return step == self.total_steps or stops
+
+    def validates_at(self, step: int) -> bool:
+        """As often as was configured, at the end, and where a callback wants it."""
+        if step == 0:
+            return False
+        if self.is_wanted("evaluate") or (self.ends_at(step) and self.config.eval_strategy != "no"):
+            return True
+        interval = self.config.eval_steps
+        if interval is not None:
+            return step % interval == 0
+        return self.config.eval_strategy == "epoch" and self.ends_epoch_at(step)
+
+    def saves_at(self, step: int) -> bool:
+        """After each validation, or after each epoch where there is none; and as often as was asked for."""
+        interval = self.config.save_steps
+        return (
+            self.validates_at(step)
+            or self.is_wanted("save")
+            or self.ends_at(step)
+            or (interval is not None and step % interval == 0)
+            or (self.config.eval_strategy == "no" and self.ends_epoch_at(step))
+        )

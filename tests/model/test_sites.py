@@ -1,0 +1,311 @@
+"""Experts on any linear layer: names, the real `peft`'s values at every site, gradients, experts apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pemt.bank.peft_format import read_peft
+from pemt.config import ConfigError, ExpertConfig, MixtureConfig
+from pemt.model import ExpertSource, PemtT5, base_shape
+from pemt.model.inject import checked_base, linear_sites
+from pemt.model.site_mixture import SiteMixture
+from pemt.model.sites import Site, sites_of, target_sites
+from pemt.ops import reference
+from tests.support.tiny_t5 import (
+    ADAPTER,
+    EXPERT,
+    FAMILIES,
+    MIXTURE,
+    gradients,
+    on_sites,
+    source_model,
+    sources_on_sites,
+    target_model,
+    tiny_base,
+    tiny_batch,
+    tiny_prompt,
+    tiny_source,
+)
+
+SHAPE = base_shape(tiny_base().config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sites_are_the_linear_layers_of_the_blocks(family: str) -> None:
+    base = tiny_base(family)
+    shape = base_shape(base.config)
+    found = {
+        name: tuple(module.weight.shape)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    assert {site.module: site.widths(shape)[::-1] for site in sites_of(shape)} == found
+    assert [Site.named(site.name) for site in sites_of(shape)] == sites_of(shape)
+
+
+def names(target_modules: Any) -> list[str]:
+    return [site.name for site in target_sites(target_modules, SHAPE)]
+
+
+def test_target_modules_are_read_as_peft_reads_them() -> None:
+    for target in (
+        ["q", "v"],
+        ["wo"],
+        ["SelfAttention.k", "wi"],
+        r".*EncDecAttention\.[ko]",
+        "all-linear",
+    ):
+        config = peft.LoraConfig(target_modules=target, r=1, task_type="SEQ_2_SEQ_LM")
+        theirs = peft.get_peft_model(tiny_base(), config).targeted_module_names
+        assert [site.module for site in target_sites(target, SHAPE)] == theirs
+    assert names(["wo"]) == ["encoder.0", "encoder.1", "decoder.0", "decoder.1", "decoder.2"]
+    assert names(["encoder.block.1.layer.0.SelfAttention.q"]) == ["encoder.1.self.q"]
+    assert names("decoder.*0.*EncDecAttention.k") == ["decoder.0.cross.k"]
+
+
+@pytest.mark.parametrize(
+    "target", [["q", "wi_0"], ["shared"], "q", "lm_head", [], "(", ["Attention.q"]]
+)
+def test_target_modules_that_are_nowhere(target: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"expert.target_modules: .*(allowed are a list of|as a list)"
+    ) as raised:
+        names(target)
+    assert "\n" not in str(raised.value)
+
+
+def as_source(base: Any, folder: Path, **settings: Any) -> tuple[Any, ExpertSource]:
+    """A PEFT model with random factors, and its adapter as a source."""
+    # UMT5's decoder sees what it is to predict in transformers 5.17, unless its base has been checked
+    base = checked_base(base)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **settings)).eval()
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    lora = read_peft(folder, base_shape(base.config))
+    source = ExpertSource(
+        name="peft", kind="lora", rank=lora.rank, alpha=lora.alpha, weights=lora.weights,
+        prompt_PD=torch.randn(3, 16, generator=torch.Generator().manual_seed(6)),
+    )  # fmt: skip
+    return model, source
+
+
+def mixed(source: ExpertSource, family: str) -> PemtT5:
+    """Stage 2 with one expert, whose gate is 1, and target adapters that add nothing."""
+    model = PemtT5.target(
+        tiny_base(family), sources=[source], mixture=MIXTURE, adapter=ADAPTER, prompt_PD=tiny_prompt()
+    ).eval()  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "adapter.up" in name:
+            nn.init.zeros_(parameter)
+    return model
+
+
+def difference(theirs: Any, ours: PemtT5, family: str) -> tuple[float, float]:
+    """Of our logits from PEFT's, for each unit of the largest where that is above 1; and of PEFT's from the base's."""
+    batch = tiny_batch()
+    with torch.no_grad():
+        embeds_BSD, mask_BS = ours._put_prompt(batch["input_ids"], batch["attention_mask"])
+        start = {
+            "inputs_embeds": embeds_BSD,
+            "attention_mask": mask_BS,
+            "decoder_input_ids": ours.base.prepare_decoder_input_ids_from_labels(batch["labels"]),
+        }
+        expected, plain = theirs(**start).logits, tiny_base(family)(**start).logits
+        found = ours(**batch).logits
+    error = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
+    return float(error), float((expected - plain).abs().max())
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "q and v": {"r": 3, "lora_alpha": 6, "target_modules": ["q", "v"]},
+    "everywhere": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
+    "some layers": {
+        "r": 4, "lora_alpha": 4, "target_modules": ["q", "wo"],
+        "layers_to_transform": [1], "layers_pattern": "block",
+    },
+    "patterns, rank-stabilised": {
+        "r": 2, "lora_alpha": 3, "target_modules": ["k", "o", "wo"], "use_rslora": True,
+        "rank_pattern": {"k": 5, r"decoder.block.1.*\.o": 1}, "alpha_pattern": {"EncDecAttention.k": 7},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_one_expert_with_gate_one_is_peft(family: str, settings: str, tmp_path: Path) -> None:
+    theirs, source = as_source(tiny_base(family), tmp_path, **SETTINGS[settings])
+    error, effect = difference(theirs, mixed(source, family), family)
+    assert effect > 0.01
+    assert error < 1e-5
+
+
+def test_each_site_alone_is_peft(tmp_path: Path) -> None:
+    """Of one layer of each stack."""
+    family = "t5-v1.1"
+    sites = [site for site in sites_of(base_shape(tiny_base(family).config)) if site.layer == 1]
+    assert len(sites) == 4 + 3 + 4 + 4 + 3
+    for number, site in enumerate(sites):
+        settings = {"r": 3, "lora_alpha": 9, "target_modules": [site.module]}
+        theirs, source = as_source(tiny_base(family), tmp_path / str(number), **settings)
+        ours = mixed(source, family)
+        assert list(ours.gate_sites) == [site.name.replace(".", "/")]
+        error, effect = difference(theirs, ours, family)
+        assert effect > 1e-4, site
+        assert error < 1e-5, site
+
+
+def test_gates_and_sources_by_site() -> None:
+    model = on_sites(tiny_base())
+    found = model.gate_sites
+    assert list(found)[:6] == [
+        "encoder/0/self/q", "encoder/0/self/k", "encoder/0/self/v", "encoder/0/self/o", "encoder/0/ffn/wi", "encoder/0",
+    ]  # fmt: skip
+    assert found["encoder/0"] == ["everywhere", "outputs"]
+    assert found["encoder/1/self/q"] == ["everywhere", "attention"]
+    assert found["encoder/1/self/o"] == ["everywhere"]
+    assert found["decoder/2/cross/k"] == ["everywhere", "decoder"]
+    seen: dict[str, Tensor] = {}
+    for each in linear_sites(model.base):
+        name = each.name.replace(".", "/")
+        each.module.gate.register_forward_hook(
+            lambda module, args, gates, name=name: seen.update({name: gates})
+        )
+    gates_LBK = model(**tiny_batch()).gates_LBK
+    torch.testing.assert_close(gates_LBK.sum(-1), torch.ones(len(found), 3))
+    for (site, sources), gates_BK in zip(found.items(), gates_LBK, strict=True):
+        columns = [model.source_names.index(name) for name in sources]
+        assert torch.equal(gates_BK[:, columns], seen[site]), site
+        absent = [k for k in range(4) if k not in columns]
+        assert not gates_BK[:, absent].any()
+        # the first layer's q, k and v read the prompt before it has seen anything
+        follows = len(sources) > 1 and site not in {f"encoder/0/self/{each}" for each in "qkv"}
+        assert (gates_BK.std(dim=0).max() > 1e-6) == follows, site
+
+
+def test_a_gate_reads_its_input_in_the_encoder_and_the_encoder_in_the_decoder() -> None:
+    model = on_sites(tiny_base())
+    read: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    for each in linear_sites(model.base):
+        each.module.gate.register_forward_pre_hook(
+            lambda module, args, name=each.name: read.update({name: args[0]})
+        )
+        each.module.register_forward_pre_hook(
+            lambda module, args, name=each.name: inputs.update({name: args[0]})
+        )
+    states_BSD = model(**tiny_batch()).encoder_last_hidden_state
+    for name, context_BC in read.items():
+        source = states_BSD if name.startswith("decoder") else inputs[name]
+        torch.testing.assert_close(context_BC, source[:, :5].mean(dim=1), msg=name)
+
+
+class PlainMixture(SiteMixture):
+    """The specification of the op in the place of the op, differentiated by autograd."""
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        prompt_BC = self.context.encoder_prompt_BD if self.in_decoder else x_BSF[:, :5].mean(dim=1)
+        gates_BK = self.gate(prompt_BC)
+        self.context.record(gates_BK, None)
+        return reference.expert_mixture(
+            x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
+        )[0]
+
+
+def test_gradients_are_those_of_the_specification(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for name, kind in (("op", SiteMixture), ("specification", PlainMixture)):
+        monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", kind)
+        model = on_sites(tiny_base())
+        loss = model(**tiny_batch()).loss
+        loss.backward()
+        found[name] = loss.detach(), gradients(model)
+    torch.testing.assert_close(found["op"], found["specification"], rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck_of_a_site() -> None:
+    for stack, projection in (("encoder", "q"), ("decoder", "v")):
+        model = target_model(sources_on_sites(), tiny_base().double())
+        layer = getattr(model.base, stack).block[1].layer[0].SelfAttention
+        site = getattr(layer, projection)
+        x = torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
+        prompt = torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
+
+        def run(x: Tensor, prompt: Tensor, site: Any = site) -> Tensor:
+            site.context.encoder_prompt_BD = prompt
+            return site(x) if site.in_decoder else site(x) + 0 * prompt.sum()
+
+        # the gate is in fp32, whatever the rest is
+        assert torch.autograd.gradcheck(run, (x, prompt), eps=1e-3, atol=1e-3, rtol=1e-2)
+
+
+def test_experts_on_no_ffn_have_no_sparsity_loss_and_ffns_their_adapter() -> None:
+    model = target_model(
+        [tiny_source("a", target_modules=["q", "v"]), tiny_source("b", target_modules=["q"])]
+    )
+    out = model(**tiny_batch())
+    assert out.sparsity_loss is None
+    torch.testing.assert_close(out.loss, out.ce_loss)
+    trained = {name for name, _ in model.trainable_parameters()}
+    assert "base.encoder.block.0.layer.1.DenseReluDense.wo.adapter.up.weight" in trained
+    assert "base.encoder.block.0.layer.1.DenseReluDense.wo.gate.weight" not in trained
+    out.loss.backward()
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+def test_an_exported_expert_comes_back() -> None:
+    config = ExpertConfig(rank=3, alpha=6.0, target_modules=["q", "wi", "wo"])
+    model = PemtT5.source(tiny_base(), expert=config, prompt_PD=tiny_prompt()).eval()
+    exported = model.export_expert("rte")
+    exported.check(SHAPE)
+    assert {key.rpartition(".")[0] for key in exported.weights} == set(names(["q", "wi", "wo"]))
+    ours = mixed(exported, "t5")
+    # stage 1 has no correlation of prompts
+    ours.prompt.forward = lambda: model.prompt.prompt  # type: ignore[method-assign]
+    torch.testing.assert_close(
+        ours(**tiny_batch()).logits, model(**tiny_batch()).logits, rtol=1e-4, atol=1e-5
+    )
+    assert (source_model()(**tiny_batch()).logits - model(**tiny_batch()).logits).abs().max() > 1e-3
+
+
+def test_uniform_gates_are_equal_and_not_trained() -> None:
+    mixture = MixtureConfig(prompt_dropout=0.0, gate="uniform")
+    model = target_model(sources_on_sites(), mixture=mixture)
+    learned = target_model(sources_on_sites())
+    out = model(**tiny_batch())
+    counts = torch.tensor([len(sources) for sources in model.gate_sites.values()])
+    torch.testing.assert_close(out.gates_LBK.amax(dim=-1), (1 / counts)[:, None].expand(-1, 3))
+    trained = {name for name, _ in model.trainable_parameters()}
+    assert trained == {
+        n for n, _ in learned.trainable_parameters() if not n.endswith("gate.weight")
+    }
+    out.loss.backward()
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+    with torch.no_grad():
+        for name, parameter in learned.trainable_parameters():
+            if name.endswith("gate.weight"):
+                parameter.zero_()
+            else:
+                parameter.copy_(dict(model.trainable_parameters())[name])
+    torch.testing.assert_close(learned(**tiny_batch()).loss, out.loss)
+    batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
+    tokens, gates = model.generate_with_gates(**batch, max_new_tokens=4)
+    assert torch.equal(tokens, learned.generate(**batch, max_new_tokens=4))
+    torch.testing.assert_close(gates, out.gates_LBK.transpose(0, 1))
+
+
+def test_a_bottleneck_is_on_the_ffns_alone(tmp_path: Path) -> None:
+    from tests.support.tiny import source_config
+
+    expert = ExpertConfig(kind="bottleneck", target_modules=["q"])
+    with pytest.raises(ConfigError, match=r"found \['q'\], a bottleneck expert is on \[wo\]"):
+        source_config(tmp_path, tmp_path, tmp_path, tmp_path, "t", expert=expert)
+    assert EXPERT["bottleneck"].target_modules == ["wo"]

@@ -1,0 +1,197 @@
+"""`report_to`: what trackers get of a run. A generic one always; wandb and mlflow, offline, where they can be had."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import accelerate.tracking
+import pytest
+from accelerate.tracking import GeneralTracker
+
+from pemt.config import AdaptConfig, ConfigError
+from pemt.config.parse import parse_config
+from pemt.run.train import run_adapt
+from tests.support.jobs import World
+
+OPENED: list[Kept] = []
+
+
+class Kept(GeneralTracker):
+    """A tracker as accelerate wants one, which keeps what it is given."""
+
+    name = "trackio"
+    requires_logging_directory = False
+    refuses = ""  # at `start`, or at a step
+
+    def __init__(self, project: str, **settings: Any) -> None:
+        super().__init__(_blank=True)
+        self.project, self.settings = project, settings
+        self.logged: dict[int, dict[str, float]] = {}
+        self.configuration: dict[str, Any] = {}
+        self.finished = 0
+
+    def start(self) -> None:
+        if self.refuses == "start":
+            raise RuntimeError("no account\nis set up")
+        OPENED.append(self)
+
+    @property
+    def tracker(self) -> Kept:
+        return self
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.configuration |= values
+
+    def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+        if self.refuses == "log" and step == 2:
+            raise ConnectionError("nobody answers")
+        assert step is not None
+        self.logged.setdefault(step, {}).update(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for the tracker of a package that is installed."""
+    package = ModuleType("trackio")
+    package.__spec__ = ModuleSpec("trackio", None)
+    monkeypatch.setitem(sys.modules, "trackio", package)
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "trackio", Kept)
+    monkeypatch.setattr(Kept, "refuses", "")
+    OPENED.clear()
+
+
+def config_of(world: World, run: Path, report_to: str, **fields: object) -> AdaptConfig:
+    fields = {
+        "output_dir": run,
+        "max_steps": 3,
+        "eval_strategy": "no",
+        "report_to": report_to,
+        **fields,
+    }
+    return parse_config(AdaptConfig, world.arguments("unused", **fields)[1:], prog="pemt adapt")
+
+
+def logged(run: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line.pop("step"): line for line in lines}
+
+
+def test_a_tracker_gets_what_log_jsonl_has_and_the_outcome(
+    world: World, tmp_path: Path, kept: None
+) -> None:
+    run = tmp_path / "seed-0"
+    results = run_adapt(config_of(world, run, "[trackio]"))
+    (tracker,) = OPENED
+    assert (tracker.project, tracker.settings) == ("pemt", {"name": "seed-0"})
+    assert tracker.finished == 1
+    assert tracker.configuration["learning_rate"] == 0.01
+    assert tracker.configuration["mixture.prompt_dropout"] == 0.1
+    assert tracker.configuration["report_to"] == '["trackio"]'
+    for step, line in logged(run).items():
+        assert (
+            line.items()
+            >= {
+                tag: value
+                for tag, value in tracker.logged[step].items()
+                if tag.startswith("train/")
+            }.items()
+        )
+    assert tracker.logged[3]["test/loss"] == results["test_loss"]
+    assert not (run / "tensorboard").exists()  # it is not named
+
+
+def test_one_that_fails_ends_no_training(
+    world: World, tmp_path: Path, kept: None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Kept, "refuses", "log")
+    run = tmp_path / "run"
+    run_adapt(config_of(world, run, "[trackio,tensorboard]"))
+    out = capsys.readouterr().out
+    assert out.count("trackio: nobody answers; training continues") == 1
+    (tracker,) = OPENED
+    assert sorted(tracker.logged) == [1, 3]  # of the last one the outcome alone
+    assert "train/loss" not in tracker.logged[3]
+    assert sorted(logged(run)) == [1, 2, 3]
+    assert any((run / "tensorboard").iterdir())
+
+
+def test_one_that_does_not_open_is_told_before_training(
+    world: World, tmp_path: Path, kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kept, "refuses", "start")
+    config = config_of(world, tmp_path / "run", "[trackio]")
+    with pytest.raises(
+        ConfigError, match="report_to: trackio does not open: no account is set up;"
+    ):
+        run_adapt(config)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_run_that_ends_with_an_error_ends_the_trackers_run(
+    world: World, tmp_path: Path, kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("the data are gone")
+
+    monkeypatch.setattr("pemt.run.loop._take_step", refuse)
+    with pytest.raises(ConfigError, match="the data are gone"):
+        run_adapt(config_of(world, tmp_path / "run", "[trackio]"))
+    assert OPENED[0].finished == 1
+
+
+@pytest.mark.parametrize(
+    ("report_to", "told"),
+    [
+        ("[tensorbord]", "report_to: found `tensorbord`, allowed are tensorboard, wandb"),
+        ("[aim]", "report_to: found `aim`, which is not installed here; `pip install aim`"),
+    ],
+)
+def test_a_wrong_tracker_is_one_line(
+    world: World, tmp_path: Path, report_to: str, told: str
+) -> None:
+    if "aim" in report_to and importlib.util.find_spec("aim"):
+        pytest.skip("aim is installed")
+    with pytest.raises(ConfigError, match=told.replace("[", r"\[")) as error:
+        run_adapt(config_of(world, tmp_path / "run", report_to))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run = tmp_path / "run"
+    run_adapt(config_of(world, run, "[wandb]"))
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    written = file.read_bytes()
+    for word in (b"train/loss", b"test/average_metrics", b"learning_rate"):
+        assert word in written, word
+
+
+def test_mlflow_in_a_local_folder(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.chdir(tmp_path)
+    place = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    mlflow.set_tracking_uri(place)
+    results = run_adapt(config_of(world, tmp_path / "run", "[mlflow]"))
+    (found,) = mlflow.search_runs(experiment_names=["pemt"], output_format="list")
+    assert found.info.run_name == "run"
+    assert found.data.params["learning_rate"] == "0.01"
+    assert found.data.metrics["test/loss"] == pytest.approx(results["test_loss"])
+    assert found.data.metrics["train/loss"] == pytest.approx(
+        logged(tmp_path / "run")[3]["train/loss"]
+    )
