@@ -158,6 +158,8 @@ def compiler_sees(csrc: Path, folder: Path) -> str | None:
     uses = folder / "uses.cu"
     uses.write_text(DEVICE_USES)
     text = _ptx(uses, csrc)
+    constants = dict(re.findall(r"mov\.u32\s+(%r\d+), (-?\d+);", text))
+    text = re.sub(r"%r\d+\b", lambda found: constants.get(found[0], found[0]), text)
     for pattern in DEVICE_PTX:
         if re.search(pattern, text) is None:
             return f"cuda_device.cuh: no {pattern} in its PTX"
