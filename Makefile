@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test pytest test-oldest soak big gpu lint typecheck imports docs clean
+.PHONY: help demo demo-quick test pytest test-fast test-oldest soak big gpu lint typecheck imports docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -39,6 +39,10 @@ test: lint typecheck imports pytest  ## all checks: ruff, mypy, import direction
 
 pytest: $(STAMP)  ## pytest alone
 	$(BIN)/pytest $(PYTEST_ARGS) $(TESTS)
+
+test-fast: $(STAMP)  ## while writing: configuration, tasks, data, plan, without launches (2 minutes on 2 cores)
+	$(BIN)/pytest $(PYTEST_ARGS) -m "not launch and not slow and not real and not soak" \
+	  $(addprefix tests/,config tasks data plan parity)
 
 test-oldest: $(OLDEST)/constraints.txt  ## ops, model, engine, launches with the oldest torch and transformers (5 GB)
 	$(MAKE) pytest VENV=$(OLDEST) CONSTRAINTS=$< \

@@ -14,8 +14,8 @@
 #   LAUNCHER         `accelerate`: one `accelerate launch` a node; `srun`: one task a rank and no launcher (accelerate)
 #   GLOBAL_BATCH     examples of an optimizer step on all ranks together (the recipe's, whatever the number of ranks)
 #   OFFLINE_DIR      folder that `pemt fetch --to` has filled: becomes HF_HOME, and no node asks the network (none)
-#   STAGE_DIR        folder on each node's own disk, such as /local/scratch/$USER: OFFLINE_DIR is copied there first,
-#                    and read from there (none)
+#   STAGE_DIR        folder on each node's own disk, such as /local/scratch/$USER: OFFLINE_DIR, and a base model or
+#                    data that are given as folders, are copied there first, and read from there (none)
 #   MODEL            base model, a hub id or a folder that every node sees (the recipe's own)
 #   BANK_DIR         the experts, on a disk that every node sees (bank)
 #   OUTPUT_DIR       the runs go to OUTPUT_DIR/<stage>-<task>, on such a disk too (runs)
@@ -151,13 +151,7 @@ source_hook() {
 # another job may read it.
 use_offline_dir() {
     local from=${OFFLINE_DIR:+$(realpath -m "$OFFLINE_DIR")} to
-    if [[ -z $from ]]; then
-        if [[ -n ${STAGE_DIR:-} ]]; then
-            echo "STAGE_DIR: there is nothing to copy to it: set OFFLINE_DIR to a folder that pemt fetch --to has filled" >&2
-            exit 2
-        fi
-        return
-    fi
+    [[ -n $from ]] || return 0
     if [[ ! -e $from/pemt-fetched.txt ]]; then
         echo "OFFLINE_DIR: $from was not filled by pemt fetch --to, or is not seen by $(hostname)" >&2
         exit 2

@@ -3,8 +3,8 @@
 #
 #   slurm_node.sh LAUNCHER FIRST_NODE PORT RANKS_PER_NODE NODES ACCELERATE_YAML DEEPSPEED_JSON -m pemt ARGUMENTS...
 #
-# It sources HOOK, copies OFFLINE_DIR to this node's own STAGE_DIR, and starts the ranks (slurm_common.sh explains
-# the variables; they come through srun). Beside them:
+# It sources HOOK, copies OFFLINE_DIR to this node's own STAGE_DIR, and starts the ranks, of which one copies there what
+# the run is given as a folder (slurm_common.sh explains the variables; they come through srun). Beside them:
 #   OMP_NUM_THREADS  threads of a rank (the task's cores, shared out among its ranks)
 set -euo pipefail
 JOB_NAME=slurm_node.sh
@@ -14,6 +14,9 @@ launcher=$1 first=$2 port=$3 ranks=$4 nodes=$5 yaml=$6 json=$7
 shift 7
 source_hook
 use_offline_dir
+if [[ -n ${STAGE_DIR:-} ]]; then
+    export PEMT_STAGE_DIR=$STAGE_DIR
+fi
 
 if [[ $launcher == srun ]]; then
     # What a launcher would tell each rank. Its number on the node counts from 0 there, as block distribution has it.

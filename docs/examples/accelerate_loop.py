@@ -1,8 +1,6 @@
 """Stage 2 in a plain accelerate loop, over a bank that `pemt source` has filled.
 
-    accelerate launch docs/examples/accelerate_loop.py --base google-t5/t5-base --bank bank --folder runs/loop
-
-In Lightning it is the same: the model is a torch.nn.Module, its forward gives `loss`.
+accelerate launch docs/examples/accelerate_loop.py --base google-t5/t5-base --bank bank --folder runs/loop
 """
 
 import argparse

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pemt.bank.entries import write_entry
-from pemt.bank.manifests import BankError, check_free
-from pemt.bank.peft_format import FILES, PeftFormatError, PeftLora, read_base_name, read_peft
+from pemt.bank.entries import entry_writer
+from pemt.bank.manifests import BankError, check_free, entry_folder, manifest_of
+from pemt.bank.peft_files import FILES, PeftFormatError
+from pemt.bank.peft_format import PeftLora, read_base_name, read_peft
 from pemt.model import (
     ExpertSource,
     base_digest,
@@ -22,7 +23,7 @@ from pemt.model import (
     description_prompt,
     load_pretrained,
 )
-from pemt.storage import local_folder
+from pemt.storage import MANIFEST, licence_in, local_folder, write_folders
 from pemt.tasks import get_task, task_names
 
 DOWNLOADS = 8  # at a time
@@ -47,6 +48,12 @@ class Adapter:
     def entry(self) -> str:
         """The entry's name."""
         return self.task or re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(self.path_or_id).name)
+
+    def origin(self, folder: Path) -> str | None:
+        """`owner/name@commit` of an adapter from the hub, of which `folder` is the snapshot."""
+        if Path(self.path_or_id).expanduser().is_dir():
+            return None
+        return f"{self.path_or_id}@{folder.name}"
 
     def sentence(self) -> str | None:
         """What the prompt is made of, where the adapter has none of its own."""
@@ -101,9 +108,7 @@ def add_peft(
         PemtError: the base model or the hub cannot be read, or the bank cannot be written.
     """
     _check_names(adapters, bank_dir, overwrite=overwrite)
-    fetch = partial(local_folder, files=FILES, revision=revision)
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        folders = list(pool.map(fetch, (adapter.path_or_id for adapter in adapters)))
+    folders = _fetched(adapters, revision)
     base_name = model_name_or_path or _common_base(folders)
     base, tokenizer = load_pretrained(base_name, tokenizer_name or base_name, lazy=True)
     shape = base_shape(base.config)
@@ -111,17 +116,40 @@ def add_peft(
         _read(adapter, read_peft(folder, shape), base, tokenizer)
         for adapter, folder in zip(adapters, folders, strict=True)
     ]
-    return [
-        Added(
-            folder=write_entry(
-                bank_dir, source, base={"name": base_name, **shape}, description=said, metrics={}
-            ),
-            base_name=base_name,
-            lora=lora,
-            prompt=origin,
+    writers: dict[Path, Callable[[Path], None]] = {}
+    added = []
+    for adapter, place, (source, lora, said, prompt) in zip(adapters, folders, read, strict=True):
+        folder, writers[folder] = entry_writer(
+            bank_dir,
+            source,
+            base={"name": base_name, **shape},
+            description=said,
+            metrics={},
+            origin=adapter.origin(place),
+            licence=licence_in(place),
         )
-        for source, lora, said, origin in read
-    ]
+        added.append(Added(folder=folder, base_name=base_name, lora=lora, prompt=prompt))
+    write_folders(writers)
+    return added
+
+
+def is_made_of(bank_dir: str | Path, adapter: Adapter) -> bool:
+    """Whether a bank's entry of this name was made of this adapter of the hub, at whatever commit.
+
+    Raises:
+        BankError, StorageError: the entry is damaged.
+    """
+    folder = entry_folder(bank_dir, adapter.entry)
+    if not (folder / MANIFEST).exists():
+        return False
+    origin = manifest_of(folder)[0].origin
+    return origin is not None and origin.rpartition("@")[0] == adapter.path_or_id
+
+
+def _fetched(adapters: Sequence[Adapter], revision: str | None) -> list[Path]:
+    fetch = partial(local_folder, files=FILES, revision=revision)
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        return list(pool.map(fetch, (adapter.path_or_id for adapter in adapters)))
 
 
 def _check_names(adapters: Sequence[Adapter], bank_dir: str | Path, *, overwrite: bool) -> None:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +29,7 @@ from pemt.bank.manifests import (
 from pemt.bank.official import OfficialError, read_official
 from pemt.config import installed_version
 from pemt.model import ExpertSource, ModelError, sites_of
-from pemt.storage import MANIFEST, read_tensors, write_folder
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from pemt.storage import MANIFEST, read_tensors, tensor_writer, write_folders
 
 
 def write_entry(
@@ -42,6 +40,8 @@ def write_entry(
     description: str | None,
     metrics: Mapping[str, float],
     dtype: str = "float32",
+    origin: str | None = None,
+    licence: str | None = None,
 ) -> Path:
     """Write one entry atomically; an older one of the same task is replaced.
 
@@ -49,7 +49,7 @@ def write_entry(
         bank_dir: the bank, made if it does not exist.
         source: expert and prompt.
         base: `name` of the base model, and its `base_shape`.
-        description, metrics: see `Manifest`.
+        description, metrics, origin, licence: see `Manifest`.
         dtype: what to store the tensors in.
 
     Returns:
@@ -60,10 +60,41 @@ def write_entry(
         ModelError: the expert does not fit that base model.
         StorageError: it cannot be written.
     """
+    folder, write = entry_writer(
+        bank_dir,
+        source,
+        base=base,
+        description=description,
+        metrics=metrics,
+        dtype=dtype,
+        origin=origin,
+        licence=licence,
+    )
+    write_folders({folder: write})
+    return folder
+
+
+def entry_writer(
+    bank_dir: str | Path,
+    source: ExpertSource,
+    *,
+    base: Mapping[str, Any],
+    description: str | None,
+    metrics: Mapping[str, float],
+    dtype: str = "float32",
+    origin: str | None = None,
+    licence: str | None = None,
+) -> tuple[Path, Callable[[Path], None]]:
+    """An entry's folder, and what `write_folders` writes there: several that are to be there together or not at all.
+
+    Args and Raises: as `write_entry`, but for the disk's errors.
+    """
     folder = entry_folder(bank_dir, source.name)
     source.check(base)
     tensors = {**source.weights, PROMPT: source.prompt_PD}
-    tensors = {key: tensor.detach().cpu().to(DTYPES[dtype]) for key, tensor in tensors.items()}
+    tensors = {
+        key: tensor.detach().cpu().to(getattr(torch, dtype)) for key, tensor in tensors.items()
+    }
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise BankError(
@@ -82,8 +113,10 @@ def write_entry(
         dtype=dtype,
         metrics=dict(metrics),
         versions=_versions(),
+        origin=origin,
+        licence=licence,
     )
-    return write_folder(folder, {TENSORS: tensors}, asdict(manifest))
+    return folder, tensor_writer({TENSORS: tensors}, asdict(manifest))
 
 
 def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:

@@ -9,7 +9,8 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ TENSORS = "expert.safetensors"
 PROMPT = "prompt"
 FORMAT = 1
 KINDS = ("lora", "bottleneck")
+DTYPES = ("float32", "bfloat16", "float16")
+_FILL = "fill it with `pemt source`, `pemt bank add` or `pemt bank pull`"
+_TEXTS = ("description", "base_sha256", "origin", "licence")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -47,6 +51,9 @@ class Manifest:
         dtype: the tensors' dtype.
         metrics: the source task's test metrics, in percent.
         versions: of the software that wrote it.
+        origin: the adapter on the hub that it was made of, `owner/name@commit`; None for one that was trained here, or
+            came from a folder.
+        licence: that adapter's, as its own card spells it; None where it is not known.
     """
 
     format: int
@@ -60,6 +67,8 @@ class Manifest:
     dtype: str
     metrics: dict[str, float]
     versions: dict[str, str]
+    origin: str | None = None  # the last two are lacking in older entries
+    licence: str | None = None
 
 
 def entry_names(bank_dir: str | Path) -> list[str]:
@@ -70,14 +79,28 @@ def entry_names(bank_dir: str | Path) -> list[str]:
     """
     bank = Path(bank_dir)
     if not bank.is_dir():
-        raise BankError(f"bank_dir: {bank} is no folder; fill it with `pemt source`")
+        raise BankError(f"bank_dir: {bank} is no folder; {_FILL}")
     recover_interrupted_replace(bank)
-    names = sorted(
-        path.parent.name for path in bank.glob(f"*/{MANIFEST}") if _is_name(path.parent.name)
-    )
-    if not names:
-        raise BankError(f"bank_dir: {bank} has no entry; fill it with `pemt source`")
+    if not (names := _names_in(bank)):
+        raise BankError(f"bank_dir: {bank} has no entry; {_FILL}")
     return names
+
+
+def _names_in(bank: Path) -> list[str]:
+    names = (path.parent.name for path in bank.glob(f"*/{MANIFEST}"))
+    return sorted(name for name in names if _is_name(name))
+
+
+def manifests_in(bank_dir: str | Path) -> dict[str, tuple[Manifest, dict[str, Any]]]:
+    """What `manifest_of` gives of each entry; nothing where there is no bank, or an empty one.
+
+    Raises:
+        BankError, StorageError: as `manifest_of`.
+    """
+    bank = Path(bank_dir)
+    if bank.is_dir():
+        recover_interrupted_replace(bank)
+    return {name: manifest_of(bank / name) for name in _names_in(bank)}
 
 
 def site_names(tensors: Iterable[str]) -> list[str]:
@@ -159,6 +182,26 @@ def same_base(one: Manifest, other: Manifest) -> bool:
     return shapes[0] == shapes[1] and names[0] == names[1]
 
 
+def check_one_base(manifests: Sequence[Manifest], *, where: str) -> None:
+    """Refuse entries of several base models in one bank.
+
+    Raises:
+        BankError: two entries' base models differ.
+    """
+    for one, other in combinations(manifests, 2):
+        if not same_base(one, other):
+            raise BankError(
+                f"{where}: `{other.task}` is for {_base_of(other)}, `{one.task}` is for {_base_of(one)}; a bank is for "
+                "one base model"
+            )
+
+
+def _base_of(manifest: Manifest) -> str:
+    digest = manifest.base_sha256
+    weights = "weights not known" if digest is None else f"weights {digest[:8]}"
+    return f"{manifest.base.get('name')} (d_model {manifest.base.get('d_model')}, {weights})"
+
+
 def last_part(name: str) -> str:
     """`flan-t5-base` of a hub id or of a local folder: a copy on disk is the same model."""
     return name.rstrip("/").rsplit("/", maxsplit=1)[-1]
@@ -191,11 +234,13 @@ def manifest_of(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     """
     path = folder / MANIFEST
     raw = read_manifest(folder)
-    names = [field.name for field in fields(Manifest)]
-    missing = [name for name in names if name not in raw]
+    missing = [each.name for each in fields(Manifest) if each.default is MISSING]
+    missing = [name for name in missing if name not in raw]
     if missing:
         raise BankError(f"{path}: lacks `{missing[0]}`; it is no entry of an expert bank")
-    manifest = Manifest(**{name: raw[name] for name in names})
+    manifest = Manifest(
+        **{each.name: raw[each.name] for each in fields(Manifest) if each.name in raw}
+    )
     rank, alpha = manifest.rank, manifest.alpha
     rules = {
         "format": (manifest.format == FORMAT, str(FORMAT)),
@@ -204,11 +249,19 @@ def manifest_of(folder: Path) -> tuple[Manifest, dict[str, Any]]:
         "kind": (manifest.kind in KINDS, " or ".join(KINDS)),
         "rank": (type(rank) is int and rank > 0, "a whole number above 0"),
         "alpha": (type(alpha) in (int, float) and alpha > 0, "a number above 0"),
+        "dtype": (manifest.dtype in DTYPES, " or ".join(DTYPES)),
+        "metrics": (_are_numbers(manifest.metrics), "numbers by name"),
+        "versions": (isinstance(manifest.versions, dict), "an object"),
+        **{key: (isinstance(raw.get(key), str | None), "text, or null") for key in _TEXTS},
     }
     for key, (fine, allowed) in rules.items():
         if not fine:
             raise BankError(f"{path}: {key}: found {raw[key]!r}, allowed is {allowed}")
     return manifest, raw
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(type(each) in (int, float) for each in values.values())
 
 
 def _nearest(task: str, entries: Sequence[str]) -> str:

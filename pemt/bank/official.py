@@ -6,18 +6,16 @@ Shapes: P prompt tokens, D d_model.
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
+from pemt.bank.pickles import load_pickle, tensors_of
 from pemt.config import PemtError
-from pemt.model import ExpertSource, refusal
+from pemt.model import ExpertSource
 
 FILES: dict[Literal["lora", "bottleneck"], str] = {"lora": "lora.pt", "bottleneck": "adapter.pt"}
 PROMPT_FILE = "task_embedding.pt"
@@ -83,7 +81,7 @@ def _choose(folder: Path, kind: str | None) -> Literal["lora", "bottleneck"]:
 
 
 def _expert(path: Path, kind: Literal["lora", "bottleneck"]) -> dict[str, Tensor]:
-    saved = _load(path)
+    saved = load_pickle(path, OfficialError)
     if not isinstance(saved, Mapping):
         raise OfficialError(f"{path}: found a {type(saved).__name__}, needed is a dict of tensors")
     weights: dict[str, Tensor] = {}
@@ -108,49 +106,11 @@ def _expert(path: Path, kind: Literal["lora", "bottleneck"]) -> dict[str, Tensor
 
 def _prompt(path: Path) -> Tensor:
     """The prompt [P,D]: the file's tensor, or the only one in its dict."""
-    saved = _load(path)
-    tensors = _tensors(saved)
+    saved = load_pickle(path, OfficialError)
+    tensors = tensors_of(saved)
     if len(tensors) != 1 or tensors[0].dim() != 2:
         found = [list(tensor.shape) for tensor in tensors]
         raise OfficialError(
             f"{path}: found tensors {found}, needed is one prompt [tokens, d_model]"
         )
     return tensors[0].detach().float()
-
-
-def _load(path: Path) -> Any:
-    try:
-        _check_unpacked(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise OfficialError(f"{path}: does not exist") from None
-    except pickle.UnpicklingError as error:
-        raise OfficialError(
-            f"{path}: refused: {refusal(error)}; only plain tensors are taken"
-        ) from None
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().split("\n")[0] or "it ends too early"
-        raise OfficialError(f"{path}: cannot be read: {reason}") from None
-    for tensor in _tensors(saved):
-        if tensor.numel() * tensor.element_size() > path.stat().st_size:
-            raise OfficialError(
-                f"{path}: a tensor of shape {list(tensor.shape)} claims more numbers than the file holds"
-            )
-    return saved
-
-
-def _check_unpacked(path: Path) -> None:
-    """torch.save compresses nothing; what unpacks to more than the file was made to fill the memory."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > path.stat().st_size:
-        raise OfficialError(
-            f"{path}: would unpack to {size} bytes, and torch.save packs nothing; it is refused"
-        )
-
-
-def _tensors(saved: Any) -> list[Tensor]:
-    values = saved.values() if isinstance(saved, Mapping) else [saved]
-    return [value for value in values if isinstance(value, Tensor)]

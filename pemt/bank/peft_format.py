@@ -1,4 +1,5 @@
-"""PEFT's files of a LoRA adapter, `adapter_config.json` and `adapter_model.safetensors`, on linear layers of a T5.
+"""PEFT's files of a LoRA adapter, `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), on linear
+layers of a T5.
 
 Only the format is read and written here; the package itself is not needed.
 
@@ -14,24 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pemt.config import PemtError
-from pemt.model import ExpertSource, Site, sites_of
+from pemt.bank.peft_files import (
+    CONFIG,
+    PROMPT,
+    PROMPT_FILE,
+    TENSORS,
+    PeftFormatError,
+    load_adapter,
+    read_prompt,
+)
+from pemt.model import ExpertSource, Site, absent_sites, is_linear, sites_of
 from pemt.storage import Count, Positive, checked, save_tensors
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-# Not PEFT's: our task prompt, beside its files, so that nothing is lost on the way out and back.
-PROMPT_FILE, PROMPT = "pemt_prompt.safetensors", "prompt"
-FILES = (CONFIG, TENSORS, PROMPT_FILE)
-
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_LINEAR = re.compile(
-    r"(encoder|decoder)\.block\.\d+\.layer\.\d\."
-    r"((SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))"
-)
 _FACTORS = {"A": "down", "B": "up"}
 # Settings that leave the adapter a plain LoRA whatever they say; any other must be empty or false.
 _HARMLESS = {
@@ -46,10 +44,6 @@ _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 Number = TypeVar("Number", int, float)
-
-
-class PeftFormatError(PemtError):
-    """A folder that is no LoRA adapter on linear layers of a T5 in PEFT's format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,32 +102,28 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
     """
     settings = _read_settings(folder)
     sites = sites_of(shape)
-    factors = _factors(folder / TENSORS, folder, {site.module: site for site in sites}, shape)
+    path, tensors = load_adapter(folder)
+    factors = _factors(path, tensors, {site.module: site for site in sites}, shape)
     scales = {
-        site: _scale(folder, settings, site, len(pair["down"])) for site, pair in factors.items()
+        site: _scale(path, settings, site, len(pair["down"])) for site, pair in factors.items()
     }
     touched = [site for site in sites if site in factors]
     common = scales[touched[0]]
     weights = {}
     for site in touched:
         pair = factors[site]
-        _check_widths(folder / TENSORS, site, pair, shape)
+        _check_widths(path, site, pair, shape)
         weights[f"{site.name}.down"] = pair["down"]
         weights[f"{site.name}.up"] = pair["up"] * (scales[site] / common)
     rank = max(len(pair["down"]) for pair in factors.values())
-    kinds = {(site.part, site.projection) for site in touched}
     return PeftLora(
         base_name=settings.base_model_name_or_path,
         rank=rank,
         alpha=common * rank,
         weights=weights,
-        prompt_PD=_read_prompt(folder),
+        prompt_PD=read_prompt(folder),
         sites=[site.name for site in touched],
-        absent=[
-            site.name
-            for site in sites
-            if (site.part, site.projection) in kinds and site not in factors
-        ],
+        absent=absent_sites([site.name for site in touched], shape),
     )
 
 
@@ -160,7 +150,7 @@ def write_peft(
     tensors = {}
     for key, tensor in source.weights.items():
         site, _, factor = key.rpartition(".")
-        name = f"base_model.model.{Site.named(site).module}.lora_{letters[factor]}.weight"
+        name = f"base_model.model.{Site.named(site, shape).module}.lora_{letters[factor]}.weight"
         tensors[name] = tensor.float().contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +168,7 @@ def _lora_settings(source: ExpertSource, shape: Mapping[str, Any]) -> dict[str, 
     """An adapter_config.json but for the base model's name."""
     factors = (key.rpartition(".") for key in source.weights)
     ranks = {
-        Site.named(site): len(source.weights[f"{site}.down"])
+        Site.named(site, shape): len(source.weights[f"{site}.down"])
         for site, _, factor in factors
         if factor == "down"
     }
@@ -203,9 +193,13 @@ def _lora_settings(source: ExpertSource, shape: Mapping[str, Any]) -> dict[str, 
 
 def _target_modules(sites: list[Site], shape: Mapping[str, Any]) -> list[str]:
     """Ends of modules' names that mean these sites and no others; whole names where no ends do."""
-    ends = list(dict.fromkeys(site.projection for site in sites))
-    meant = [site for site in sites_of(shape) if site.projection in ends]
+    ends = list(dict.fromkeys(_end(site) for site in sites))
+    meant = [site for site in sites_of(shape) if _end(site) in ends]
     return ends if set(meant) == set(sites) else [site.module for site in sites]
+
+
+def _end(site: Site) -> str:
+    return site.module.rpartition(".")[2]
 
 
 def _plain(number: float) -> float:
@@ -248,23 +242,15 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
 
 
 def _factors(
-    path: Path, folder: Path, sites: Mapping[str, Site], shape: Mapping[str, Any]
+    path: Path, tensors: Mapping[str, Tensor], sites: Mapping[str, Site], shape: Mapping[str, Any]
 ) -> dict[Site, dict[str, Tensor]]:
     """Both factors by site; whatever else the file holds is refused."""
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        other = " (adapter_model.bin is a pickle and is not read)"
-        tail = other if (folder / "adapter_model.bin").is_file() else ""
-        raise PeftFormatError(f"{path}: does not exist{tail}; save it as safetensors") from None
-    except (OSError, SafetensorError) as error:
-        raise PeftFormatError(f"{path}: cannot be read: {error}") from None
     factors: dict[Site, dict[str, Tensor]] = {}
     strangers = []
     for key, tensor in tensors.items():
         match = _TENSOR.fullmatch(key)
         site = sites.get(match["module"]) if match else None
-        if match and site is None and _LINEAR.fullmatch(match["module"]):
+        if match and site is None and is_linear(match["module"]):
             raise PeftFormatError(
                 f"{path}: has a LoRA on {match['module']}, this base model has {shape['num_layers']} encoder and "
                 f"{shape['num_decoder_layers']} decoder layers of feed_forward_proj {shape['feed_forward_proj']}; "
@@ -278,7 +264,7 @@ def _factors(
         modules = sorted({_module(key) for key in strangers})
         raise PeftFormatError(
             f"{path}: found adapters on {', '.join(modules)} ({len(strangers)} of {len(tensors)} "
-            "tensors); an expert is a LoRA on q, k, v, o, wi, wi_0, wi_1 or wo alone: train it with these as "
+            f"tensors); an expert is a LoRA on {_allowed(sites)} alone: train it with these as "
             "target_modules"
         )
     halves = [site.name for site, pair in factors.items() if len(pair) < 2]
@@ -286,6 +272,11 @@ def _factors(
         what = f"one factor of {halves[0]} alone" if halves else "no tensor"
         raise PeftFormatError(f"{path}: has {what}; save the adapter again")
     return factors
+
+
+def _allowed(sites: Mapping[str, Site]) -> str:
+    *first, last = dict.fromkeys(_end(site) for site in sites.values())
+    return f"{', '.join(first)} or {last}"
 
 
 def _module(key: str) -> str:
@@ -296,18 +287,18 @@ def _module(key: str) -> str:
     return ".".join(part for part in plain.split(".")[-2:] if not part.isdigit())
 
 
-def _scale(folder: Path, settings: _Settings, site: Site, rank: int) -> float:
+def _scale(path: Path, settings: _Settings, site: Site, rank: int) -> float:
     """alpha / rank of one layer, or alpha / √rank for a rank-stabilised LoRA."""
     try:
         expected = _of_pattern(settings.rank_pattern or {}, site.module, settings.r)
         alpha = _of_pattern(settings.alpha_pattern or {}, site.module, settings.lora_alpha)
     except (re.error, OverflowError, RecursionError) as error:
         raise PeftFormatError(
-            f"{folder / CONFIG}: rank_pattern, alpha_pattern: a key is no regular expression: {error}"
+            f"{path.with_name(CONFIG)}: rank_pattern, alpha_pattern: a key is no regular expression: {error}"
         ) from None
     if rank != expected:
         raise PeftFormatError(
-            f"{folder / TENSORS}: the LoRA on {site.name} has rank {rank}, {CONFIG} says {expected}"
+            f"{path}: the LoRA on {site.name} has rank {rank}, {CONFIG} says {expected}"
         )
     return alpha / rank**0.5 if settings.use_rslora else alpha / rank
 
@@ -332,13 +323,3 @@ def _check_widths(
                 f"{path}: lora_{letter} of {site.name} is {list(pair[factor].shape)}, this base model "
                 f"needs {list(size)}; name the base model it was trained on"
             )
-
-
-def _read_prompt(folder: Path) -> Tensor | None:
-    path = folder / PROMPT_FILE
-    if not path.is_file():
-        return None
-    try:
-        return load_file(path)[PROMPT].float()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise PeftFormatError(f"{path}: cannot be read: {error}") from None

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from pemt.bank.entries import read_entry, write_entry
+from pemt.bank.entries import entry_writer, read_entry
 from pemt.bank.manifests import (
     TENSORS,
     BankError,
     Manifest,
+    check_one_base,
     entry_folder,
     entry_names,
-    same_base,
+    manifests_in,
 )
 from pemt.bank.peft_format import (
     write_peft,
@@ -24,7 +25,7 @@ from pemt.config import PemtError
 from pemt.model import (
     ExpertSource,
 )
-from pemt.storage import MANIFEST, TEMPORARY
+from pemt.storage import MANIFEST, TEMPORARY, write_folders
 
 
 def export_peft(
@@ -92,11 +93,7 @@ def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
     Raises:
         BankError: a name occurs twice, or base models differ.
     """
-    there = (
-        materialize_all(bank_dir)
-        if Path(bank_dir).is_dir() and any(Path(bank_dir).iterdir())
-        else []
-    )
+    there = materialize_all(bank_dir) if manifests_in(bank_dir) else []
     coming = [(other, entry) for other in others for entry in materialize_all(other)]
     merged = [manifest for manifest, _ in there]
     for other, (manifest, _) in coming:
@@ -105,22 +102,22 @@ def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
                 f"{other}: has an entry `{manifest.task}`, and so has {bank_dir} or another of these banks; "
                 "remove one of the two with `pemt bank remove`"
             )
-        for each in merged:
-            if not same_base(each, manifest):
-                raise BankError(
-                    f"{other}: `{manifest.task}` is for {_base_of(manifest)}, `{each.task}` is for "
-                    f"{_base_of(each)}; a bank is for one base model"
-                )
+        check_one_base([*merged, manifest], where=str(other))
         merged.append(manifest)
-    for _, (manifest, source) in coming:
-        write_entry(
+    writers = [
+        entry_writer(
             bank_dir,
             source,
             base=manifest.base,
             description=manifest.description,
             metrics=manifest.metrics,
             dtype=manifest.dtype,
+            origin=manifest.origin,
+            licence=manifest.licence,
         )
+        for _, (manifest, source) in coming
+    ]
+    write_folders(dict(writers))
     return [manifest.task for _, (manifest, _) in coming]
 
 
@@ -149,9 +146,3 @@ def _fault(folder: Path) -> str | None:
         if not torch.isfinite(tensor).all():
             return f"{folder / TENSORS}: tensor `{key}` has infinite or NaN values"
     return None
-
-
-def _base_of(manifest: Manifest) -> str:
-    digest = manifest.base_sha256
-    weights = "weights not known" if digest is None else f"weights {digest[:8]}"
-    return f"{manifest.base.get('name')} (d_model {manifest.base.get('d_model')}, {weights})"

@@ -44,7 +44,7 @@ class StepBench:
         chip: a name in `pemt.plan.job.CHIPS`, to tell the share of its rate; None to tell none.
         layers: of each stack, in place of the size's own; a few stand for all of a large model.
         sites: where the experts are, as `expert.target_modules` names it; by default where published ones are.
-        rank: of each expert.
+        experts: how many; rank: of each.
     """
 
     size: str = "t5-small"
@@ -57,6 +57,7 @@ class StepBench:
     chip: str | None = None
     layers: int | None = None
     sites: Sequence[str] = PUBLISHED_SITES
+    experts: int = EXPERTS
     rank: int = RANK
 
     @property
@@ -82,10 +83,10 @@ class StepBench:
         return Job(
             shape=self.shape,
             method="adapter" if variant == "adapter" else "pemt",
-            ranks=(self.rank,) * EXPERTS,
-            ranks_by_site=({site.name: self.rank for site in self.expert_sites()},) * EXPERTS,
+            ranks=(self.rank,) * self.experts,
+            ranks_by_site=({site.name: self.rank for site in self.expert_sites()},) * self.experts,
             prompt_tokens=PROMPT_TOKENS,
-            source_prompt_tokens=EXPERTS * PROMPT_TOKENS,
+            source_prompt_tokens=self.experts * PROMPT_TOKENS,
             adapter_reduction=ADAPTER_REDUCTION,
             batch=self.batch,
             source=self.source,
@@ -178,13 +179,13 @@ def plain_base(bench: StepBench) -> T5ForConditionalGeneration:
 def build_model(bench: StepBench, variant: str) -> PemtT5:
     """A stage-2 model of this size; the same weights for every variant."""
     base = plain_base(bench)
-    ranks = () if variant == "adapter" else (bench.rank,) * EXPERTS
+    ranks = () if variant == "adapter" else (bench.rank,) * bench.experts
     with torch.device(bench.device):
         sources = random_sources(
             base_shape(base.config),
             ranks=ranks,
             prompt_tokens=PROMPT_TOKENS,
-            sites=[bench.expert_sites()] * EXPERTS,
+            sites=[bench.expert_sites()] * bench.experts,
         )
         prompt_PD = torch.randn(PROMPT_TOKENS, base.config.d_model)
     shipped = MIXTURES["lora"]
@@ -303,7 +304,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['size']}: {result['batch']} x ({PROMPT_TOKENS} + {result['source']} -> {result['target']}) tokens,"
         f" {result['dtype']} on {result['device']} ({result['threads']} threads), medians of {result['rounds']} rounds;"
-        f" {EXPERTS} experts of rank {result['rank']} on {', '.join(result['sites'])}",
+        f" {result['experts']} experts of rank {result['rank']} on {', '.join(result['sites'])}",
         "            step ms   x adapter   mixture ms   tokens/s   TFLOP/s   peak MB   over adapter MB   total MB",
     ]
     for name in peaks:

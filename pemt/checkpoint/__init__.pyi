@@ -6,11 +6,13 @@ from .folder import (
     PREDICTIONS as PREDICTIONS,
     RESULTS as RESULTS,
     RunFolderError as RunFolderError,
-    begun_config as begun_config,
     plain_values as plain_values,
+    saved_config as saved_config,
     start_run_folder as start_run_folder,
+    tracker_runs as tracker_runs,
+    write_tracker_runs as write_tracker_runs,
 )
-from .load import load_into_model as load_into_model, load_trained as load_trained
+from .load import copy_weights as copy_weights, load_lazily as load_lazily
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
 from .names import checkpoint_folders as checkpoint_folders
 from .resume import (
@@ -19,11 +21,11 @@ from .resume import (
     Fresh as Fresh,
     Resume as Resume,
     resolve_run as resolve_run,
-    warmup_notes as warmup_notes,
 )
 from .status import (
     STATUS as STATUS,
-    State as State,
+    RunStatus as RunStatus,
+    finished_status as finished_status,
     saved_checkpoint as saved_checkpoint,
     write_status as write_status,
 )

@@ -1,7 +1,7 @@
 """Checkpoints of trainable state only, gathered: they load at any world size and any ZeRO stage.
 
 `checkpoint-<step>/` holds trained.safetensors (fp32 weights), moments.safetensors (AdamW's moments),
-random.safetensors (each rank's generators) and the manifest with the run's progress, configuration
+random.safetensors (each rank's generators) and the manifest with how far the run is, its configuration
 and what it belongs to: 12 bytes per trained parameter.
 """
 
@@ -77,7 +77,7 @@ class Checkpoints:
             },
         )
 
-    def save(self, progress: TrainState) -> None:
+    def save(self, state: TrainState) -> None:
         """Begin to write `checkpoint-<step>` and to remove what the limit no longer keeps (all ranks call).
 
         The copies are made here; a thread of rank 0 writes them. What becomes of that, `lines`, `failure`
@@ -94,30 +94,30 @@ class Checkpoints:
             MOMENTS: self._engine.trained.moments(),
             RANDOM: self._engine.random_states(),
         }
-        self._vote(progress, {**files[WEIGHTS], **files[MOMENTS]})
+        self._check_ranks_agree(state, {**files[WEIGHTS], **files[MOMENTS]})
         if not self._engine.is_main:
             return
         manifest = {
             "format": FORMAT,
             "run": self._chooser.identity,
             "config": self._chooser.config,
-            "progress": progress.state_dict(),
+            "progress": state.state_dict(),
             "world_size": self._engine.world_size,
             "zero_stage": self._engine.zero_stage,
         }
 
         def write() -> Path:
-            folder = self._output_dir / f"checkpoint-{progress.step}"
+            folder = self._output_dir / f"checkpoint-{state.step}"
             write_folder(folder, files, manifest)
-            self.saved = max(progress.step, self.saved or 0)
-            self._remove_old(progress)
+            self.saved = max(state.step, self.saved or 0)
+            self._remove_old(state)
             return folder
 
         blocked_seconds = time.perf_counter() - began
-        snapshot = Snapshot(step=progress.step, write=write, blocked_seconds=blocked_seconds)
-        self._writer.write(snapshot, needed=progress.best_step)
+        snapshot = Snapshot(step=state.step, write=write, blocked_seconds=blocked_seconds)
+        self._writer.write(snapshot, needed=state.best_step)
 
-    def _vote(self, progress: TrainState, tensors: Mapping[str, Tensor]) -> None:
+    def _check_ranks_agree(self, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
         """Every rank must be where rank 0 is, with finite weights and moments (all ranks call)."""
         bad = None
         if self._engine.is_main:  # its copies are what is written
@@ -125,18 +125,18 @@ class Checkpoints:
         self._engine.barrier()
         # As text, in which NaN equals NaN: a metric may be one.
         votes = self._engine.all_gather_object(
-            (json.dumps(progress.state_dict(), sort_keys=True), bad)
+            (json.dumps(state.state_dict(), sort_keys=True), bad)
         )
         first, bad = votes[0]
         for rank, (theirs, _) in enumerate(votes):
             if theirs != first:
                 raise CheckpointError(
-                    f"checkpoint-{progress.step} was not saved: rank {rank} is at {theirs}, rank 0 at {first}; "
+                    f"checkpoint-{state.step} was not saved: rank {rank} is at {theirs}, rank 0 at {first}; "
                     "run the same command again to resume from the previous checkpoint"
                 )
         if bad is not None:
             raise CheckpointError(
-                f"checkpoint-{progress.step} was not saved: `{bad}` holds NaN or Inf; resume from "
+                f"checkpoint-{state.step} was not saved: `{bad}` holds NaN or Inf; resume from "
                 "the previous checkpoint with a lower learning_rate, or train in fp32"
             )
 
@@ -163,19 +163,19 @@ class Checkpoints:
         # An error ends the process a moment later, and a half-written save with it.
         self._writer.wait()
 
-    def _remove_old(self, progress: TrainState) -> None:
-        keep = {progress.step, progress.best_step}
+    def _remove_old(self, state: TrainState) -> None:
+        keep = {state.step, state.best_step}
         for folder in checkpoint_folders(self._output_dir)[: -self._limit]:
             if step_of(folder) not in keep:
                 remove_folder(folder)
 
-    def best_weights(self, progress: TrainState) -> TensorFile:
+    def best_weights(self, state: TrainState) -> TensorFile:
         """The trained weights of the best checkpoint, or of the newest where nothing was validated (all ranks call).
 
         Raises:
             CheckpointError: it is damaged, or a rank does not see it.
         """
-        step = progress.step if progress.best_step is None else progress.best_step
+        step = state.step if state.best_step is None else state.best_step
         folder = self._output_dir / f"checkpoint-{step}"
 
         def find() -> TensorFile:
@@ -186,9 +186,9 @@ class Checkpoints:
                     f"{error}; run the same command again: it resumes without this checkpoint"
                 ) from None
 
-        return self._seen_by_all(self._engine.on_rank0(find, "checking the best checkpoint"))
+        return self._check_visible(self._engine.on_rank0(find, "checking the best checkpoint"))
 
-    def _seen_by_all(self, file: TensorFile) -> TensorFile:
+    def _check_visible(self, file: TensorFile) -> TensorFile:
         """Every rank reads for itself what it needs of a file that rank 0 has chosen (all ranks call)."""
         with self._engine.together(f"looking for {file.path}"):
             sees = file.wait_until_visible()
@@ -201,8 +201,8 @@ class Checkpoints:
             )
         return file
 
-    def resume(self, checkpoint: str | None, *, expected: int | None = None) -> Checkpoint | None:
-        """The checkpoint to resume from, chosen and checked by rank 0 for all (all ranks call).
+    def find(self, checkpoint: str | None, *, expected: int | None = None) -> Checkpoint | None:
+        """The checkpoint to resume from, chosen and checked by rank 0 for all; nothing is loaded (all ranks call).
 
         Args:
             checkpoint: a checkpoint's folder; None for the newest intact one, if the run has left any.
@@ -217,11 +217,11 @@ class Checkpoints:
         )
         if found is not None:
             for file in (found.weights, found.moments, found.random):
-                self._seen_by_all(file)
+                self._check_visible(file)
         return found
 
     def _choose(self, checkpoint: str | None, expected: int | None) -> Checkpoint | None:
         found = self._chooser.choose(checkpoint, expected)
         if found and found.folder.resolve().parent == self._output_dir.resolve():
-            self.saved = found.progress.step
+            self.saved = found.state.step
         return found

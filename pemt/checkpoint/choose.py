@@ -38,7 +38,7 @@ class Checkpoint:
     """
 
     folder: Path
-    progress: TrainState
+    state: TrainState
     weights: TensorFile
     moments: TensorFile
     random: TensorFile
@@ -60,11 +60,11 @@ class CheckpointChooser:
     identity: Mapping[str, Any]
 
     def choose(self, checkpoint: str | None, expected: int | None) -> Checkpoint | None:
-        """As `Checkpoints.resume`; what a killed save left is removed, and the checkpoints of later steps."""
+        """As `Checkpoints.find`; what a killed save left is removed, and the checkpoints of later steps."""
         remove_partial_writes(self.output_dir, is_checkpoint_name)
         found = self._newest_usable() if checkpoint is None else self._read(Path(checkpoint))
         if found:
-            self._remove_later(found.progress)
+            self._remove_later(found.state)
             return self._with_intact_best(found)
         if expected is not None:
             raise CheckpointError(
@@ -73,10 +73,10 @@ class CheckpointChooser:
             )
         return None
 
-    def _remove_later(self, progress: TrainState) -> None:
+    def _remove_later(self, state: TrainState) -> None:
         """Checkpoints of steps that will be taken again."""
         for folder in checkpoint_folders(self.output_dir):
-            if (step_of(folder) or 0) > progress.step:
+            if (step_of(folder) or 0) > state.step:
                 remove_folder(folder)
 
     def _with_intact_best(self, found: Checkpoint) -> Checkpoint:
@@ -84,7 +84,7 @@ class CheckpointChooser:
 
         The one found counts as not validated then, so that it is a candidate itself.
         """
-        best = found.progress.best_step
+        best = found.state.best_step
         folder = self.output_dir / f"checkpoint-{best}"
         if best is None or folder.resolve() == found.folder.resolve():
             return found
@@ -97,8 +97,8 @@ class CheckpointChooser:
             if folder.exists():
                 lost = f"{error}; quarantined as {quarantine(folder).name}"
             note = f"checkpoint-{best} was the best so far and is lost: {lost}; the best is chosen again from the rest"
-            alone = found.progress.without_best()
-            return replace(found, progress=alone, notes=(*found.notes, note))
+            alone = found.state.without_best()
+            return replace(found, state=alone, notes=(*found.notes, note))
         return found
 
     def _newest_usable(self) -> Checkpoint | None:
@@ -132,7 +132,7 @@ class CheckpointChooser:
             self._check(folder, manifest)
             return Checkpoint(
                 folder=folder,
-                progress=train_state_of(manifest),
+                state=train_state_of(manifest),
                 weights=open_tensors(folder, WEIGHTS, manifest),
                 moments=open_tensors(folder, MOMENTS, manifest),
                 random=open_tensors(folder, RANDOM, manifest),
@@ -146,9 +146,9 @@ class CheckpointChooser:
             raise CheckpointError(
                 f"{folder}: format {manifest.get('format')}, this version reads format {FORMAT}"
             )
-        progress = train_state_of(manifest)
-        if step_of(folder) not in (None, progress.step):
-            raise CheckpointError(f"{folder}: its manifest is that of step {progress.step}")
+        state = train_state_of(manifest)
+        if step_of(folder) not in (None, state.step):
+            raise CheckpointError(f"{folder}: its manifest is that of step {state.step}")
         for key, ours in self.identity.items():
             theirs = manifest["run"].get(key)
             if theirs != ours:

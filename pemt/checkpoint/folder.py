@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import yaml
 from pemt.checkpoint.names import UNUSABLE, checkpoint_folders, is_checkpoint_name
 from pemt.config import (
     NON_IDENTITY_FIELDS,
+    TRACKER_RUNS,
     PemtError,
     RunConfig,
     field_keys,
@@ -71,7 +74,7 @@ def _differences(config: RunConfig, folder: Path) -> str:
     """In which fields the run in this folder is another one, for the error; empty if in none."""
     if not (folder / CONFIG).exists():
         return ""  # the checkpoints tell themselves whose they are
-    theirs = begun_config(folder)
+    theirs = saved_config(folder)
     if theirs is None:
         return f", whose {CONFIG} cannot be read"
     keys = field_keys(type(config))  # so that a mapping of the user's own is compared whole
@@ -103,7 +106,7 @@ def _section_defaults(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def begun_config(folder: Path) -> dict[str, Any] | None:
+def saved_config(folder: Path) -> dict[str, Any] | None:
     """What a run's config.yaml holds, unchecked; None where it cannot be read."""
     try:
         values = load_yaml((folder / CONFIG).read_text(encoding="utf-8"))
@@ -132,6 +135,15 @@ def finished_results(config: RunConfig) -> dict[str, Any] | None:
 def holds_run(folder: Path) -> bool:
     """Whether a run has begun in this folder."""
     return (folder / CONFIG).exists() or bool(checkpoint_folders(folder))
+
+
+def was_written_since(folder: Path, seconds: float) -> bool:
+    """Whether the run in this folder has begun, logged or saved since then (seconds since 1970)."""
+    for path in (folder / CONFIG, folder / LOG_FILE, *checkpoint_folders(folder)):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime >= seconds:
+                return True
+    return False
 
 
 def start_run_folder(config: RunConfig, *, fresh: bool, task: str | None = None) -> None:
@@ -163,6 +175,30 @@ def start_run_folder(config: RunConfig, *, fresh: bool, task: str | None = None)
         raise RunFolderError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
 
 
+def tracker_runs(folder: Path) -> dict[str, str | None]:
+    """The run of each tracker that has been opened for the run in this folder; none where the file cannot be read."""
+    try:
+        runs = json.loads((folder / TRACKER_RUNS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found = runs if isinstance(runs, dict) else {}
+    return {name: run if isinstance(run, str) else None for name, run in found.items()}
+
+
+def write_tracker_runs(folder: Path, runs: Mapping[str, str | None]) -> None:
+    """Keep them for whoever resumes.
+
+    Raises:
+        RunFolderError: the disk refuses.
+    """
+    try:
+        write_text(folder / TRACKER_RUNS, json.dumps({**tracker_runs(folder), **runs}) + "\n")
+    except OSError as error:
+        raise RunFolderError(
+            f"output_dir: {folder / TRACKER_RUNS} cannot be written: {error.strerror}"
+        ) from None
+
+
 def plain_values(config: RunConfig) -> dict[str, Any]:
     """A configuration as JSON and YAML give it back."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
@@ -172,7 +208,7 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
 def _remove_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else that may lie in its folder."""
     for path in (
-        *(folder / name for name in (CONFIG, LOG_FILE, PREDICTIONS, GIVEN_TASK)),
+        *(folder / name for name in (CONFIG, LOG_FILE, PREDICTIONS, GIVEN_TASK, TRACKER_RUNS)),
         *folder.glob("*_results.json"),
         *folder.glob("not-finite-*.jsonl"),
     ):

@@ -12,8 +12,8 @@ from pemt.checkpoint.choose import Checkpoint, CheckpointError
 from pemt.model import make_lazy, materialize
 
 
-def load_into_model(checkpoint: Checkpoint, trained: dict[str, torch.nn.Parameter]) -> None:
-    """Have a checkpoint's weights take the place of the model's, each when the engine reads it.
+def load_lazily(checkpoint: Checkpoint, trained: dict[str, torch.nn.Parameter]) -> None:
+    """Have a checkpoint's weights take the place of the model's; each is read when `Engine.prepare` places it.
 
     Raises:
         CheckpointError: the checkpoint trains other tensors than this run.
@@ -23,7 +23,7 @@ def load_into_model(checkpoint: Checkpoint, trained: dict[str, torch.nn.Paramete
         make_lazy(parameter, partial(checkpoint.weights.__getitem__, name))
 
 
-def load_trained(
+def copy_weights(
     weights: Mapping[str, Tensor], trained: Mapping[str, torch.nn.Parameter], *, where: str
 ) -> None:
     """Copy trained weights into a model that is not prepared yet.

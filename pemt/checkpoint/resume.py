@@ -7,13 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from pemt.checkpoint.folder import begun_config, finished_results, holds_run
+from pemt.checkpoint.folder import (
+    finished_results,
+    holds_run,
+    saved_config,
+    was_written_since,
+)
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.checkpoint.status import saved_checkpoint
 from pemt.config import PemtError, RunConfig
+from pemt.engine import launcher_began
 from pemt.storage import StorageError, read_manifest
 
 Config = TypeVar("Config", bound=RunConfig)
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torch's launcher tells each rank
 
 
 class WorldSizeError(PemtError):
@@ -78,74 +85,79 @@ def resolve_run(config: Config, *, world_size: int, product: Path | None = None)
         return Finished(config=config, results=results)
     folder, chosen = Path(config.output_dir), config.resume_from_checkpoint
     checkpoint = chosen if isinstance(chosen, str) else None
-    begun = checkpoint is not None or holds_run(folder) or saved_checkpoint(folder) is not None
-    if config.overwrite_output_dir or chosen is False or not begun:
+    has_run = checkpoint is not None or holds_run(folder) or saved_checkpoint(folder) is not None
+    if config.overwrite_output_dir or chosen is False or not has_run:
         return Fresh(config=config)
-    manifest = _begun(config)
-    config = with_the_same_precision(config, manifest)
-    config, notes = with_the_same_batch(config, manifest, world_size)
+    manifest = _manifest_to_resume(config)
+    config = keep_precision(config, manifest)
+    config, notes = keep_global_batch(config, manifest, world_size)
     return Resume(config=config, checkpoint=checkpoint, notes=notes)
 
 
 def after_restart(config: Config) -> Config:
-    """After `--max_restarts` has restarted the ranks, what the first start has done is not undone."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    """After `--max_restarts` has restarted the ranks, what the first start has done is not undone.
+
+    Where it died before it had written anything, there is nothing of it: what lies in the folder is still the run that
+    is to be overwritten.
+    """
+    if os.environ.get(RESTARTS, "0") == "0":
         return config
-    chosen = config.resume_from_checkpoint
-    if config.overwrite_output_dir or (
-        isinstance(chosen, str) and holds_run(Path(config.output_dir))
-    ):
+    chosen, folder = config.resume_from_checkpoint, Path(config.output_dir)
+    began = launcher_began(RESTARTS)
+    if config.overwrite_output_dir and began is not None and not was_written_since(folder, began):
+        return config
+    if config.overwrite_output_dir or (isinstance(chosen, str) and holds_run(folder)):
         return replace(config, overwrite_output_dir=False, resume_from_checkpoint=True)
     return config
 
 
-def with_the_same_precision(config: Config, manifest: dict[str, Any] | None) -> Config:
+def keep_precision(config: Config, manifest: dict[str, Any] | None) -> Config:
     """`bf16` as the run began, where it is left to the device: it may resume on a machine with another one."""
     if config.bf16 is not None:
         return config
-    begun = (manifest or {}).get("config")
-    if not isinstance(begun, dict):  # no checkpoint yet
-        begun = begun_config(Path(config.output_dir)) or {}
-    bf16 = begun.get("bf16")
+    saved = (manifest or {}).get("config")
+    if not isinstance(saved, dict):  # no checkpoint yet
+        saved = saved_config(Path(config.output_dir)) or {}
+    bf16 = saved.get("bf16")
     return replace(config, bf16=bf16 and not config.fp16) if isinstance(bf16, bool) else config
 
 
-def with_the_same_batch(
-    config: Config, begun: dict[str, Any] | None, world_size: int
+def keep_global_batch(
+    config: Config, manifest: dict[str, Any] | None, world_size: int
 ) -> tuple[Config, tuple[str, ...]]:
     """Accumulate more on fewer ranks and less on more, so that a run keeps its global batch; and a note on it.
 
     Args:
-        begun: the manifest of the checkpoint to resume from, if there is one.
+        manifest: the manifest of the checkpoint to resume from, if there is one.
 
     Raises:
         WorldSizeError: ranks × batch does not divide it.
     """
-    if begun is None or begun.get("world_size") == world_size:
+    if manifest is None or manifest.get("world_size") == world_size:
         return config, ()
-    wanted = begun["run"].get("global_batch_size")
+    wanted = manifest["run"].get("global_batch_size")
     at_once = config.per_device_train_batch_size * world_size
     if (
         not isinstance(wanted, int)
-        or begun["run"].get("per_device_train_batch_size") != config.per_device_train_batch_size
+        or manifest["run"].get("per_device_train_batch_size") != config.per_device_train_batch_size
         or wanted == at_once * config.gradient_accumulation_steps
     ):
         return config, ()  # nothing to mend, or it is refused when the checkpoint is read
     if wanted % at_once:
         raise WorldSizeError(
-            f"{config.output_dir}: the run was started on {begun['world_size']} rank(s) with a global batch of "
+            f"{config.output_dir}: the run was started on {manifest['world_size']} rank(s) with a global batch of "
             f"{wanted}, which {world_size} rank(s) × per_device_train_batch_size {config.per_device_train_batch_size} "
             "do not divide; take another number of ranks"
         )
     accumulation = wanted // at_once
     note = (
-        f"{config.output_dir}: saved on {begun['world_size']} rank(s), now on {world_size}: "
+        f"{config.output_dir}: saved on {manifest['world_size']} rank(s), now on {world_size}: "
         f"gradient_accumulation_steps becomes {accumulation}, so that the global batch stays {wanted}"
     )
     return replace(config, gradient_accumulation_steps=accumulation), (note,)
 
 
-def _begun(config: RunConfig) -> dict[str, Any] | None:
+def _manifest_to_resume(config: RunConfig) -> dict[str, Any] | None:
     """The manifest of the checkpoint to resume from; None where there is none that can be read."""
     chosen = config.resume_from_checkpoint
     newest_first = checkpoint_folders(Path(config.output_dir))[::-1]
@@ -157,19 +169,3 @@ def _begun(config: RunConfig) -> dict[str, Any] | None:
         if isinstance(manifest.get("run"), dict):
             return manifest
     return None
-
-
-def warmup_notes(config: RunConfig, total_steps: int) -> list[str]:
-    """Warnings about a warm-up that does not do what was asked for."""
-    steps = config.warmup_steps
-    if steps and config.lr_scheduler_type == "constant":
-        return [
-            f"warmup_steps {steps}: not used, `lr_scheduler_type: constant` has no warm-up; "
-            "`constant_with_warmup` has"
-        ]
-    if steps >= total_steps > 0:
-        return [
-            f"warmup_steps {steps}: the run has {total_steps} steps, so its learning rate never gets beyond "
-            f"{max(total_steps - 1, 0) / steps:.0%} of learning_rate; lower warmup_steps, or train longer"
-        ]
-    return []

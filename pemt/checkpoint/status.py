@@ -12,10 +12,12 @@ from typing import Literal
 from pemt.storage import write_text
 
 STATUS = "status.json"
-State = Literal["running", "interrupted", "finished", "failed"]
+RunStatus = Literal["running", "interrupted", "finished", "failed"]
 
 
-def write_status(folder: Path, state: State, *, step: int, checkpoint: int | None = None) -> None:
+def write_status(
+    folder: Path, state: RunStatus, *, step: int, checkpoint: int | None = None
+) -> None:
     """Write `status.json` atomically (rank 0 calls).
 
     Args:
@@ -33,6 +35,15 @@ def write_status(folder: Path, state: State, *, step: int, checkpoint: int | Non
     }
     # Not synced: it is written every second while a run trains, and a disk may be busy with a checkpoint.
     write_text(folder / STATUS, json.dumps(status) + "\n", synced=False)
+
+
+def finished_status(folder: Path) -> str | None:
+    """What `status.json` holds, where it tells of a finished run."""
+    try:
+        text = (folder / STATUS).read_text(encoding="utf-8")
+        return text if json.loads(text)["state"] == "finished" else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def saved_checkpoint(folder: Path) -> int | None:

@@ -12,7 +12,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from pemt.config import Parser, told_to_typists
+from pemt.config import Parser, flags_in_messages
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Command:
 
     def __call__(self, arguments: list[str]) -> None:
         """Run it on the command line behind its name; its errors name fields as they are typed."""
-        with told_to_typists():
-            self._file().run(arguments)
+        with flags_in_messages():
+            self._module().run(arguments)
 
     def make_parser(self) -> Parser:
         """Its command line."""
-        parser: Parser = self._file().make_parser()
+        parser: Parser = self._module().make_parser()
         return parser
 
-    def _file(self) -> Any:
+    def _module(self) -> Any:
         return importlib.import_module(f"pemt.commands.{self.name}")
 
 

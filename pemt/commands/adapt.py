@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pemt.commands.fields import fields_parser, train
+from pemt.commands.fields import fields_parser, run_stage
 from pemt.config import AdaptConfig, Parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt adapt`."""
-    train(AdaptConfig, "adapt", arguments)
+    run_stage(AdaptConfig, "adapt", arguments)
 
 
 def make_parser() -> Parser:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pemt.commands.bank_show import list_entries, show
 from pemt.config import Parser, PemtError, command_parser, verb_parser
 
 if TYPE_CHECKING:
     from pemt.bank import Added
 
+OVERWRITE_THERE = "replace entries of the same name that differ; default: refuse to"
 OVERWRITE = "replace the bank's entry of that name, with its scores; default: refuse to"
 
 
@@ -32,11 +36,7 @@ def make_parser() -> Parser:
 
     listing = verb_parser(verbs, "list", "one line per entry", "pemt bank list bank")
     listing.add_argument("bank_dir")
-    showing = verb_parser(
-        verbs, "show", "all that is known of one entry", "pemt bank show bank mnli"
-    )
-    showing.add_argument("bank_dir")
-    showing.add_argument("task")
+    _add_showing(verbs)
     verifying = verb_parser(
         verbs, "verify", "checksums, shapes and values of the entries", "pemt bank verify bank"
     )
@@ -53,6 +53,8 @@ def make_parser() -> Parser:
 
     _add_adding(verbs)
     _add_importing(verbs)
+    _add_pushing(verbs)
+    _add_pulling(verbs)
     exporting = verb_parser(
         verbs,
         "export",
@@ -63,6 +65,28 @@ def make_parser() -> Parser:
     exporting.add_argument("--peft", required=True, metavar="FOLDER", help="receives the folders")
     exporting.add_argument("--tasks", nargs="+", metavar="TASK", help="default: every lora source")
     return parser
+
+
+def _add_showing(verbs: Any) -> None:
+    showing = verb_parser(
+        verbs,
+        "show",
+        "all that is known of one entry, or which entries are most like a task",
+        "pemt bank show bank mnli\n  pemt bank show bank --task_name rte",
+    )
+    showing.add_argument("bank_dir", nargs="?", default=argparse.SUPPRESS)
+    showing.add_argument("task", nargs="?", help="the entry")
+    showing.add_argument("--bank_dir", metavar="DIR", help="the bank, where it is not named first")
+    showing.add_argument(
+        "--task_name", help="rank the entries for this task, by the similarity of their prompts"
+    )
+    showing.add_argument(
+        "--task_file", help="YAML file with a task of your own: see docs/extending.md"
+    )
+    showing.add_argument(
+        "--model_name_or_path", help="with --task_name: the base model; default: as the entries say"
+    )
+    showing.add_argument("--tokenizer_name", help="default: the base model's own")
 
 
 def _add_adding(verbs: Any) -> None:
@@ -85,7 +109,9 @@ def _add_adding(verbs: Any) -> None:
         help="one sentence on the task, of which its prompt is made, one for each adapter; default: that of the task "
         "named so, or the words of the adapter's own name",
     )
-    adding.add_argument("--model_name_or_path", help="its base model; default: as the adapter says")
+    adding.add_argument(
+        *("--model_name_or_path", "--base"), help="its base model; default: as the adapter says"
+    )
     adding.add_argument("--tokenizer_name", help="default: the base model's own")
     adding.add_argument("--revision", help="branch, tag or commit on the hub")
     adding.add_argument("--overwrite", action="store_true", help=OVERWRITE)
@@ -113,53 +139,43 @@ def _add_importing(verbs: Any) -> None:
     importing.add_argument("--overwrite", action="store_true", help=OVERWRITE)
 
 
-def _list(*, bank_dir: str) -> None:
-    from pemt.bank import entry_folder, entry_names, listed_tensors, manifest_of
+def _add_pushing(verbs: Any) -> None:
+    pushing = verb_parser(
+        verbs,
+        "push",
+        "the whole bank to the Hugging Face hub, as one commit with a model card",
+        "pemt bank push me/flan-t5-large-bank --bank_dir bank",
+    )
+    pushing.add_argument("repo_id", metavar="OWNER/NAME", help="made if it does not exist")
+    pushing.add_argument("--bank_dir", required=True)
+    pushing.add_argument("--private", action="store_true", help="if it is made now")
+    pushing.add_argument("--message", default="pemt bank push", help="of the commit")
+    pushing.add_argument("--overwrite", action="store_true", help=OVERWRITE_THERE)
+    pushing.add_argument(
+        "--base_model",
+        metavar="HUB_ID",
+        help="what the card names as the base model; default: as the entries do",
+    )
+    pushing.add_argument(
+        "--license",
+        dest="licence",
+        metavar="ID",
+        help="of entries that were made of no adapter of the hub, as the hub spells it; default: what the base "
+        "model's own card says",
+    )
 
-    entries = [manifest_of(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
-    width = max(len(entry.task) for entry, _ in entries)
-    for entry, raw in entries:
-        score = entry.metrics.get("average_metrics")
-        told = "" if score is None else f", test score {score:.1f}"
-        print(
-            f"{entry.task:<{width}}  {entry.kind} on {_layers(listed_tensors(raw))}, rank {entry.rank}, "
-            f"alpha {entry.alpha:g}, on {entry.base['name']}{told}"
-        )
 
-
-def _layers(tensors: Iterable[str]) -> str:
-    """What an expert's tensors are on, as a person says it: `q, v`."""
-    from pemt.bank import site_names
-    from pemt.model import projections_of
-
-    return projections_of(site_names(tensors))
-
-
-def _show(*, bank_dir: str, task: str) -> None:
-    from pemt.bank import PROMPT, entry_folder, read_shapes, site_names
-
-    folder = entry_folder(bank_dir, task)
-    manifest, shapes = read_shapes(folder)
-    prompt_length, _ = shapes.pop(PROMPT)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    shape = {key: value for key, value in manifest.base.items() if key != "name"}
-    rows = {
-        "entry": str(folder),
-        "description": manifest.description or "not known",
-        "expert": f"{manifest.kind}, rank {manifest.rank}, alpha {manifest.alpha:g}",
-        "on": f"{_layers(shapes)} ({len(site_names(shapes))} layers)",
-        "prompt": f"{prompt_length} tokens",
-        "base model": manifest.base.get("name"),
-        "its shape": ", ".join(f"{key} {value}" for key, value in shape.items()),
-        "its weights": manifest.base_sha256 or "not known",
-        "test metrics": ", ".join(f"{key} {value:.2f}" for key, value in manifest.metrics.items())
-        or "none",
-        "size": f"{size / 2**20:.1f} MiB, {manifest.dtype}, "
-        f"{sum(map(math.prod, shapes.values())):,} parameters in the expert",
-        "written by": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
-    }
-    for key, value in rows.items():
-        print(f"{key:<13} {value}")
+def _add_pulling(verbs: Any) -> None:
+    pulling = verb_parser(
+        verbs,
+        "pull",
+        "every expert of a pushed bank into a bank here",
+        "pemt bank pull me/flan-t5-large-bank --bank_dir bank",
+    )
+    pulling.add_argument("repo_id", metavar="OWNER/NAME")
+    pulling.add_argument("--bank_dir", required=True, help="made if it does not exist")
+    pulling.add_argument("--revision", help="branch, tag or commit")
+    pulling.add_argument("--overwrite", action="store_true", help=OVERWRITE_THERE)
 
 
 def _verify(*, bank_dir: str, tasks: list[str]) -> None:
@@ -220,6 +236,26 @@ def _tell_added(added: Added) -> None:
         )
 
 
+def _push(*, repo_id: str, bank_dir: str, **options: Any) -> None:
+    from pemt.publish import push_bank
+
+    pushed = push_bank(bank_dir, repo_id, **options)
+    print(f"{repo_id}: {pushed.changes.told()}")
+    print(pushed.address or "nothing to push")
+    if Path(pushed.base_model).is_dir():
+        print(
+            f"pemt: the card names the base model as {pushed.base_model}, a folder of this machine; others need its "
+            "name on the hub: --base_model",
+            file=sys.stderr,
+        )
+
+
+def _pull(*, repo_id: str, bank_dir: str, **options: Any) -> None:
+    from pemt.publish import pull_bank
+
+    print(f"{bank_dir}: {pull_bank(repo_id, bank_dir, **options).told()}")
+
+
 def _export(*, bank_dir: str, peft: str, tasks: list[str] | None) -> None:
     from pemt.bank import export_peft
 
@@ -236,12 +272,14 @@ def _import(*, bank_dir: str, task: str, model_name_or_path: str, **options: Any
 
 
 _VERBS: dict[str, Callable[..., None]] = {
-    "list": _list,
-    "show": _show,
+    "list": list_entries,
+    "show": show,
     "verify": _verify,
     "remove": _remove,
     "merge": _merge,
     "add": _add,
+    "push": _push,
+    "pull": _pull,
     "export": _export,
     "import-official": _import,
 }

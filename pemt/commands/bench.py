@@ -12,6 +12,11 @@ from typing import Any
 from pemt.config import Parser, command_parser, count, verb_parser
 from pemt.plan import CHIPS, KNOWN
 
+# Sizes of `pemt bench step` by name.
+# lorahub: the T5 and the layers of LoraHub's adapters, and as many as its paper composes.
+ROWS: dict[str, dict[str, Any]] = {
+    "lorahub": {"size": "flan-t5-large", "sites": ["q", "v"], "rank": 16, "experts": 20},
+}
 OP = """
     loop     the reference: a loop over experts, again for the cosines, autograd's own backward
     stacked  the same with the K outputs made once and kept
@@ -48,6 +53,7 @@ def run(arguments: list[str]) -> None:
     """`pemt bench op`, `pemt bench step` and `pemt bench generate`."""
     options = vars(make_parser().parse_args(arguments))
     verb = options.pop("verb")
+    options = {**ROWS.get(options.pop("row", ""), {}), **options}
     from pemt.bench import generate, op, step
 
     {"op": op.run, "step": step.run, "generate": generate.run}[verb](**options)
@@ -74,7 +80,9 @@ def make_parser() -> Parser:
     step.add_argument(
         "--sites", nargs="+", metavar="NAME", help="where the experts are, as expert.target_modules"
     )
+    step.add_argument("--experts", type=count, help="how many")
     step.add_argument("--rank", type=count, help="of each expert")
+    step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {_told_rows()}")
     step.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
     step.add_argument("--json", action="store_true", help="one JSON object")
     generate = _verb(
@@ -87,6 +95,15 @@ def make_parser() -> Parser:
     _add_sizes(generate, "batch", "source", "target", "num_beams", "rounds")
     generate.add_argument("--json", action="store_true", help="one JSON object")
     return parser
+
+
+def _told_rows() -> str:
+    rows = (
+        f"{name} is --size {row['size']} --sites {' '.join(row['sites'])} --rank {row['rank']} "
+        f"--experts {row['experts']}"
+        for name, row in ROWS.items()
+    )
+    return "; ".join(rows)
 
 
 def _add_op(verbs: Any) -> None:

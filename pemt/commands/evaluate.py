@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pemt.commands.fields import add_fields, split_fields
 from pemt.config import Parser, command_parser
 
 FIELDS = (
@@ -12,8 +13,6 @@ FIELDS = (
 
 def run(arguments: list[str]) -> None:
     """`pemt evaluate`."""
-    from pemt.commands.fields import split_fields
-
     options, overrides = split_fields(_own_parser(), arguments)
     from pemt.run import check_finished
 
@@ -26,8 +25,6 @@ def run(arguments: list[str]) -> None:
 
 def make_parser() -> Parser:
     """Its own options and the run's fields: what a shell can complete behind it."""
-    from pemt.commands.fields import add_fields
-
     return add_fields(_own_parser())
 
 

@@ -44,7 +44,7 @@ def fields_parser(name: str, kind: type[RunConfig], about: str) -> Parser:
     return add_fields(parser, kind)
 
 
-def train(kind: type[RunConfig], name: str, arguments: list[str]) -> None:
+def run_stage(kind: type[RunConfig], name: str, arguments: list[str]) -> None:
     """What `pemt source` and `pemt adapt` do."""
     with StopSignals():  # from here on, since reading libraries and data takes minutes
         from pemt.config import parse_config

@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.commands import plan_batch
+from pemt.commands import plan_batch, plan_sweep
+from pemt.commands.plan_sweep import EXPERTS, TOKENS_A_WORD
 from pemt.config import AdapterConfig, ConfigError, ExpertConfig, Parser, RunConfig, command_parser
 from pemt.model import projections_of, target_sites
 from pemt.plan import (
     CHIPS,
     KNOWN,
+    MOST_EXPERTS,
     Cluster,
     Division,
     Job,
@@ -27,14 +29,14 @@ from pemt.plan import (
     read_zero,
 )
 
-TOKENS_A_WORD = 1.3  # of English descriptions in T5's vocabulary, about
-EXPERTS = 6
-
 
 def run(arguments: list[str]) -> None:
-    """`pemt plan`, and `pemt plan batch`."""
+    """`pemt plan`, `pemt plan batch` and `pemt plan --sweep`."""
     if arguments[:1] == ["batch"]:
         plan_batch.run(arguments[1:])
+        return
+    if any(argument.split("=")[0] == "--sweep" for argument in arguments):
+        plan_sweep.run(arguments)
         return
     options = make_parser().parse_args(arguments)
     cluster = _cluster(options)
@@ -68,6 +70,7 @@ def make_parser() -> Parser:
         "      --num_nodes 4 --gpus_per_node 8 --gpu h100-80 --ds_config ds_configs/zero3.json",
         "pemt plan --model_name_or_path ./my-t5 --bank_dir bank --gpu a100-40 --json",
         "pemt plan batch --help          # the same division for a script: ranks, micro-batch, accumulation",
+        "pemt plan --sweep paper_full    # GPU hours and disk of a sweep on 1 x H100 and 8 x A100",
     )
     _training_options(parser)
     machines = parser.add_argument_group("the machines")
@@ -251,12 +254,20 @@ def _job(options: argparse.Namespace, division: Division) -> Job:
         bytes_per_value=4 if options.precision == "fp32" else 2,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    if options.adapter_reduction_factor > job.shape.d_model:
+    narrowest = min(shape.of(stack).d_model for stack in ("encoder", "decoder"))
+    if options.adapter_reduction_factor > narrowest:
         raise ConfigError(
             f"--adapter_reduction_factor: found {options.adapter_reduction_factor}, allowed is at most "
-            f"this base model's d_model, {job.shape.d_model}"
+            f"this base model's d_model, {narrowest}"
         )
-    return replace(job, **_bank(options.bank_dir)) if options.bank_dir else job
+    job = replace(job, **_bank(options.bank_dir)) if options.bank_dir else job
+    most = max(len(job.mixed_at(site)) for site in shape.sites)
+    if most > MOST_EXPERTS:
+        raise PlanError(
+            f"{'--bank_dir' if options.bank_dir else '--num_experts'}: found {most} experts on a layer, allowed are at "
+            f"most {MOST_EXPERTS}; a run over more of them sets mixture.top_sources, plan that many with --num_experts"
+        )
+    return job
 
 
 def _bank(bank_dir: str) -> dict[str, Any]:

@@ -93,9 +93,9 @@ def begun_micro_batch(config: RunConfig) -> int | None:
     """The micro-batch of the run that output_dir holds, if it is to be resumed: it cannot resume with another."""
     if config.overwrite_output_dir or config.resume_from_checkpoint is False:
         return None
-    from pemt.checkpoint import begun_config
+    from pemt.checkpoint import saved_config
 
-    found = (begun_config(Path(config.output_dir)) or {}).get(MICRO)
+    found = (saved_config(Path(config.output_dir)) or {}).get(MICRO)
     return found if isinstance(found, int) and found > 0 else None
 
 

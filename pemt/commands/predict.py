@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pemt.commands.evaluate import FIELDS
+from pemt.commands.fields import add_fields, split_fields
 from pemt.config import Parser, PemtError, command_parser, count
 
 # Fields of the run, under the names that generation goes by.
@@ -16,8 +17,6 @@ GENERATION = ("max_new_tokens", "num_beams")
 
 def run(arguments: list[str]) -> None:
     """`pemt predict`."""
-    from pemt.commands.fields import split_fields
-
     options, overrides = split_fields(_own_parser(), arguments)
     asked = options.pop("constrain_labels")
     constrain = None if asked is None else asked == "true"
@@ -41,8 +40,6 @@ def run(arguments: list[str]) -> None:
 
 def make_parser() -> Parser:
     """Its own options and the run's fields: what a shell can complete behind it."""
-    from pemt.commands.fields import add_fields
-
     return add_fields(_own_parser())
 
 

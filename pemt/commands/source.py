@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pemt.commands.fields import fields_parser, train
+from pemt.commands.fields import fields_parser, run_stage
 from pemt.config import Parser, SourceConfig
 
 
 def run(arguments: list[str]) -> None:
     """`pemt source`."""
-    train(SourceConfig, "source", arguments)
+    run_stage(SourceConfig, "source", arguments)
 
 
 def make_parser() -> Parser:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from pemt.config import Parser, command_parser
+from pemt.config import Parser, command_parser, sweep_file
 
 
 def run(arguments: list[str]) -> None:
     """`pemt sweep`."""
-    path = make_parser().parse_args(arguments).config
+    path = sweep_file(make_parser().parse_args(arguments).config)
     from pemt.sweep import read_sweep
 
     read_sweep(path)
@@ -25,6 +23,12 @@ def make_parser() -> Parser:
         "Methods × tasks × seeds from one YAML, one run after another on the launcher at hand.\n"
         "The same command takes it up where it stopped. docs/methods.md shows such a YAML.",
         "pemt sweep --config sweep.yaml",
+        "pemt sweep --config paper_full",
     )
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the sweep")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="the sweep; paper_full and paper_few_shot come with pemt",
+    )
     return parser

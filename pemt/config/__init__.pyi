@@ -20,8 +20,8 @@ from .distribution import (
 from .errors import (
     ConfigError as ConfigError,
     PemtError as PemtError,
-    for_reader as for_reader,
-    told_to_typists as told_to_typists,
+    flags_in_messages as flags_in_messages,
+    spell_fields as spell_fields,
 )
 from .parse import (
     field_keys as field_keys,
@@ -31,10 +31,12 @@ from .parse import (
     read_recipe as read_recipe,
     read_yaml_mapping as read_yaml_mapping,
     recipe_names as recipe_names,
+    sweep_file as sweep_file,
     value_sources as value_sources,
 )
 from .parts import (
     TENSORBOARD as TENSORBOARD,
+    TRACKER_RUNS as TRACKER_RUNS,
     AdapterConfig as AdapterConfig,
     ExpertConfig as ExpertConfig,
     MixtureConfig as MixtureConfig,

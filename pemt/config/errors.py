@@ -9,29 +9,29 @@ from contextlib import contextmanager
 MOST_CHARACTERS = 1500
 # A field as it is typed, with its value where that is a plain one.
 _FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_.]*[a-z])(?: (true|false|\d+(?:\.\d+)?)\b)?")
-_readers = {"type": False}
+_as_flags = {"on": False}
 
 
 @contextmanager
-def told_to_typists() -> Iterator[None]:
+def flags_in_messages() -> Iterator[None]:
     """Within the block errors name a field as it is typed, `--overwrite_output_dir true`: in commands.
 
     Elsewhere they name it as Python has it: `overwrite_output_dir=True`.
     """
-    before = _readers["type"]
-    _readers["type"] = True
+    before = _as_flags["on"]
+    _as_flags["on"] = True
     try:
         yield
     finally:
-        _readers["type"] = before
+        _as_flags["on"] = before
 
 
-def for_reader(text: str) -> str:
-    """A message whose fields are written as flags, as its reader writes them: a typist, or a Python caller.
+def spell_fields(text: str) -> str:
+    """A message whose fields are written as flags, as its reader writes them: as flags in a command, else as Python.
 
     What stands between backticks is a command, or what was typed, and stays.
     """
-    if _readers["type"]:
+    if _as_flags["on"]:
         return text
     parts = text.split("`")
     return "`".join(
@@ -61,7 +61,7 @@ class PemtError(ValueError):
 
 
 def _line(text: str) -> str:
-    text = for_reader(text)
+    text = spell_fields(text)
     text = "".join(each if each.isprintable() else _shown(each) for each in text)
     if len(text) > MOST_CHARACTERS:
         text = f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"

@@ -22,14 +22,15 @@ import jsonargparse
 import yaml
 
 from pemt.config.command_line import nearest
-from pemt.config.errors import ConfigError, told_to_typists
+from pemt.config.errors import ConfigError, flags_in_messages
 from pemt.config.help import help_text
 from pemt.config.schema import RunConfig
 from pemt.config.yaml_file import load_yaml
 
 PRINT_CONFIG = "--print_config"
-INLINE = "peft_config"  # a field that may name a file, and becomes what that holds
+PEFT_CONFIG = "peft_config"  # a field that may name a file, and becomes what that holds
 RECIPES = Path(__file__).parents[1] / "recipes"
+SWEEPS = "paper_*.yaml"  # of the recipes those that are for `pemt sweep`
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -47,14 +48,14 @@ def parse_config(kind: type[Config], arguments: list[str], *, prog: str) -> Conf
         ConfigError: unknown key, wrong type, value out of range, unreadable or malformed YAML.
         SystemExit: after `--help` or `--print_config`.
     """
-    with told_to_typists():
-        given, flags = _read(kind, arguments)
+    with flags_in_messages():
+        from_files, flags = _read_arguments(kind, arguments)
         if not {"--help", "-h"}.isdisjoint(flags):
-            print(help_text(kind, prog, _published(kind, prog), recipe_names()), end="")
+            print(help_text(kind, prog, _recipe_values(kind, prog), recipe_names()), end="")
             sys.exit(0)
         if PRINT_CONFIG in flags:
-            _print_config(kind, prog, given, flags)
-        return _config(kind, prog, given, flags)
+            _print_config(kind, prog, from_files, flags)
+        return _config(kind, prog, from_files, flags)
 
 
 def make_config(
@@ -66,10 +67,10 @@ def make_config(
         ConfigError: as `parse_config`.
     """
     keys = field_keys(kind)
-    given = _from_files([] if recipe is None else [_config_file(recipe)], keys)
+    from_files = _read_files([] if recipe is None else [_config_file(recipe)], keys)
     for key, value in values.items():
-        _add(given, key, _inline(value) if key == INLINE else value, None, keys)
-    return _config(kind, prog, given, [])
+        _add(from_files, key, _mapping_in_file(value) if key == PEFT_CONFIG else value, None, keys)
+    return _config(kind, prog, from_files, [])
 
 
 def value_sources(kind: type[RunConfig], arguments: list[str]) -> dict[str, str]:
@@ -78,35 +79,35 @@ def value_sources(kind: type[RunConfig], arguments: list[str]) -> dict[str, str]
     Raises:
         ConfigError: an unknown key, or a file that cannot be read.
     """
-    return _sources(kind, *_read(kind, arguments))
+    return _sources(kind, *_read_arguments(kind, arguments))
 
 
 # What files give: key -> its value, and the file; None for a value that comes from none.
-_Given: TypeAlias = dict[str, tuple[Any, "Path | None"]]
+_FileValues: TypeAlias = dict[str, tuple[Any, "Path | None"]]
 
 
-def _read(kind: type[Any], arguments: list[str]) -> tuple[_Given, list[str]]:
+def _read_arguments(kind: type[Any], arguments: list[str]) -> tuple[_FileValues, list[str]]:
     """What the files behind `--config` hold, and all else that was typed; every key of both is known."""
-    files, flags = _config_files(_inline_mappings(arguments))
+    files, flags = _split_config_files(_expand_peft_config(arguments))
     keys = field_keys(kind)
     _check_flags(flags, keys)
-    return _from_files(files, keys), flags
+    return _read_files(files, keys), flags
 
 
-def _from_files(files: list[Path], keys: list[str]) -> _Given:
-    given: _Given = {}
+def _read_files(files: list[Path], keys: list[str]) -> _FileValues:
+    from_files: _FileValues = {}
     for file in files:
         for key, value in flat(read_yaml_mapping(file), keys).items():
-            _add(given, key, value, file, keys)
-    return given
+            _add(from_files, key, value, file, keys)
+    return from_files
 
 
-def _add(given: _Given, key: str, value: Any, file: Path | None, keys: list[str]) -> None:
+def _add(from_files: _FileValues, key: str, value: Any, file: Path | None, keys: list[str]) -> None:
     where = "" if file is None else f"{file}: "
     if key not in keys:
         raise ConfigError(f"{where}unknown key `{key}`{nearest(key, keys)}")
     if not is_section(key, keys):
-        given[key] = value, file
+        from_files[key] = value, file
     elif value != {}:
         raise ConfigError(f"{where}{key}: found `{value}`, expected `key: value` lines")
 
@@ -134,36 +135,38 @@ def is_section(key: str, keys: list[str]) -> bool:
     return any(each.startswith(f"{key}.") for each in keys)
 
 
-def _config(kind: type[Config], prog: str, given: _Given, flags: list[str]) -> Config:
+def _config(kind: type[Config], prog: str, from_files: _FileValues, flags: list[str]) -> Config:
     try:
         parser = _parser(kind, prog)  # type: ignore[arg-type]
-        values = {key: value for key, (value, _) in given.items()}
+        values = {key: value for key, (value, _) in from_files.items()}
         namespace = parser.parse_args(flags, namespace=jsonargparse.Namespace(values))
         values = dict(vars(parser.instantiate(namespace)))
     except ConfigError:
         raise
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(str(error), given)) from None
+        raise ConfigError(_one_line(str(error), from_files)) from None
     values.pop("config", None)
     return kind(**values)
 
 
-def _sources(kind: type[RunConfig], given: _Given, flags: list[str]) -> dict[str, str]:
+def _sources(kind: type[RunConfig], from_files: _FileValues, flags: list[str]) -> dict[str, str]:
     sources = dict.fromkeys(field_keys(kind), "default")
-    sources |= {key: str(file) for key, (_, file) in given.items()}
+    sources |= {key: str(file) for key, (_, file) in from_files.items()}
     typed = {_flag_name(flag) for flag in flags if flag.startswith("--")}
     return sources | {
         key: "command line" for key in sources if key in typed or key.split(".")[0] in typed
     }
 
 
-def _print_config(kind: type[RunConfig], prog: str, given: _Given, flags: list[str]) -> None:
+def _print_config(
+    kind: type[RunConfig], prog: str, from_files: _FileValues, flags: list[str]
+) -> None:
     """Print the whole configuration as YAML, each value with where it comes from, and leave."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         # required fields may be missing yet, which is jsonargparse's to know
-        _config(kind, prog, given, flags)
-    sources = _sources(kind, given, flags)
+        _config(kind, prog, from_files, flags)
+    sources = _sources(kind, from_files, flags)
     print("\n".join(_with_sources(load_yaml(printed.getvalue()), sources)), flush=True)
     sys.exit(0)
 
@@ -196,15 +199,22 @@ def _parser(kind: Any, prog: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _published(kind: type[Any], prog: str) -> dict[str, Any]:
+def _recipe_values(kind: type[Any], prog: str) -> dict[str, Any]:
     """The values of the command's own recipe, by their keys on the command line; empty where it has none."""
     name = prog.rpartition(" ")[2]
     return flat(read_recipe(name), field_keys(kind)) if name in recipe_names() else {}
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package, by the names `--config` takes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    """The recipes that come with the package, by the names a run's `--config` takes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.match(SWEEPS))
+
+
+def sweep_file(name: str) -> Path:
+    """The file of a sweep: a path, or the name of one that comes with the package."""
+    shipped = RECIPES / f"{name}.yaml"
+    is_named = not Path(name).is_file() and shipped.is_file() and shipped.match(SWEEPS)
+    return shipped if is_named else Path(name).expanduser()
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -223,7 +233,7 @@ def field_keys(kind: type[Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _config_files(arguments: list[str]) -> tuple[list[Path], list[str]]:
+def _split_config_files(arguments: list[str]) -> tuple[list[Path], list[str]]:
     """The files that `--config` names, recipes among them, and the other arguments."""
     files, others = [], []
     rest = iter(arguments)
@@ -251,14 +261,14 @@ def _what_config_takes() -> str:
     return f"give a YAML file or a recipe's name ({', '.join(recipe_names())})"
 
 
-def _inline_mappings(arguments: list[str]) -> list[str]:
+def _expand_peft_config(arguments: list[str]) -> list[str]:
     """Replace a file behind `--peft_config` by what it holds, so that the run's config.yaml holds it too."""
     resolved = list(arguments)
     for place, argument in enumerate(arguments):
         name, _, inline = argument.partition("=")
-        if name != f"--{INLINE}" or (not inline and place + 1 == len(arguments)):
+        if name != f"--{PEFT_CONFIG}" or (not inline and place + 1 == len(arguments)):
             continue
-        content = _inline(inline or arguments[place + 1])
+        content = _mapping_in_file(inline or arguments[place + 1])
         text = content if isinstance(content, str) else json.dumps(content)
         if inline:
             resolved[place] = f"{name}={text}"
@@ -267,14 +277,14 @@ def _inline_mappings(arguments: list[str]) -> list[str]:
     return resolved
 
 
-def _inline(value: Any) -> Any:
+def _mapping_in_file(value: Any) -> Any:
     """The mapping in a file that is named; any other value as it is."""
     if not isinstance(value, str) or value.startswith("{") or value == "null":
         return value
     file = Path(value).expanduser()
     if not file.is_file():
         raise ConfigError(
-            f"--{INLINE} {value}: no such file; give a YAML or JSON file, or {{peft_type: ...}}"
+            f"--{PEFT_CONFIG} {value}: no such file; give a YAML or JSON file, or {{peft_type: ...}}"
         )
     return read_yaml_mapping(file)
 
@@ -315,7 +325,7 @@ def _flag_name(flag: str) -> str:
     return re.split(r"[=+]", flag[2:], maxsplit=1)[0]
 
 
-def _one_line(message: str, given: _Given) -> str:
+def _one_line(message: str, from_files: _FileValues) -> str:
     """jsonargparse's complaint as `file: key: found …, expected …`."""
     where = re.search(r'Parser key "([\w.]+)"', message)
     found = re.search(r"(?:Got value|Given value): (.*)", message)
@@ -323,7 +333,7 @@ def _one_line(message: str, given: _Given) -> str:
     if not where:
         return " ".join(message.split())
     key = where[1]
-    file = given.get(key, (None, None))[1]
+    file = from_files.get(key, (None, None))[1]
     prefix = f"{file}: " if file else ""
     if not found or not expected:
         return f"{prefix}{key}: " + " ".join(message.split("\n", 1)[-1].split())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 TENSORBOARD = "tensorboard"
+TRACKER_RUNS = "trackers.json"  # in a run's folder: tracker -> the run that it has opened there
 # What accelerate has trackers for.
 TRACKERS = (
     *(
@@ -30,7 +31,8 @@ class ExpertConfig:
         kind: `lora` (the paper's default) or `bottleneck`.
         target_modules: the linear layers that a LoRA is on, as PEFT names them: a list of q, k, v, o, wi, wi_0, wi_1
             and wo (those of self-attention, cross-attention and FFNs), a regular expression over whole module names,
-            or `all-linear`. As published: wo, the FFNs' output projection; a bottleneck is there alone.
+            or `all-linear`. As published: wo, the FFNs' output projection; a bottleneck is there alone. In T5Gemma
+            these mean its q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, which are taken too.
         rank: LoRA rank R.
         alpha: LoRA scaling numerator; the expert's output is multiplied by alpha / rank.
         reduction_factor: a bottleneck expert's inner width is d_ff // reduction_factor.
@@ -67,7 +69,7 @@ class MixtureConfig:
         sparsity_over_padding: average the sparsity loss over padding too, as the published code does;
             false averages over real tokens only.
         prompt_dropout: dropout on the attention of the target prompt over each source prompt.
-        train_layer_norms: train every T5 layer norm along with the adapters.
+        train_layer_norms: train every layer norm of the base model along with the adapters.
     """
 
     gate: Literal["learned", "uniform"] = "learned"

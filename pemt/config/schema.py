@@ -48,7 +48,7 @@ class RunConfig:
     """What both stages share.
 
     Args:
-        model_name_or_path: the frozen base model: a T5, mT5 or UMT5 on the hub, or a local folder.
+        model_name_or_path: the frozen base model: a T5, mT5, UMT5 or T5Gemma on the hub, or a local folder.
         tokenizer_name: tokenizer, if it is not the base model's own.
         output_dir: folder of this run: logs, checkpoints, results.
         task_name: the task to train on (`pemt tasks` lists them).
@@ -62,8 +62,8 @@ class RunConfig:
             disk; needs max_steps. Scored are the official validation and test sets; where there is one of them, it is
             the test set, and the first 1000 training examples are validation.
         shuffle_buffer_size: examples of a stream that are mixed and put in order of length together.
-        few_shot: train on this many examples per class, drawn by data_seed; of a regression or of open answers on
-            this many in all.
+        few_shot: train on this many examples per class, drawn by data_seed (all of a class that has fewer); of a
+            regression or of open answers on this many in all.
         skip_bad_rows: count and leave out malformed rows instead of stopping at the first.
         max_source_length: longest input, in tokens; longer ones are cut.
         max_target_length: longest target, in tokens; longer ones are cut. Default: the task's own; of open answers for
@@ -103,8 +103,8 @@ class RunConfig:
             what the run began with where it resumes.
         fp16: train in float16; T5 overflows in it from size large on.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        torch_compile: compile every T5 block with torch.compile, for training; the first steps take minutes. With
-            gradient_checkpointing or ZeRO-3 it gains little.
+        torch_compile: compile every block with torch.compile, for training; the first steps take minutes. With
+            gradient_checkpointing blocks that mix experts run as written; with ZeRO-3 it gains little.
         ddp_timeout: seconds without a heartbeat of a rank after which the job ends and names it.
         resume_from_checkpoint: a checkpoint folder; true: the newest one in output_dir, if there is any;
             false: never. Default: the newest one, if output_dir holds a run of the same configuration.

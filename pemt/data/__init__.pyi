@@ -1,4 +1,5 @@
 from .batching import (
+    IGNORED_LABEL as IGNORED_LABEL,
     EvalBatches as EvalBatches,
     TrainBatches as TrainBatches,
     collate as collate,
@@ -25,4 +26,4 @@ from .to_predict import (
     read_inputs as read_inputs,
     sources_of as sources_of,
 )
-from .vocabulary import unknown as unknown
+from .vocabulary import encode_targets as encode_targets, unknown as unknown

@@ -23,7 +23,7 @@ NOISES = (0.0, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15
 MAX_KEPT = 0.2
 # while no more is wasted than this; or, of sets that cannot come below it, than so many times their least.
 MAX_WASTE, MAX_OVER_LEAST = 0.068, 1.15
-IGNORED = -100  # label of a padded position; PyTorch's cross-entropy leaves it out
+IGNORED_LABEL = -100  # label of a padded position; PyTorch's cross-entropy leaves it out
 
 
 class TrainBatches:
@@ -210,7 +210,7 @@ def collate(
     """
     multiple_of = pad_to_multiple_of or 1
     input_ids, lengths = padded([row["input_ids"] for row in rows], pad_token_id, multiple_of)
-    labels, _ = padded([row.get("labels", []) for row in rows], IGNORED, multiple_of)
+    labels, _ = padded([row.get("labels", []) for row in rows], IGNORED_LABEL, multiple_of)
     mask = torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]
     batch = {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
     return to_device(batch, device)

@@ -18,6 +18,7 @@ from pemt.data.vocabulary import (
     Tally,
     check_labels,
     comparable,
+    encode_targets,
     encode_texts,
     is_lost,
     unknown,
@@ -97,7 +98,7 @@ def encode_batch(
         columns = {name: [values[i] for i, _ in pairs] for name, values in columns.items()}
         columns["target"] = [text for _, text in pairs]
     sources, cut = encode_sources(columns["source"], tokenizer, max_length=lengths[0])
-    targets, target_lengths = encode_texts(columns["target"], tokenizer, max_length=lengths[1])
+    targets, target_lengths = encode_targets(columns["target"], tokenizer, max_length=lengths[1])
     different = list(dict.fromkeys(columns["target"]))
     backs = dict(zip(different, written_back(different, tokenizer), strict=True))
     if open_answers:
@@ -117,7 +118,7 @@ def encode_batch(
 
 def label_ids(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The token ids of each label of a task, with the end of sequence, in their order."""
-    return encode_texts(list(task.labels), tokenizer, max_length=MOST_MEASURED)[0]
+    return encode_targets(task.labels, tokenizer, max_length=MOST_MEASURED)[0]
 
 
 def encode_sources(

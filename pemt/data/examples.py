@@ -42,7 +42,7 @@ EXAMPLE = Features(
         "group": Value("string"),
         "problem": Value("string"),
         # The label is a number that nothing but the order of the task's labels gives a meaning.
-        "class_id": Value("bool"),
+        "is_class_id": Value("bool"),
     }
 )
 
@@ -50,7 +50,7 @@ Located = Iterable[tuple[str, Record | RowError]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class DataLocation:
     """Where a task's splits come from.
 
     Args:
@@ -82,7 +82,7 @@ class Origin:
         if self.memory is not None:
             rows = MemoryRows(self.task, self.memory.splits[split], split)
             # with the split, for messages: equal rows may be given as two
-            return build(self.task, rows, f"{split} {self.memory.digests[split]}")
+            return make_examples(self.task, rows, f"{split} {self.memory.digests[split]}")
         if self.files is not None:
             return local_examples(self.task, self.files[split])
         hub = hub_of(self.task)
@@ -91,16 +91,16 @@ class Origin:
         return hub_examples(self.task, hub, name)
 
 
-def origin_of(task: Task, data_dir: str | None, memory: MemoryData | None = None) -> Origin:
+def locate_data(task: Task, data_dir: str | None, memory: MemoryData | None = None) -> DataLocation:
     """Looks for a task's splits in memory, in `data_dir`, else among its own files, else on the hub.
 
     Raises DataError where there is no such folder, file or data set.
     """
     if memory is not None:
-        return Origin(task=task, files=None, memory=memory)
+        return DataLocation(task=task, files=None, memory=memory)
     if data_dir is None and not task.files:
         hub_of(task)
-        return Origin(task=task, files=None)
+        return DataLocation(task=task, files=None)
     found, notes = task_files(task, data_dir)
     files = {split: tuple(paths) for split, paths in found.items()}
     every = dict.fromkeys(path for paths in files.values() for path in paths)
@@ -112,12 +112,12 @@ def origin_of(task: Task, data_dir: str | None, memory: MemoryData | None = None
         is_labelled(task, row) for _, row in read_rows(task, files["test"])
     ):
         file = files.pop("test")[0]
-        return Origin(
+        return DataLocation(
             task=task,
             files=files,
             notes=(*notes, f"{task.name}, test: left out {file}, which has no label"),
         )
-    return Origin(task=task, files=files, notes=tuple(notes))
+    return DataLocation(task=task, files=files, notes=tuple(notes))
 
 
 def is_labelled(task: Task, row: Record | RowError) -> bool:
@@ -150,7 +150,7 @@ def load_hub(task: Task, hub: HubSource, split: str, *, streaming: bool = False)
 def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
     """One split of the hub's copy."""
     rows = load_hub(task, hub, split)
-    return build(task, HubRows(task, rows, hub_name(hub, split)), rows._fingerprint)
+    return make_examples(task, HubRows(task, rows, hub_name(hub, split)), rows._fingerprint)
 
 
 def named(task: Task, row: Record, features: Features | None) -> Record:
@@ -175,7 +175,7 @@ def hub_name(hub: HubSource, split: str) -> str:
 def local_examples(task: Task, paths: tuple[Path, ...]) -> Dataset:
     """One split of local files, which are told apart by their path, for messages, and by what they hold."""
     contents = [(str(path.resolve()), _digest(path)) for path in paths]
-    return build(task, LocalRows(task, paths), Hasher.hash(contents))
+    return make_examples(task, LocalRows(task, paths), Hasher.hash(contents))
 
 
 def _digest(path: Path) -> str:
@@ -234,9 +234,9 @@ class MemoryRows:
                 yield place, error
 
 
-def build(task: Task, rows: Located, origin: str) -> Dataset:
-    """The examples of some rows, from the cache where task, code and origin are the same."""
-    fingerprint = Hasher.hash([origin, Hasher.hash(task), source_hash()])
+def make_examples(task: Task, rows: Located, identity: str) -> Dataset:
+    """The examples of some rows, from the cache where task, code and identity of the rows are the same."""
+    fingerprint = Hasher.hash([identity, Hasher.hash(task), source_hash()])
     try:
         return Dataset.from_generator(
             examples_of,
@@ -268,7 +268,7 @@ def example_row(task: Task, place: str, row: Record | RowError) -> dict[str, Any
     except RowError as error:
         example, problem, by_id = None, f"{place}: {error}", False
     empty = {"source": "", "target": "", "references": [], "group": ""}
-    return {**(example or empty), "problem": problem, "class_id": by_id}
+    return {**(example or empty), "problem": problem, "is_class_id": by_id}
 
 
 @cache

@@ -17,13 +17,13 @@ from pemt.config import RunConfig
 from pemt.data import splits
 from pemt.data.encoding import Encoder, encode_batch
 from pemt.data.errors import DataError
-from pemt.data.examples import Origin, origin_of
+from pemt.data.examples import DataLocation, locate_data
 from pemt.data.in_memory import MemoryData
 from pemt.data.streaming import TrainStream
 from pemt.data.vocabulary import (
     FLAGS,
     MOST_MEASURED,
-    encode_texts,
+    encode_targets,
 )
 from pemt.tasks import DEFAULT_TARGET_LENGTH, Task
 
@@ -49,49 +49,6 @@ class TaskData:
     is_measured: bool = False
 
 
-def load_task_data(
-    task: Task,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    memory: MemoryData | None = None,
-) -> TaskData:
-    """Loads, splits, draws and tokenises a task's data; who does it again finds all in the cache of `datasets`.
-
-    Rows in memory take the place of `data_dir`, files and hub.
-
-    Raises DataError for a missing or malformed file or row, a class with too few examples, or
-    labels longer than `max_target_length` or that the vocabulary cannot write.
-    """
-    with cache_faults():
-        return build(task, config, tokenizer, memory)
-
-
-def load_split(
-    task: Task,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    memory: MemoryData | None = None,
-) -> tuple[Dataset, tuple[str, ...], str]:
-    """One of the sets that `load_task_data` gives, its notes and its origin; no other split has to be there,
-    unless `few_shot` draws the training set.
-
-    Where there is nothing to train on, a split is what its files or the hub give: the split rule
-    needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
-    """
-    with cache_faults():
-        origin = origin_of(task, config.data_dir, memory)
-        share = config.validation_split or task.validation_split
-        is_drawn = split == "train" and config.few_shot is not None
-        if is_drawn or not stands_alone(split, origin.splits, share):
-            data = build(task, config, tokenizer, memory)
-            return getattr(data, split), data.notes, data.origins[split]
-        examples, left_out = usable(origin, split, config)
-        encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
-        told = drawn(f"the official {split} set", split, examples, config)
-        return encoded, (*origin.notes, *left_out, *cut), told
-
-
 @contextmanager
 def cache_faults() -> Iterator[None]:
     """Turn what the disk says of the cache of `datasets` into one line that tells where it may go."""
@@ -106,6 +63,83 @@ def cache_faults() -> Iterator[None]:
         ) from None
 
 
+@cache_faults()
+def load_task_data(
+    task: Task,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    memory: MemoryData | None = None,
+) -> TaskData:
+    """Loads, splits, draws and tokenises a task's data; who does it again finds all in the cache of `datasets`.
+
+    Rows in memory take the place of `data_dir`, files and hub.
+
+    Raises DataError for a missing or malformed file or row, a class that few_shot finds empty, or
+    labels longer than `max_target_length` or that the vocabulary cannot write.
+    """
+    seed = config.effective_data_seed
+    location = locate_data(task, config.data_dir, memory)
+    share = config.validation_split or task.validation_split
+    splits.check_splits(task, location.splits, share)
+    notes = [*location.notes, *order_note(task)]
+    parts = {}
+    for name in location.splits:
+        if name != "train" or not config.streaming:
+            parts[name], left_out = usable(location, name, config)
+            notes += left_out
+    is_measured = not (config.max_target_length or task.max_target_length)
+    if is_measured:
+        task, note = measured(task, parts, tokenizer)
+        notes.append(note)
+    encoder = Encoder(task, config, tokenizer)
+    sets, parts, origins = divided(location, config, encoder, parts, share)
+    if share:
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+        notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
+    if config.few_shot is not None:
+        parts["train"], fewer = splits.few_shot(task, parts["train"], config.few_shot, seed)
+        notes += fewer
+        origins["train"] = f"few_shot {config.few_shot} of {origins['train']}"
+    for name, examples in parts.items():
+        sets[name], cut = encode(examples, name, encoder, config)
+        origins[name] = drawn(origins[name], name, examples, config)
+        notes += cut
+    return TaskData(
+        origins=origins,
+        **sets,
+        max_target_length=encoder.max_target_length,
+        pad_to_multiple_of=config.pad_to_multiple_of,
+        notes=tuple(notes),
+        is_measured=is_measured,
+    )
+
+
+@cache_faults()
+def load_split(
+    task: Task,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    memory: MemoryData | None = None,
+) -> tuple[Dataset, tuple[str, ...], str]:
+    """One of the sets that `load_task_data` gives, its notes and its origin; no other split has to be there,
+    unless `few_shot` draws the training set.
+
+    Where there is nothing to train on, a split is what its files or the hub give: the split rule
+    needs the training set. Raises DataError as `load_task_data`, and where the split is missing.
+    """
+    location = locate_data(task, config.data_dir, memory)
+    share = config.validation_split or task.validation_split
+    is_drawn = split == "train" and config.few_shot is not None
+    if is_drawn or not stands_alone(split, location.splits, share):
+        data = load_task_data(task, config, tokenizer, memory)
+        return getattr(data, split), data.notes, data.origins[split]
+    examples, left_out = usable(location, split, config)
+    encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
+    told = drawn(f"the official {split} set", split, examples, config)
+    return encoded, (*location.notes, *left_out, *cut), told
+
+
 def stands_alone(split: str, there: Collection[str], validation_split: float | None) -> bool:
     """Whether a split is one that is there, unchanged by the split rule."""
     if validation_split and "train" in there:
@@ -114,56 +148,23 @@ def stands_alone(split: str, there: Collection[str], validation_split: float | N
     return split in there and (split == "test" or not has_rule)
 
 
-def build(
-    task: Task,
+def divided(
+    location: DataLocation,
     config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    memory: MemoryData | None = None,
-) -> TaskData:
-    """What load_task_data does."""
-    seed = config.effective_data_seed
-    origin = origin_of(task, config.data_dir, memory)
-    share = config.validation_split or task.validation_split
-    splits.check_splits(task, origin.splits, share)
-    notes = [*origin.notes, *order_note(task)]
-    parts = {}
-    for name in origin.splits:
-        if name != "train" or not config.streaming:
-            parts[name], left_out = usable(origin, name, config)
-            notes += left_out
-    is_measured = not (config.max_target_length or task.max_target_length)
-    if is_measured:
-        task, note = measured(task, parts, tokenizer)
-        notes.append(note)
-    encoder = Encoder(task, config, tokenizer)
-    sets: dict[str, Any] = {}
+    encoder: Encoder,
+    given: Mapping[str, Dataset],
+    share: float | None,
+) -> tuple[dict[str, Any], dict[str, Dataset], dict[str, str]]:
+    """The training stream, if there is one; the sets to be encoded; and what each was made from."""
     if config.streaming:
         if share:
             raise DataError("validation_split: does not go with streaming; leave one of them out")
-        given = parts
-        sets["train"], parts = streamed(origin, config, encoder, parts)
-        told = {"train": "a stream of the official train set", **stream_origins(given, parts)}
-    else:
-        given, parts = parts, splits.split(task, parts, seed, share)
-        told = splits.origins(given, parts, seed)
-        if share:
-            sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
-            notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
-        if config.few_shot is not None:
-            parts["train"] = splits.few_shot(task, parts["train"], config.few_shot, seed)
-            told["train"] = f"few_shot {config.few_shot} of {told['train']}"
-    for name, examples in parts.items():
-        sets[name], cut = encode(examples, name, encoder, config)
-        told[name] = drawn(told[name], name, examples, config)
-        notes += cut
-    return TaskData(
-        origins=told,
-        **sets,
-        max_target_length=encoder.max_target_length,
-        pad_to_multiple_of=config.pad_to_multiple_of,
-        notes=tuple(notes),
-        is_measured=is_measured,
-    )
+        stream, parts = streamed(location, config, encoder, given)
+        origins = {"train": "a stream of the official train set", **stream_origins(given, parts)}
+        return {"train": stream}, parts, origins
+    seed = config.effective_data_seed
+    parts = splits.split(location.task, given, seed, share)
+    return {}, parts, splits.origins(given, parts, seed)
 
 
 def drawn(origin: str, split: str, examples: Dataset, config: RunConfig) -> str:
@@ -199,7 +200,7 @@ def measured(
         texts = part["references"] if task.train_on_every_answer else [[t] for t in part["target"]]
         flat = list(dict.fromkeys(text for each in texts for text in each))
         if flat:
-            lengths += encode_texts(flat, tokenizer, max_length=MOST_MEASURED)[1]
+            lengths += encode_targets(flat, tokenizer, max_length=MOST_MEASURED)[1]
     longest = max(lengths)
     length = min(max(longest, DEFAULT_TARGET_LENGTH), MOST_MEASURED)
     note = (
@@ -209,10 +210,10 @@ def measured(
     return replace(task, max_target_length=length), note
 
 
-def usable(origin: Origin, split: str, config: RunConfig) -> tuple[Dataset, list[str]]:
+def usable(location: DataLocation, split: str, config: RunConfig) -> tuple[Dataset, list[str]]:
     """A split's well-formed examples, and notes on what was left out."""
-    examples = origin.examples(split)
-    return splits.usable(origin.task, split, examples, skip_bad_rows=config.skip_bad_rows)
+    examples = location.examples(split)
+    return splits.usable(location.task, split, examples, skip_bad_rows=config.skip_bad_rows)
 
 
 def encode(
@@ -232,16 +233,16 @@ def encode(
 
 
 def streamed(
-    origin: Origin, config: RunConfig, encoder: Encoder, parts: Mapping[str, Dataset]
+    location: DataLocation, config: RunConfig, encoder: Encoder, parts: Mapping[str, Dataset]
 ) -> tuple[TrainStream, dict[str, Dataset]]:
     """A training stream, and validation and test by the rule for large tasks.
 
     With both given they stay; otherwise the one that is there is the test set, and the stream's first
     examples are validation, to the end of the last one's group.
     """
-    task = origin.task
+    task = location.task
     stream = TrainStream(
-        origin,
+        location,
         encode=partial(encode_batch, **encoder.settings(every_answer=task.train_on_every_answer)),
         skip_bad_rows=config.skip_bad_rows,
         tally=encoder.tally("train"),

@@ -56,7 +56,7 @@ def usable(
         notes.append(
             f"{task.name}, {split}: left out {is_unlabelled.sum()} rows without gold label"
         )
-    by_id = int(np.sum(dataset["class_id"][:])) if "class_id" in dataset.column_names else 0
+    by_id = int(np.sum(dataset["is_class_id"][:])) if "is_class_id" in dataset.column_names else 0
     if by_id:
         notes.append(
             f"{task.name}, {split}: {by_id:,} of {len(dataset):,} labels are numbers, read as places in `labels`: "
@@ -66,7 +66,7 @@ def usable(
         first = f", first {bad[0]}" if len(bad) else ""
         raise DataError(f"task {task.name}: {split} has no usable row of {len(problems)}{first}")
     kept = dataset if not is_bad.any() else dataset.select(np.flatnonzero(~is_bad))
-    done_with = [name for name in ("problem", "class_id") if name in kept.column_names]
+    done_with = [name for name in ("problem", "is_class_id") if name in kept.column_names]
     return kept.remove_columns(done_with), notes
 
 
@@ -178,30 +178,31 @@ def divided(
     return dataset.select(np.flatnonzero(is_first)), dataset.select(np.flatnonzero(~is_first))
 
 
-def few_shot(task: Task, train: Dataset, k: int, seed: int) -> Dataset:
-    """k examples of each class, or k in all for regression and open answers.
+def few_shot(task: Task, train: Dataset, k: int, seed: int) -> tuple[Dataset, list[str]]:
+    """k examples of each class, or k in all for regression and open answers; and notes on what has fewer.
 
-    Raises DataError where a class has fewer than k.
+    What has fewer than k gives all it has, as in the published code (CB's smallest class has 16, and the paper
+    draws 32). Raises DataError where a class has none.
     """
     rng = generator(seed, Purpose.FEW_SHOT)
     targets = column(train, "target")
     classes = task.labels if task.kind == "classification" else (None,)
-    chosen = []
+    chosen, notes = [], []
     for label in classes:
         members = np.arange(len(train)) if label is None else np.flatnonzero(targets == label)
-        if len(members) < k:
-            which = "all of train" if label is None else f"class {class_name(task, label)}"
-            if not len(members):
-                raise DataError(
-                    f"few_shot: found {k}, but {which} of task {task.name} has no training example; add some, or "
-                    "train without few_shot"
-                )
+        which = "all of train" if label is None else f"class {class_name(task, label)}"
+        if not len(members):
             raise DataError(
-                f"few_shot: found {k}, but {which} of task {task.name} has {len(members)} training "
-                f"examples; give {len(members)} at most"
+                f"few_shot: found {k}, but {which} of task {task.name} has no training example; add some, or "
+                "train without few_shot"
             )
-        chosen.append(rng.choice(members, size=k, replace=False))
-    return train.select(np.sort(np.concatenate(chosen)))
+        if len(members) < k:
+            notes.append(
+                f"{task.name}: few_shot {k}, but {which} has {len(members)} training examples: all are taken; a "
+                f"few_shot of {len(members)} draws as many of each class"
+            )
+        chosen.append(rng.choice(members, size=min(k, len(members)), replace=False))
+    return train.select(np.sort(np.concatenate(chosen))), notes
 
 
 def at_most(task: Task, dataset: Dataset, maximum: int | None, seed: int) -> Dataset:

@@ -18,8 +18,8 @@ from pemt.data.errors import DataError
 from pemt.data.examples import (
     EXAMPLE,
     UNLABELLED,
+    DataLocation,
     LocalRows,
-    Origin,
     example_row,
     examples_of,
     hub_name,
@@ -39,7 +39,7 @@ class TrainStream:
     """A training set that is read anew in every epoch, in the order of its files.
 
     Args:
-        origin: where the rows are, as for a set that is loaded whole.
+        location: where the rows are, as for a set that is loaded whole.
         encode: adds token ids and `length` to columns of examples.
         skip_bad_rows: leave malformed rows out instead of stopping at the first.
         tally: counts what was cut or cannot be written in the examples that are read.
@@ -47,15 +47,15 @@ class TrainStream:
 
     def __init__(
         self,
-        origin: Origin,
+        location: DataLocation,
         *,
         encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
         skip_bad_rows: bool,
         tally: Tally,
     ) -> None:
         self.tally = tally
-        self.task = origin.task
-        self.dataset = open_stream(origin)
+        self.task = location.task
+        self.dataset = open_stream(location)
         self.bad_rows: list[str] = []  # those left out, each with its place
         self._encode = encode
         self._skip_bad_rows = skip_bad_rows
@@ -70,7 +70,7 @@ class TrainStream:
         """
         for row in self.dataset:
             problem = row.pop("problem")
-            row.pop("class_id")
+            row.pop("is_class_id")
             if not problem:
                 yield row
             elif problem.endswith(f": {UNLABELLED}"):
@@ -105,12 +105,12 @@ class TrainStream:
         return [dict(zip(columns, values, strict=True)) for values in every]
 
 
-def open_stream(origin: Origin) -> IterableDataset:
+def open_stream(location: DataLocation) -> IterableDataset:
     """The training set's examples, malformed ones included, read when they are asked for."""
-    task = origin.task
-    if origin.files is not None:
+    task = location.task
+    if location.files is not None:
         # A list among the arguments is one shard each: what lies before a resumed one is not read again.
-        given = {"task": task, "paths": list(origin.files["train"])}
+        given = {"task": task, "paths": list(location.files["train"])}
         return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
     hub = hub_of(task)
     rows = load_hub(task, hub, hub.train, streaming=True)

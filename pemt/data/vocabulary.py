@@ -22,11 +22,33 @@ SHOWN = 60  # characters of the first example
 def encode_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of at most `max_length` tokens, and how many each text has uncut."""
+    """Token ids of sources, as the tokenizer begins and ends them, and how many each text has uncut.
+
+    Cut to `max_length` tokens, an end of sequence keeps its place.
+    """
     every = tokenizer(list(texts), add_special_tokens=True).input_ids
-    # The end of sequence stays when the text is cut.
-    kept = [ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]] for ids in every]
-    return kept, [len(ids) for ids in every]
+    return [_cut(ids, tokenizer, max_length) for ids in every], [len(ids) for ids in every]
+
+
+def encode_targets(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of answers with the end of sequence, at most `max_length` tokens, and how many each has uncut.
+
+    A T5's tokenizer ends every text so. T5Gemma's begins it instead, with what its decoder starts from anyway.
+    """
+    if not texts:
+        return [], []
+    every = tokenizer(list(texts), add_special_tokens=False).input_ids
+    ended = [[*ids, tokenizer.eos_token_id] for ids in every]
+    return [_cut(ids, tokenizer, max_length) for ids in ended], [len(ids) for ids in ended]
+
+
+def _cut(ids: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+    if len(ids) <= max_length:
+        return ids
+    end = ids[-1:] if ids[-1] == tokenizer.eos_token_id else []
+    return [*ids[: max_length - len(end)], *end]
 
 
 def written_back(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -63,7 +85,10 @@ def comparable(
 def unknown(ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
     """Which inputs hold a piece that the vocabulary does not know, or padding or an end before their own end."""
     strange = {tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
-    return [not strange.isdisjoint(each[:-1]) for each in ids]
+    return [
+        not strange.isdisjoint(each[:-1] if each[-1:] == [tokenizer.eos_token_id] else each)
+        for each in ids
+    ]
 
 
 def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -73,8 +98,8 @@ def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
         DataError: one is too long, or decodes to another text, which another label may decode to as well.
     """
     backs = written_back(task.labels, tokenizer)
-    for label, back in zip(task.labels, backs, strict=True):
-        length = len(tokenizer(label).input_ids)
+    _, lengths = encode_targets(task.labels, tokenizer, max_length=max_length)
+    for label, back, length in zip(task.labels, backs, lengths, strict=True):
         if length > max_length:
             raise DataError(
                 f"max_target_length: found {max_length}, but label {label!r} of "

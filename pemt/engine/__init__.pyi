@@ -1,13 +1,18 @@
-from .collectives import Job as Job
 from .engine import Engine as Engine
 from .exit import finish as finish, run_and_exit as run_and_exit
-from .job import (
+from .job import Job as Job
+from .launcher import (
     EngineError as EngineError,
     check_world_size as check_world_size,
     shut_down as shut_down,
 )
 from .precision import bf16_is_native as bf16_is_native
-from .process import peak as peak, start_ticks as start_ticks, watch_peak as watch_peak
+from .process import (
+    launcher_began as launcher_began,
+    peak as peak,
+    start_ticks as start_ticks,
+    watch_peak as watch_peak,
+)
 from .sign_of_life import LIBRARIES as LIBRARIES, telling as telling
 from .signals import (
     INTERRUPTED_STATUS as INTERRUPTED_STATUS,
@@ -22,5 +27,6 @@ from .surroundings import (
     own_cache as own_cache,
     use_writable_caches as use_writable_caches,
 )
+from .trackers import Tracker as Tracker, open_trackers as open_trackers
 from .trained_state import MOMENTS as MOMENTS, full_size as full_size
 from .watchdog import Watchdog as Watchdog

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pemt.config import RunConfig
-from pemt.engine.collectives import Job
-from pemt.engine.job import EngineError, bf16_is_native_everywhere, deepspeed_plugin
+from pemt.engine.job import Job
+from pemt.engine.launcher import EngineError, bf16_is_native_everywhere, deepspeed_plugin
+from pemt.engine.placement import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.precision import precision_text, resolve_precision, warn_of_emulation
-from pemt.engine.start import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
-from pemt.engine.trackers import Tracker, open_trackers
+from pemt.engine.trackers import Tracker
 from pemt.engine.trained_state import TrainedState
 
 # One line per collective otherwise, from inside DeepSpeed.
@@ -54,7 +54,7 @@ class Engine(Job):
         AcceleratorState._reset_state()
         # The process group first: the ranks agree on the precision, which DeepSpeed's configuration holds.
         super().__init__(config)
-        self.trackers: list[Tracker] = []
+        self.trackers: list[Tracker] = []  # rank 0's, once they are open
         native = bf16_is_native_everywhere(self.device)
         self.config = config = resolve_precision(config, native=native)
         self.precision = precision_text(config, native=native)
@@ -255,16 +255,6 @@ class Engine(Job):
             torch.set_rng_state(states["cpu"][self.rank].clone())
         if self.device.type == "cuda" and self.rank < len(states.get("cuda", ())):
             torch.cuda.set_rng_state(states["cuda"][self.rank].clone(), self.device)
-
-    def open_trackers(self) -> list[Tracker]:
-        """The trackers of `report_to` besides TensorBoard; none on other ranks than 0 (all ranks call).
-
-        Raises:
-            ConfigError: one does not open.
-        """
-        config = self.config
-        self.on_rank0(lambda: self.trackers.extend(open_trackers(config)), "opening the trackers")
-        return self.trackers
 
     def release(self) -> None:
         """Free the run's model and optimizer, if it has come so far; the process group lives on for the next run."""

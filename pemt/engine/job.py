@@ -1,4 +1,4 @@
-"""What the launcher started: its ranks, its DeepSpeed JSON, its end."""
+"""The ranks of a job, and what they tell one another; there is no model in it yet."""
 
 from __future__ import annotations
 
@@ -7,145 +7,144 @@ import pemt.engine.deepspeed_import  # noqa: F401
 # isort: split
 
 import contextlib
-import functools
-import os
-import socket
-import threading
-from collections.abc import Iterator
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.state import PartialState
+from accelerate.utils import broadcast_object_list, gather, parse_flag_from_env, reduce
+from torch import Tensor
 
-from pemt.config import PemtError, RunConfig, launched_deepspeed_json
-from pemt.engine.precision import bf16_is_native
-from pemt.engine.schema import check_schema
+from pemt.config import PemtError, RunConfig
+from pemt.engine.exit import before_exit
+from pemt.engine.launcher import (
+    check_world_size,
+    cpu_group,
+    process_group_kwargs,
+    re_rendezvous,
+    shut_down,
+)
+from pemt.engine.process import memory_in_use
+from pemt.engine.sign_of_life import telling
 from pemt.engine.waiting import waiting_of_job
 
-
-class EngineError(PemtError):
-    """The launcher, accelerate and DeepSpeed do not agree on what this job is."""
+T = TypeVar("T")
 
 
-def deepspeed_plugin(config: RunConfig) -> tuple[DeepSpeedPlugin | None, Path | None]:
-    """accelerate's DeepSpeed plugin from the JSON it was launched with, and that file; None without one."""
-    launched = launched_deepspeed_json(config)
-    if launched is None:
-        return None, None
-    filled, path = launched
-    check_schema(filled, path)
-    return DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=False), path
+class Job:
+    """The ranks that the launcher has started; every rank calls every method equally often.
 
+    There is one process group for the whole job, which the first one opens: another is made in no time.
 
-@contextlib.contextmanager
-def re_rendezvous() -> Iterator[None]:
-    """After `--max_restarts` has restarted the ranks, let them meet within the block where nobody has met before.
-
-    The launcher's store lives on, and torch's static rendezvous, which is accelerate's, would give out
-    the addresses of the ranks that are gone.
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        yield
-        return
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    launchers = torch.distributed.TCPStore(*address, is_master=False)
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 keeps the new store
-    if os.environ["RANK"] != "0":
-        me = uuid4().hex
-        launchers.set(f"pemt/asks/{os.environ['RANK']}", me)
-        os.environ["MASTER_PORT"] = launchers.get(f"pemt/port/{me}").decode()
-        yield
-        return
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    met = threading.Event()
-    threading.Thread(target=_answer, args=(launchers, met), daemon=True).start()
-    try:
-        yield
-    finally:
-        met.set()
-
-
-def _answer(launchers: torch.distributed.TCPStore, met: threading.Event) -> None:
-    """Tell the port to whoever asks for it: not by the restart's number, which machines count each for itself."""
-    asking = [f"pemt/asks/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))]
-    while not met.wait(0.1):
-        for key in asking:
-            if launchers.check([key]):
-                launchers.set(f"pemt/port/{launchers.get(key).decode()}", os.environ["MASTER_PORT"])
-
-
-def process_group_kwargs(config: RunConfig) -> dict[str, Any]:
-    """What accelerate's state must be told to open the process group."""
-    if "LOCAL_RANK" not in os.environ:
-        return {}
-    return InitProcessGroupKwargs(
-        # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
-        backend=None if torch.cuda.is_available() else "gloo",
-        # DeepSpeed's groups do not mind it. No rank works long while another waits in a collective.
-        timeout=timedelta(seconds=config.ddp_timeout),
-    ).to_kwargs()
-
-
-@functools.cache
-def cpu_group() -> torch.distributed.ProcessGroup | None:
-    """All ranks over gloo, for a few numbers between hosts; one for the whole job, None where there is one rank."""
-    if not torch.distributed.is_initialized():
-        return None
-    return torch.distributed.new_group(backend="gloo")
-
-
-@functools.cache
-def bf16_is_native_everywhere(device: torch.device) -> bool:
-    """Whether every rank's device computes natively in bf16 (all ranks call; they vote once in a job)."""
-    native, group = bf16_is_native(device), cpu_group()
-    if group is None:
-        return native
-    votes = torch.tensor([int(native)])
-    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=group)
-    return bool(votes)
-
-
-def shut_down() -> None:
-    """End the process group, all ranks together: a rank that leaves early may abort the others."""
-    if torch.distributed.is_initialized():
-        waiting = waiting_of_job()
-        waiting.meet()
-        waiting.stop()
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-# What SLURM, Open MPI and MPICH tell each of the processes that they start together.
-STARTERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
-
-def check_world_size(num_processes: int) -> None:
-    """Refuse to train N copies of the same run side by side.
+    Args:
+        config: `ddp_timeout` is how long a collective may take.
 
     Raises:
-        EngineError: WORLD_SIZE, as the launcher set it, is not accelerate's number of processes; or it is
-            not set, and SLURM or MPI has started several of us.
+        EngineError: the launcher's WORLD_SIZE differs from accelerate's number of processes.
     """
-    if "WORLD_SIZE" not in os.environ:
-        starters = STARTERS if STARTERS[0] in os.environ else ("SLURM_NTASKS", *STARTERS)
-        for variable in starters:
-            copies = os.environ.get(variable, "1")
-            if copies.isdecimal() and int(copies) > 1:
-                raise EngineError(
-                    f"{variable} is {copies}, but WORLD_SIZE is not set: each process would train alone on all the "
-                    "data. Let srun or mpirun start one `accelerate launch --machine_rank ...` a node, as "
-                    "launchers/slurm_adapt.sbatch does, or tell each process its RANK as that does with LAUNCHER=srun"
-                )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != num_processes:
-        raise EngineError(
-            f"WORLD_SIZE: the launcher started {launched} ranks, but accelerate sees {num_processes}; every rank "
-            "would train alone on all the data. Set `use_cpu: false` and `distributed_type: DEEPSPEED` in the "
-            "accelerate config (see launchers/accelerate/)"
-        )
+
+    def __init__(self, config: RunConfig) -> None:
+        # DeepSpeed compiles something of its own the first time.
+        with re_rendezvous(), telling("opening the process group"):
+            state = PartialState(
+                cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_kwargs(config)
+            )
+        check_world_size(state.num_processes)
+        self.rank: int = state.process_index
+        self.world_size: int = state.num_processes
+        self.is_main: bool = state.is_main_process
+        self.is_local_main: bool = state.is_local_main_process
+        self.device: torch.device = state.device
+        before_exit(shut_down)
+        self._hosts = cpu_group()
+        self.waiting = waiting_of_job()
+        self.waiting.timeout = config.ddp_timeout
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate over ranks along dimension 0; the same shape on every rank."""
+        gathered: Tensor = gather(tensor.contiguous())
+        return gathered
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over ranks."""
+        mean: Tensor = reduce(tensor, reduction="mean")
+        return mean
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks."""
+        total: Tensor = reduce(tensor, reduction="sum")
+        return total
+
+    def memory(self) -> dict[str, float]:
+        """GB (1e9 bytes) that the rank with the most has in use, by tag (all ranks call)."""
+        used = memory_in_use(self.device)
+        rows = self.gather(torch.tensor([list(used.values())], device=self.device))
+        return dict(zip(used, rows.amax(dim=0).tolist(), strict=True))
+
+    # Outside of the training loop ranks may come late, by as long as their work takes; they are waited for
+    # outside of collectives (waiting.py), and `doing` says what for.
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value on every rank (all ranks call)."""
+        self.waiting.meet()
+        return broadcast_object_list([value])[0]
+
+    def on_rank0(self, function: Callable[[], T], doing: str) -> T:
+        """What a function gives on rank 0, on every rank; so is an error for the user, which all raise.
+
+        Args:
+            doing: what it does, for those who wait: "reading the checkpoint".
+        """
+        outcome: T | PemtError | None = None
+        if self.is_main:
+            try:
+                with self.waiting.doing(doing):
+                    outcome = function()
+            except PemtError as error:
+                outcome = error
+        outcome = self.broadcast_object(outcome)
+        if isinstance(outcome, PemtError):
+            if (
+                self._hosts is not None
+            ):  # rank 0 may leave with it, and takes along the store at which others wait
+                torch.distributed.barrier(group=self._hosts)
+            raise outcome
+        return cast("T", outcome)
+
+    @contextlib.contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """What every rank does, each as fast as it can; who is done waits for the others (all ranks call)."""
+        with self.waiting.doing(doing):
+            yield
+        self.barrier()
+
+    def local_first(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """One rank a machine runs the block first; the others then find what it built (all ranks call)."""
+        return self.waiting.local_first(doing)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here, outside of collectives."""
+        self.waiting.meet()
+
+    def all_reduce_max(self, value: int) -> int:
+        """The highest of all ranks' values; from host to host, so that no device is waited for."""
+        if self._hosts is None:
+            return value
+        values = torch.tensor([value])
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._hosts)
+        return int(values)
+
+    def totals(self, values: list[int]) -> list[int]:
+        """The sums over all ranks, element by element; from host to host, as `all_reduce_max`."""
+        if self._hosts is None:
+            return values
+        totals = torch.tensor(values)
+        torch.distributed.all_reduce(totals, group=self._hosts)
+        return [int(total) for total in totals]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's value, rank 0's first; small ones, from host to host."""
+        values = [value] * self.world_size
+        if self._hosts is not None:
+            torch.distributed.all_gather_object(values, value, group=self._hosts)
+        return values

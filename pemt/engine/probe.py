@@ -13,7 +13,7 @@ from torch import nn
 from pemt.config import RunConfig
 from pemt.engine.engine import Engine
 from pemt.engine.exit import run_and_exit
-from pemt.engine.job import EngineError, shut_down
+from pemt.engine.launcher import EngineError, shut_down
 
 
 def main() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,3 +77,24 @@ def start_ticks(pid: int) -> int | None:
     except (OSError, IndexError):
         return None
     return None if fields[0] in "ZX" else int(fields[19])  # a zombie only waits to be counted
+
+
+def launcher_began(marked_by: str) -> float | None:
+    """When the launcher of this process began, in seconds since 1970; None where that cannot be known.
+
+    It is the nearest ancestor without the variable that it sets: what it starts may be wrapped in a script.
+    """
+    pid = os.getppid()
+    while pid > 0:
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+        except (OSError, IndexError):
+            return None
+        if not any(each.startswith(f"{marked_by}=".encode()) for each in variables):
+            age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf(
+                "SC_CLK_TCK"
+            )
+            return time.time() - age
+        pid = int(fields[1])
+    return None

@@ -1,4 +1,4 @@
-"""PEMT on a stock T5, mT5 or UMT5: experts, gates, prompts, how they are put in; and the baselines."""
+"""PEMT on a stock T5, mT5, UMT5 or T5Gemma: experts, gates, prompts, how they are put in; and the baselines."""
 
 import lazy_loader
 

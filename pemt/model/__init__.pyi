@@ -14,6 +14,13 @@ from .experts import (
     ModelError as ModelError,
     expert_shapes as expert_shapes,
 )
+from .families import (
+    FAMILIES as FAMILIES,
+    Family as Family,
+    family_of as family_of,
+    is_gated as is_gated,
+    stack_size as stack_size,
+)
 from .inject import checked_base as checked_base
 from .lazy import make_lazy as make_lazy, materialize as materialize, read_lazy as read_lazy
 from .mixture import MIXTURES as MIXTURES, LoraMixture as LoraMixture
@@ -23,11 +30,17 @@ from .peft_model import (
     peft_settings as peft_settings,
     starts_from_text as starts_from_text,
 )
-from .pemt_t5 import PemtT5 as PemtT5
-from .prompts import description_prompt as description_prompt, top_sources as top_sources
+from .pemt_t5 import PemtT5 as PemtT5, check_weights as check_weights
+from .prompts import (
+    description_prompt as description_prompt,
+    rank_by_prompt as rank_by_prompt,
+    top_sources as top_sources,
+)
 from .shape import base_digest as base_digest, base_shape as base_shape
 from .sites import (
     Site as Site,
+    absent_sites as absent_sites,
+    is_linear as is_linear,
     projections_of as projections_of,
     sites_of as sites_of,
     target_sites as target_sites,

@@ -63,12 +63,12 @@ def attend(
 
 def _sum(bias: Tensor, mask: Tensor | None, causal: bool, dtype: torch.dtype) -> Tensor:
     """[1 or B,H,Q,K]: the bias where there is attention, else the least of the keys' dtype; made once for them all."""
-    known: tuple[Tensor | None, bool, Tensor] | None = getattr(bias, _SUM, None)
-    if known is None or known[0] is not mask or known[1] != causal:
-        known = mask, causal, _added(bias.detach(), mask, causal, dtype).contiguous()
+    known: tuple[Tensor | None, bool, torch.dtype, Tensor] | None = getattr(bias, _SUM, None)
+    if known is None or known[0] is not mask or known[1:3] != (causal, dtype):
+        known = mask, causal, dtype, _added(bias.detach(), mask, causal, dtype).contiguous()
         # It lives as long as the bias: for this pass and its recomputation.
         setattr(bias, _SUM, known)
-    return known[2]
+    return known[3]
 
 
 def _added(bias: Tensor, mask: Tensor | None, causal: bool, dtype: torch.dtype) -> Tensor:

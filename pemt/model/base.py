@@ -15,31 +15,23 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForSeq2SeqLM,
-    MT5Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    T5Config,
-    UMT5Config,
 )
 
 from pemt.config import PemtError, RunConfig
 from pemt.model.base_files import WeightFileError, lazy_base, refusal, weight_files
+from pemt.model.families import FAMILIES, STACKS, UNFIT, family_of, stack_size
 from pemt.model.generation import clean_generation_config, set_aside, use_clean_generation
 from pemt.model.shape import base_shape
 from pemt.model.tokenizer import load_tokenizer
 
-MODEL_TYPES: dict[str, type[PreTrainedConfig]] = {
-    "t5": T5Config,
-    "mt5": MT5Config,
-    "umt5": UMT5Config,
-}
 _told_of: set[str] = set()
-OVERFLOWS_FROM = 1024  # d_model of t5-large, t5-3b and their v1.1
 
 
 class BaseModelError(PemtError):
-    """A base model that cannot be loaded, is no T5, or does not go with the tokenizer."""
+    """A base model that cannot be loaded, is of no family in `families`, or does not go with the tokenizer."""
 
 
 def load_base(
@@ -87,10 +79,16 @@ def load_pretrained(
     """
     model_config = load_config(name)
     tokenizer = load_tokenizer(tokenizer_name)
-    if len(tokenizer) > model_config.vocab_size:
+    embedded = _embedded(model_config)
+    if len(tokenizer) > embedded:
         raise BaseModelError(
             f"tokenizer_name: `{tokenizer_name}` has {len(tokenizer)} tokens, the base model "
-            f"`{name}` embeds {model_config.vocab_size}; give the tokenizer it was trained with"
+            f"`{name}` embeds {embedded}; give the tokenizer it was trained with"
+        )
+    if tokenizer.eos_token_id is None:
+        raise BaseModelError(
+            f"tokenizer_name: `{tokenizer_name}` has no eos_token, which ends every answer; give the tokenizer "
+            f"that `{name}` was trained with"
         )
     try:
         # DeepSpeed casts to the run's precision and keeps its masters; everything starts from fp32.
@@ -119,6 +117,12 @@ def load_pretrained(
     return base, tokenizer
 
 
+def _embedded(config: PreTrainedConfig) -> int:
+    """How many tokens both stacks embed."""
+    shape = base_shape(config)
+    return min(stack_size(shape, stack, "vocab_size") for stack in STACKS)
+
+
 def _tell_set_aside(name: str, base: PreTrainedModel) -> None:
     """Once a process and base model, on rank 0."""
     if name in _told_of or os.environ.get("RANK", "0") != "0":
@@ -134,12 +138,14 @@ def _tell_set_aside(name: str, base: PreTrainedModel) -> None:
 
 
 def precision_warning(config: RunConfig, base: PreTrainedModel) -> str | None:
-    """A line on fp16 where the base model is known to overflow in it: T5 from size large on, by its width."""
-    if not config.fp16 or base.config.d_model < OVERFLOWS_FROM:
+    """A line on fp16 where the base model is known to overflow in it: by its family and width."""
+    shape = base_shape(base.config)
+    family = family_of(shape)
+    if not config.fp16 or shape["d_model"] < family.fp16_overflows_from:
         return None
     return (
-        f"warning: fp16: activations of a T5 as wide as {config.model_name_or_path} (d_model "
-        f"{base.config.d_model}) exceed fp16's 65,504, and steps are lost; train with --fp16 false --bf16 true"
+        f"warning: fp16: activations of a {family.title} as wide as {config.model_name_or_path} (d_model "
+        f"{shape['d_model']}) exceed fp16's 65,504, and steps are lost; train with --fp16 false --bf16 true"
     )
 
 
@@ -147,7 +153,7 @@ def load_shape(name: str) -> dict[str, Any]:
     """`base_shape` of a base model, from its configuration alone.
 
     Raises:
-        BaseModelError: it cannot be read, or is no T5.
+        BaseModelError: it cannot be read, or is of no family in `families`.
     """
     return base_shape(load_config(name))
 
@@ -156,18 +162,20 @@ def load_config(name: str) -> PreTrainedConfig:
     """A base model's config.json, by hub id or folder.
 
     Raises:
-        BaseModelError: it cannot be read, or is no T5's.
+        BaseModelError: it cannot be read, or is of no family in `families`.
     """
     try:
         # Looked at before a class is chosen: of a type that it does not know, transformers' AutoConfig would
         # offer to run the repository's own code.
         model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-        if model_type not in tuple(MODEL_TYPES):  # it may be anything that JSON can hold
+        if model_type not in tuple(FAMILIES):  # it may be anything that JSON can hold
+            why = f", and {UNFIT[model_type]}" if model_type in tuple(UNFIT) else ""
             raise BaseModelError(
-                f"model_name_or_path: `{name}` is a {model_type} model; PEMT needs one of {', '.join(MODEL_TYPES)}"
+                f"model_name_or_path: `{name}` is a {model_type} model{why}; PEMT needs one of {', '.join(FAMILIES)}"
             )
         _refuse_quantized(name)
-        return MODEL_TYPES[model_type].from_pretrained(name, name_or_path=name)
+        kind: type[PreTrainedConfig] = getattr(transformers, FAMILIES[model_type].config)
+        return kind.from_pretrained(name, name_or_path=name)
     except BaseModelError:
         raise
     except (OSError, ValueError) as error:

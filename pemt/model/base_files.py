@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -124,7 +125,9 @@ def _read_safetensors(file: Path, key: str) -> Tensor:
 
 def _install_lazy(base: PreTrainedModel, entries: dict[str, Entry], name: str) -> None:
     """Exchange every parameter on `meta` for a lazy one; tied ones stay tied where their values agree."""
-    assert not list(base.buffers()), "a buffer on meta would need a value"
+    for module in base.modules():
+        _make_buffers(module)
+    assert not any(buffer.is_meta for buffer in base.buffers()), "a buffer on meta needs a value"
     tied: dict[int, list[str]] = {}
     for key, parameter in base.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(key)
@@ -148,6 +151,14 @@ def _install_lazy(base: PreTrainedModel, entries: dict[str, Entry], name: str) -
     for key, parameter in lazy.items():
         owner, _, attribute = key.rpartition(".")
         setattr(base.get_submodule(owner), attribute, parameter)
+
+
+def _make_buffers(module: nn.Module) -> None:
+    """Values for what a module computes from its configuration and no file holds: a rotary embedding's frequencies."""
+    if own := dict(module.named_buffers(recurse=False)):
+        made: Any = type(module)(config=module.config)
+        for name in own:
+            setattr(module, name, made.get_buffer(name))
 
 
 def refusal(error: pickle.UnpicklingError) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.model.answering import fast_generate
-from pemt.model.inject import LAYER_NORMS, Base, checked_base
+from pemt.model.inject import Base, checked_base, norm_class, stack_of
 from pemt.model.likelihood import decoder_of, log_likelihoods
 from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import PemtOutput, TrainedT5, mean_cross_entropy
@@ -59,7 +59,8 @@ class BaselineT5(TrainedT5):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor | None]:
         with fast_generate(self.base):
-            states = self.base.encoder(input_ids=input_ids, attention_mask=attention_mask)
+            encoder = stack_of(self.base, "encoder")
+            states = encoder(input_ids=input_ids, attention_mask=attention_mask)
             decoder = decoder_of(self.base, states, attention_mask)
             return log_likelihoods(decoder, labels, input_ids), None
 
@@ -113,9 +114,10 @@ class BitFitT5(BaselineT5):
 
 
 def _put_biases(base: Base) -> None:
+    norm = norm_class(base)
     for module in list(base.modules()):
         if isinstance(module, nn.Linear):
             module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
         for name, child in list(module.named_children()):
-            if isinstance(child, LAYER_NORMS):
+            if isinstance(child, norm):
                 setattr(module, name, BiasedNorm(child))

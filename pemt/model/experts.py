@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pemt.config import ExpertConfig, PemtError
+from pemt.model.families import STACKS, stack_size
 from pemt.model.sites import Site, sites_of
 from pemt.model.trainable import Trainable
 from pemt.ops.linear import linear
@@ -98,6 +99,16 @@ class ExpertSource:
         down_RF = self.weights.get(f"{site}.down")
         rows = 0 if down_RF is None or down_RF.dim() == 0 else len(down_RF)
         return rows if 0 < rows < self.rank else self.rank
+
+
+def check_bottleneck(shape: Mapping[str, Any]) -> None:
+    """Raise `ModelError` where encoder and decoder differ in d_ff, and with it a bottleneck's inner width."""
+    widths = [stack_size(shape, stack, "d_ff") for stack in STACKS]
+    if len(set(widths)) > 1:
+        raise ModelError(
+            f"expert.kind: found bottleneck, whose inner width would be of d_ff {widths[0]} in this base model's "
+            f"encoder and of {widths[1]} in its decoder; allowed is lora"
+        )
 
 
 def check_prompt(prompt_PD: Tensor, d_model: int, *, owner: str) -> None:

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pemt.model.experts import ExpertSource
+from pemt.model.experts import ExpertSource, ModelError
+from pemt.ops.checks import MAX_EXPERTS
 from pemt.ops.orthonormal import Split, split
 
 
@@ -21,7 +22,7 @@ class Factors:
     """Experts split anew, each one's up projection into orthonormal columns; the sources keep theirs.
 
     Args:
-        ranks, scales: of each, as in `pemt.ops.expert_mixture`.
+        ranks, scales: of each, as in `pemt.ops.ffn_output`.
         down: makes the down projections [N,F]; up: makes the up projections [D,N].
     """
 
@@ -32,7 +33,16 @@ class Factors:
 
 
 def side_by_side(site: str, sources: Sequence[ExpertSource]) -> Factors:
-    """The factors of these LoRA sources, all of which are on the site."""
+    """The factors of these LoRA sources, all of which are on the site.
+
+    Raises:
+        ModelError: they are more than `pemt.ops` mixes.
+    """
+    if len(sources) > MAX_EXPERTS:
+        raise ModelError(
+            f"source_tasks: found {len(sources)} experts on {site}, allowed are at most {MAX_EXPERTS} on a layer; "
+            "name fewer, or set mixture.top_sources"
+        )
     downs, ups = (
         [source.weights[f"{site}.{factor}"] for source in sources] for factor in ("down", "up")
     )

@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
+from pemt.model.shape import decoder_start
+
 # Values that change nothing, beside those that are empty, 0 or false.
 NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
@@ -52,7 +54,7 @@ def clean_generation_config(
     return GenerationConfig(
         pad_token_id=config.pad_token_id if pad_id is None else pad_id,
         eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+        decoder_start_token_id=decoder_start(config),
     )
 
 

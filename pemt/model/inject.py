@@ -1,4 +1,4 @@
-"""Finds, by type, the places in a stock T5, mT5 or UMT5 where PEMT's modules go.
+"""Finds the places in a stock base model where PEMT's modules go, as its row in `families` names them.
 
 Shapes: B batch, S tokens, D d_model.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from types import MethodType
 from typing import Any, TypeAlias
 
 import torch
@@ -16,21 +18,22 @@ from transformers import (
     MT5ForConditionalGeneration,
     PreTrainedModel,
     T5ForConditionalGeneration,
+    T5GemmaForConditionalGeneration,
     UMT5ForConditionalGeneration,
 )
-from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
-from transformers.models.t5.modeling_t5 import T5LayerNorm
-from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
 from pemt.model.context import PassContext
 from pemt.model.experts import ModelError
-from pemt.model.shape import base_shape
+from pemt.model.families import FAMILIES, STACKS, Family
+from pemt.model.shape import base_shape, decoder_start
 from pemt.model.sites import Site, sites_of
 
 Base: TypeAlias = (
-    T5ForConditionalGeneration | MT5ForConditionalGeneration | UMT5ForConditionalGeneration
+    T5ForConditionalGeneration
+    | MT5ForConditionalGeneration
+    | UMT5ForConditionalGeneration
+    | T5GemmaForConditionalGeneration
 )
-LAYER_NORMS = (T5LayerNorm, MT5LayerNorm, UMT5LayerNorm)
 # the keyword under which a decoder is handed the encoder's states
 ENCODER_STATES = "encoder_hidden_states"
 
@@ -42,12 +45,12 @@ class LinearSite:
     Args:
         site: which.
         owner: the attention or FFN that has it as a child.
-        d_model: the base model's.
+        encoder_width: of the encoder's states.
     """
 
     site: Site
     owner: Any
-    d_model: int
+    encoder_width: int
 
     @property
     def name(self) -> str:
@@ -60,9 +63,14 @@ class LinearSite:
         return self.site.in_decoder
 
     @property
+    def attribute(self) -> str:
+        """What its owner calls it."""
+        return self.site.module.rpartition(".")[2]
+
+    @property
     def module(self) -> Any:
         """What stands there now."""
-        return getattr(self.owner, self.site.projection)
+        return getattr(self.owner, self.attribute)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -75,59 +83,117 @@ class LinearSite:
     @property
     def gate_width(self) -> int:
         """Of what the site's gate reads: its input in the encoder, the encoder's states in the decoder."""
-        return self.d_model if self.in_decoder else self.weight.shape[1]
+        return self.encoder_width if self.in_decoder else self.weight.shape[1]
 
     def replace(self, module: nn.Module) -> None:
         """Put a module in the layer's place; T5 reads `wo.weight.dtype`, so it must have a `weight`."""
         assert isinstance(module.weight, nn.Parameter)
-        setattr(self.owner, self.site.projection, module)
+        setattr(self.owner, self.attribute, module)
 
     def pass_ffn_input(self) -> None:
-        """Hand the FFN's layer-normed input [B,S,D] to the module in `wo`'s place.
+        """Hand the FFN's layer-normed input [B,S,D] to the module in its output projection's place.
 
         The hook runs inside the block, hence again when checkpointing recomputes it.
         """
-        self.owner.register_forward_pre_hook(_keep_ffn_input)
+        self.owner.register_forward_pre_hook(partial(_keep_ffn_input, self.attribute))
 
 
-def _keep_ffn_input(dense: Any, args: tuple[Tensor, ...]) -> None:
-    dense.wo.ffn_input_BSD = args[0]
+def _keep_ffn_input(output: str, dense: Any, args: tuple[Tensor, ...]) -> None:
+    getattr(dense, output).ffn_input_BSD = args[0]
 
 
 def checked_base(base: PreTrainedModel) -> Base:
     """The base model, if it is one that PEMT can be put into; its decoder is made causal where it is not.
 
     Raises:
-        ModelError: it is no stock T5, mT5 or UMT5 with a language-model head.
+        ModelError: it is no stock model of a family with a language-model head, its decoder has no start, or its
+            linear layers have biases.
     """
     if not isinstance(base, Base):
+        *others, last = (family.title for family in FAMILIES.values())
         raise ModelError(
             f"model_name_or_path: found a {type(base).__name__}, "
-            "allowed are T5, mT5 and UMT5 for conditional generation"
+            f"allowed are {', '.join(others)} and {last} for conditional generation"
         )
-    if getattr(base.config, "decoder_start_token_id", None) is None:
+    family = family_of_base(base)
+    if decoder_start(base.config) is None:
         raise ModelError(
-            "model_name_or_path: its config.json has no decoder_start_token_id; "
+            f"model_name_or_path: its config.json has no {family.decoder_start}; "
             "set it to what the decoder was trained to start from, for T5 the pad id"
         )
-    blocks: Any = base.decoder.block
-    for block in blocks:
+    for stack in STACKS:
+        if getattr(getattr(base.config, stack, None), "attention_bias", False):
+            raise ModelError(
+                f"model_name_or_path: its config.json has {stack}.attention_bias true; allowed are base models whose "
+                "attentions have no biases"
+            )
+    for module in base.modules():
+        _keep_buffers_exact(module)
+    attention = family.parts["decoder"]["self"].module
+    for block in blocks_of(base, "decoder"):
         # transformers 5.17 forgets it for UMT5, whose decoder then reads the very tokens that it is to predict.
-        block.layer[0].SelfAttention.is_causal = True
+        block.get_submodule(attention).is_causal = True
     return base
+
+
+def _keep_buffers_exact(module: nn.Module) -> None:
+    """Leave a rotary embedding's frequencies in fp32 when the model is cast, as DeepSpeed does.
+
+    In bf16 the angle of position 500 is wrong by up to a radian.
+    """
+    if next(module.buffers(recurse=False), None) is not None:
+        vars(module)["_apply"] = MethodType(_apply_but_for_dtype, module)
+
+
+def _apply_but_for_dtype(module: nn.Module, fn: Callable[..., Any], *args: Any) -> nn.Module:
+    """`nn.Module._apply`, which `to` and `bfloat16` call for every module."""
+    exact = dict(module.named_buffers(recurse=False))
+    nn.Module._apply(module, fn, *args)
+    for name, buffer in exact.items():
+        moved = module.get_buffer(name)
+        if moved.dtype != buffer.dtype:
+            module.register_buffer(name, buffer.to(moved.device), persistent=False)
+    return module
+
+
+def family_of_base(base: Base) -> Family:
+    """The row of a base model."""
+    return FAMILIES[base.config.model_type]
+
+
+def stack_of(base: Base, stack: str) -> Any:
+    """The encoder or the decoder."""
+    return base.get_submodule(family_of_base(base).stacks[stack])
+
+
+def blocks_of(base: Base, stack: str) -> Any:
+    """A stack's blocks, from the first."""
+    return stack_of(base, stack).get_submodule(family_of_base(base).blocks)
 
 
 def linear_sites(base: Base) -> list[LinearSite]:
     """Every linear layer that an expert can be on, in the order of `sites_of`."""
+    shape = base_shape(base.config)
     return [
-        LinearSite(site, base.get_submodule(site.module.rpartition(".")[0]), base.config.d_model)
-        for site in sites_of(base_shape(base.config))
+        LinearSite(site, base.get_submodule(site.module.rpartition(".")[0]), shape["d_model"])
+        for site in sites_of(shape)
     ]
 
 
 def layer_norms(base: Base) -> Iterator[nn.Module]:
-    """Every T5 layer norm, final ones included."""
-    return (module for module in base.modules() if isinstance(module, LAYER_NORMS))
+    """Every layer norm, final ones included."""
+    kind = norm_class(base)
+    return (module for module in base.modules() if isinstance(module, kind))
+
+
+def norm_class(base: Base) -> type[nn.Module]:
+    """Of the family's layer norms."""
+    family = family_of_base(base)
+    name = family.model_type
+    found: type[nn.Module] = getattr(
+        import_module(f"transformers.models.{name}.modeling_{name}"), family.norm
+    )
+    return found
 
 
 def pass_encoder_prompt(base: Base, context: PassContext) -> None:
@@ -139,23 +205,22 @@ def pass_encoder_prompt(base: Base, context: PassContext) -> None:
         states_BSD = context.keep_encoder_prompt(kwargs[ENCODER_STATES])
         return args, {**kwargs, ENCODER_STATES: states_BSD}
 
-    base.decoder.register_forward_pre_hook(keep_prompt_mean, with_kwargs=True)
+    stack_of(base, "decoder").register_forward_pre_hook(keep_prompt_mean, with_kwargs=True)
 
 
 def keep_for_recompute(base: Base, context: PassContext) -> None:
     """Let activation checkpointing recompute a decoder's block with what its gates have read in the pass itself."""
-    blocks: Any = base.decoder.block
-    for block in blocks:
+    # A compiled program may carry nothing out of what is recomputed, and gates report: so these blocks run as written.
+    as_written: Any = torch.compiler.disable
+    for block in blocks_of(base, "decoder"):
         # transformers' own, which gives no other way in
         checkpoint = block._gradient_checkpointing_func
-        block._gradient_checkpointing_func = partial(_checkpointed, context, checkpoint)
+        block._gradient_checkpointing_func = partial(as_written(_checkpointed), context, checkpoint)
 
 
 def _checkpointed(
     context: PassContext, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
 ) -> Any:
-    if torch.compiler.is_compiling():  # into a program that has what gates read among its inputs
-        return checkpoint(function, *args)
     return checkpoint(partial(_seeing, context, context.encoder_prompt_BD, function), *args)
 
 

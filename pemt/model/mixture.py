@@ -7,9 +7,8 @@ the gate's context.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +17,12 @@ from torch import Tensor, nn
 from pemt.config import AdapterConfig
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
-from pemt.model.factors import rank_factors, side_by_side
 from pemt.model.gate import GateKind
-from pemt.model.gated import GatedLinear
+from pemt.model.gated import GatedLinear, LoraExperts, frozen
 from pemt.model.inject import LinearSite
-from pemt.model.lazy import is_lazy, lazy_parameter, value_of
 from pemt.model.trainable import Trainable
 from pemt.ops import ffn_output
-from pemt.ops.linear import answer_mixture, linear
+from pemt.ops.linear import linear
 
 
 class TargetAdapter(Trainable):
@@ -115,21 +112,9 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """z [B,S,D] and Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), a scalar in fp32, if it is wanted."""
 
-    @abstractmethod
-    def prepare_answer(self, gates_BK: Tensor) -> Any:
-        """What `answer` needs of the gates; once for all steps of a `generate`."""
 
-    @abstractmethod
-    def answer(self, x_BSF: Tensor, prepared: Any) -> Tensor:
-        """y [B,S,D], before the adapter, for one step after another with the same gates."""
-
-
-class LoraMixture(MixtureProjection):
-    """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made.
-
-    Their factors are split anew for it, each expert's up projection into an isometry; the sources keep theirs.
-    `weight` is stacked: the projection's [D,F] over the down projections [N,F], so that x is read once.
-    """
+class LoraMixture(LoraExperts, MixtureProjection):
+    """LoRA experts; mixture, target adapter and sparsity loss are one op."""
 
     def __init__(
         self,
@@ -141,13 +126,7 @@ class LoraMixture(MixtureProjection):
         gate: GateKind = "learned",
     ) -> None:
         super().__init__(site, sources, adapter, context, gate=gate)
-        factors = side_by_side(site.name, sources)
-        self.ranks, self.scales = factors.ranks, factors.scales
-        own, (d_model, d_ff) = self.weight, self.weight.shape
-        self.sizes = d_model, sum(self.ranks)
-        stacked = partial(_stacked, own, factors.down)
-        self.weight = frozen((sum(self.sizes), d_ff), stacked, like=own)
-        self.up = frozen(self.sizes, factors.up, like=own)
+        self.add_experts(site, sources)
 
     @property
     def external_parameters(self) -> tuple[Tensor, ...]:
@@ -168,15 +147,6 @@ class LoraMixture(MixtureProjection):
             sparsity=sparsity,
             token_weights=self.token_weights_BS,
         )
-
-    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
-        """g_k s_k of every sample, once per rank [B,1,N]."""
-        return rank_factors(gates_BK, self.scales, self.ranks, like=self.weight)
-
-    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
-        """y [B,S,D]; `prepared` is [B,1,N]."""
-        # Not folded into a weight of each sample: see docs/serving.md.
-        return answer_mixture(x_BSF, *self.weight.split(self.sizes), self.up, prepared)
 
 
 class BottleneckMixture(MixtureProjection):
@@ -244,28 +214,12 @@ class BottleneckMixture(MixtureProjection):
         return loss
 
 
-def _stacked(weight_DF: nn.Parameter, downs: Callable[[], Tensor]) -> Tensor:
-    """[D+N,F]: the projection's weight, and under it the down projections."""
-    own = value_of(weight_DF)
-    return torch.cat([own, downs().to(own)])
-
-
 def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int) -> nn.Parameter:
     """One frozen tensor of all experts side by side."""
     tensors = [source.weights[key] for source in sources]
     shape = list(tensors[0].shape)
     shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
     return frozen(tuple(shape), partial(torch.cat, tensors, dim=dim), like=like)
-
-
-def frozen(shape: tuple[int, ...], make: Callable[[], Tensor], *, like: Tensor) -> nn.Parameter:
-    """What `make` gives, frozen; a parameter, so that ZeRO-3 partitions it.
-
-    Unread where the base is: it is made as it is placed, and no rank holds all of them.
-    """
-    if is_lazy(like):
-        return lazy_parameter(shape, like.dtype, make)
-    return nn.Parameter(make().to(like), requires_grad=False)
 
 
 MIXTURES: dict[str, type[LoraMixture] | type[BottleneckMixture]] = {

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from pemt.config import PemtError, nearest
 from pemt.model.baselines import BaselineT5
 from pemt.model.experts import ModelError
+from pemt.model.families import FAMILIES, family_of
 from pemt.model.inject import Base
 from pemt.model.lazy import materialize_all
 from pemt.model.likelihood import log_likelihoods
+from pemt.model.shape import base_shape, decoder_start
 
 # What `--method lora` and `--method prompt` stand for; `peft_config` overrides single fields.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -121,8 +123,8 @@ class PeftT5(BaselineT5):
         del self.base  # it lives on inside `peft`; twice in the tree, ZeRO-3 would gather it twice
         materialize_all(base)  # some of peft's ways to start look at the weights
         kind = settings.peft_type.value
-        if kind in PREFIXES:
-            _fit_prefix(settings, base)
+        _fit_sizes(settings, base)
+        _fit_modules(settings, base)
         try:
             self.peft = get_peft_model(base, settings)
             self._try()
@@ -152,7 +154,7 @@ class PeftT5(BaselineT5):
         self.eval()
         token = torch.zeros(1, 2, dtype=torch.long)
         inputs = {"input_ids": token, "attention_mask": torch.ones_like(token)}
-        start = torch.tensor([[self.base.config.decoder_start_token_id]])
+        start = torch.tensor([[decoder_start(self.base.config)]])
         taught_1V = self.peft(**inputs, decoder_input_ids=start).logits[:, 0]
         without_1V = self.base(**inputs, decoder_input_ids=start).logits[:, 0]
         told_1V = self.peft.generate(
@@ -206,13 +208,43 @@ class PeftT5(BaselineT5):
             embedding.copy_(prompt_PD.repeat(repeats, 1)[: len(embedding)])
 
 
-def _fit_prefix(settings: Any, base: PreTrainedModel) -> None:
-    """Fill in the decoder's sizes: peft takes the encoder's depth, and the width of the embeddings."""
-    config = base.config
-    if settings.num_layers is None:
-        settings.num_layers = config.num_decoder_layers
-    if settings.token_dim is None:
-        settings.token_dim = config.num_heads * config.d_kv
+def _fit_sizes(settings: Any, base: PreTrainedModel) -> None:
+    """Fill in what peft would guess: the decoder's sizes for a prefix, the encoder's for a prompt.
+
+    Of a prefix it takes the encoder's depth and the width of the embeddings; of a family with a configuration for each
+    stack it knows nothing.
+    """
+    kind, shape = settings.peft_type.value, base_shape(base.config)
+    if kind in PREFIXES:
+        family = family_of(shape)
+        if not family.takes_prefix:
+            raise PeftError(
+                f"peft_config.peft_type: found {kind}, whose prefix does not fit the keys and values of a "
+                f"{family.title}; allowed are types without a prefix"
+            )
+        sizes = (shape["num_decoder_layers"], shape["num_heads"] * shape["d_kv"])
+    elif kind in PROMPTS:
+        sizes = (shape["num_layers"], shape["d_model"])
+    else:
+        return
+    for name, size in zip(("num_layers", "token_dim"), sizes, strict=True):
+        if getattr(settings, name) is None:
+            setattr(settings, name, size)
+    if settings.num_attention_heads is None:
+        settings.num_attention_heads = shape["num_heads"]
+
+
+def _fit_modules(settings: Any, base: PreTrainedModel) -> None:
+    """Give T5's names of projections, as `--method lora` has them, the family's own."""
+    named = getattr(settings, "target_modules", None)
+    if isinstance(named, list | set | tuple):
+        own = {
+            theirs: ours
+            for parts in FAMILIES[base.config.model_type].parts.values()
+            for part in parts.values()
+            for theirs, ours in part.linears.items()
+        }
+        settings.target_modules = {own.get(name, name) for name in named}
 
 
 def starts_from_text(settings: Any, given: Mapping[str, Any] | None) -> bool:

@@ -20,6 +20,7 @@ from pemt.model.experts import (
     ExpertSource,
     ModelError,
     SourceProjection,
+    check_bottleneck,
     check_prompt,
     inner_width,
 )
@@ -31,6 +32,7 @@ from pemt.model.inject import (
     layer_norms,
     linear_sites,
     pass_encoder_prompt,
+    stack_of,
 )
 from pemt.model.likelihood import decoder_of, log_likelihoods
 from pemt.model.prompts import TaskPrompt
@@ -42,7 +44,7 @@ from pemt.model.trained_t5 import IGNORED_LABEL, PemtOutput, TrainedT5, mean_cro
 
 
 class PemtT5(TrainedT5):
-    """A frozen T5, mT5 or UMT5 with PEMT's modules in it. Make one with `source` or `target`.
+    """A frozen T5, or base model of another family, with PEMT's modules in it. Make one with `source` or `target`.
 
     The base model is changed in place. `requires_grad` is set here, once.
     """
@@ -82,7 +84,10 @@ class PemtT5(TrainedT5):
         """
         base = checked_base(base)
         prompt = _task_prompt(base, prompt_PD)
-        chosen = target_sites(expert.target_modules, base_shape(base.config))
+        shape = base_shape(base.config)
+        if expert.kind == "bottleneck":
+            check_bottleneck(shape)
+        chosen = target_sites(expert.target_modules, shape)
         for site in linear_sites(base):
             if site.site in chosen:
                 site.replace(SourceProjection(site.weight, expert))
@@ -113,7 +118,8 @@ class PemtT5(TrainedT5):
         kind = _common_kind(sources)
         for source in sources:
             source.check(base_shape(base.config))
-        _check_weights(base, sources)
+        check_weights(base, sources)
+        keep_digest(base)
         prompt = _task_prompt(
             base,
             prompt_PD,
@@ -205,7 +211,8 @@ class PemtT5(TrainedT5):
         base: Any = self.base
         # As `generate`: the decoder's gates are computed for the first label, and serve all.
         with self.context.answering() as gates, fast_generate(base):
-            states = base.encoder(inputs_embeds=embeds_BSD, attention_mask=mask_BS)
+            encoder = stack_of(self.base, "encoder")
+            states = encoder(inputs_embeds=embeds_BSD, attention_mask=mask_BS)
             likely_BC = log_likelihoods(decoder_of(base, states, mask_BS), labels, input_ids)
         return likely_BC, self._all_gates(gates, dim=1) if gates else None
 
@@ -229,7 +236,7 @@ class PemtT5(TrainedT5):
         return ExpertSource(
             name=name,
             kind=self.expert.kind,
-            rank=inner_width(self.expert, self.base.config.d_ff),
+            rank=inner_width(self.expert, base_shape(self.base.config)["d_ff"]),
             alpha=self.expert.alpha,
             weights={key: taken(parameter) for key, parameter in self._expert_parameters()},
             prompt_PD=taken(self.prompt.prompt),
@@ -299,13 +306,14 @@ class PemtT5(TrainedT5):
 def _task_prompt(
     base: Base, prompt_PD: Tensor, *, sources: Sequence[Tensor] = (), dropout: float = 0.0
 ) -> TaskPrompt:
-    check_prompt(prompt_PD, base.config.d_model, owner="the task's own prompt")
-    like = base.get_input_embeddings().weight
+    check_prompt(prompt_PD, base_shape(base.config)["d_model"], owner="the task's own prompt")
+    like: Any = base.get_input_embeddings().weight
     return TaskPrompt(prompt_PD.to(like), sources=sources, dropout=dropout)
 
 
-def _check_weights(base: Base, sources: Sequence[ExpertSource]) -> None:
-    digest = keep_digest(base)
+def check_weights(base: Base, sources: Sequence[ExpertSource]) -> None:
+    """Raise `ModelError` where a source knows that it was trained on a base model of other weights."""
+    digest = base_digest(base)
     for source in sources:
         if source.base_sha256 not in (None, digest):
             raise ModelError(

@@ -82,9 +82,6 @@ def top_sources(
 ) -> tuple[list[ExpertSource], list[str]]:
     """Of these experts, in their order, the `mixture.top_sources` whose prompts are most like the target's.
 
-    Similarity is rounded to six digits, so that machines that add in another order choose alike; of equals the first
-    are taken.
-
     Args:
         prompt_PD: the target's prompt as it starts.
         most: how many; None for all.
@@ -94,10 +91,21 @@ def top_sources(
     """
     if most is None or most >= len(sources):
         return list(sources), []
-    found = mean_cosines([prompt_PD, *(source.prompt_PD for source in sources)])[0, 1:].tolist()
-    nearest = sorted(range(len(sources)), key=lambda k: -round(found[k], 6))[:most]
+    ranked = rank_by_prompt(prompt_PD, [source.prompt_PD for source in sources])
+    nearest = [k for k, _ in ranked[:most]]
     left_out = [source.name for k, source in enumerate(sources) if k not in nearest]
     return [sources[k] for k in sorted(nearest)], left_out
+
+
+def rank_by_prompt(prompt_PD: Tensor, prompts: Sequence[Tensor]) -> list[tuple[int, float]]:
+    """Which of these prompts, each [Q,D], are most like one prompt: their places, the nearest first, and how like.
+
+    Similarity is the cosine of the means over tokens, from -1 to 1, rounded to six digits, so that machines that add
+    in another order rank alike; equal ones stay in their order.
+    """
+    found = mean_cosines([prompt_PD, *prompts])[0, 1:].tolist()
+    rounded = [(k, round(cosine, 6)) for k, cosine in enumerate(found)]
+    return sorted(rounded, key=lambda each: -each[1])
 
 
 @torch.no_grad()

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from pemt.model.families import FAMILIES, STACKS, Part
 from pemt.model.lazy import value_of
 
 if TYPE_CHECKING:  # which asks for `base_shape`
     from pemt.model.inject import Base
 
-_KEYS = (
-    "model_type",
-    "d_model",
-    "d_ff",
-    "d_kv",
-    "num_heads",
-    "num_layers",
-    "num_decoder_layers",
-    "feed_forward_proj",
-    "vocab_size",
-)
-_MATRICES = ("q", "k", "v", "o", "relative_attention_bias", "wi", "wi_0", "wi_1", "wo")
 _PIECE = 1024  # elements
 _DIGEST = "pemt_digest"
 
 
 def base_shape(config: PreTrainedConfig) -> dict[str, Any]:
     """The sizes that a bank entry and the base model it is put into must share."""
-    return {key: getattr(config, key) for key in _KEYS}
+    family = FAMILIES[config.model_type]
+    sizes = {key: attrgetter(where)(config) for key, where in family.sizes.items()}
+    return {"model_type": family.model_type, **sizes}
+
+
+def decoder_start(config: PreTrainedConfig) -> int | None:
+    """The token id that the decoder of a base model starts from; None where its configuration has none."""
+    found: Any = config
+    for name in FAMILIES[config.model_type].decoder_start.split("."):
+        found = getattr(found, name, None)
+    return None if found is None else int(found)
 
 
 def base_digest(base: Base) -> str:
@@ -61,15 +61,22 @@ def keep_digest(base: Base) -> str:
 
 def _matrices(base: Base) -> Iterator[Tensor]:
     """The weight matrices in a fixed order, whatever has been put into the base by now."""
-    for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
+    family = FAMILIES[base.config.model_type]
+    for name in dict.fromkeys((family.embeddings[0], family.head, family.embeddings[1])):
+        embedding: Any = base.get_submodule(name)
         yield embedding.weight
-    stacks: list[Any] = [base.encoder, base.decoder]
-    for layer in (layer for stack in stacks for block in stack.block for layer in block.layer):
-        for part in ("SelfAttention", "EncDecAttention", "DenseReluDense"):
-            module = getattr(layer, part, None)
-            for name in _MATRICES:
-                if (found := getattr(module, name, None)) is not None:
-                    yield found.weight
+    for stack in STACKS:
+        blocks: Any = base.get_submodule(f"{family.stacks[stack]}.{family.blocks}")
+        for block in blocks:
+            for part in family.parts[stack].values():
+                module = block.get_submodule(part.module)
+                for name in _matrix_names(part, family.position_bias):
+                    if (found := getattr(module, name, None)) is not None:
+                        yield found.weight
+
+
+def _matrix_names(part: Part, position_bias: str | None) -> list[str]:
+    return [*part.linears.values(), *([position_bias] if position_bias else [])]
 
 
 def _sample(weight: Tensor) -> bytes:

@@ -17,7 +17,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from pemt.model.attention import share_sums
-from pemt.model.inject import Base
+from pemt.model.families import STACKS, family_of
+from pemt.model.inject import Base, blocks_of
+from pemt.model.shape import base_shape
 
 IGNORED_LABEL = -100
 
@@ -45,7 +47,7 @@ class PemtOutput(ModelOutput):
 
 
 class TrainedT5(nn.Module, ABC):
-    """A T5, mT5 or UMT5 of which a method trains a part, or all.
+    """A base model of which a method trains a part, or all.
 
     A subclass changes the base model in place, then calls `freeze_untrained`.
     """
@@ -138,19 +140,20 @@ class TrainedT5(nn.Module, ABC):
             self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def compile_blocks(self) -> None:
-        """Compile every T5 block in place (torch.compile); their names and parameters stay.
+        """Compile every block in place (torch.compile); their names and parameters stay.
 
         Blocks rather than the model: they are alike, so few programs serve them all. Sizes are left
         open, since batches differ in width.
         """
-        for stack in (self.base.encoder, self.base.decoder):
-            for block in stack.block:
+        for stack in STACKS:
+            for block in blocks_of(self.base, stack):
                 block.compile(dynamic=True)
 
     def generation_cache(self) -> dict[str, Any]:
         """Keyword arguments that `generate` of this base model needs, if any."""
-        config = self.base.config
-        if config.num_decoder_layers == config.num_layers:
+        shape = base_shape(self.base.config)
+        deep_enough = shape["num_decoder_layers"] == shape["num_layers"]
+        if deep_enough or not family_of(shape).cache_as_deep_as_encoder:
             return {}
         # transformers 5.23 gives its own cache the depth of the encoder; this one grows
         return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}

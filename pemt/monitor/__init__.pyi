@@ -7,6 +7,7 @@ from .board import record_outcome as record_outcome
 from .entropy import entropy_NL as entropy_NL
 from .figures import gate_map as gate_map, save_gate_map as save_gate_map
 from .gates import (
+    MOST_TAGS as MOST_TAGS,
     GateNames as GateNames,
     NamedGates as NamedGates,
     gates_in as gates_in,

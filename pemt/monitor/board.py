@@ -19,30 +19,13 @@ from pemt.monitor.gates import STACKS, GateNames, of_stack
 from pemt.monitor.hparams import hparams_summaries
 from pemt.monitor.layout import layout
 from pemt.monitor.log_file import TENSORBOARD_FOLDER
+from pemt.monitor.progress import progress_logger
 
 DRAWING_SHARE = 0.01  # of a run's time, at most
 COMPARED = ("test/average_metrics", "test/loss")
 
 
-class NoBoard:
-    """Stands where `report_to` does not name TensorBoard."""
-
-    def log_config(self, task: str, texts: Mapping[str, str]) -> None:
-        """Nothing."""
-
-    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def gates(
-        self, step: int, gates_NLK: Tensor, similarity_MM: Tensor, *, part: str, title: str
-    ) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class TensorBoardWriter(NoBoard):
+class TensorBoardWriter:
     """Writes one run's TensorBoard (rank 0 makes one).
 
     Args:
@@ -64,12 +47,12 @@ class TensorBoardWriter(NoBoard):
         for tag, text in texts.items():
             self._writer.add_text(tag, text)
 
-    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Values under flat tags: a dict as one value would open a run for each of its keys."""
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
 
-    def gates(
+    def log_gates(
         self, step: int, gates_NLK: Tensor, similarity_MM: Tensor, *, part: str, title: str
     ) -> None:
         """Gate entropy as histograms, mean gates and prompt similarity as numbers and heat maps.
@@ -93,7 +76,9 @@ class TensorBoardWriter(NoBoard):
         for stack in STACKS:
             if not (of_one := of_stack(named, stack)):
                 continue
-            pixels = figures.gate_map(of_one, title=f"{stack}, {title}")
+            pixels = figures.gate_map(
+                of_one, title=f"{stack}, {title}", sources=self._gates.sources
+            )
             self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
         prompts = ["target", *self._gates.sources]
         pixels = figures.similarity_map(similarity_MM.numpy(), names=prompts, title=title)
@@ -101,7 +86,7 @@ class TensorBoardWriter(NoBoard):
         self._last_drawing = time.monotonic() - began
         self._drawing += self._last_drawing
 
-    def outcome(self, step: int, config: RunConfig, results: Mapping[str, Any]) -> None:
+    def log_outcome(self, step: int, config: RunConfig, results: Mapping[str, Any]) -> None:
         """The final report's numbers as scalars, and beside the configuration in the table of runs."""
         for tag, value in test_scalars(results).items():
             self._writer.add_scalar(tag, value, step)
@@ -151,14 +136,14 @@ def record_outcome(
         results: what all_results.json holds.
         gates: the names behind the gates' axes.
         mixture: of the test set, gates [N,L,K] and prompt similarity [M,M]; None without gates.
-        trackers: open ones (`Engine.open_trackers`).
+        trackers: open ones (`pemt.engine.open_trackers`).
     """
     for tracker in trackers:
         try:
             tracker.log(test_scalars(results), step=step)
             tracker.finish()
         except Exception as error:  # noqa: BLE001  each has its own; all_results.json tells the same
-            print(f"{tracker.name}: the outcome is missing: {error}", flush=True)
+            progress_logger().warning(f"{tracker.name}: the outcome is missing: {error}")
     if TENSORBOARD not in config.report_to:
         return
     folder = output_dir / TENSORBOARD_FOLDER
@@ -166,8 +151,8 @@ def record_outcome(
         board = TensorBoardWriter(folder, gates=gates)
         if mixture is not None:
             title = f"{config.task_name}, test"
-            board.gates(step, *mixture, part="test", title=title)
-        board.outcome(step, config, results)
+            board.log_gates(step, *mixture, part="test", title=title)
+        board.log_outcome(step, config, results)
         board.close()
     except OSError as error:  # all_results.json, which is written next, tells the same
-        print(f"{folder}: the outcome is missing: {error.strerror or error}", flush=True)
+        progress_logger().warning(f"{folder}: the outcome is missing: {error.strerror or error}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from pemt.monitor.gates import GateNames
 
 
-def decisions(names: GateNames, gates_NLK: Tensor, similarity_MM: Tensor) -> dict[str, float]:
+def mixture_scalars(names: GateNames, gates_NLK: Tensor, similarity_MM: Tensor) -> dict[str, float]:
     """`gate_entropy/<encoder|decoder>`, a mean over examples and sites, and `prompt_similarity/<source>`.
 
     Args:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # a report needs no torch
     from torch import Tensor
 
 STACKS = ("encoder", "decoder")
+MOST_TAGS = 1000  # weights of single sites that a line of the log holds
 
 # Site -> source -> weight.
 NamedGates = dict[str, dict[str, float]]
@@ -32,6 +33,11 @@ class GateNames:
     sources: Sequence[str]
     sites: Mapping[str, Sequence[str]]
 
+    def is_in(self, source: str, stack: str) -> bool:
+        """Whether a source has an expert in the encoder or the decoder."""
+        sites = self.sites.items()
+        return any(source in present for site, present in sites if site.startswith(f"{stack}/"))
+
     def named(self, gates_LK: Tensor) -> NamedGates:
         """Each gate under its site and source; a source that has no expert at a site is not there."""
         named = {}
@@ -45,12 +51,18 @@ class GateNames:
         counts = [sum(name in present for present in self.sites.values()) for name in self.sources]
         return gates_NLK.sum(dim=-2) / gates_NLK.new_tensor(counts)
 
+    @property
+    def weights(self) -> int:
+        """How many there are: of every site, one for each source on it."""
+        return sum(map(len, self.sites.values()))
+
     def scalars(self, gates_LK: Tensor) -> dict[str, float]:
-        """`gate/<site>/<source>`, and `gate_mean/<source>` over all sites."""
+        """`gate/<site>/<source>`, of more than MOST_TAGS each layer's mean; and `gate_mean/<source>` over all sites."""
         named = self.named(gates_LK)
+        logged = by_layer(named) if self.weights > MOST_TAGS else named
         each = {
             f"gate/{site}/{source}": weight
-            for site, weights in named.items()
+            for site, weights in logged.items()
             for source, weight in weights.items()
         }
         means = mean_by_source(named)

@@ -30,6 +30,7 @@ def layout(task: str, gates: GateNames) -> Layout:
             f"{source}, {stack}": _lines(rf"gate/{stack}/\d+(/\w+/\w+)?/{re.escape(source)}")
             for source in gates.sources
             for stack in STACKS
+            if gates.is_in(source, stack)
         }
     charts["4 what it costs"] = {
         "samples per second": _lines("train/samples_per_second"),

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pemt.config import PemtError, RunConfig
 from pemt.monitor.bars import ProgressBar
-from pemt.monitor.board import NoBoard, TensorBoardWriter
-from pemt.monitor.entropy import decisions
+from pemt.monitor.board import TensorBoardWriter
+from pemt.monitor.entropy import mixture_scalars
 from pemt.monitor.gates import GateNames
 from pemt.monitor.hparams import plain_fields
 from pemt.monitor.log_file import LOG_FILE, TENSORBOARD_FOLDER, LogFile
@@ -83,7 +83,7 @@ class Monitor:
     def _open(self) -> None:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         self._log = LogFile(self._output_dir / LOG_FILE, initial_step=self._initial_step)
-        self._board = NoBoard()
+        self._board: TensorBoardWriter | None = None  # `report_to` may not name it
         if self._tensorboard:
             self._board = TensorBoardWriter(
                 self._output_dir / TENSORBOARD_FOLDER,
@@ -104,9 +104,10 @@ class Monitor:
     ) -> None:
         if self._is_main:
             self._bar.close()
-            with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
-                self._board.close()
-            with self._whatever_the_disk_says(LOG_FILE):
+            with self._disk_may_be_full(TENSORBOARD_FOLDER):
+                if self._board:
+                    self._board.close()
+            with self._disk_may_be_full(LOG_FILE):
                 self._log.close()
             if kind is not None:
                 self._to_trackers(lambda tracker: tracker.finish())
@@ -124,7 +125,7 @@ class Monitor:
                 )
 
     @contextmanager
-    def _whatever_the_disk_says(self, name: str) -> Iterator[None]:
+    def _disk_may_be_full(self, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -145,8 +146,9 @@ class Monitor:
         if self._is_main:
             environment = environment_text(facts, folder=Path.cwd())
             texts = {"config": config_text(config), "environment": environment}
-            with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
-                self._board.log_config(config.task_name, texts)
+            with self._disk_may_be_full(TENSORBOARD_FOLDER):
+                if self._board:
+                    self._board.log_config(config.task_name, texts)
             fields = plain_fields(config) | dict(facts)
             self._to_trackers(lambda tracker: tracker.store_init_configuration(fields))
 
@@ -154,12 +156,13 @@ class Monitor:
         """Record values under flat tags such as `train/loss`, in log.jsonl, TensorBoard and all trackers."""
         if self._is_main:
             self._to_trackers(lambda tracker: tracker.log(dict(scalars), step=step))
-            with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
-                self._board.scalars(step, scalars)
-            with self._whatever_the_disk_says(LOG_FILE):
+            with self._disk_may_be_full(TENSORBOARD_FOLDER):
+                if self._board:
+                    self._board.log_scalars(step, scalars)
+            with self._disk_may_be_full(LOG_FILE):
                 self._log.write(step, scalars)
 
-    def mixture(self, step: int, gates_NLK: Tensor, similarity_MM: Tensor) -> None:
+    def log_mixture(self, step: int, gates_NLK: Tensor, similarity_MM: Tensor) -> None:
         """Record what a validation saw of gates and prompts, as scalars, histograms and heat maps.
 
         Args:
@@ -167,10 +170,13 @@ class Monitor:
             similarity_MM: cosines between the mean prompts of the target, first, and the sources.
         """
         if self._is_main:
-            self.log(step, decisions(self._gates, gates_NLK, similarity_MM))
+            self.log(step, mixture_scalars(self._gates, gates_NLK, similarity_MM))
             title = f"{self._description}, step {step}"
-            with self._whatever_the_disk_says(TENSORBOARD_FOLDER):
-                self._board.gates(step, gates_NLK, similarity_MM, part="validation", title=title)
+            with self._disk_may_be_full(TENSORBOARD_FOLDER):
+                if self._board:
+                    self._board.log_gates(
+                        step, gates_NLK, similarity_MM, part="validation", title=title
+                    )
 
     def advance(self, step: int, *, loss: float, samples_per_second: float) -> None:
         """Move the bar to `step`; where stdout is no terminal, log a plain line instead."""

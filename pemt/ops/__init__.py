@@ -1,4 +1,4 @@
-"""Frozen experts on a frozen layer: one differentiable op.
+"""Frozen experts on a frozen linear layer: one differentiable op.
 
 B batch, S tokens (prompt included), F d_ff, D d_model, H the adapter's inner width, K experts,
 T the sum of the K ranks.
@@ -6,7 +6,7 @@ T the sum of the K ranks.
     down, up, scales, ranks = orthonormal_experts(down, up, scales, ranks)  # once: they are frozen
     stacked = torch.cat([weight, down])                                     # likewise
     z, loss = ffn_output(x, stacked, up, gates, scales, ranks, adapter=adapter, token_weights=token_weights(mask))
-    y, latent = expert_mixture(x, weight, down, up, gates, scales, ranks)   # at any layer: no adapter, no loss
+    y = expert_mixture(x, stacked, up, gates, scales, ranks)               # the same without adapter and loss
 
 Gradients reach x, the gates and the adapter. The K outputs of width D are never made, and of x only the
 latent of width T is kept for the backward pass. The package knows PyTorch alone.
@@ -35,13 +35,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import schema  # registers the ops
-from .checks import (
-    OpsError,
-    check_mixture,
-    check_output,
-    check_prompt,
-    compute_dtype,
-)
+from .checks import OpsError, check_output, check_prompt, compute_dtype
 from .orthonormal import orthonormal_experts
 from .products import choose_libraries
 from .select import Kernels, kernels_for
@@ -91,34 +85,19 @@ def ffn_output(
     x, stacked, up, *adapter = _autocast(x, stacked, up, *adapter)
     check_output(x, stacked, up, gates, adapter, scales, ranks, token_weights)
     given = adapter or (None,) * 4
-    z, loss, *_ = _call(x, stacked, None, up, gates, *given, scales, ranks, token_weights, sparsity)
+    z, loss, *_ = _call(x, stacked, up, gates, *given, scales, ranks, token_weights, sparsity)
     return z, loss if sparsity else None
 
 
 def expert_mixture(
-    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, gates: Tensor,
+    x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor,
     scales: Sequence[float], ranks: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A frozen linear layer plus the gated mixture of K LoRA experts: `ffn_output` without adapter and loss.
+) -> Tensor:  # fmt: skip
+    """Any frozen linear layer plus the gated mixture of K LoRA experts: the y [B, S, D] of `ffn_output`.
 
-    Args:
-        x: [B, S, F], the input of any linear layer.
-        weight: [D, F], that layer's, frozen.
-        down: [T, F] and up: [D, T], the experts' factors, frozen; expert k owns ranks[k] rows and columns.
-        gates, scales, ranks: as in `ffn_output`.
-
-    Returns:
-        y [B, S, D] = x weight^T + sum_k gates[:, k] scales[k] (x down_k^T) up_k^T, and latent [B, S, T] = x down^T
-        without a gradient, both in x's dtype (under autocast: in autocast's).
-
-    Raises:
-        OpsError: a shape, dtype or device is wrong, or weight, down or up requires grad.
+    Arguments and errors are those of `ffn_output`.
     """
-    x, weight, down, up = _autocast(x, weight, down, up)
-    check_mixture(x, {"up": up, "weight": weight, "down": down}, gates, scales, ranks)
-    nothing = (None,) * 4
-    y, _, latent, *_ = _call(x, weight, down, up, gates, *nothing, scales, ranks, None, False)
-    return y, latent.detach()
+    return ffn_output(x, stacked, up, gates, scales, ranks, sparsity=False)[0]
 
 
 def token_weights(mask: Tensor | None) -> Tensor | None:
@@ -151,12 +130,12 @@ def prompt_mean(x: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
     return kernels.prompt_mean(x, prompt_length)
 
 
-def _call(x: Tensor, weight: Tensor, down: Tensor | None, up: Tensor, *rest: Any) -> Any:
+def _call(x: Tensor, stacked: Tensor, up: Tensor, *rest: Any) -> Any:
     kernels = _direct(x)
     if kernels is None:
-        return torch.ops.pemt.ffn_output(x, weight, down, up, *rest)
-    choose_libraries(kernels, x, *schema.products(weight, up, adapted=rest[1] is not None))
-    return kernels.ffn_output(x, weight, down, up, *rest)
+        return torch.ops.pemt.ffn_output(x, stacked, up, *rest)
+    choose_libraries(kernels, x, *schema.products(stacked, up, adapted=rest[1] is not None))
+    return kernels.ffn_output(x, stacked, up, *rest)
 
 
 def _direct(tensor: Tensor) -> Kernels | None:

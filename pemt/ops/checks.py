@@ -17,30 +17,20 @@ class OpsError(ValueError):
     """An argument of an op has the wrong shape, dtype or gradient flag, or no kernel can be had."""
 
 
-def check_mixture(
-    x: Tensor, frozen: dict[str, Tensor], gates: Tensor,
-    scales: Sequence[float], ranks: Sequence[int],
-) -> None:  # fmt: skip
-    """Raise OpsError unless x, gates and the frozen weights (up; stacked, or weight and down) go together."""
-    _check_experts(scales, ranks)
-    _check_dims(x=(x, 3), gates=(gates, 2), **{name: (each, 2) for name, each in frozen.items()})
-    d_model, total = len(frozen["up"]), sum(ranks)
-    rows = {"up": d_model, "stacked": d_model + total, "weight": d_model, "down": total}
-    for name, tensor in frozen.items():
-        _check_shape(name, tensor, (rows[name], total if name == "up" else x.shape[2]))
-    _check_shape("gates", gates, (len(x), len(ranks)))
-    _check_same("x", x, **frozen)
-    _check_device("x", x, gates=gates)
-    _check_frozen(**frozen)
-
-
 def check_output(
     x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, adapter: Sequence[Tensor],
     scales: Sequence[float], ranks: Sequence[int], token_weights: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise OpsError unless these are arguments of `ffn_output`."""
-    check_mixture(x, {"up": up, "stacked": stacked}, gates, scales, ranks)
-    (batch, tokens, _), d_model = x.shape, len(up)
+    _check_experts(scales, ranks)
+    _check_dims(x=(x, 3), stacked=(stacked, 2), up=(up, 2), gates=(gates, 2))
+    (batch, tokens, d_ff), d_model, total = x.shape, len(up), sum(ranks)
+    _check_shape("up", up, (d_model, total))
+    _check_shape("stacked", stacked, (d_model + total, d_ff))
+    _check_shape("gates", gates, (batch, len(ranks)))
+    _check_same("x", x, stacked=stacked, up=up)
+    _check_device("x", x, gates=gates)
+    _check_frozen(stacked=stacked, up=up)
     if adapter:
         _check_adapter(x, d_model, adapter)
     if token_weights is not None:

@@ -23,7 +23,7 @@ COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity's default
 
 
 def ffn_output(
-    x_BSF: Tensor, weight_XF: Tensor, down_TF: Tensor | None, up_DT: Tensor, gates_BK: Tensor,
+    x_BSF: Tensor, stacked_XF: Tensor, up_DT: Tensor, gates_BK: Tensor,
     adapter_down_HD: Tensor | None, adapter_down_bias_H: Tensor | None,
     adapter_up_DH: Tensor | None, adapter_up_bias_D: Tensor | None,
     scales: Sequence[float], ranks: Sequence[int], token_weights_BS: Tensor | None, sparsity: bool,
@@ -36,17 +36,19 @@ def ffn_output(
         return x_BSF.new_empty(0)
 
     x_NF = x_BSF.reshape(-1, d_ff)
-    if down_TF is None:
-        mixed_NX = x_NF @ weight_XF.T
-        y_ND, latent_NT = mixed_NX.split([d_model, total], dim=1)
+    sizes = [d_model, total]
+    if adapter_down_HD is None:  # y is not kept
+        y_ND, latent_NT = (x_NF @ each_XF.T for each_XF in stacked_XF.split(sizes))
+        mixed_NX = latent_NT
     else:
-        y_ND, latent_NT = x_NF @ weight_XF.T, x_NF @ down_TF.T
+        mixed_NX = x_NF @ stacked_XF.T
+        y_ND, latent_NT = mixed_NX.split(sizes, dim=1)
     factors_BT = _rank_factors(gates_BK, scales, ranks)
     gated_BST = (latent_NT.view(batch, tokens, total) * factors_BT[:, None]).to(x_BSF.dtype)
     y_ND.addmm_(gated_BST.flatten(0, 1), up_DT.T)
     hidden, active = nothing(), nothing()
     if adapter_down_HD is None or adapter_up_DH is None:
-        z_BSD, mixed_NX = y_ND.contiguous().view(batch, tokens, d_model), latent_NT.contiguous()
+        z_BSD = y_ND.view(batch, tokens, d_model)
     else:
         hidden = linear(y_ND, adapter_down_HD, adapter_down_bias_H)
         hidden = hidden.view(batch, tokens, len(adapter_down_HD))
@@ -66,7 +68,7 @@ def ffn_output(
 def ffn_output_backward(
     dz_BSD: Tensor | None, dloss: Tensor | None, z_BSD: Tensor, mixed_BSX: Tensor,
     hidden_BSH: Tensor, active_BSH: Tensor, projection_BST: Tensor, stats_BSC: Tensor,
-    distance_K: Tensor, weight_XF: Tensor, down_TF: Tensor | None, up_DT: Tensor, gates_BK: Tensor,
+    distance_K: Tensor, stacked_XF: Tensor, up_DT: Tensor, gates_BK: Tensor,
     adapter_down_HD: Tensor | None, adapter_up_DH: Tensor | None,
     scales: Sequence[float], ranks: Sequence[int], token_weights_BS: Tensor | None, need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -107,9 +109,7 @@ def ffn_output_backward(
     dlatent_NT.copy_(dlatent_NT + part.flatten(0, 1))
     dx = nothing()
     if need_dx:
-        parts = whole_NX @ weight_XF if down_TF is None else torch.addmm(
-            dy_ND @ weight_XF, dlatent_NT, down_TF)  # fmt: skip
-        dx = parts.view(batch, tokens, weight_XF.shape[1])
+        dx = (whole_NX @ stacked_XF).view(batch, tokens, stacked_XF.shape[1])
     return dx, dgates_BK.to(gates_BK.dtype), ddown, ddown_bias, dup, dup_bias
 
 

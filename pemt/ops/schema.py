@@ -17,7 +17,7 @@ from .products import choose_libraries
 from .select import kernels_for
 
 _EXPERTS = "float[] scales, int[] ranks, Tensor? token_weights"
-_FROZEN = "Tensor weight, Tensor? down, Tensor up, Tensor gates"
+_FROZEN = "Tensor stacked, Tensor up, Tensor gates"
 _SCHEMAS = {
     "ffn_output": f"(Tensor x, {_FROZEN}, Tensor? adapter_down, Tensor? adapter_down_bias,"
     f" Tensor? adapter_up, Tensor? adapter_up_bias, {_EXPERTS}, bool sparsity)"
@@ -29,22 +29,22 @@ _SCHEMAS = {
 }
 
 
-def products(weight: Tensor, up: Tensor, *, adapted: bool) -> tuple[tuple[int, int, bool], ...]:
+def products(stacked: Tensor, up: Tensor, *, adapted: bool) -> tuple[tuple[int, int, bool], ...]:
     """I, O and `transposed` of the frozen weights that the op multiplies with, forward and backward."""
-    (rows, d_ff), (d_model, total) = weight.shape, up.shape
-    forward = [rows] if adapted else [d_model, total]
+    (rows, d_ff), (d_model, total) = stacked.shape, up.shape
+    forward, back = ([rows], rows) if adapted else ([d_model, total], d_model)
     return (
         *((d_ff, each, True) for each in forward),
         (d_model, total, False),
-        (rows, d_ff, False),
+        (back, d_ff, False),
     )
 
 
-def _forward(x: Tensor, weight: Tensor, down: Tensor | None, up: Tensor, *rest: Any) -> Any:
+def _forward(x: Tensor, stacked: Tensor, up: Tensor, *rest: Any) -> Any:
     kernels = kernels_for(x)
-    choose_libraries(kernels, x, *products(weight, up, adapted=rest[1] is not None))
+    choose_libraries(kernels, x, *products(stacked, up, adapted=rest[1] is not None))
     with torch.autocast(x.device.type, enabled=False):
-        return kernels.ffn_output(x, weight, down, up, *rest)
+        return kernels.ffn_output(x, stacked, up, *rest)
 
 
 def _backward(dz: Tensor | None, dloss: Tensor | None, z: Tensor, mixed: Tensor, *rest: Any) -> Any:
@@ -61,9 +61,7 @@ for _name, _body in _BODIES.items():
     torch.library.impl(f"pemt::{_name}", "default", _body)
 
 
-def _fake_output(
-    x: Tensor, weight: Tensor, down: Tensor | None, up: Tensor, gates: Tensor, *rest: Any
-) -> Any:
+def _fake_output(x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, *rest: Any) -> Any:
     adapter_down, *_, ranks, _, sparsity = rest
     experts, (d_model, total), (batch, tokens, _) = len(ranks), up.shape, x.shape
     precise = compute_dtype(x.dtype) if sparsity else x.dtype
@@ -86,14 +84,14 @@ def _fake_output(
 def _fake_backward(
     dz: Tensor | None, dloss: Tensor | None, z: Tensor, mixed: Tensor, *rest: Any
 ) -> Any:
-    *_, weight, _, up, gates, adapter_down, _, _, _, _, need_dx = rest
+    *_, stacked, up, gates, adapter_down, _, _, _, _, need_dx = rest
     d_model, (batch, tokens, _) = len(up), mixed.shape
     shapes: list[tuple[int, ...]] = [(0,)] * 4
     if adapter_down is not None:
         inner = len(adapter_down)
         shapes = [(inner, d_model), (inner,), (d_model, inner), (d_model,)]
     return (
-        mixed.new_empty((batch, tokens, weight.shape[1]) if need_dx else (0,)),
+        mixed.new_empty((batch, tokens, stacked.shape[1]) if need_dx else (0,)),
         torch.empty_like(gates, memory_format=torch.contiguous_format),
         *(mixed.new_empty(shape) for shape in shapes),
     )
@@ -111,7 +109,7 @@ def _gradients(ctx: Any, dz: Tensor | None, dloss: Tensor | None, *_: None) -> t
     if not ctx.sparsity:  # what stands in the loss's place is nothing
         dloss = None
     if dz is None and dloss is None:
-        return (None,) * 13
+        return (None,) * 12
     if torch.is_grad_enabled():
         raise NotImplementedError("pemt.ops: there is no second derivative; use create_graph=False")
     z, mixed, *kept, token_weights = ctx.saved_tensors
@@ -121,7 +119,7 @@ def _gradients(ctx: Any, dz: Tensor | None, dloss: Tensor | None, *_: None) -> t
         dz, dloss, z, mixed, *kept, ctx.scales, ctx.ranks, token_weights, need_dx
     )
     of_adapter = adapter if adapted else [None] * 4
-    return dx if need_dx else None, None, None, None, dgates, *of_adapter, *(None,) * 4
+    return dx if need_dx else None, None, None, dgates, *of_adapter, *(None,) * 4
 
 
 torch.library.register_fake("pemt::ffn_output", _fake_output)

@@ -47,13 +47,12 @@ class Kernels:
 
 
 def _reference_output(
-    x: Tensor, weight: Tensor, down: Tensor | None, up: Tensor, gates: Tensor, *rest: Any
+    x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """The reference's z and loss, with packed's tensors for the backward pass."""
     *adapter, scales, ranks, token_weights, sparsity = rest
-    _, loss, *saved = packed.ffn_output(x, weight, down, up, gates, *rest)
-    if down is None:
-        weight, down = weight.split([len(up), up.shape[1]])
+    _, loss, *saved = packed.ffn_output(x, stacked, up, gates, *rest)
+    weight, down = stacked.split([len(up), up.shape[1]])
     y, latent = reference.expert_mixture(x, weight, down, up, gates, scales, ranks)
     z = reference.adapted(y, [] if adapter[0] is None else adapter)
     if sparsity and z.numel() > 0:

@@ -1,6 +1,16 @@
 from .batch import Division as Division, Wanted as Wanted, divide as divide
+from .examples import examples_of as examples_of
+from .hours import (
+    Hours as Hours,
+    PlannedRun as PlannedRun,
+    added as added,
+    fp32_bytes as fp32_bytes,
+    hours_of as hours_of,
+    steps_of as steps_of,
+)
 from .job import (
     CHIPS as CHIPS,
+    MOST_EXPERTS as MOST_EXPERTS,
     Cluster as Cluster,
     Job as Job,
     PlanError as PlanError,

@@ -1,6 +1,6 @@
 """What the forward pass keeps for the backward pass, and the largest thing made besides: by formula.
 
-Each line below is a tensor that autograd saves in transformers 5.23's T5 and in PEMT's modules. A
+Each line below is a tensor that autograd saves in transformers 5.23's T5 or T5Gemma and in PEMT's modules. A
 frozen matrix product saves nothing: its backward pass needs the weight alone.
 """
 
@@ -10,6 +10,7 @@ from typing import Literal
 
 from pemt.model import Site
 from pemt.plan.job import Job
+from pemt.plan.shapes import Widths
 
 Hardware = Literal["cpu", "gpu"]
 
@@ -20,11 +21,13 @@ def saved(job: Job, hardware: Hardware) -> float:
     source, target = job.batch * job.encoder_tokens, job.batch * job.target
     encoders = [kept.block("encoder", layer) for layer in range(shape.num_layers)]
     decoders = [kept.block("decoder", layer) for layer in range(shape.num_decoder_layers)]
+    widths = {stack: shape.of(stack).d_model for stack in ("encoder", "decoder")}
     # of each stack's output, and of the encoder's input: the decoder's embeddings need no gradient
-    ends = kept.dropout(2 * source + target, shape.d_model) + kept.norm(source) + kept.norm(target)
+    ends = kept.dropout(2 * source, widths["encoder"]) + kept.dropout(target, widths["decoder"])
+    ends += kept.norm(source, widths["encoder"]) + kept.norm(target, widths["decoder"])
     ends -= kept.without_gradient(target)
     if kept.full:  # the head's input
-        ends += job.bytes_per_value * shape.d_model * target
+        ends += job.bytes_per_value * widths["decoder"] * target
     cross = [site for site in shape.sites if site.in_decoder and site.reads_encoder]
     if any(kept.keeps_input(site) for site in cross):  # one for the keys and values of all layers
         ends += job.bytes_per_value * shape.d_model * source
@@ -33,9 +36,10 @@ def saved(job: Job, hardware: Hardware) -> float:
     if not job.gradient_checkpointing:
         return sum(encoders) + sum(decoders) + ends + kept.biases() + kept.loss(target)
     # Every block's input, and one block at a time in full.
-    inputs = shape.num_layers * source + shape.num_decoder_layers * target
+    inputs = shape.num_layers * source * widths["encoder"]
+    inputs += shape.num_decoder_layers * target * widths["decoder"]
     return (
-        job.bytes_per_value * shape.d_model * inputs
+        job.bytes_per_value * inputs
         + max(*encoders, *decoders)
         + ends
         + kept.biases()
@@ -48,7 +52,7 @@ def transient(job: Job, hardware: Hardware) -> float:
     shape, value = job.shape, job.bytes_per_value
     source, target = job.batch * job.encoder_tokens, job.batch * job.target
     # the logits, the gradient of their log-softmax, and of them
-    at_loss = target * shape.vocab_size * ((value if value < 4 else 0) + 4 + value)
+    at_loss = target * shape.of("decoder").vocab_size * ((value if value < 4 else 0) + 4 + value)
     # gradients of an FFN's inner width
     at_ffn = source * shape.d_ff * value * (3 if shape.gated else 2)
     return max(at_loss, at_ffn)
@@ -61,14 +65,18 @@ class _Kept:
         self.job, self.shape, self.hardware = job, job.shape, hardware
         self.value = job.bytes_per_value
         self.full = job.method == "full"
+        # T5Gemma's attention, which caps its scores, is written out in transformers
+        self.eager = job.shape.family.position_bias is None
 
     def block(self, stack: str, layer: int) -> float:
         job, in_decoder = self.job, stack == "decoder"
         length = job.target if in_decoder else job.encoder_tokens
         tokens = job.batch * length
-        total = self.ffn(tokens)
+        sizes = self.shape.of(stack)
+        norms = sum(len(part.norms) for part in self.shape.family.parts[stack].values())
+        total = self.ffn(tokens, sizes) + norms * self.norm(tokens, sizes.d_model)
         for seen in [length] + ([job.encoder_tokens] if in_decoder else []):
-            total += self.norm(tokens) + self.attention(tokens, seen)
+            total += self.attention(tokens, seen, sizes)
         sites = self.shape.blocks[stack, layer]
         return total + sum(self.experts(site) for site in sites) + self.inputs(sites)
 
@@ -84,9 +92,9 @@ class _Kept:
                 continue
             if site.is_ffn_output and not (self.shape.gated or self.shape.dropout):
                 continue  # relu's output, which is kept anyway
-            ends_part = site.projection in ("o", "wo")  # q, k and v share theirs, wi_0 and wi_1 too
             inputs, _ = site.widths(self.shape.base_shape)
-            values[site.part, ends_part] = self.tokens(site) * inputs
+            # q, k and v share theirs, wi_0 and wi_1 too
+            values[site.part, site.ends_part] = self.tokens(site) * inputs
         return self.value * sum(values.values())
 
     def tokens(self, site: Site) -> int:
@@ -102,49 +110,56 @@ class _Kept:
         if not ranks:
             return 0.0
         total = tokens * value * sum(ranks) + 4.0 * job.batch * len(ranks)
-        inputs, _ = site.widths(self.shape.base_shape)
+        inputs, outputs = site.widths(self.shape.base_shape)
         if job.learned_gates and not site.in_decoder:
             total += 4 * inputs * job.batch
         if job.learned_gates and value < 4:  # the gate's own weight in fp32
             total += 4 * (self.shape.d_model if site.in_decoder else inputs) * len(ranks)
         if site.is_ffn_output:
             # z; the latents once more, against z; cosines and norms in fp32
-            total += tokens * value * (self.shape.d_model + sum(ranks))
+            total += tokens * value * (outputs + sum(ranks))
             total += tokens * 4 * (2 * len(ranks) + 1)
         return total
 
-    def norm(self, tokens: int) -> float:
-        """T5's RMS norm: its input (in half precision an fp32 copy too), the factor, the normed input."""
-        width = self.shape.d_model
+    def norm(self, tokens: int, width: int) -> float:
+        """An RMS norm: its input (in half precision an fp32 copy too), the factor, the normed input."""
         job = self.job
         trains = self.full or (job.method in ("pemt", "adapter") and job.train_layer_norms)
+        if self.eager:  # Gemma's, in fp32 throughout
+            return tokens * (4 + 4 * width * (2 if trains else 1))
         copy = 4 * width if self.value < 4 else 0
         return tokens * (copy + 4 + self.value * width * (2 if trains else 1))
 
-    def attention(self, tokens: int, seen: int) -> float:
+    def attention(self, tokens: int, seen: int, sizes: Widths) -> float:
         """Queries, keys, values, what SDPA keeps, and the dropout behind it."""
         shape, batch = self.shape, self.job.batch
         keys = batch * seen
-        heads = shape.inner * (tokens + 2 * keys)
-        scores = shape.num_heads * tokens * seen
-        if self.hardware == "cpu" and (shape.dropout or self.full):
+        heads = sizes.inner * (tokens + 2 * keys)
+        scores = sizes.heads * tokens * seen
+        if self.eager:
+            # the capped scores, their softmax in fp32, and in half precision a copy of it
+            half = self.value if self.value < 4 else 0
+            total = float(self.value * heads + scores * (self.value + 4 + half))
+        elif self.hardware == "cpu" and (shape.dropout or self.full):
             # PyTorch's plain formula, in fp32: softmax, its dropout mask, their product
             total = 4.0 * heads + (3 if shape.dropout else 1) * 4 * scores
         else:
             # a fused kernel: also its output, and a log-sum per row
-            total = self.value * (heads + shape.inner * tokens) + 4 * shape.num_heads * tokens
-        return total + self.dropout(tokens, shape.d_model)
+            total = self.value * (heads + sizes.inner * tokens) + 4 * sizes.heads * tokens
+        return total + self.dropout(tokens, sizes.d_model)
 
-    def ffn(self, tokens: int) -> float:
+    def ffn(self, tokens: int, sizes: Widths) -> float:
         shape, job, value = self.shape, self.job, self.value
-        total = self.norm(tokens)
         # relu keeps its output; gelu_new in Python four tensors, and the product of both halves two
-        total += tokens * shape.d_ff * value * (6 if shape.gated else 1)
-        total += self.dropout(tokens, shape.d_ff)
+        activation = 6 if shape.gated else 1
+        if self.eager:  # PyTorch's own gelu keeps its input
+            activation = 3
+        total = float(tokens * sizes.d_ff * value * activation)
+        total += self.dropout(tokens, sizes.d_ff)
         if job.method in ("pemt", "adapter"):
-            inner = shape.d_model // job.adapter_reduction
-            total += tokens * value * (shape.d_model + 2 * inner)
-        return total + self.dropout(tokens, shape.d_model)
+            inner = sizes.d_model // job.adapter_reduction
+            total += tokens * value * (sizes.d_model + 2 * inner)
+        return total + self.dropout(tokens, sizes.d_model)
 
     def dropout(self, tokens: int, width: int) -> float:
         """A mask: one byte a value on a GPU, a whole value on a CPU."""
@@ -156,19 +171,24 @@ class _Kept:
         """What the decoder's first self-attention does not save: nothing before it is trained."""
         if self.full:
             return 0.0
-        width, trains = self.shape.d_model, self.job.train_layer_norms
+        sizes, trains = self.shape.of("decoder"), self.job.train_layer_norms
+        width = sizes.d_model
         if self.job.method == "source" or not trains:
             first = [each for each in self.shape.blocks["decoder", 0] if each.part == "self"]
             attends = any(self.job.ranks_at(site) for site in first)  # it has something trained
-            return self.norm(tokens) + (0 if attends else self.attention(tokens, self.job.target))
+            whole = 0 if attends else self.attention(tokens, self.job.target, sizes)
+            return self.norm(tokens, width) + whole
+        if self.eager:
+            return tokens * (4 + 4 * width)
         return tokens * ((4 * width if self.value < 4 else 0) + 4 + self.value * width)
 
     def biases(self) -> float:
-        """The position biases with the masks, one for every kind of attention, alive throughout."""
-        job, heads = self.job, self.shape.num_heads
+        """The masks, with the position biases of a family that has them, one for every kind of attention."""
+        job, heads = self.job, 1 if self.eager else self.shape.num_heads
         scores = job.encoder_tokens**2 + job.target**2 + job.target * job.encoder_tokens
         return job.batch * heads * scores * self.value
 
     def loss(self, tokens: int) -> float:
-        """The log-softmax, in fp32."""
-        return 4.0 * tokens * self.shape.vocab_size
+        """The log-softmax in fp32, and the capped logits."""
+        vocabulary = self.shape.of("decoder").vocab_size
+        return (4.0 + (self.value if self.eager else 0)) * tokens * vocabulary

@@ -34,7 +34,7 @@ class Weight:
 
 
 def weights(job: Job) -> list[Weight]:
-    """All parameters, tied ones once, in the model's order."""
+    """All parameters, tied ones once, in the order of a pass, which is the model's own but for T5Gemma."""
     found = [
         Weight(f"base.{name}", shape, "trained" if job.method == "full" else role, *experts)
         for name, shape, role, *experts in _base(job)
@@ -60,54 +60,58 @@ _Row = tuple[str, tuple[int, ...], Role] | tuple[str, tuple[int, ...], Role, int
 
 
 def _base(job: Job) -> Iterator[_Row]:
-    shape = job.shape
-    embedding = (shape.vocab_size, shape.d_model)
-    yield "shared.weight", embedding, "frozen"
-    for stack, layers in (("encoder", shape.num_layers), ("decoder", shape.num_decoder_layers)):
-        for layer in range(layers):
+    shape, family = job.shape, job.shape.family
+    embedded: set[str] = set()
+    for stack, embedding in zip(family.stacks, family.embeddings, strict=True):
+        sizes = shape.of(stack)
+        if embedding not in embedded:
+            yield f"{embedding}.weight", (sizes.vocab_size, sizes.d_model), "frozen"
+        embedded.add(embedding)
+        for layer in range(sizes.layers):
             yield from _block(job, stack, layer)
-        yield f"{stack}.final_layer_norm.weight", (shape.d_model,), _norm(job)
+        yield f"{family.stacks[stack]}.{family.final_norm}.weight", (sizes.d_model,), _norm(job)
     if not shape.tied:
-        yield "lm_head.weight", embedding, "frozen"
+        yield f"{family.head}.weight", (sizes.vocab_size, sizes.d_model), "frozen"
 
 
 def _block(job: Job, stack: str, layer: int) -> Iterator[_Row]:
-    shape = job.shape
-    sites = shape.blocks[stack, layer]
-    for part in dict.fromkeys(site.part for site in sites):
-        of_part = [site for site in sites if site.part == part]
-        for site in of_part:
-            yield from ((f"{site.module}.{name}", *rest) for name, *rest in _linear(job, site))
-        module = of_part[0].module.rpartition(".")[0]
-        if part == "self" and (layer == 0 or shape.bias_everywhere):
-            bias = f"{module}.relative_attention_bias.weight"
+    shape, family = job.shape, job.shape.family
+    sizes, block = shape.of(stack), family.block(stack, layer)
+    for name, part in family.parts[stack].items():
+        for site in shape.blocks[stack, layer]:
+            if site.part == name:
+                yield from (
+                    (f"{site.module}.{weight}", *rest) for weight, *rest in _linear(job, site)
+                )
+        if family.position_bias and name == "self" and (layer == 0 or shape.bias_everywhere):
+            bias = f"{block}.{part.module}.{family.position_bias}.weight"
             yield bias, (shape.buckets, shape.num_heads), "frozen"
-        yield f"{module.rpartition('.')[0]}.layer_norm.weight", (shape.d_model,), _norm(job)
+        for norm in part.norms:
+            yield f"{block}.{norm}.weight", (sizes.d_model,), _norm(job)
 
 
 def _linear(job: Job, site: Site) -> Iterator[_Row]:
     """What stands in a linear layer's place."""
-    d_model, (inputs, outputs) = job.shape.d_model, site.widths(job.shape.base_shape)
+    inputs, outputs = site.widths(job.shape.base_shape)
     mixed = job.mixed_at(site)
-    # at an FFN's output `pemt.ops` wants the down projections under the layer's own weight
-    under = sum(mixed) if site.is_ffn_output else 0
-    yield "weight", (outputs + under, inputs), "frozen", under * inputs
+    # under the layer's own weight are the experts' down projections: see `LoraExperts`
+    yield "weight", (outputs + sum(mixed), inputs), "frozen", sum(mixed) * inputs
     if job.method == "source":
         for rank in job.ranks_at(site):
             yield "expert.down", (rank, inputs), "trained"
             yield "expert.up", (outputs, rank), "trained"
     if mixed:
-        if not under:
-            yield "down", (sum(mixed), inputs), "expert"
         yield "up", (outputs, sum(mixed)), "expert"
     if site.is_ffn_output and job.method in ("pemt", "adapter"):
-        inner = d_model // job.adapter_reduction
-        yield "adapter.down.weight", (inner, d_model), "trained"
+        inner = outputs // job.adapter_reduction
+        yield "adapter.down.weight", (inner, outputs), "trained"
         yield "adapter.down.bias", (inner,), "trained"
-        yield "adapter.up.weight", (d_model, inner), "trained"
-        yield "adapter.up.bias", (d_model,), "trained"
+        yield "adapter.up.weight", (outputs, inner), "trained"
+        yield "adapter.up.bias", (outputs,), "trained"
     if mixed and job.learned_gates:
-        yield "gate.weight", (d_model if site.in_decoder else inputs, len(mixed)), "trained"
+        # the decoder's read the encoder's states
+        width = job.shape.d_model if site.in_decoder else inputs
+        yield "gate.weight", (width, len(mixed)), "trained"
 
 
 def _norm(job: Job) -> Role:

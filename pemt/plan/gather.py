@@ -4,7 +4,7 @@ DeepSpeed 0.19 gathers a module's weights before it runs, more of them in advanc
 gives them back afterwards unless they are used again within `reuse_distance` elements. A model of
 less than half that many elements is therefore gathered once a pass, a larger one almost twice. This
 replays those rules, as deepspeed/runtime/zero/partitioned_param_coordinator.py has them, over the
-order of T5's modules. From the third step on: until then DeepSpeed records that order.
+order of the model's modules. From the third step on: until then DeepSpeed records that order.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from pemt.model import FAMILIES
 from pemt.plan.count import Weight
 from pemt.plan.job import Zero
+
+_EMBEDDINGS = tuple(f"base.{name}" for family in FAMILIES.values() for name in family.embeddings)
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,13 @@ def module_order(weights: list[Weight]) -> list[list[str]]:
     for each in weights:
         place, _, _ = each.module.partition(".adapter.")  # which a mixture applies itself
         modules.setdefault(place if place in mixtures else each.module, []).append(each.name)
-    embedding = modules.pop("base.shared")
-    head = modules.pop("base.lm_head", embedding)
+    embeddings = [modules.pop(name) for name in list(modules) if name.endswith(_EMBEDDINGS)]
+    heads = [modules.pop(name) for name in list(modules) if name.startswith("base.lm_head")]
+    head = heads[0] if heads else embeddings[-1]
     prompt = [modules.pop("prompt")] if "prompt" in modules else []
-    encoder = [names for module, names in modules.items() if module.startswith("base.encoder")]
-    decoder = [names for module, names in modules.items() if module.startswith("base.decoder")]
-    forward = [*prompt, embedding, *encoder, embedding, *decoder, head]
+    encoder = [names for module, names in modules.items() if ".encoder." in module]
+    decoder = [names for module, names in modules.items() if ".decoder." in module]
+    forward = [*prompt, embeddings[0], *encoder, embeddings[-1], *decoder, head]
     # Nothing before the embeddings has a gradient, so the backward pass does not visit them.
     backward = [head, *reversed(decoder), *reversed(encoder), *prompt]
     return forward + backward

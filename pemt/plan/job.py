@@ -11,6 +11,8 @@ from pemt.config import PemtError, read_deepspeed_json
 from pemt.model import Site
 from pemt.plan.shapes import Shape
 
+MOST_EXPERTS = 128  # on a layer; as MAX_EXPERTS of pemt.ops, which would import torch
+
 
 class PlanError(PemtError):
     """A job that cannot be planned."""

@@ -1,4 +1,4 @@
-"""The sizes of a T5: a table of the published ones, config.json for the others.
+"""The sizes of a base model: a table of the published ones, config.json for the others.
 
 Source of the table: the config.json of each model on the hub.
 """
@@ -6,19 +6,20 @@ Source of the table: the config.json of each model on the hub.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from pemt.model import Site, sites_of
+from pemt.model import Family, Site, family_of, sites_of, stack_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A T5, mT5 or UMT5, under the names of its config.json.
+    """A base model of any family, under the names of `base_shape`: those of T5's config.json.
 
     Args:
         gated: the FFN has two input projections, and gelu_new; else one, and relu.
@@ -26,7 +27,10 @@ class Shape:
         bias_everywhere: every self-attention has a relative bias, as in UMT5, not the first alone.
         buckets: of the relative attention bias.
         dropout: while training.
+        others: what else its `base_shape` has, as that of a family whose decoder has sizes of its own.
     """
+
+    model_type: str = "t5"
 
     vocab_size: int
     d_model: int
@@ -40,11 +44,26 @@ class Shape:
     bias_everywhere: bool = False
     buckets: int = 32
     dropout: float = 0.1
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def inner(self) -> int:
-        """Width of an attention's heads together."""
-        return self.num_heads * self.d_kv
+    def family(self) -> Family:
+        """What its parts are called."""
+        return family_of(self.base_shape)
+
+    def of(self, stack: str) -> Widths:
+        """One stack's sizes."""
+        size = partial(stack_size, self.base_shape, stack)
+        heads, keys, d_kv = size("num_heads"), size("num_key_value_heads"), size("d_kv")
+        return Widths(
+            vocab_size=size("vocab_size"),
+            d_model=size("d_model"),
+            d_ff=size("d_ff"),
+            layers=self.num_decoder_layers if stack == "decoder" else self.num_layers,
+            heads=heads,
+            inner=heads * d_kv,
+            keys=keys * d_kv,
+        )
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -63,7 +82,25 @@ class Shape:
     def base_shape(self) -> dict[str, Any]:
         """What tells where experts can be: see `pemt.model.base_shape`."""
         activation = "gated-gelu" if self.gated else "relu"
-        return {**asdict(self), "feed_forward_proj": activation}
+        own = {key: value for key, value in asdict(self).items() if key != "others"}
+        return {**own, "feed_forward_proj": activation, **self.others}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """One stack's sizes.
+
+    Args:
+        inner: width of an attention's queries together; keys: of its keys, and of its values.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    layers: int
+    heads: int
+    inner: int
+    keys: int
 
 
 # d_model, d_kv, d_ff, layers of each stack, heads
@@ -117,34 +154,34 @@ def read_shape(name: str) -> Shape:
     known = KNOWN.get(name.rstrip("/").rsplit("/", maxsplit=1)[-1])
     if known is not None and not Path(name).is_dir():
         return known
-    from pemt.model import load_config
+    from pemt.model import base_shape, is_gated, load_config
 
     config = load_config(name)
+    shape = base_shape(config)
+    named = {each.name for each in fields(Shape)} & shape.keys()
     return Shape(
-        vocab_size=config.vocab_size,
-        d_model=config.d_model,
-        d_kv=config.d_kv,
-        d_ff=config.d_ff,
-        num_layers=config.num_layers,
-        num_decoder_layers=config.num_decoder_layers,
-        num_heads=config.num_heads,
-        gated=config.is_gated_act,
-        tied=_is_tied(Path(name), config),
+        **{key: shape[key] for key in named},
+        gated=is_gated(shape),
+        tied=_is_tied(Path(name), config, family_of(shape)),
         bias_everywhere=config.model_type == "umt5",
-        buckets=config.relative_attention_num_buckets,
+        buckets=getattr(config, "relative_attention_num_buckets", 0),
         dropout=config.dropout_rate,
+        others={key: shape[key] for key in shape.keys() - named},
     )
 
 
-def _is_tied(folder: Path, config: Any) -> bool:
-    """Whether head and embedding are one weight, which config.json does not tell since transformers 5.
+def _is_tied(folder: Path, config: Any, family: Family) -> bool:
+    """Whether head and embedding are one weight, which a T5's config.json does not tell since transformers 5.
 
     It ties them all, and unties those whose files hold two different ones.
     """
+    head = f"{family.head}.weight"
     if (folder / "model.safetensors").is_file():
         with safe_open(folder / "model.safetensors", framework="numpy") as file:
-            return "lm_head.weight" not in file.keys()  # noqa: SIM118, it is no mapping
+            return head not in file.keys()  # noqa: SIM118, it is no mapping
     if (folder / "model.safetensors.index.json").is_file():
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        return "lm_head.weight" not in index["weight_map"]
+        return head not in index["weight_map"]
+    if family.tied_by_config:
+        return bool(config.tie_word_embeddings)
     return bool(getattr(config, "scale_decoder_outputs", False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pemt.model import Site
@@ -45,7 +46,8 @@ def flops(job: Job) -> float:
     once = frozen + trained + scores
     back = frozen + 2 * trained + 2 * scores
     again = once if job.gradient_checkpointing else 0.0
-    head = 2.0 * 2 * job.target * job.shape.d_model * job.shape.vocab_size
+    decoder = job.shape.of("decoder")
+    head = 2.0 * 2 * job.target * decoder.d_model * decoder.vocab_size
     head *= 1.5 if job.method == "full" else 1
     return job.accumulation * job.batch * (once + back + again + head)
 
@@ -85,26 +87,26 @@ def transfer_time(each: Collective, cluster: Cluster) -> float:
 def _forward(job: Job) -> tuple[float, float, float]:
     """Of one example's blocks: products with frozen weights, with trained ones, and scores of attention."""
     shape, source, target = job.shape, job.encoder_tokens, job.target
-    projections = 8 * shape.d_model * shape.inner  # q, k, v, o, a token
-    ffn = (6 if shape.gated else 4) * shape.d_model * shape.d_ff
-    encoder, decoder = shape.num_layers, shape.num_decoder_layers
-    frozen = float(encoder * source * (projections + ffn))
-    frozen += decoder * target * (1.5 * projections + ffn)  # cross-attention: q and o of the target
-    frozen += decoder * source * projections / 2  # its k and v of the source
-    pairs = encoder * source**2 + decoder * (target**2 + target * source)
-    scores = 4.0 * pairs * shape.inner
+    encoder, decoder = shape.of("encoder"), shape.of("decoder")
+    frozen = sum(
+        2.0 * job.tokens_at(site) * math.prod(site.widths(shape.base_shape)) for site in shape.sites
+    )
+    scores = 4.0 * encoder.layers * encoder.inner * source**2
+    scores += 4.0 * decoder.layers * decoder.inner * (target**2 + target * source)
     if job.method == "full":
         return 0.0, frozen, scores
     if job.method == "source":
         return frozen, sum(_expert_flops(job, site) for site in shape.sites), scores
-    tokens = encoder * source + decoder * target
-    trained = 4.0 * tokens * shape.d_model * (shape.d_model // job.adapter_reduction)
+    trained = sum(
+        4.0 * stack.layers * tokens * stack.d_model * (stack.d_model // job.adapter_reduction)
+        for stack, tokens in ((encoder, source), (decoder, target))
+    )
     return frozen + sum(_expert_flops(job, site) for site in shape.sites), trained, scores
 
 
 def _expert_flops(job: Job, site: Site) -> float:
     """Latents, their sum, and at an FFN's output z against the experts for the sparsity loss; as many products back."""
-    ranks = job.ranks_at(site)
+    ranks = job.mixed_at(site) if job.experts else job.ranks_at(site)
     inputs, outputs = site.widths(job.shape.base_shape)
     again = outputs if site.is_ffn_output and job.method == "pemt" else 0
     return 2.0 * job.tokens_at(site) * sum(ranks) * (inputs + outputs + again)

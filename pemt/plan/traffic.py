@@ -86,7 +86,7 @@ def per_step(job: Job, zero: Zero, cluster: Cluster) -> list[Collective]:
 
 
 def at_start(job: Job, zero: Zero, cluster: Cluster) -> list[Collective]:
-    """What is sent once, when training starts: rank 0's trained weights (see `pemt.engine.start`).
+    """What is sent once, when training starts: rank 0's trained weights (see `pemt.engine.placement`).
 
     At stage 3 DeepSpeed gathers each of them again, to hang its hooks on them.
     """

@@ -8,14 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from pemt.config import PEFT_METHODS, AdaptConfig, how_to_install
 from pemt.monitor import NamedGates, gates_in, mean_by_source
 from pemt.run import chosen_text, scored_text
-from pemt.storage import HubError, local_folder
+from pemt.storage import HubError, licence_in, local_folder
 from pemt.tasks import Task, label_name, told_once
 
 GATES = "gates.png"
@@ -50,6 +50,7 @@ class Card:
 
     Args:
         base_model: hub id or folder.
+        model_type: its family, as its config.json has it.
         licence: the base model's, as the hub spells it; None where it is not known.
         results: `all_results.json`; empty where the run was not scored.
         config, task: of the run.
@@ -58,6 +59,7 @@ class Card:
     """
 
     base_model: str
+    model_type: str
     licence: str | None
     results: dict[str, Any]
     config: AdaptConfig
@@ -104,12 +106,9 @@ def model_card(card: Card) -> str:
 def base_licence(base_model: str) -> str | None:
     """The licence that a base model's own card names; None where there is no card, or no word of it."""
     try:
-        readme = local_folder(base_model, files=("README.md",)) / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
-    except (HubError, OSError, ValueError):
+        return licence_in(local_folder(base_model, files=("README.md",)))
+    except HubError:
         return None
-    return str(found) if found else None
 
 
 def _front_matter(card: Card, name: str) -> ModelCardData:
@@ -117,10 +116,10 @@ def _front_matter(card: Card, name: str) -> ModelCardData:
     data: dict[str, Any] = {
         "library_name": "peft" if card.config.method in PEFT_METHODS else "pemt",
         "license": card.licence,
-        "base_model": card.base_model if _is_hub_id(card.base_model) else None,
+        "base_model": card.base_model if is_hub_id(card.base_model) else None,
         "datasets": [hub.path] if hub else None,
         "metrics": list(card.task.metrics),
-        "tags": ["pemt", "t5", "text2text-generation", card.config.method],
+        "tags": ["pemt", card.model_type, "text2text-generation", card.config.method],
     }
     if card.config.method == "full":
         data["library_name"] = "transformers"
@@ -216,7 +215,8 @@ def _licence(card: Card) -> str:
     return f"## Licence\n\nThe base model's licence also binds what was trained on it. {told}"
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether it names a repository of the hub and no folder of this machine."""
     if Path(name).is_dir():
         return False
     try:

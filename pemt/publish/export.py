@@ -74,6 +74,7 @@ def export_run(
         _write_model(temporary, finished, config, name, dtype)
         card = Card(
             base_model=name,
+            model_type=finished.model.base.config.model_type,
             licence=licence or base_licence(config.model_name_or_path),
             results=_results(run_dir),
             config=config,

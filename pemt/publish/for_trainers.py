@@ -149,8 +149,9 @@ class SourceModel(PemtModule):
         """
         manifest, source = read_entry(folder)
         name, model, reader = _loaded(base or str(manifest.base["name"]), tokenizer)
-        source.check(base_shape(model.config))
-        expert = _expert_of(source, folder, d_ff=model.config.d_ff)
+        shape = base_shape(model.config)
+        source.check(shape)
+        expert = _expert_of(source, folder, shape)
         pemt = PemtT5.source(model, expert=expert, prompt_PD=source.prompt_PD)
         if source.base_sha256 not in (None, pemt.base_sha256):
             raise BankError(f"{folder}: was trained on other weights than those of {name}")
@@ -159,10 +160,12 @@ class SourceModel(PemtModule):
         return cls(pemt, base_name=name, tokenizer=reader, description=description, task=None)
 
 
-def _expert_of(source: ExpertSource, folder: str | Path, *, d_ff: int) -> ExpertConfig:
+def _expert_of(source: ExpertSource, folder: str | Path, shape: Mapping[str, Any]) -> ExpertConfig:
     """What the expert of an entry was made with."""
     if source.kind == "bottleneck":
-        return ExpertConfig(kind="bottleneck", reduction_factor=max(1, d_ff // source.rank))
+        return ExpertConfig(
+            kind="bottleneck", reduction_factor=max(1, shape["d_ff"] // source.rank)
+        )
     sites = site_names(source.weights)
     ranks = {len(source.weights[f"{site}.down"]) for site in sites}
     if ranks != {source.rank}:
@@ -170,7 +173,7 @@ def _expert_of(source: ExpertSource, folder: str | Path, *, d_ff: int) -> Expert
             f"{folder}: has the ranks {', '.join(map(str, sorted(ranks)))} on its layers; "
             "only an expert of one rank can be trained further"
         )
-    modules = [Site.named(site).module for site in sites]
+    modules = [Site.named(site, shape).module for site in sites]
     return ExpertConfig(rank=source.rank, alpha=source.alpha, target_modules=modules)
 
 
@@ -194,7 +197,7 @@ def target_model(
     New parameters are random: seed them (`transformers.set_seed`) beforehand.
 
     Args:
-        base: hub id or folder of a T5, mT5 or UMT5; or a model, which is changed in place.
+        base: hub id or folder of a T5, mT5, UMT5 or T5Gemma; or a model, which is changed in place.
         bank: the bank's folder, or experts; None for target adapter, prompt and layer norms without experts.
         tokenizer: default: the base model's. Beside a model it must be given.
         task: a name in the task table, or a task: its description starts the prompt, and what is saved has its labels.

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pemt.data import EvalBatches, collate, encode_sources
+from pemt.data import EvalBatches, collate, encode_sources, encode_targets
 from pemt.model import TrainedT5, load_pretrained
 from pemt.publish.adapter_format import (
     CONFIG,
@@ -137,7 +137,7 @@ class PemtModel:
         if not settings.labels:
             raise PublishError(f"task {settings.task_name} has no labels; `generate` answers it")
         names = settings.label_names or settings.labels
-        ids, _ = encode_sources(settings.labels, self.tokenizer, max_length=LONGEST_LABEL)
+        ids, _ = encode_targets(settings.labels, self.tokenizer, max_length=LONGEST_LABEL)
 
         def likely(batch: dict[str, torch.Tensor]) -> list[Classified]:
             scores_BC, _ = self.model.label_log_likelihoods(

@@ -56,6 +56,7 @@ class PemtModule(nn.Module, ABC):
         self._trained = {f"{INNER}{name}" for name, _ in pemt.trainable_parameters()}
         self.register_state_dict_post_hook(_keep_trained)
         self.register_load_state_dict_post_hook(_frozen_are_not_missing)
+        self.train()  # all of it: the base model comes in evaluation mode, in which Lightning would leave it
 
     def forward(
         self,
@@ -164,5 +165,11 @@ def _keep_trained(module: Any, state: dict[str, Any], prefix: str, _: Any) -> No
 
 
 def _frozen_are_not_missing(module: Any, found: Any) -> None:
-    missing = [key for key in found.missing_keys if key.endswith(tuple(module._trained))]
-    found.missing_keys[:] = missing
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in module.named_buffers()]
+    frozen = [name for name in names if name not in module._trained]
+    # The module may be a part of another, whose other parts may well be missing.
+    inner = tuple(f".{name}" for name in frozen)
+    found.missing_keys[:] = [
+        key for key in found.missing_keys if key not in frozen and not key.endswith(inner)
+    ]

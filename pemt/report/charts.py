@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 # Told apart by people with any kind of colour vision (Okabe and Ito 2008, "Color Universal Design").
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#666666")
+MOST_LETTERS = 26  # of a name, where two stand beside each other
 MOST_POINTS = 300  # of a curve; more are not seen and make the page large
 
 Series = tuple[Sequence[int], Sequence[float]]
@@ -33,7 +34,9 @@ def line_chart(title: str, curves: Mapping[str, Series], *, unit: str = "") -> s
     curves = {name: thinned(series) for name, series in curves.items() if len(series[0])}
     if not curves:
         return None
-    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+    columns = 2 if max(map(len, curves)) <= MOST_LETTERS else 1
+    lines = -(-len(curves) // columns) if len(curves) > 1 else 0
+    figure = Figure(figsize=(4.6, 2.4 + 0.18 * lines), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for number, (name, (steps, values)) in enumerate(curves.items()):
@@ -48,7 +51,7 @@ def line_chart(title: str, curves: Mapping[str, Series], *, unit: str = "") -> s
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     return svg_of(figure, salt=title)
 
 

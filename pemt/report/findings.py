@@ -6,7 +6,7 @@ Shapes: C classes.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
@@ -15,6 +15,8 @@ from pemt.monitor import mean_by_source
 from pemt.report.record import Record
 
 MOST_CLASSES = 20
+MOST_SOURCES = 12  # columns of a table of gates
+MOST_WEIGHTS = 6  # of an example's gates
 EXAMPLES = 5
 OTHER = "(another answer)"
 
@@ -52,7 +54,8 @@ class SourceUse:
 
 
 def gate_matrices(record: Record) -> list[Matrix]:
-    """Mean gates, a matrix a stack and kind of site: layers × sources."""
+    """Mean gates, a matrix a stack and kind of site: layers × `columns_of`."""
+    columns = columns_of(record)
     kinds: dict[str, dict[str, dict[str, float]]] = {}
     for site, weights in record.gates.items():
         stack, layer, *kind = site.split("/")
@@ -61,11 +64,46 @@ def gate_matrices(record: Record) -> list[Matrix]:
         Matrix(
             title=title,
             rows=list(layers),
-            columns=record.sources,
-            values=[[each.get(name) for name in record.sources] for each in layers.values()],
+            columns=list(columns),
+            values=[
+                [_summed(each, names) for names in columns.values()] for each in layers.values()
+            ],
         )
         for title, layers in kinds.items()
     ]
+
+
+def columns_of(record: Record) -> dict[str, list[str]]:
+    """A column for each source; of more than MOST_SOURCES one for each with a large mean gate, and one for the rest."""
+    names = record.sources
+    if len(names) <= MOST_SOURCES:
+        return {name: [name] for name in names}
+    means = mean_by_source(record.gates)
+    ranked = sorted(names, key=lambda name: -means[name])
+    kept, rest = set(ranked[: MOST_SOURCES - 1]), ranked[MOST_SOURCES - 1 :]
+    return {name: [name] for name in names if name in kept} | {others(len(rest)): rest}
+
+
+def others(count: int) -> str:
+    """What stands for the sources that are not shown."""
+    return f"({count} others)"
+
+
+def largest(weights: Mapping[str, float]) -> dict[str, float]:
+    """An example's gates; of more than MOST_WEIGHTS the largest, and the sum of the rest."""
+    if len(weights) <= MOST_WEIGHTS:
+        return dict(weights)
+    ranked = sorted(weights, key=lambda name: -weights[name])
+    kept, rest = ranked[: MOST_WEIGHTS - 1], ranked[MOST_WEIGHTS - 1 :]
+    return {name: weights[name] for name in kept} | {
+        others(len(rest)): sum(weights[name] for name in rest)
+    }
+
+
+def _summed(weights: Mapping[str, float], names: Sequence[str]) -> float | None:
+    """The weight of these sources together; None where none of them is there."""
+    found = [weights[name] for name in names if name in weights]
+    return sum(found) if found else None
 
 
 def source_uses(record: Record) -> list[SourceUse]:
@@ -95,21 +133,24 @@ def source_uses(record: Record) -> list[SourceUse]:
 
 
 def gates_by_class(record: Record) -> Matrix | None:
-    """The mean gate of each source over the test examples of each class; None without classes or gates."""
+    """The mean gates, by `columns_of`, over the test examples of each class; None without classes or gates."""
     classes = classes_of(record)
     with_gates = [line for line in record.predictions if line.get("gates")]
     if not classes or not with_gates:
         return None
+    columns = columns_of(record)
     values = [
         [
             mean(
-                float(line["gates"].get(source, 0)) for line in with_gates if line["target"] == name
+                _summed(line["gates"], sources) or 0.0
+                for line in with_gates
+                if line["target"] == name
             )
-            for source in record.sources
+            for sources in columns.values()
         ]
         for name in classes
     ]
-    return Matrix(title="class", rows=classes, columns=record.sources, values=values)
+    return Matrix(title="class", rows=classes, columns=list(columns), values=values)
 
 
 def classes_of(record: Record) -> list[str]:

@@ -63,6 +63,7 @@ def environment(*, markdown: bool) -> Environment:
         "score": score_text,
         "shade": shade,
         "clipped": clipped,
+        "largest": findings.largest,
         "percent": lambda value: "–" if value is None else f"{value:.1f}",
         "signed": lambda value: f"{value:+.1f}",
         "share": lambda value: "–" if value is None else f"{value:.2f}".replace("-0.00", "0.00"),
@@ -84,7 +85,10 @@ def content_of(records: Sequence[Record]) -> dict[str, Any]:
 def run_content(record: Record) -> dict[str, Any]:
     """One run's part of the page."""
     worst, best = findings.worst_and_best(record)
-    means = {name: record.series(f"gate_mean/{name}") for name in record.sources}
+    shown = [name for name, sources in findings.columns_of(record).items() if name in sources]
+    means = {name: record.series(f"gate_mean/{name}") for name in shown}
+    many = len(record.sources)
+    of_many = f"{len(shown)} of {many} sources" if len(shown) < many else "each source"
     return {
         "name": record.name,
         "task": record.task,
@@ -98,8 +102,9 @@ def run_content(record: Record) -> dict[str, Any]:
         if record.results
         else f"the training steps logged at step {record.logged_gates.get('step')}",
         "gates_chart": _markup(
-            line_chart("mean gate weight of each source", means, unit="gate weight")
+            line_chart(f"mean gate weight of {of_many}", means, unit="gate weight")
         ),
+        "shown": of_many if len(shown) < many else None,
         "uses": findings.source_uses(record),
         "by_class": findings.gates_by_class(record),
         "confusion": findings.confusion(record),

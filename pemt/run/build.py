@@ -21,7 +21,7 @@ from pemt.model import (
     starts_from_text,
     top_sources,
 )
-from pemt.monitor import GateNames
+from pemt.monitor import MOST_TAGS, GateNames
 from pemt.ops import OpsError, select
 
 
@@ -67,6 +67,11 @@ class Built:
             found.append(
                 f"the experts are on different layers (of {len(sites)} with an expert: {told}); each gate weighs those "
                 "that are on its layer"
+            )
+        if (weights := self.gate_names.weights) > MOST_TAGS:
+            found.append(
+                f"{weights} gate weights ({len(names)} experts on {len(sites)} layers): log.jsonl and TensorBoard get "
+                "the mean of each block's, all_results.json every one of the test's; mixture.top_sources mixes fewer"
             )
         if not any(site.count("/") == 1 for site in sites):
             found.append(

@@ -74,7 +74,9 @@ class Callbacks:
         )
         self.state, self.control = TrainerState(), TrainerControl()
 
-    def begin(self, progress: TrainState, *, total_steps: int, epoch: float, schedule: Any) -> None:
+    def begin(
+        self, train_state: TrainState, *, total_steps: int, epoch: float, schedule: Any
+    ) -> None:
         """Before the first step (all ranks call)."""
         self._schedule = schedule
         engine, args = self._engine, self.args
@@ -88,18 +90,20 @@ class Callbacks:
             is_world_process_zero=engine.is_main,
             is_local_process_zero=engine.is_local_main,
         )
-        self.at(progress, epoch)
+        self.at(train_state, epoch)
         if engine.is_main:
             self._tell_unserved()
         self.call("on_train_begin")
 
-    def at(self, progress: TrainState, epoch: float) -> None:
+    def at(self, train_state: TrainState, epoch: float) -> None:
         """The step that the loop has come to."""
         state = self.state
-        state.global_step, state.epoch = progress.step, epoch
-        state.best_metric, state.best_global_step = progress.best_metric, progress.best_step
-        if progress.best_step is not None:
-            state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{progress.best_step}"
+        state.global_step, state.epoch = train_state.step, epoch
+        state.best_metric, state.best_global_step = train_state.best_metric, train_state.best_step
+        if train_state.best_step is not None:
+            state.best_model_checkpoint = (
+                f"{self.args.output_dir}/checkpoint-{train_state.best_step}"
+            )
 
     def next_step(self) -> None:
         """Forget what was wanted of the last one."""

@@ -24,7 +24,7 @@ from pemt.tasks import get_task
 
 
 def check_early(config: RunConfig) -> None:
-    """Refuse a run that cannot be trained; rank 0 alone looks, and writes nothing.
+    """Refuse a run that cannot be trained; rank 0 alone looks, and writes nothing: the run asks `resolve_run` itself.
 
     Raises:
         PemtError: DeepSpeed's JSON, output_dir, task, data or base model's folder, or the bank.

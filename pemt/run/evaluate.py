@@ -18,14 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pemt.config import RunConfig
-from pemt.data import EvalBatches, collate, label_ids, lengths_of
+from pemt.data import IGNORED_LABEL, EvalBatches, collate, label_ids, lengths_of
 from pemt.engine import Engine
-from pemt.model import PemtOutput, TrainedT5
+from pemt.model import TrainedT5
 from pemt.monitor import EvaluationBar
 from pemt.tasks import Metric, Task, longest_target, score
 
-IGNORED_LABEL = -100
-NO_EXAMPLE = -1
+INDEX, NO_EXAMPLE = "index", -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ def evaluate(
     """
     started = time.perf_counter()
     labels = label_ids(task, tokenizer) if by_likelihood else []
-    tokens_NT, loss_N, targets_N, *more = _with_bar(
+    columns = _with_bar(
         engine,
         dataset,
         config,
@@ -92,9 +91,9 @@ def evaluate(
         measure=partial(_measure, engine, dataset, task, tokenizer, config, labels),
         on_batch_end=on_batch_end,
     )
-    predictions = tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
-    likely = [task.labels[i] for i in more.pop(0).argmax(dim=1)] if by_likelihood else None
-    loss = float(loss_N.sum() / targets_N.sum().clamp(min=1))
+    predictions = tokenizer.batch_decode(columns["tokens"], skip_special_tokens=True)
+    likely = [task.labels[i] for i in columns["log_likelihoods"].argmax(dim=1)] if labels else None
+    loss = float(columns["loss"].sum() / columns["target_tokens"].sum().clamp(min=1))
     # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
     scores, likely_scores, loss = engine.on_rank0(
         lambda: (*_scored(task, predictions, likely, dataset, metrics), loss),
@@ -103,7 +102,7 @@ def evaluate(
     return Evaluation(
         metrics=scores,
         loss=loss,
-        gates_NLK=more[0] if more else None,
+        gates_NLK=columns.get("gates"),
         predictions=predictions,
         by_likelihood=likely_scores,
         runtime=time.perf_counter() - started,
@@ -116,10 +115,10 @@ def _with_bar(
     config: RunConfig,
     *,
     description: str,
-    measure: Callable[[list[int]], list[Tensor]],
+    measure: Callable[[list[int]], dict[str, Tensor]],
     on_batch_end: Callable[[], None],
-) -> list[Tensor]:
-    """`over_ranks` with a bar on rank 0."""
+) -> dict[str, Tensor]:
+    """`map_over_ranks` with a bar on rank 0."""
     batch_size = config.per_device_eval_batch_size
     with EvaluationBar(total=len(dataset), description=description, shown=engine.is_main) as bar:
 
@@ -127,7 +126,7 @@ def _with_bar(
             bar.advance(batch_size * engine.world_size)
             on_batch_end()
 
-        return over_ranks(
+        return map_over_ranks(
             engine,
             lengths_of(dataset),
             batch_size=batch_size,
@@ -148,21 +147,21 @@ def _scored(
     return generated, None if likely is None else score(task, likely, dataset, metrics)
 
 
-def over_ranks(
+def map_over_ranks(
     engine: Engine,
     lengths: Sequence[int] | np.ndarray,
     *,
     batch_size: int,
-    measure: Callable[[list[int]], list[Tensor]],
+    measure: Callable[[list[int]], dict[str, Tensor]],
     on_batch_end: Callable[[], None] = lambda: None,
-) -> list[Tensor]:
-    """Measure every example on one of the ranks, without gradients and dropout (all ranks call).
+) -> dict[str, Tensor]:
+    """Measure every example on one of the ranks, without gradients and dropout, and gather it (all ranks call).
 
     Args:
         engine: holds the model, after `prepare`.
         lengths: source tokens of each example, [N].
         batch_size: examples of a rank's batch.
-        measure: takes a batch's indices and gives tensors [B,...], of the same shape for every batch but for B.
+        measure: takes a batch's indices and gives tensors [B,...] by name, of the same shape for every batch but for B.
         on_batch_end: as in `evaluate`.
 
     Returns:
@@ -174,19 +173,21 @@ def over_ranks(
     batches = EvalBatches(
         lengths, batch_size=batch_size, world_size=engine.world_size, rank=engine.rank
     )
-    rows: list[list[Tensor]] = []
+    gathered: list[dict[str, Tensor]] = []
     for indices in batches:
         # Blocks that are compiled for training run as written here: generation has too many shapes.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            measured = [torch.tensor(indices, device=engine.device), *measure(indices)]
+            measured = {INDEX: torch.tensor(indices, device=engine.device), **measure(indices)}
         # The last batch may be short on one rank alone, and gathering needs equal shapes.
         short = batch_size - len(indices)
-        rows.append([engine.gather(_pad_rows(each, short)).cpu() for each in measured])
+        gathered.append(
+            {name: engine.gather(_pad_rows(each, short)).cpu() for name, each in measured.items()}
+        )
         on_batch_end()
     module.train(was_training)
-    indices_N, *columns = (torch.cat(column) for column in zip(*rows, strict=True))
-    order_N = _first_occurrences(indices_N, len(lengths))
-    return [column[order_N] for column in columns]
+    columns = {name: torch.cat([each[name] for each in gathered]) for name in gathered[0]}
+    order_N = _first_occurrences(columns.pop(INDEX), len(lengths))
+    return {name: column[order_N] for name, column in columns.items()}
 
 
 def _measure(
@@ -197,9 +198,9 @@ def _measure(
     config: RunConfig,
     labels: list[list[int]],
     indices: list[int],
-) -> list[Tensor]:
-    """Of one batch: generated ids [B,T], summed loss [B], counted targets [B], log-likelihoods [B,C] of labels if any,
-    and gates [B,L,K] if any."""
+) -> dict[str, Tensor]:
+    """Of one batch: generated `tokens` [B,T]; summed `loss` and counted `target_tokens` [B]; `log_likelihoods` [B,C] of
+    labels if there are any; and the forward pass's `gates` [B,L,K], with experts."""
     batch = collate(
         list(dataset.select(indices)),
         pad_token_id=tokenizer.pad_token_id,
@@ -212,17 +213,21 @@ def _measure(
         out.logits.float().transpose(1, 2), labels_BT, ignore_index=IGNORED_LABEL, reduction="none"
     )
     longest = longest_target(task, config.max_target_length)
-    tokens_BT, *_ = answer_batch(engine, batch, longest=longest, num_beams=config.num_beams)
+    measured = generate_batch(engine, batch, longest=longest, num_beams=config.num_beams)
+    if labels:
+        measured |= score_labels(engine, batch, labels)
     counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
-    likely = label_batch(engine, batch, labels)[:1] if labels else []
-    return [tokens_BT, loss_BT.sum(dim=1), counted_B, *likely, *gates_of(out)]
+    measured |= {"loss": loss_BT.sum(dim=1), "target_tokens": counted_B}
+    if out.gates_LBK is not None:  # in place of the generation's
+        measured["gates"] = out.gates_LBK.float().transpose(0, 1)
+    return measured
 
 
-def answer_batch(
+def generate_batch(
     engine: Engine, batch: dict[str, Tensor], *, longest: int, num_beams: int
-) -> list[Tensor]:
-    """The answers to a batch: ids [B, longest + 1], the decoder's start first, padded on the right; and gates
-    [B,L,K] where there are experts, those of the same pass."""
+) -> dict[str, Tensor]:
+    """The answers to a batch: `tokens` [B, longest + 1], the decoder's start first, padded on the right; and of the
+    same pass `gates` [B,L,K], with experts."""
     module = engine.module
     assert isinstance(module, TrainedT5)
     with engine.autocast():
@@ -237,24 +242,25 @@ def answer_batch(
         )
     padding = longest + 1 - tokens_BT.shape[1]
     padded_BT = F.pad(tokens_BT, (0, padding), value=module.base.generation_config.pad_token_id)
-    return [padded_BT] if gates_BLK is None else [padded_BT, gates_BLK.float()]
+    return {"tokens": padded_BT, **_gates(gates_BLK)}
 
 
-def label_batch(engine: Engine, batch: dict[str, Tensor], labels: list[list[int]]) -> list[Tensor]:
-    """The log-likelihood of each label after each input of a batch [B,C], fp32; and gates [B,L,K] where there are
-    experts, those of the same pass."""
+def score_labels(
+    engine: Engine, batch: dict[str, Tensor], labels: list[list[int]]
+) -> dict[str, Tensor]:
+    """`log_likelihoods` of each label after each input of a batch [B,C], fp32; and of the same pass `gates` [B,L,K],
+    with experts."""
     module = engine.module
     assert isinstance(module, TrainedT5)
     with engine.autocast():
         scores_BC, gates_BLK = module.label_log_likelihoods(
             batch["input_ids"], batch["attention_mask"], labels
         )
-    return [scores_BC] if gates_BLK is None else [scores_BC, gates_BLK.float()]
+    return {"log_likelihoods": scores_BC, **_gates(gates_BLK)}
 
 
-def gates_of(out: PemtOutput) -> list[Tensor]:
-    """The gates [B,L,K] of a forward pass, in a list; an empty one where there are none."""
-    return [] if out.gates_LBK is None else [out.gates_LBK.float().transpose(0, 1)]
+def _gates(gates_BLK: Tensor | None) -> dict[str, Tensor]:
+    return {} if gates_BLK is None else {"gates": gates_BLK.float()}
 
 
 def _pad_rows(tensor: Tensor, count: int) -> Tensor:

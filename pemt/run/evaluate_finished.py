@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pemt.config import PemtError, RunConfig, for_reader
+from pemt.config import PemtError, RunConfig, spell_fields
 from pemt.data import MemoryData, Rows, load_split, memory_split
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
@@ -121,6 +121,6 @@ def _write(
         name = f"{finished.config.task_name}_{name}"
     path = Path(output_file or finished.folder / name)
     for note in notes:
-        print(for_reader(note))
+        print(spell_fields(note))
     print(results_block(results, {"results": path, "checkpoint": finished.checkpoint}), flush=True)
     write_results(path, results)

@@ -11,13 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from pemt.checkpoint import (
     WEIGHTS,
     TrainState,
-    load_trained,
+    copy_weights,
 )
 from pemt.config import AdaptConfig, RunConfig
 from pemt.engine import Engine
-from pemt.model import TrainedT5, base_digest, checked_base, fetch_base, load_base, read_lazy
-from pemt.monitor import GateNames
-from pemt.run.build import build_model, build_ops
+from pemt.model import base_digest, checked_base, fetch_base, load_base, read_lazy
+from pemt.run.build import Built, build_model, build_ops
 from pemt.run.finished_config import (
     FinishedError,
     best_checkpoint,
@@ -29,35 +28,24 @@ from pemt.tasks import Task, longest_target
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedRun:
-    """A run with its best weights.
+class LoadedRun(Built):
+    """A run with its best weights; its model is on the CPU, fp32, in evaluation mode, not prepared.
 
     Args:
         folder: the run's output folder.
         config: its configuration, with what was overridden.
-        stage: `source` or `adapt`.
         task: the task of `config`, which an override may have changed; the model is the run's own.
         tokenizer: the base model's.
-        model: on the CPU, fp32, in evaluation mode, not prepared.
-        source_names: the experts that its gates weigh, in the gates' order.
         checkpoint: the folder that the weights come from.
-        progress: how far the run was at that checkpoint.
+        state: how far the run was at that checkpoint.
     """
 
     folder: Path
     config: RunConfig
-    stage: str
     task: Task
     tokenizer: PreTrainedTokenizerBase
-    model: TrainedT5
-    source_names: list[str]
     checkpoint: Path
-    progress: TrainState
-
-    @property
-    def gate_names(self) -> GateNames:
-        """What the axes of the model's gates stand for."""
-        return GateNames(sources=self.source_names, sites=self.model.gate_sites)
+    state: TrainState
 
 
 def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> LoadedRun:
@@ -74,7 +62,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     run_dir = Path(run_dir).expanduser()
     own = finished_config(run_dir)
     config = config or own
-    checkpoint, progress, stage = best_checkpoint(run_dir)
+    checkpoint, state, _ = best_checkpoint(run_dir)
     manifest = read_manifest(checkpoint)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
     same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
@@ -92,21 +80,20 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     description = getattr(own, "description", None) or own_task.description
     built = build_model(as_trained, base=base, tokenizer=tokenizer, description=description)
     weights = read_tensors(checkpoint, WEIGHTS, manifest)
-    load_trained(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
+    copy_weights(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
     task = task_of_run(run_dir, config)
     if task.max_target_length is None:  # open answers: what the run has measured
         length = manifest["run"].get("max_target_length")
         task = replace(task, max_target_length=longest_target(task, length))
+    built.model.eval()
     return LoadedRun(
+        **vars(built),
         folder=run_dir,
         config=config,
-        stage=stage,
         task=task,
         tokenizer=tokenizer,
-        model=built.model.eval(),
-        source_names=built.source_names,
         checkpoint=checkpoint,
-        progress=progress,
+        state=state,
     )
 
 

@@ -12,8 +12,8 @@ from pemt.checkpoint import (
     CONFIG,
     GIVEN_TASK,
     TrainState,
-    begun_config,
     checkpoint_folders,
+    saved_config,
     train_state_of,
 )
 from pemt.config import AdaptConfig, PemtError, RunConfig, SourceConfig, parse_config, value_sources
@@ -63,7 +63,7 @@ def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunCo
     arguments = ["--config", str(path), *overrides]
     config = parse_config(kind, arguments, prog="pemt evaluate")
     changes: dict[str, Any] = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
-    if config.task_name != (begun_config(run_dir) or {}).get("task_name"):
+    if config.task_name != (saved_config(run_dir) or {}).get("task_name"):
         sources = value_sources(kind, arguments)
         inherited = ("data_dir", "data_fingerprint", "task_file")
         own = [field for field in inherited if sources[field] == str(path)]
@@ -87,7 +87,7 @@ def task_of_run(run_dir: str | Path, config: RunConfig) -> Task:
 
 
 def best_checkpoint(folder: Path) -> tuple[Path, TrainState, str]:
-    """The best validated checkpoint (the newest where nothing was validated), its progress and stage."""
+    """The best validated checkpoint (the newest where nothing was validated), its state and stage."""
     folders = checkpoint_folders(folder)
     if not folders:
         raise FinishedError(f"{folder}: holds a run without a checkpoint; train it first")

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from pemt.checkpoint import Checkpoint, TrainState, warmup_notes
-from pemt.config import TENSORBOARD, RunConfig, for_reader
+from pemt.checkpoint import Checkpoint, TrainState
+from pemt.config import TENSORBOARD, RunConfig, spell_fields
 from pemt.data import TrainStream, collate, to_device
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5
@@ -23,11 +23,13 @@ from pemt.run.meter import Meter, shares
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.prepare import (
     Setup,
+    open_all_trackers,
     open_run,
     prepare,
     restore,
     total_steps_of,
     train_batches,
+    warmup_notes,
 )
 from pemt.run.running import Run
 from pemt.run.session import Session
@@ -41,17 +43,19 @@ class Fitted:
 
     Args:
         weights: the best checkpoint's trained weights, fp32, by parameter name, in their file.
-        progress: the last step, and the best one.
+        state: the last step, and the best one.
         epoch: passes over the training data.
     """
 
     weights: TensorFile
-    progress: TrainState
+    state: TrainState
     epoch: float
 
 
 def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitted:
     """Train, validate and save until the configured end (all ranks call).
+
+    `open_run` finds the checkpoint, `prepare` loads its weights, `restore` its optimizer, `_train` takes the steps.
 
     Args:
         config: the run.
@@ -64,23 +68,22 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
         Interrupted: a rank was told to stop; what was trained is saved.
     """
     checkpoints, resumed = open_run(config, setup, built, session)
-    batches = train_batches(config, setup, resumed.progress.position if resumed else None)
+    batches = train_batches(config, setup, resumed.state.position if resumed else None)
     total_steps = total_steps_of(config, batches)
     schedule = prepare(config, setup.engine, built.model, resumed, total_steps=total_steps)
     callbacks = Callbacks(setup.given.callbacks, config, setup.engine, setup.tokenizer)
-    progress = restore(setup, schedule, resumed) if resumed else TrainState()
-    session.set_step(progress.step)
-    trackers = setup.engine.open_trackers()
+    state = restore(setup, schedule, resumed) if resumed else TrainState()
+    session.set_step(state.step)
     with (
         Monitor(
             Path(config.output_dir),
             total_steps=total_steps,
-            initial_step=progress.step,
+            initial_step=state.step,
             is_main=setup.engine.is_main,
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
             tensorboard=TENSORBOARD in config.report_to,
-            trackers=trackers,
+            trackers=open_all_trackers(config, setup.engine),
         ) as monitor,
         checkpoints,
     ):
@@ -96,61 +99,76 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
             callbacks=callbacks,
         )
         _log_config(run, resumed)
-        progress = _train(run, schedule, progress)
-    best = checkpoints.best_weights(progress)
-    return Fitted(weights=best, progress=progress, epoch=batches.epochs_at(progress.step))
+        state = _train(run, schedule, state)
+    best = checkpoints.best_weights(state)
+    return Fitted(weights=best, state=state, epoch=batches.epochs_at(state.step))
 
 
-def _train(run: Run, schedule: LambdaLR, progress: TrainState) -> TrainState:
+def _log_config(run: Run, resumed: Checkpoint | None) -> None:
+    """What this run is, to the logs and the terminal."""
+    monitor, engine = run.monitor, run.setup.engine
+    size = _size_line(run.built.model, engine)
+    with engine.together("opening the logs"):  # rank 0 alone has some
+        monitor.log_config(run.config, {"job": size, "device": str(engine.device)})
+    warmup = warmup_notes(run.config, run.total_steps)
+    notes = (*run.setup.given.notes, *run.setup.data.notes)
+    for line in (size, *(resumed.notes if resumed else ()), *notes, *warmup):
+        monitor.message(spell_fields(line))
+    if resumed:
+        step = resumed.state.step
+        monitor.message(f"resuming from step {step}/{run.total_steps}: {resumed.folder}")
+
+
+def _size_line(model: TrainedT5, engine: Engine) -> str:
+    trained = sum(full_size(parameter) for _, parameter in model.trainable_parameters())
+    total = sum(full_size(parameter) for parameter in model.parameters())
+    config = engine.config
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    stage = "no DeepSpeed" if engine.zero_stage is None else f"ZeRO-{engine.zero_stage}"
+    return (
+        f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
+        f"{engine.world_size} rank(s), {stage}, {engine.precision}; a step takes {batch * engine.world_size} examples, "
+        f"a checkpoint {12 * trained / 1e6:,.1f} MB"
+    )
+
+
+def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
     """Every step that is left, and what is due after each."""
     config, setup, batches = run.config, run.setup, run.batches
     callbacks, epoch_at = run.callbacks, batches.epochs_at
     run.built.model.train()
     callbacks.begin(
-        progress, total_steps=run.total_steps, epoch=epoch_at(progress.step), schedule=schedule
+        state, total_steps=run.total_steps, epoch=epoch_at(state.step), schedule=schedule
     )
-    if run.validates_at(progress.step) and progress.validated_step != progress.step:
-        progress = _finish_step(run, progress)  # it was stopped before this validation
+    if run.should_evaluate(state.step) and state.validated_step != state.step:
+        state = _evaluate_and_save(run, state)  # it was stopped before this validation
     meter = Meter(setup.engine)
     guard = NonFiniteGuard(config, setup.engine, partial(_rows, setup), log=run.monitor.message)
-    last = run.total_steps if progress.ended is None else progress.step
-    for micro_batches in batches.steps(progress.step, last):
+    last = run.total_steps if state.ended is None else state.step
+    for micro_batches in batches.steps(state.step, last):
         if callbacks.control.should_training_stop:
             break
-        if run.begins_epoch_at(progress.step):
+        if run.is_epoch_begin(state.step):
             callbacks.call("on_epoch_begin")
         callbacks.next_step()
-        rates, losses = _take_step(setup, schedule, meter, micro_batches)
-        step, norm = progress.step + 1, rates["train/grad_norm"]
-        skipped = progress.skipped + guard.check(step, norm, micro_batches, losses)
-        progress = replace(progress, step=step, skipped=skipped, position=batches.position())
+        step_scalars, losses = _take_step(setup, schedule, meter, micro_batches)
+        step, norm = state.step + 1, step_scalars["train/grad_norm"]
+        skipped = state.skipped + guard.check(step, norm, micro_batches, losses)
+        state = replace(state, step=step, skipped=skipped, position=batches.position())
         run.session.set_step(step)
-        callbacks.at(progress, epoch_at(step))
+        callbacks.at(state, epoch_at(step))
         callbacks.call("on_step_end")
-        if step % config.logging_steps == 0 or run.is_wanted("log") or run.ends_at(step):
-            _report(run, meter, step, {**rates, "train/skipped_steps": skipped})
+        if step % config.logging_steps == 0 or run.is_requested("log") or run.should_stop(step):
+            _log_step(run, meter, step, {**step_scalars, "train/skipped_steps": skipped})
         with meter.paused():
-            progress = _finish_step(run, progress)
-        if run.ends_epoch_at(step):
+            state = _evaluate_and_save(run, state)
+        if run.is_epoch_end(step):
             callbacks.call("on_epoch_end")
-    if progress.step < run.total_steps:
-        progress = _stop(run, progress)
-    _finish_saving(run)
+    if state.step < run.total_steps:
+        state = _end_early(run, state)
+    _wait_for_saves(run)
     callbacks.call("on_train_end")
-    return progress
-
-
-def _stop(run: Run, progress: TrainState) -> TrainState:
-    """The end that a callback has asked for, saved as such, so that it is the end where the run resumes, too."""
-    run.monitor.message(
-        f"stopped by a callback after step {progress.step} of {run.total_steps}; best weights and test follow"
-    )
-    for line in run.batches.notes(at_end=True):
-        run.monitor.message(line)
-    if progress.ended is None:
-        progress = replace(progress, ended=progress.step)
-        run.checkpoints.save(progress)
-    return progress
+    return state
 
 
 def _take_step(
@@ -174,87 +192,6 @@ def _take_step(
     return {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}, losses
 
 
-def _report(run: Run, meter: Meter, step: int, rates: dict[str, float]) -> None:
-    """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
-    scalars, gates_LK = meter.read()
-    gates = {} if gates_LK is None else run.built.gate_names.scalars(gates_LK)
-    epoch = {"train/epoch": run.batches.epochs_at(step)}
-    run.monitor.log(step, {**scalars, **rates, **epoch, **gates})
-    run.callbacks.log({**scalars, **rates, **epoch, **gates})
-    run.monitor.advance(
-        step,
-        loss=scalars["train/loss"],
-        samples_per_second=scalars["train/samples_per_second"],
-    )
-    for line in run.batches.notes(at_end=step == run.total_steps):
-        run.monitor.message(line)
-
-
-def _finish_step(run: Run, progress: TrainState) -> TrainState:
-    """Validate and save where it is due; save and exit where a rank was told to stop."""
-    _log_saves(run)
-    try:
-        run.session.check()
-        if run.validates_at(progress.step):
-            progress = _validate(run, progress)
-    except Interrupted:
-        run.checkpoints.save(progress)
-        _finish_saving(run)
-        raise
-    if run.ends_at(progress.step) and progress.step < run.total_steps:
-        progress = replace(progress, ended=progress.step)
-    if run.saves_at(progress.step):
-        run.checkpoints.save(progress)
-        run.callbacks.call("on_save")
-    return progress
-
-
-def _finish_saving(run: Run) -> None:
-    try:
-        run.checkpoints.finish()
-    finally:
-        _log_saves(run)
-
-
-def _log_saves(run: Run) -> None:
-    for line in run.checkpoints.lines():
-        run.monitor.message(line)
-
-
-def _log_config(run: Run, resumed: Checkpoint | None) -> None:
-    """What this run is, to the logs and the terminal."""
-    monitor, engine = run.monitor, run.setup.engine
-    size = _size_line(run.built.model, engine)
-    with engine.together("opening the logs"):  # rank 0 alone has some
-        monitor.log_config(run.config, {"job": size, "device": str(engine.device)})
-    warmup = warmup_notes(run.config, run.total_steps)
-    notes = (*run.setup.given.notes, *run.setup.data.notes)
-    for line in (size, *(resumed.notes if resumed else ()), *notes, *warmup):
-        monitor.message(for_reader(line))
-    if resumed:
-        step = resumed.progress.step
-        monitor.message(f"resuming from step {step}/{run.total_steps}: {resumed.folder}")
-
-
-def _size_line(model: TrainedT5, engine: Engine) -> str:
-    trained = sum(full_size(parameter) for _, parameter in model.trainable_parameters())
-    total = sum(full_size(parameter) for parameter in model.parameters())
-    config = engine.config
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    stage = "no DeepSpeed" if engine.zero_stage is None else f"ZeRO-{engine.zero_stage}"
-    return (
-        f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); "
-        f"{engine.world_size} rank(s), {stage}, {engine.precision}; a step takes {batch * engine.world_size} examples, "
-        f"a checkpoint {12 * trained / 1e6:,.1f} MB"
-    )
-
-
-def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
-    """A micro-batch's examples: a stream gives them, otherwise it is their indices."""
-    train = setup.data.train
-    return micro_batch if isinstance(train, TrainStream) else list(train.select(micro_batch))
-
-
 def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
     """A micro-batch, on the CPU: its tokens are counted there, so that no device is waited for."""
     return collate(
@@ -264,7 +201,48 @@ def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
     )
 
 
-def _validate(run: Run, progress: TrainState) -> TrainState:
+def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
+    """A micro-batch's examples: a stream gives them, otherwise it is their indices."""
+    train = setup.data.train
+    return micro_batch if isinstance(train, TrainStream) else list(train.select(micro_batch))
+
+
+def _log_step(run: Run, meter: Meter, step: int, step_scalars: dict[str, float]) -> None:
+    """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
+    scalars, gates_LK = meter.read()
+    gates = {} if gates_LK is None else run.built.gate_names.scalars(gates_LK)
+    epoch = {"train/epoch": run.batches.epochs_at(step)}
+    run.monitor.log(step, {**scalars, **step_scalars, **epoch, **gates})
+    run.callbacks.log({**scalars, **step_scalars, **epoch, **gates})
+    run.monitor.advance(
+        step,
+        loss=scalars["train/loss"],
+        samples_per_second=scalars["train/samples_per_second"],
+    )
+    for line in run.batches.notes(at_end=step == run.total_steps):
+        run.monitor.message(line)
+
+
+def _evaluate_and_save(run: Run, state: TrainState) -> TrainState:
+    """Validate and save where it is due; save and exit where a rank was told to stop."""
+    _log_saves(run)
+    try:
+        run.session.check()
+        if run.should_evaluate(state.step):
+            state = _evaluate(run, state)
+    except Interrupted:
+        run.checkpoints.save(state)
+        _wait_for_saves(run)
+        raise
+    if run.should_stop(state.step) and state.step < run.total_steps:
+        state = replace(state, ended=state.step)
+    if run.should_save(state.step):
+        run.checkpoints.save(state)
+        run.callbacks.call("on_save")
+    return state
+
+
+def _evaluate(run: Run, state: TrainState) -> TrainState:
     setup, name = run.setup, run.setup.task.name
     validated = evaluate(
         setup.engine,
@@ -278,27 +256,52 @@ def _validate(run: Run, progress: TrainState) -> TrainState:
     )
     scores = {**validated.metrics, "loss": validated.loss}
     run.monitor.log(
-        progress.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()}
+        state.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()}
     )
-    if (seen := mixture_seen(setup.engine, validated)) is not None:
+    if (seen := gates_and_similarity(setup.engine, validated)) is not None:
         setup.engine.on_rank0(
-            lambda: run.monitor.mixture(progress.step, *seen), "drawing gates and prompts"
+            lambda: run.monitor.log_mixture(state.step, *seen), "drawing gates and prompts"
         )
     listed = ", ".join(f"{metric} {value:.4g}" for metric, value in told_once(scores).items())
-    run.monitor.message(f"step {progress.step}: validation of {name}: {listed}")
+    run.monitor.message(f"step {state.step}: validation of {name}: {listed}")
     # with the best one before this: that is what they compare with
     run.callbacks.call(
         "on_evaluate", metrics={f"eval_{metric}": value for metric, value in scores.items()}
     )
-    progress = progress.measured(validated.metrics["average_metrics"], validated.loss)
-    run.callbacks.at(progress, run.batches.epochs_at(progress.step))
-    return progress
+    state = state.measured(validated.metrics["average_metrics"], validated.loss)
+    run.callbacks.at(state, run.batches.epochs_at(state.step))
+    return state
 
 
-def mixture_seen(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:
+def gates_and_similarity(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:
     """Of an evaluation just done, gates [N,L,K] and prompt similarity [1+K,1+K]; None without experts."""
     assert isinstance(engine.module, TrainedT5)
     similarity_MM = engine.module.prompt_similarity()
     if evaluated.gates_NLK is None or similarity_MM is None:
         return None
     return evaluated.gates_NLK, similarity_MM.cpu()
+
+
+def _log_saves(run: Run) -> None:
+    for line in run.checkpoints.lines():
+        run.monitor.message(line)
+
+
+def _wait_for_saves(run: Run) -> None:
+    try:
+        run.checkpoints.finish()
+    finally:
+        _log_saves(run)
+
+
+def _end_early(run: Run, state: TrainState) -> TrainState:
+    """The end that a callback has asked for, saved as such, so that it is the end where the run resumes, too."""
+    run.monitor.message(
+        f"stopped by a callback after step {state.step} of {run.total_steps}; best weights and test follow"
+    )
+    for line in run.batches.notes(at_end=True):
+        run.monitor.message(line)
+    if state.ended is None:
+        state = replace(state, ended=state.step)
+        run.checkpoints.save(state)
+    return state

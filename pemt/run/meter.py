@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pemt.data import IGNORED_LABEL
 from pemt.engine import Engine
 from pemt.model import PemtOutput
 
@@ -30,7 +31,10 @@ class Share:
     samples: float
 
     def of_loss(self, out: PemtOutput, sparsity_weight: float) -> Tensor:
-        """What to take the gradient of: `out.loss`, with each of its parts at its own share."""
+        """What to take the gradient of: cross-entropy · tokens + weight · sparsity · samples.
+
+        `out.loss` is cross-entropy + weight · sparsity already; what its second part lacks is added.
+        """
         assert out.loss is not None
         loss = out.loss * self.tokens
         if out.sparsity_loss is None:
@@ -44,7 +48,9 @@ def shares(engine: Engine, batches: Sequence[Mapping[str, Tensor]]) -> list[Shar
     Args:
         batches: on the CPU, so that no device is waited for.
     """
-    counts = [(int((each["labels"] >= 0).sum()), len(each["labels"])) for each in batches]
+    counts = [
+        (int((each["labels"] != IGNORED_LABEL).sum()), len(each["labels"])) for each in batches
+    ]
     micro_batches = len(batches) * engine.world_size
     tokens, samples = engine.totals([sum(column) for column in zip(*counts, strict=True)])
     return [
@@ -85,7 +91,7 @@ class Meter:
             self._gates_LK = gates_LK if self._gates_LK is None else self._gates_LK + gates_LK
         self._samples += len(batch["input_ids"])
         real = batch["attention_mask"].sum()
-        self._tokens += real + (batch["labels"] >= 0).sum()
+        self._tokens += real + (batch["labels"] != IGNORED_LABEL).sum()
         self._real += real
         self._places += batch["attention_mask"].numel()
 

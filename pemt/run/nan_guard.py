@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine
+from pemt.monitor import progress_logger
 
 
 class NonFiniteError(PemtError):
@@ -76,12 +77,14 @@ class NonFiniteGuard:
     ) -> NonFiniteError:
         values = torch.stack(losses).float()
         # gloo and NCCL gather equal shapes, and every rank has equally many micro-batches
-        everyones_RM = self._engine.gather(values[None].contiguous()).cpu()
+        losses_RM = self._engine.gather(values[None].contiguous()).cpu()
         self._save(step, micro_batches, values.tolist())
         self._engine.barrier()
-        guilty = [rank for rank, row_M in enumerate(everyones_RM) if not row_M.isfinite().all()]
+        guilty = [rank for rank, row_M in enumerate(losses_RM) if not row_M.isfinite().all()]
         if guilty:
-            what = f"the loss is {_worst(everyones_RM[guilty[0]])} on rank {', '.join(map(str, guilty))}"
+            what = (
+                f"the loss is {_worst(losses_RM[guilty[0]])} on rank {', '.join(map(str, guilty))}"
+            )
         else:
             what = "every rank's loss is finite, the gradient is not"
         path = self._path(step, guilty[0] if guilty else 0)
@@ -111,7 +114,7 @@ class NonFiniteGuard:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(lines), encoding="utf-8")
         except OSError as error:  # the run ends anyway, and with the true reason
-            print(f"{path}: cannot be written: {error.strerror}", flush=True)
+            progress_logger().warning(f"{path}: cannot be written: {error.strerror}")
 
 
 def _worst(losses_M: Tensor) -> str:

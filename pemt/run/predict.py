@@ -33,8 +33,8 @@ from pemt.data import (
     unknown,
 )
 from pemt.engine import Engine
-from pemt.monitor import quiet_libraries
-from pemt.run.evaluate import answer_batch, label_batch, over_ranks
+from pemt.monitor import NamedGates, quiet_libraries
+from pemt.run.evaluate import generate_batch, map_over_ranks, score_labels
 from pemt.run.finished import (
     LoadedRun,
     finished_config,
@@ -136,7 +136,7 @@ class Predictor:
             return []
         ids = self._encoded(texts)
         labels = label_ids(task, self.finished.tokenizer) if constrain else []
-        found, *gates = over_ranks(
+        columns = map_over_ranks(
             self.engine,
             [len(each) for each in ids],
             batch_size=batch_size or config.per_device_eval_batch_size,
@@ -144,23 +144,23 @@ class Predictor:
                 [ids[i] for i in indices], longest, num_beams or config.num_beams, labels
             ),
         )
-        named = (
-            [self.finished.gate_names.named(each) for each in gates[0]]
-            if gates
-            else [{}] * len(texts)
-        )
+        named: list[NamedGates] = [{} for _ in texts]
+        if "gates" in columns:
+            named = [self.finished.gate_names.named(each) for each in columns["gates"]]
         return [
             Prediction(input=text, **answer, gates=weights)
             for text, answer, weights in zip(
-                texts, self._answers(found, constrain), named, strict=True
+                texts, self._answers(columns, constrain), named, strict=True
             )
         ]
 
-    def _answers(self, found: Tensor, constrain: bool) -> list[dict[str, Any]]:
-        """From log-likelihoods [N,C], or generated ids [N,T]: prediction, label, probabilities."""
+    def _answers(self, columns: dict[str, Tensor], constrain: bool) -> list[dict[str, Any]]:
+        """From log-likelihoods [N,C] of labels, or generated ids [N,T]: prediction, label, probabilities."""
         task = self.finished.task
         if not constrain:
-            texts = self.finished.tokenizer.batch_decode(found, skip_special_tokens=True)
+            texts = self.finished.tokenizer.batch_decode(
+                columns["tokens"], skip_special_tokens=True
+            )
             return [{"prediction": text, "label": label_called(task, text)} for text in texts]
         names = [label_called(task, label) for label in task.labels]
         return [
@@ -169,7 +169,7 @@ class Predictor:
                 "label": names[likely_C.argmax()],
                 "probabilities": dict(zip(names, likely_C.softmax(dim=0).tolist(), strict=True)),
             }
-            for likely_C in found
+            for likely_C in columns["log_likelihoods"]
         ]
 
     def tell_cuts(self, texts: Sequence[str]) -> None:
@@ -194,8 +194,8 @@ class Predictor:
 
     def _measure(
         self, ids: list[list[int]], longest: int, num_beams: int, labels: list[list[int]]
-    ) -> list[Tensor]:
-        """Of one batch: log-likelihoods of labels [B,C], or generated ids [B,T]; and gates [B,L,K] if there are any."""
+    ) -> dict[str, Tensor]:
+        """Of one batch: what `score_labels` gives where there are labels, else what `generate_batch` does."""
         tokenizer, engine = self.finished.tokenizer, self.engine
         batch = collate(
             [{"input_ids": each} for each in ids],
@@ -204,8 +204,8 @@ class Predictor:
             device=engine.device,
         )
         if labels:
-            return label_batch(engine, batch, labels)
-        return answer_batch(engine, batch, longest=longest, num_beams=num_beams)
+            return score_labels(engine, batch, labels)
+        return generate_batch(engine, batch, longest=longest, num_beams=num_beams)
 
 
 def _texts(

@@ -16,12 +16,14 @@ from pemt.checkpoint import (
     Fresh,
     Resume,
     TrainState,
-    load_into_model,
+    load_lazily,
     start_run_folder,
+    tracker_runs,
+    write_tracker_runs,
 )
 from pemt.config import RunConfig
 from pemt.data import StreamBatches, TaskData, TrainBatches, TrainStream, lengths_of
-from pemt.engine import Engine
+from pemt.engine import Engine, Tracker, open_trackers
 from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
 from pemt.monitor import progress_logger
 from pemt.run.build import Built
@@ -53,7 +55,7 @@ def open_run(
     with engine.together("reading the digest of the base model's weights"):
         checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
     if isinstance(start, Resume):
-        resumed = checkpoints.resume(start.checkpoint, expected=session.saved_before)
+        resumed = checkpoints.find(start.checkpoint, expected=session.saved_before)
         if not resumed and engine.is_main:
             progress_logger().info(
                 f"{config.output_dir}: the run started here has no checkpoint yet"
@@ -66,6 +68,25 @@ def open_run(
         "writing the run's configuration",
     )
     return checkpoints, resumed
+
+
+def open_all_trackers(config: RunConfig, engine: Engine) -> list[Tracker]:
+    """The trackers of `report_to` besides TensorBoard; none on other ranks than 0 (all ranks call).
+
+    A resumed run goes on in the runs that it has begun there: they stand in the run's folder.
+
+    Raises:
+        ConfigError: one does not open.
+    """
+    folder = Path(config.output_dir)
+
+    def open_them() -> None:
+        engine.trackers, runs = open_trackers(config, tracker_runs(folder))
+        if runs:
+            write_tracker_runs(folder, runs)
+
+    engine.on_rank0(open_them, "opening the trackers")
+    return engine.trackers
 
 
 def _identity(setup: Setup, built: Built) -> dict[str, Any]:
@@ -110,6 +131,22 @@ def total_steps_of(config: RunConfig, batches: Batches) -> int:
     return batches.steps_per_epoch * config.num_train_epochs
 
 
+def warmup_notes(config: RunConfig, total_steps: int) -> list[str]:
+    """Warnings about a warm-up that does not do what was asked for."""
+    steps = config.warmup_steps
+    if steps and config.lr_scheduler_type == "constant":
+        return [
+            f"warmup_steps {steps}: not used, `lr_scheduler_type: constant` has no warm-up; "
+            "`constant_with_warmup` has"
+        ]
+    if steps >= total_steps > 0:
+        return [
+            f"warmup_steps {steps}: the run has {total_steps} steps, so its learning rate never gets beyond "
+            f"{max(total_steps - 1, 0) / steps:.0%} of learning_rate; lower warmup_steps, or train longer"
+        ]
+    return []
+
+
 def prepare(
     config: RunConfig,
     engine: Engine,
@@ -121,7 +158,7 @@ def prepare(
     """Optimizer over the trained parameters alone, schedule, and the model into the engine."""
     trained = dict(model.trainable_parameters())
     if resumed:
-        load_into_model(resumed, trained)
+        load_lazily(resumed, trained)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.torch_compile:
@@ -143,18 +180,18 @@ def prepare(
 
 def restore(setup: Setup, schedule: LambdaLR, resumed: Checkpoint) -> TrainState:
     """Optimizer, schedule and generators as they were when the checkpoint was saved."""
-    progress = resumed.progress
+    state = resumed.state
     # One token: a batch of the data may be the very one that gives no finite loss.
     token = torch.tensor([[setup.tokenizer.eos_token_id]], device=setup.engine.device)
     setup.engine.load_optimizer_state(
         resumed.weights,
         resumed.moments,
-        step=progress.step - progress.skipped,
+        step=state.step - state.skipped,
         batch={"input_ids": token, "attention_mask": torch.ones_like(token), "labels": token},
     )
-    set_schedule_step(schedule, progress.step)
+    set_schedule_step(schedule, state.step)
     setup.engine.load_random_states(resumed.random)
-    return progress
+    return state
 
 
 def set_schedule_step(schedule: LambdaLR, step: int) -> None:

@@ -27,44 +27,46 @@ class Run:
     total_steps: int
     callbacks: Callbacks
 
-    def ends_epoch_at(self, step: int) -> bool:
+    def is_epoch_end(self, step: int) -> bool:
         """Whether this step is an epoch's last, or the run's."""
         per_epoch = self.batches.steps_per_epoch
         return step == self.total_steps or (per_epoch is not None and step % per_epoch == 0)
 
-    def begins_epoch_at(self, step: int) -> bool:
+    def is_epoch_begin(self, step: int) -> bool:
         """Whether the step after this one is an epoch's first."""
         per_epoch = self.batches.steps_per_epoch
         return step == 0 or (per_epoch is not None and step % per_epoch == 0)
 
-    def is_wanted(self, what: str) -> bool:
+    def is_requested(self, what: str) -> bool:
         """By a callback: `log`, `evaluate`, `save`."""
         wanted: bool = getattr(self.callbacks.control, f"should_{what}")
         return wanted
 
-    def ends_at(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """The last step, or the one after which a callback stops the run."""
         stops: bool = self.callbacks.control.should_training_stop
         return step == self.total_steps or stops
 
-    def validates_at(self, step: int) -> bool:
+    def should_evaluate(self, step: int) -> bool:
         """As often as was configured, at the end, and where a callback wants it."""
         if step == 0:
             return False
-        if self.is_wanted("evaluate") or (self.ends_at(step) and self.config.eval_strategy != "no"):
+        if self.is_requested("evaluate") or (
+            self.should_stop(step) and self.config.eval_strategy != "no"
+        ):
             return True
         interval = self.config.eval_steps
         if interval is not None:
             return step % interval == 0
-        return self.config.eval_strategy == "epoch" and self.ends_epoch_at(step)
+        return self.config.eval_strategy == "epoch" and self.is_epoch_end(step)
 
-    def saves_at(self, step: int) -> bool:
+    def should_save(self, step: int) -> bool:
         """After each validation, or after each epoch where there is none; and as often as was asked for."""
         interval = self.config.save_steps
         return (
-            self.validates_at(step)
-            or self.is_wanted("save")
-            or self.ends_at(step)
+            self.should_evaluate(step)
+            or self.is_requested("save")
+            or self.should_stop(step)
             or (interval is not None and step % interval == 0)
-            or (self.config.eval_strategy == "no" and self.ends_epoch_at(step))
+            or (self.config.eval_strategy == "no" and self.is_epoch_end(step))
         )

@@ -8,10 +8,20 @@ from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
 
-from pemt.checkpoint import Checkpoints, LockError, RunLock, State, saved_checkpoint, write_status
+from pemt.checkpoint import (
+    STATUS,
+    Checkpoints,
+    LockError,
+    RunLock,
+    RunStatus,
+    finished_status,
+    saved_checkpoint,
+    write_status,
+)
 from pemt.config import PemtError, RunConfig
 from pemt.engine import Engine, Interrupted, StopSignals, Watchdog
-from pemt.storage import StorageError
+from pemt.monitor import progress_logger
+from pemt.storage import StorageError, write_text
 
 # status.json is not rewritten more often than this while a run trains.
 STATUS_SECONDS = 1.0
@@ -44,6 +54,8 @@ class Session:
         self.saved_before: int | None = (
             None  # the checkpoint that the run has left here; rank 0 knows
         )
+        # What status.json says of a run that is finished, until this one writes into its folder.
+        self._finished_before: str | None = None
         self._step, self._told = 0, time.monotonic()
 
     def __enter__(self) -> Session:
@@ -59,6 +71,7 @@ class Session:
         try:
             self._lock.acquire()
             self.saved_before = saved_checkpoint(self._folder)
+            self._finished_before = finished_status(self._folder)
             write_status(self._folder, "running", step=0, checkpoint=self.saved_before)
         except OSError as error:
             raise StorageError(
@@ -72,14 +85,18 @@ class Session:
             self._told = time.monotonic()
             self._write_status("running")
 
-    def _write_status(self, state: State) -> None:
+    def _write_status(self, state: RunStatus) -> None:
         with contextlib.suppress(OSError):  # what matters is saved elsewhere, and complains there
+            if state == "failed" and self._finished_before is not None:
+                # This start was refused; results, checkpoints and log are still those of the run that is finished.
+                write_text(self._folder / STATUS, self._finished_before)
+                return
             saved = self._checkpoints.saved if self._checkpoints else self.saved_before
             write_status(self._folder, state, step=self._step, checkpoint=saved)
 
     def attach_checkpoints(self, checkpoints: Checkpoints) -> None:
         """Record in status.json what is saved from now on; let `check` end the run for a save that failed."""
-        self._checkpoints = checkpoints
+        self._checkpoints, self._finished_before = checkpoints, None
         if (
             self._engine.is_main
         ):  # an overwritten run's are not waited for if this one is killed now
@@ -123,7 +140,7 @@ class Session:
         self._watched.__exit__()
         if not self._engine.is_main:
             return
-        state: State = "failed"
+        state: RunStatus = "failed"
         if kind is None:
             state = "finished"
         elif isinstance(error, Interrupted):
@@ -133,6 +150,6 @@ class Session:
                 if self._step
                 else f"before its first step ({error.reason}); run the same command again"
             )
-            print(f"stopped {where} (exit status {error.code})", flush=True)
+            progress_logger().info(f"stopped {where} (exit status {error.code})")
         self._write_status(state)
         self._lock.release()

@@ -23,7 +23,7 @@ from pemt.checkpoint import (
     check_lock,
     resolve_run,
 )
-from pemt.config import AdaptConfig, RunConfig, SourceConfig, for_reader
+from pemt.config import AdaptConfig, RunConfig, SourceConfig, spell_fields
 from pemt.data import Rows, load_task_data
 from pemt.engine import Engine, Interrupted, Job, is_interactive
 from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
@@ -32,11 +32,12 @@ from pemt.run.build import Built, build_model, build_ops
 from pemt.run.early import check_base_place, check_method, check_trackers
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.given import Given, check_same_on_all, with_given
-from pemt.run.loop import Fitted, fit, mixture_seen
+from pemt.run.loop import Fitted, fit, gates_and_similarity
 from pemt.run.outcome import RunResults, SourceResults
 from pemt.run.prepare import Setup
 from pemt.run.results import results_block, results_of, write_predictions, write_results
 from pemt.run.session import Session
+from pemt.run.staging import staged
 from pemt.tasks import Metric, Task, check_metrics
 
 
@@ -66,39 +67,23 @@ def run_source(
         config, train=train, validation=validation, test=test, task=task, metrics=metrics,
         callbacks=callbacks,
     )  # fmt: skip
-    start = begin(config, product=entry)
+    start = resolve_on_all(config, product=entry)
     if isinstance(start, Finished):
         given.check_results(config, start.results)
         return SourceResults(start.results, config.output_dir, entry)
-    config, engine = _with_engine(start)
+    config, engine = _make_engine(start)
     with usable_after_interrupt(engine):
         setup = set_up(config, engine, start, given)
-        built = _built(config, setup)
+        built = _build(config, setup)
         with Session(config, engine) as session:
             fitted, tested = _fit_and_test(config, setup, built, session)
             engine.on_rank0(
                 lambda: _write_entry(config, setup, built, fitted, tested), f"writing {entry}"
             )
             # Whoever finds the results takes the run for finished: the entry is there by then.
-            results = _report(config, setup, built, fitted, tested)
+            results = _write_results(config, setup, built, fitted, tested)
     engine.release()
     return SourceResults(results, config.output_dir, entry)
-
-
-def _write_entry(
-    config: SourceConfig, setup: Setup, built: Built, fitted: Fitted, tested: Evaluation
-) -> None:
-    model = built.model
-    assert isinstance(model, PemtT5)
-    entry = write_entry(
-        config.bank_dir,
-        model.export_expert(setup.task.name, state=fitted.weights),
-        base={"name": config.model_name_or_path, **base_shape(setup.base.config)},
-        description=config.description or setup.task.description,
-        metrics=tested.metrics,
-        dtype="float32",
-    )
-    print(f"{setup.task.name} is in the bank: {entry}", flush=True)
 
 
 def run_adapt(
@@ -134,34 +119,48 @@ def run_adapt(
         config, train=train, validation=validation, test=test, task=task, metrics=metrics,
         callbacks=callbacks,
     )  # fmt: skip
-    start = begin(config)
+    start = resolve_on_all(config)
     if isinstance(start, Finished):
         given.check_results(config, start.results)
         return RunResults(start.results, config.output_dir)
-    config, engine = _with_engine(start)
+    config, engine = _make_engine(start)  # from here on the configuration is final
     check_method(config)
     with usable_after_interrupt(engine):
         setup = set_up(config, engine, start, given)
-        built = _built(config, setup)
+        built = _build(config, setup)
         with Session(config, engine) as session:
             fitted, tested = _fit_and_test(config, setup, built, session)
-            results = _report(config, setup, built, fitted, tested)
+            results = _write_results(config, setup, built, fitted, tested)
     engine.release()
     return RunResults(results, config.output_dir)
 
 
-def _built(config: SourceConfig | AdaptConfig, setup: Setup) -> Built:
-    """The model; and what is to be said of it."""
-    with setup.engine.together("building the model"):
-        built = build_model(
-            config,
-            base=setup.base,
-            tokenizer=setup.tokenizer,
-            description=config.description or setup.task.description,
+def resolve_on_all(
+    config: Config, product: Path | None = None
+) -> Fresh[Config] | Resume[Config] | Finished[Config]:
+    """What `resolve_run` decides on rank 0, for all ranks, logged (all ranks call)."""
+    job = Job(config)
+    start = job.on_rank0(
+        lambda: resolve_run(config, world_size=job.world_size, product=product),
+        "checking the run's folder",
+    )
+    if job.is_main and isinstance(start, Resume):
+        for note in start.notes:
+            progress_logger().info(note)
+    if job.is_main and isinstance(start, Finished):
+        print(
+            spell_fields(
+                f"{config.output_dir}: this run is finished; give --overwrite_output_dir true to train it again"
+            ),
+            flush=True,
         )
-    for note in built.notes() if setup.engine.is_main else ():
-        print(f"pemt: {note}", file=sys.stderr, flush=True)
-    return built
+    return start
+
+
+def _make_engine(start: Fresh[Config] | Resume[Config]) -> tuple[Config, Engine]:
+    """The run's engine, and its configuration with the precision that the devices have."""
+    engine = Engine(start.config)
+    return replace(start.config, bf16=engine.config.bf16), engine
 
 
 @contextmanager
@@ -173,41 +172,15 @@ def usable_after_interrupt(engine: Engine) -> Iterator[None]:
     """
     try:
         yield
-    except Interrupted as error:
+    except (Interrupted, KeyboardInterrupt) as error:
         if not is_interactive():
             raise
         engine.release()
+        if isinstance(error, KeyboardInterrupt):  # the second one: nobody waits for the step
+            raise
         raise KeyboardInterrupt(
             f"{error.reason}: a checkpoint is saved; the same call resumes from it"
         ) from None
-
-
-def begin(
-    config: Config, product: Path | None = None
-) -> Fresh[Config] | Resume[Config] | Finished[Config]:
-    """What `resolve_run` decides on rank 0, for all ranks; and the terminal is told (all ranks call)."""
-    job = Job(config)
-    start = job.on_rank0(
-        lambda: resolve_run(config, world_size=job.world_size, product=product),
-        "checking the run's folder",
-    )
-    if job.is_main and isinstance(start, Resume):
-        for note in start.notes:
-            progress_logger().info(note)
-    if job.is_main and isinstance(start, Finished):
-        print(
-            for_reader(
-                f"{config.output_dir}: this run is finished; give --overwrite_output_dir true to train it again"
-            ),
-            flush=True,
-        )
-    return start
-
-
-def _with_engine(start: Fresh[Config] | Resume[Config]) -> tuple[Config, Engine]:
-    """The run's engine, and its configuration with the precision that the devices have."""
-    engine = Engine(start.config)
-    return replace(start.config, bf16=engine.config.bf16), engine
 
 
 def set_up(
@@ -225,14 +198,15 @@ def set_up(
     task = given.task_of(config)
     check_metrics(task, given.metrics)
     build_ops(config, engine)
+    read = staged(config, engine)
     with engine.local_first(f"fetching {config.model_name_or_path}"):
-        fetch_base(config)
-    with engine.together(f"reading {config.model_name_or_path}"):
-        base, tokenizer = load_base(config, lazy=True)
+        fetch_base(read)
+    with engine.together(f"reading {read.model_name_or_path}"):
+        base, tokenizer = load_base(read, lazy=True)
     if (warning := precision_warning(config, base)) and engine.is_main:
         print(f"pemt: {warning}", file=sys.stderr, flush=True)
     with engine.local_first(f"preparing the examples of {task.name}"):
-        data = load_task_data(task, config, tokenizer, given.data)
+        data = load_task_data(task, read, tokenizer, given.data)
     if data.is_measured:
         task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
@@ -245,6 +219,25 @@ def set_up(
         data=data,
         given=given,
     )
+
+
+def _build(config: SourceConfig | AdaptConfig, setup: Setup) -> Built:
+    """The model, with its notes logged (all ranks call)."""
+    with setup.engine.together("building the model"):
+        built = build_model(
+            config,
+            base=setup.base,
+            tokenizer=setup.tokenizer,
+            description=config.description or setup.task.description,
+        )
+    notes = built.notes()
+    if built.source_names and config.torch_compile and config.gradient_checkpointing:
+        notes.append(
+            "torch_compile: has no effect on blocks that mix experts with gradient_checkpointing; leave one of them out"
+        )
+    for note in notes if setup.engine.is_main else ():
+        progress_logger().info(note)
+    return built
 
 
 def _fit_and_test(
@@ -268,20 +261,36 @@ def _fit_and_test(
     return fitted, tested
 
 
-def _report(
+def _write_entry(
+    config: SourceConfig, setup: Setup, built: Built, fitted: Fitted, tested: Evaluation
+) -> None:
+    model = built.model
+    assert isinstance(model, PemtT5)
+    entry = write_entry(
+        config.bank_dir,
+        model.export_expert(setup.task.name, state=fitted.weights),
+        base={"name": config.model_name_or_path, **base_shape(setup.base.config)},
+        description=config.description or setup.task.description,
+        metrics=tested.metrics,
+        dtype="float32",
+    )
+    progress_logger().info(f"{setup.task.name} is in the bank: {entry}")
+
+
+def _write_results(
     config: RunConfig, setup: Setup, built: Built, fitted: Fitted, tested: Evaluation
 ) -> dict[str, Any]:
     """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
     engine = setup.engine
     results = results_of(
         tested,
-        progress=fitted.progress,
+        state=fitted.state,
         epoch=fitted.epoch,
         gates=built.gate_names,
         data=setup.data,
         given=list(setup.given.metrics),
     )
-    mixture = mixture_seen(engine, tested)
+    mixture = gates_and_similarity(engine, tested)
 
     def write() -> None:
         folder = Path(config.output_dir)
@@ -290,7 +299,7 @@ def _report(
         )
         record_outcome(
             folder,
-            step=fitted.progress.step,
+            step=fitted.state.step,
             config=config,
             results=results,
             gates=built.gate_names,

@@ -8,9 +8,13 @@ temporary name and nothing else.
 from __future__ import annotations
 
 import contextlib
+import glob
+import operator
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,26 +61,70 @@ def write_folder(
     Raises:
         StorageError: the disk refused; what stood there before still stands.
     """
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
+    write_folders({folder: tensor_writer(files, manifest)})
+    return folder
+
+
+def write_folders(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Write several folders: none gets its name before all are complete on the disk.
+
+    A process that is killed between two renames leaves some of them, each whole; the same call then writes the rest.
+
+    Args:
+        writers: by a folder's final name what fills it, under a temporary one.
+
+    Raises:
+        StorageError: the disk refused; what stood under these names before still stands.
+    """
+    written: dict[Path, Path] = {}
+    folder = Path()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_partial_writes(folder.parent, lambda name: name == folder.name)
-        fs_op(os.mkdir, temporary)
-        listed = {}
-        for name, tensors in files.items():
-            whole = {key: value.contiguous() for key, value in tensors.items()}
-            fs_op(save_tensors, whole, temporary / name)
-            fs_op(_sync, temporary / name)
-            listed[name] = listed_file(temporary / name, tensors)
-        fs_op(_write, with_checksum({**manifest, "files": listed}), temporary / MANIFEST)
-        fs_op(_sync, temporary / MANIFEST)
-        fs_op(_sync, temporary)
-        _put_in_place(temporary, folder)
+        for folder, write in writers.items():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_partial_writes(folder.parent, partial(operator.eq, folder.name))
+            temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
+            written[folder] = temporary
+            fs_op(os.mkdir, temporary)
+            write(temporary)
+            fs_op(_sync, temporary)
+        for folder, temporary in written.items():
+            _put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for temporary in written.values():
+            shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"{folder}: cannot be written: {reason}") from None
-    return folder
+
+
+def tensor_writer(
+    files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+) -> Callable[[Path], None]:
+    """A writer for `write_folders` of what `write_folder` takes."""
+    return partial(_write_tensors, files=files, manifest=manifest)
+
+
+def move_files(source: Path, names: Sequence[str]) -> Callable[[Path], None]:
+    """A writer for `write_folders` that takes files as they are from a folder of the same disk."""
+
+    def move(temporary: Path) -> None:
+        for name in names:
+            fs_op(os.rename, source / name, temporary / name)
+            fs_op(_sync, temporary / name)
+
+    return move
+
+
+def _write_tensors(
+    temporary: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+) -> None:
+    listed = {}
+    for name, tensors in files.items():
+        whole = {key: value.contiguous() for key, value in tensors.items()}
+        fs_op(save_tensors, whole, temporary / name)
+        fs_op(_sync, temporary / name)
+        listed[name] = listed_file(temporary / name, tensors)
+    fs_op(_write, with_checksum({**manifest, "files": listed}), temporary / MANIFEST)
+    fs_op(_sync, temporary / MANIFEST)
 
 
 def fs_op(operation: Callable[..., Any], *arguments: Any) -> None:
@@ -190,13 +238,31 @@ def write_text(path: Path, text: str, *, synced: bool = True) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name for what is to replace a file: it does at the end of the block, or goes where that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary name for what is to replace a file: it does at the end of the block, or goes where that fails.
+
+    What processes of this machine left that were killed while they replaced the same file, goes too.
+    """
+    mine = f".{path.name}.{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(mine)}*"):
+        process = left.name.removeprefix(mine)
+        if process.isdecimal() and not _is_running(int(process)):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{mine}{os.getpid()}")
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's, or no process's number
+        return True
+    return True
 
 
 def _write(text: str, path: Path) -> None:

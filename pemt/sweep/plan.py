@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pemt.checkpoint import CONFIG, RESULTS, plain_values
 from pemt.config import (
     AdaptConfig,
     ConfigError,
     PemtError,
+    RunConfig,
+    SourceConfig,
     field_keys,
     flat,
     make_config,
@@ -23,10 +25,14 @@ from pemt.config import (
 from pemt.run import check_method
 from pemt.tasks import get_task
 
-KEYS = ("output_dir", "recipe", "fields", "methods", "tasks", "seeds")
 NEEDED = ("output_dir", "methods", "tasks", "seeds")
-# What the sweep itself sets for each run.
+KEYS = (*NEEDED, "recipe", "fields", "sources", "source_fields", "published")
+# What the sweep itself sets for each run; a task or a source may be another one than its name says.
 OWN = ("output_dir", "seed", "task_name", "resume_from_checkpoint", "overwrite_output_dir")
+SOURCE_OWN = tuple(key for key in OWN if key != "seed")
+# What stage 1 takes from the fields of all stage 2 runs.
+SHARED = ("model_name_or_path", "tokenizer_name", "bank_dir")
+Config = TypeVar("Config", bound=RunConfig)
 
 
 class SweepError(PemtError):
@@ -39,6 +45,7 @@ class Run:
 
     Args:
         method: the row's name in the table; two rows may use one `config.method`.
+        task: the column's; two columns may use one `config.task_name`.
     """
 
     method: str
@@ -62,13 +69,21 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Methods × tasks × seeds, in the order in which they run: seed by seed."""
+    """Methods × tasks × seeds, in the order in which they run: seed by seed.
+
+    Args:
+        sources: stage 1, which runs first; one that the bank has is not trained again.
+        published: method -> task -> a number of somebody else's, in percent; published_by: where it stands.
+    """
 
     output_dir: Path
     methods: list[str]
     tasks: list[str]
     seeds: list[int]
     runs: list[Run]
+    sources: list[SourceConfig] = field(default_factory=list)
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
+    published_by: str = ""
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -77,48 +92,131 @@ def read_sweep(path: Path) -> Sweep:
     Args:
         path: YAML with `output_dir`, `methods`, `tasks` (each a list of names, or names with fields of
             their own), `seeds`, and for all runs `recipe` and `fields`. A method's fields win over a
-            task's, a task's over `fields`, and those over the recipe.
+            task's, a task's over `fields`, and those over the recipe. `sources`, written as tasks are, are
+            trained first, by the recipe `source` and `source_fields`; `published` has numbers to show beside ours.
 
     Raises:
         SweepError: anything wrong in any run; a line per fault, each with file and key.
     """
     content = _content(path)
     methods, tasks = (_named(path, content, key) for key in ("methods", "tasks"))
-    seeds = content["seeds"]
-    if not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
-        raise SweepError(f"{path}: seeds: found {seeds}, expected a list of integers")
     shared = content.get("fields") or {}
-    output_dir = Path(content["output_dir"]).expanduser()
     _stop(list(_unknown(path, shared, methods, tasks)))
-    seeds = list(dict.fromkeys(seeds))
+    numbers, published_by = _published(path, content, methods, tasks)
+    sources, faults = _sources(path, content, shared)
+    if sources:
+        shared = {"source_tasks": [each.task_name for each in sources], **shared}
     runs: list[Run] = []
-    faults: list[str] = []
-    for seed, task, method in product(seeds, tasks, methods):
+    made: dict[tuple[str, str], AdaptConfig] = {}  # of the first seed; reading one takes 50 ms
+    for seed, task, method in product(content["seeds"], tasks, methods):
         levels = {
             f"methods.{method}": methods[method],
             f"tasks.{task}": tasks[task],
             "fields": shared,
         }
         recipe = methods[method].get("recipe", content.get("recipe"))
-        own = {
-            "output_dir": str(output_dir / task / method / f"seed-{seed}"),
-            "task_name": task,
-            "seed": seed,
-        }
+        folder = _output_dir(content) / task / method / f"seed-{seed}"
         try:
-            config = _config(recipe, levels, own, method)
+            if (task, method) not in made:
+                made[task, method] = _checked(recipe, levels, method, task, bool(sources))
+            config = replace(made[task, method], output_dir=str(folder), seed=seed)
             _check_folder(config)
             runs.append(Run(method=method, task=task, seed=seed, config=config))
         except PemtError as error:
-            faults.append(f"{path}: {_placed(str(error), levels, method=method, task=task)}")
+            where = f"tasks.{task}, methods.{method}"
+            faults.append(f"{path}: {_placed(str(error), levels, where)}")
     _stop(faults)
     return Sweep(
-        output_dir=output_dir,
+        output_dir=_output_dir(content),
         methods=list(methods),
         tasks=list(tasks),
-        seeds=seeds,
+        seeds=content["seeds"],
         runs=runs,
+        sources=sources,
+        published=numbers,
+        published_by=published_by,
     )
+
+
+def _checked(
+    recipe: str | None,
+    levels: Mapping[str, Mapping[str, Any]],
+    method: str,
+    task: str,
+    has_sources: bool,
+) -> AdaptConfig:
+    """A method's configuration on a task; folder and seed are put in later."""
+    own = {"task_name": levels[f"tasks.{task}"].get("task_name", task), "output_dir": ""}
+    config = _config(AdaptConfig, recipe, levels, {"method": method}, own)
+    if not (has_sources and config.method == "pemt"):  # whose bank is not there yet
+        check_method(config)
+    return config
+
+
+def _output_dir(content: Mapping[str, Any]) -> Path:
+    return Path(content["output_dir"]).expanduser()
+
+
+def _sources(
+    path: Path, content: Mapping[str, Any], shared: Mapping[str, Any]
+) -> tuple[list[SourceConfig], list[str]]:
+    """Stage 1's runs, on the base model and into the bank of `fields`; and what is wrong with them."""
+    named = _named(path, content, "sources") if content.get("sources") else {}
+    given = content.get("source_fields") or {}
+    every = {"source_fields": given, **{f"sources.{name}": each for name, each in named.items()}}
+    _stop(list(_unknown_in(path, every, SourceConfig, SOURCE_OWN)))
+    found: dict[str, SourceConfig] = {}
+    faults = []
+    if given and not named:
+        faults.append(f"{path}: source_fields: there are no `sources` to train with them")
+    for name, each in named.items():
+        levels = {
+            f"sources.{name}": each,
+            "source_fields": given,
+            "fields": {key: shared[key] for key in SHARED if key in shared},
+        }
+        task = each.get("task_name", name)
+        own = {"output_dir": str(_output_dir(content) / "stage1" / name), "task_name": task}
+        try:
+            if task in found:
+                raise ConfigError(
+                    f"task_name: found {task} twice; the bank has one entry of a name"
+                )
+            found[task] = _config(SourceConfig, "source", levels, {}, own)
+            _check_folder(found[task])
+        except PemtError as error:
+            faults.append(f"{path}: {_placed(str(error), levels, f'sources.{name}')}")
+    return list(found.values()), faults
+
+
+def _published(
+    path: Path, content: Mapping[str, Any], methods: Mapping[str, Any], tasks: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, float]], str]:
+    """Published numbers by method and task, and where they stand."""
+    given = content.get("published")
+    if given is None:
+        return {}, ""
+    numbers = given.get("numbers") if isinstance(given, dict) else None
+    if (
+        not isinstance(numbers, dict)
+        or given.keys() != {"source", "numbers"}
+        or not all(isinstance(row, dict) for row in numbers.values())
+        or not all(type(each) in (int, float) for row in numbers.values() for each in row.values())
+    ):
+        raise SweepError(
+            f"{path}: published: found {given}, expected `source: where they stand` and "
+            "`numbers: {method: {task: percent}}`"
+        )
+    wrong = [(method, methods) for method in numbers]
+    wrong += [(task, tasks) for row in numbers.values() for task in row]
+    _stop(
+        [
+            f"{path}: published.numbers: unknown `{name}`{nearest(name, list(known))}"
+            for name, known in wrong
+            if name not in known
+        ]
+    )
+    return numbers, str(given["source"])
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -130,7 +228,10 @@ def _content(path: Path) -> dict[str, Any]:
     ]
     faults += [f"{path}: {key}: missing" for key in NEEDED if not content.get(key)]
     _stop(faults)
-    return content
+    seeds = content["seeds"]
+    if not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
+        raise SweepError(f"{path}: seeds: found {seeds}, expected a list of integers")
+    return {**content, "seeds": list(dict.fromkeys(seeds))}
 
 
 def _stop(faults: list[str]) -> None:
@@ -164,47 +265,61 @@ def _unknown(
     tasks: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[str]:
     """Keys that no run has, or that the sweep settles."""
-    known = [key for key in field_keys(AdaptConfig) if key not in OWN]
-    levels = {"fields": shared} | {f"tasks.{name}": each for name, each in tasks.items()}
+    levels: dict[str, Mapping[str, Any]] = {"fields": shared}
+    levels |= {f"tasks.{name}": each for name, each in tasks.items()}
     for name, each in methods.items():
         levels[f"methods.{name}"] = {key: each[key] for key in each if key != "recipe"}
+    yield from _unknown_in(path, levels, AdaptConfig, OWN)
+
+
+def _unknown_in(
+    path: Path,
+    levels: Mapping[str, Mapping[str, Any]],
+    kind: type[RunConfig],
+    own: tuple[str, ...],
+) -> Iterator[str]:
+    keys = field_keys(kind)
+    known = [key for key in keys if key not in own]
     for level, fields in levels.items():
-        for key in flat(fields, field_keys(AdaptConfig)):
-            if key in OWN:
+        for key in flat(fields, keys):
+            if key == "task_name" and level.startswith(("tasks.", "sources.")):
+                continue
+            if key in own:
                 yield f"{path}: {level}.{key}: the sweep sets it for each run; leave it out"
             elif key not in known:
                 yield f"{path}: {level}: unknown key `{key}`{nearest(key, known)}"
 
 
 def _config(
-    recipe: str | None, levels: Mapping[str, Mapping[str, Any]], own: dict[str, Any], method: str
-) -> AdaptConfig:
-    known = field_keys(AdaptConfig)
-    given: dict[str, Any] = {}
+    kind: type[Config],
+    recipe: str | None,
+    levels: Mapping[str, Mapping[str, Any]],
+    default: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> Config:
+    """A run's configuration: `own` wins over the first level, that over the next, the last over `default`."""
+    known = field_keys(kind)
+    given: dict[str, Any] = dict(default)
     for fields in reversed(list(levels.values())):
         given |= flat(fields, known)
     given.pop("recipe", None)
-    given.setdefault("method", method)
-    config = make_config(AdaptConfig, given | own, recipe=recipe, prog="pemt sweep")
+    config = make_config(kind, {**given, **own}, recipe=recipe, prog="pemt sweep")
     get_task(config.task_name, config.task_file)
-    check_method(config)
     return config
 
 
-def _placed(
-    message: str, levels: Mapping[str, Mapping[str, Any]], *, method: str, task: str
-) -> str:
-    """A complaint about a run, with the place in the sweep that it comes from."""
+def _placed(message: str, levels: Mapping[str, Mapping[str, Any]], where: str) -> str:
+    """A complaint about a run, with the place in the sweep that it comes from; else with the run."""
     key = message.removeprefix("--").split(":")[0].split(" ")[0]
     for level, fields in levels.items():
         if key in flat(fields, field_keys(AdaptConfig)) or key.split(".")[0] in fields:
             return f"{level}.{message.removeprefix('--')}"
     if key == "method":
-        return f"methods.{method}: {message}"
-    return f"tasks.{task}, methods.{method}: {message}"
+        where = where.rpartition(", ")[2]
+    return f"{where}: {message}"
 
 
-def _check_folder(config: AdaptConfig) -> None:
+def _check_folder(config: RunConfig) -> None:
     """Refuse a folder that holds a run of another configuration."""
     path = Path(config.output_dir) / CONFIG
     if not path.is_file():

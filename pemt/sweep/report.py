@@ -28,6 +28,7 @@ class Cell:
         scores: seed -> the mean of the task's metrics on its test set, in percent; finished runs alone.
         expected: how many seeds there are to be.
         trained: number of trained parameters; None where it is not known.
+        published: somebody else's number, in percent; None where none is at hand.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Cell:
     scores: dict[int, float]
     expected: int
     trained: int | None
+    published: float | None = None
 
     @property
     def mean(self) -> float | None:
@@ -94,6 +96,7 @@ def cells_of(sweep: Sweep) -> list[Cell]:
                         ),
                         None,
                     ),
+                    published=sweep.published.get(method, {}).get(task),
                 )
             )
     return cells
@@ -114,20 +117,34 @@ def markdown(sweep: Sweep, cells: list[Cell]) -> str:
         lines.append(f"| {method} | {shown} | {' | '.join(map(str, ours))} | {over_tasks} |")
     seeds = ", ".join(map(str, sweep.seeds))
     note = f"Mean of each task's test metrics in percent, ± standard deviation over seeds {seeds}."
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", note, *beside_published(sweep, cells)])
+
+
+def beside_published(sweep: Sweep, cells: list[Cell]) -> list[str]:
+    """A row a task of every method that has published numbers: ours, theirs, the difference."""
+    if not sweep.published:
+        return []
+    lines = ["", "| task | method | ours | published | difference |", "|---|---|---:|---:|---:|"]
+    for cell in (cell for cell in cells if cell.method in sweep.published):
+        theirs = gap = "–"
+        if cell.published is not None:
+            theirs = f"{cell.published:.2f}"
+            gap = gap if cell.mean is None else f"{cell.mean - cell.published:+.2f}"
+        lines.append(f"| {cell.task} | {cell.method} | {cell} | {theirs} | {gap} |")
+    return [*lines, "", f"Published: {sweep.published_by}. –: no source at hand."]
 
 
 def comma_separated(cells: list[Cell]) -> str:
     """A line a method and task; `scores` has those of single seeds, as `seed=score`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["task", "method", "trained", "seeds", "mean", "std", "scores"])
+    writer.writerow(["task", "method", "trained", "seeds", "mean", "std", "scores", "published"])
     for cell in cells:
         scores = " ".join(f"{seed}={score}" for seed, score in cell.scores.items())
         writer.writerow(
             [
                 *(cell.task, cell.method, cell.trained, len(cell.scores)),
-                *(cell.mean, cell.std, scores),
+                *(cell.mean, cell.std, scores, cell.published),
             ]
         )
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""The task table: GLUE. As in the published code, targets are the class ids of the hub's copy."""
+"""The task table: GLUE. Targets are the class ids of the hub's copy; paper.py has the published code's."""
 
 from __future__ import annotations
 

@@ -7,12 +7,19 @@ import difflib
 from pemt.tasks.answers import ANSWER_TASKS
 from pemt.tasks.classification import CLASSIFICATION_TASKS
 from pemt.tasks.glue import GLUE_TASKS
+from pemt.tasks.paper import PAPER_TASKS
 from pemt.tasks.superglue import SUPERGLUE_TASKS
 from pemt.tasks.task import Task, TaskError
 
 _TASKS: dict[str, Task] = {
     task.name: task
-    for task in (*ANSWER_TASKS, *GLUE_TASKS, *SUPERGLUE_TASKS, *CLASSIFICATION_TASKS)
+    for task in (
+        *ANSWER_TASKS,
+        *GLUE_TASKS,
+        *SUPERGLUE_TASKS,
+        *CLASSIFICATION_TASKS,
+        *PAPER_TASKS,
+    )
 }
 
 

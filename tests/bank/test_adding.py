@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pemt.bank.adding import Adapter, add_peft
 from pemt.bank.entries import read_entry
@@ -17,12 +19,11 @@ from pemt.bank.manifests import entry_names
 from pemt.commands import COMMANDS
 from pemt.config import MixtureConfig, PemtError
 from pemt.run.train import run_adapt
-from tests.support.adapters import make_adapter
+from tests.support.adapters import LORAHUB, make_adapter
 from tests.support.hub import hub
 from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
 
 TARGET = "tiny-target"
-LORAHUB: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q", "v"]}
 NAMES = ["flan_t5_tiny-red_box", "flan_t5_tiny-white_lid", "flan_t5_tiny-wo"]
 
 
@@ -33,9 +34,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two in LoraHub's form, and one on the FFNs."""
+    """Two in LoraHub's form, one of them a pickle as there, and one on the FFNs."""
     folder = tmp_path_factory.mktemp("hub") / "someone"
-    settings = [LORAHUB, LORAHUB, {"r": 2}]
+    settings: list[dict[str, Any]] = [LORAHUB, {**LORAHUB, "pickled": True}, {"r": 2}]
     return [
         make_adapter(base, folder / name, **given)
         for name, given in zip(NAMES, settings, strict=True)
@@ -71,6 +72,7 @@ def test_from_hub_adapters_to_an_adapted_model(
     ]  # fmt: skip
     assert told[0].endswith("prompt: made from `flan t5 tiny red box`")
     assert entry_names(bank) == NAMES
+    assert "%|" not in done.stderr, "bars in a file"
 
     tiny_task(TARGET)
     data = write_task_files(tmp_path / "data", seed=0)
@@ -117,3 +119,16 @@ def test_one_bank_is_for_one_base(base: Path, adapters: list[Path], tmp_path: Pa
     assert not (tmp_path / "bank").exists()
     added = add_peft(wanted, bank_dir=tmp_path / "bank", model_name_or_path=str(base))
     assert [each.folder.name for each in added] == [NAMES[0], "other"]
+
+
+def test_one_that_cannot_be_stored_keeps_the_others_out(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(adapters[2], broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, broken / "adapter_model.safetensors")
+    with pytest.raises(PemtError, match=r"broken: not written: .* has infinite or NaN values"):
+        add_peft([Adapter(str(adapters[0])), Adapter(str(broken))], bank_dir=tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()

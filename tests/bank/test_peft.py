@@ -17,14 +17,15 @@ from transformers import AutoModelForSeq2SeqLM
 
 from pemt.bank.adding import Adapter, add_peft
 from pemt.bank.entries import read_bank, read_entry, write_entry
-from pemt.bank.peft_format import PROMPT_FILE, read_peft
+from pemt.bank.peft_files import PROMPT_FILE
+from pemt.bank.peft_format import read_peft
 from pemt.bank.tools import export_peft, merge, remove, verify
 from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, MixtureConfig, PemtError
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from pemt.model.experts import expert_shapes
 from pemt.model.sites import target_sites
-from tests.support.adapters import make_adapter
+from tests.support.adapters import LORAHUB, make_adapter
 from tests.support.tiny import make_base
 from tests.support.tiny_t5 import tiny_base, tiny_source
 
@@ -40,6 +41,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"decoder.block.1.layer.2.DenseReluDense.wo": 3},
     },
     "some layers": {"r": 4, "lora_alpha": 4, "target_modules": r".*encoder.*\.wo"},
+    "lorahub's": LORAHUB,
+    "a pickle": {**LORAHUB, "pickled": True},
     "q and v": {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]},
     "everywhere": {
         "r": 2,
@@ -232,7 +235,7 @@ def test_what_is_refused_of_a_folder(base: Path, tmp_path: Path) -> None:
         add_peft([Adapter(str(good), "red")], bank_dir=tmp_path / "b", model_name_or_path=str(base))
     (good / "adapter_model.safetensors").unlink()
     (good / "adapter_model.bin").touch()
-    with pytest.raises(PemtError, match="is a pickle and is not read"):
+    with pytest.raises(PemtError, match=r"adapter_model\.bin: cannot be read: it ends too early"):
         read_peft(good, shape)
 
 
@@ -286,6 +289,21 @@ def test_list_and_show(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for part in ("Which?", "3 tokens", "d_model 16", "accuracy 71.50", "float32", "torch 2."):
         assert part in shown
+
+
+def test_show_tells_where_an_expert_is_absent(
+    bank: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = tiny_source("some", target_modules=r"encoder\..*(SelfAttention.q|block.0.*wo)")
+    base = {"name": "google/tiny-t5", **base_shape(tiny_base().config)}
+    write_entry(bank, some, base=base, description=None, metrics={})
+    COMMANDS["bank"](["show", str(bank), "some"])
+    (line,) = (each for each in capsys.readouterr().out.splitlines() if each.startswith("on "))
+    absent = ("encoder.1", "decoder.0.self.q", "decoder.0", "decoder.1.self.q", "decoder.1",
+              "decoder.2.self.q", "decoder.2")  # fmt: skip
+    assert line.split(maxsplit=1)[1] == f"q, wo (3 of 10 such layers; not on {', '.join(absent)})"
+    COMMANDS["bank"](["show", str(bank), "rte"])
+    assert "wo (5 layers)\n" in capsys.readouterr().out
 
 
 def test_verify_tells_every_fault(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:

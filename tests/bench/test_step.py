@@ -136,5 +136,25 @@ def test_experts_on_other_layers(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["first_loss"]["fused"] == pytest.approx(result["first_loss"]["packed"], rel=1e-5)
     assert result["first_loss"]["fused"] != pytest.approx(result["first_loss"]["adapter"], rel=1e-5)
     assert "experts of rank 3 on q, v" in step.table(result)
+    assert "6 experts of rank 3" in step.table(result)
     held = step.take(replace(BENCH, sites=("q", "v"), rank=3), ("fused",))["fused"].held_bytes
     assert held < step.take(BENCH, ("fused",))["fused"].held_bytes
+
+
+def test_a_row_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """LoraHub's adapters: sizes and model of the row, one of them given otherwise."""
+    monkeypatch.setitem(KNOWN, "flan-t5-large", replace(SMALL, gated=True, tied=False))
+    sizes = ["--batch", "2", "--source", "16", "--target", "4", "--rounds", "1", "--layers", "1"]
+    COMMANDS["bench"](["step", "--row", "lorahub", *sizes, "--rank", "5", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert (result["size"], result["sites"], result["experts"]) == ("flan-t5-large", ["q", "v"], 20)
+    assert "20 experts of rank 5 on q, v" in step.table(result)
+    bench = step.StepBench(size="flan-t5-large", sites=("q", "v"), rank=5, experts=20, layers=1)
+    mixed = sizes_of_experts(bench)
+    assert mixed == {(100, 64), (64, 100)}
+    assert result["flops"]["fused"] > result["flops"]["adapter"]
+
+
+def sizes_of_experts(bench: step.StepBench) -> set[tuple[int, ...]]:
+    named = step.build_model(bench, "fused").named_parameters()
+    return {tuple(each.shape) for name, each in named if name.endswith((".q.down", ".v.up"))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,42 @@ def test_a_restart_by_the_launcher_does_not_overwrite(
     run_adapt(config_of(world, unfinished, overwrite_output_dir="true"))
     assert (unfinished / "log.jsonl").read_text().splitlines()[0] == begun
     assert_same_end(unfinished, whole)
+
+
+def test_a_restart_overwrites_where_the_first_start_had_not_begun_to(
+    world: World, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there is then older than the launcher: the run that was to be overwritten."""
+    old = shutil.copytree(whole, tmp_path / "run")
+    config = config_of(world, old, overwrite_output_dir="true")
+    for path in (*old.rglob("*"), old):
+        os.utime(path, (1e9, 1e9))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    start = resolve_run(config, world_size=1)
+    assert isinstance(start, Fresh)
+    assert start.config.overwrite_output_dir
+    for sign in ("config.yaml", "log.jsonl", "checkpoint-10"):
+        os.utime(old / sign)
+        assert isinstance(resolve_run(config, world_size=1), Resume), sign
+        os.utime(old / sign, (1e9, 1e9))
+    monkeypatch.setattr("pemt.checkpoint.resume.launcher_began", lambda _: None)
+    assert isinstance(resolve_run(config, world_size=1), Resume), "nothing is lost on a guess"
+
+
+def test_a_refused_start_leaves_a_finished_run_finished(
+    world: World, whole: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = status(run)
+    other = config_of(world, run, max_source_length="20", resume_from_checkpoint="true")
+    with pytest.raises(PemtError, match="max_source_length"):
+        run_adapt(other)
+    assert status(run) == before
+    assert before["state"] == "finished"
+    (run / "status.json").write_text(json.dumps({**before, "state": "interrupted"}))
+    with pytest.raises(PemtError, match="max_source_length"):
+        run_adapt(other)
+    assert status(run)["state"] == "failed", "nobody is to queue that again"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def verbs_of(name: str) -> set[str]:
 
 def test_every_verb_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = [(name, verb) for name in COMMANDS for verb in verbs_of(name)]
-    assert len(verbs) == 8 + 3
+    assert len(verbs) == 10 + 3
     for name, verb in verbs:
         with pytest.raises(SystemExit):
             COMMANDS[name]([verb, "--help"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
+from pemt.bank import Adapter, add_peft
 from pemt.bank.entries import write_entry
 from pemt.commands import COMMANDS
 from pemt.config import AdaptConfig, PemtError
@@ -16,7 +19,8 @@ from pemt.model import base_shape
 from pemt.run.fetch import fetch_all
 from tests.conftest import ROOT
 from tests.data.test_hub import write_shard
-from tests.support.hub import Hub, hub
+from tests.support.adapters import LORAHUB, make_adapter
+from tests.support.hub import Hub, hub, hub_for_this_process
 from tests.support.hub_datasets import DatasetHub
 from tests.support.tiny import make_base
 from tests.support.tiny_t5 import tiny_base, tiny_source
@@ -41,7 +45,8 @@ class Both(DatasetHub):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fetch") / "root"
-    make_base(root / "OWNER" / "tiny")
+    base = make_base(root / "OWNER" / "tiny")
+    make_adapter(base, root / "OWNER" / "lora", pickled=True, **LORAHUB)
     glue = root / "OWNER" / "glue"
     glue.mkdir()
     files = [f"  - split: {split}\n    path: {split}-*" for split in ("train", "validation")]
@@ -69,10 +74,12 @@ RUN = [
     "own",
     "--task_file",
     "task.yaml",
-    "--method",
-    "adapter",
+    "--bank_dir",
+    "bank",
     "--model_name_or_path",
     "OWNER/tiny",
+    "--peft",
+    "OWNER/lora",
 ]
 
 
@@ -82,7 +89,9 @@ def test_what_was_fetched_serves_a_machine_without_a_network(root: Path) -> None
         here = {**environment, "HF_DATASETS_OFFLINE": "0", "HF_HUB_CACHE": str(folder / "not-this")}
         done = pemt(folder, *RUN, "--to", "offline", **here)
     assert done.returncode == 0, done.stderr
-    base, tokenizer, data, offline = done.stdout.splitlines()
+    added, base, tokenizer, data, experts, offline = done.stdout.splitlines()
+    assert added == "added:     OWNER/lora: bank"
+    assert experts == f"experts:   lora: {folder}/bank, where a run reads them"
     snapshot = folder / "offline" / "hub" / "models--OWNER--tiny" / "snapshots"
     assert base.startswith(f"base:      OWNER/tiny: {snapshot}")
     assert tokenizer.startswith(f"tokenizer: OWNER/tiny: {snapshot}")
@@ -97,7 +106,8 @@ def test_what_was_fetched_serves_a_machine_without_a_network(root: Path) -> None
     away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     again = pemt(folder, *RUN, HF_HOME=str(folder / "scratch"), **away)
     assert again.returncode == 0, again.stderr
-    assert again.stdout == done.stdout.replace(f"{folder}/offline", f"{folder}/scratch")
+    told = done.stdout.replace(f"{folder}/offline", f"{folder}/scratch")
+    assert again.stdout == told.replace(f"{added}\n", ""), "it is there"
 
 
 def test_folders_are_read_where_they_lie(
@@ -127,6 +137,22 @@ def test_folders_are_read_where_they_lie(
     assert base == f"base:      base: {tmp_path}/base, a folder: it is read there and not copied"
     assert data.startswith("data:      cola (8 train, 4 validation, 4 test): ")
     assert data.endswith(", made from data")
+    shutil.copytree(
+        add_peft([Adapter(str(make_adapter(Path("base"), tmp_path / "red")))], bank_dir="pushed")[
+            0
+        ].folder,
+        tmp_path / "root" / "OWNER" / "bank" / "red",
+    )
+    with hub_for_this_process(tmp_path / "root"):
+        for told in ("added red", "there already: red"):
+            COMMANDS["fetch"]([*command, "--bank", "OWNER/bank"])
+            pulled, *_, experts, _ = capsys.readouterr().out.splitlines()
+            assert pulled == f"pulled:    OWNER/bank: {told}"
+            assert experts == f"experts:   red: {tmp_path}/bank, where a run reads them"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+            COMMANDS["fetch"]([*command, "--bank", "OWNER/bank"])
+        assert "pulled" not in capsys.readouterr().out
     model = tiny_base()
     shape = base_shape(model.config)
     write_entry(
@@ -142,6 +168,11 @@ def test_folders_are_read_where_they_lie(
         ("--task_name cola --config adopt", "--config adopt"),
         ("--task_name cola --method adapter --model_name_or_path ./nowhere", "no folder ./nowhere"),
         ("--task_name cola --method adapter --model_name_or_path x --to /dev/null/x", "--to: "),
+        (
+            "source --task_name cola --bank_dir b --model_name_or_path x --peft y",
+            "--peft, --bank: ",
+        ),
+        ("--task_name cola --method adapter --model_name_or_path x --bank y/z", "--peft, --bank: "),
     ],
 )
 def test_what_cannot_be_fetched_is_one_line(arguments: str, told: str) -> None:

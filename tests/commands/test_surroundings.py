@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pemt.checkpoint.resume import warmup_notes
 from pemt.commands.fields import FILES, FOLDERS
 from pemt.config.command_line import command_parser
 from pemt.config.parse import parse_config
@@ -32,6 +31,7 @@ from pemt.engine.surroundings import (
 )
 from pemt.model.base import BaseModelError, load_pretrained
 from pemt.model.tokenizer import load_tokenizer
+from pemt.run.prepare import warmup_notes
 from pemt.storage.hub import local_folder
 from pemt.sweep.plan import read_sweep
 from pemt.tasks import get_task

@@ -16,7 +16,7 @@ from pemt.config import (
     SourceConfig,
     parse_config,
 )
-from pemt.config.errors import told_to_typists
+from pemt.config.errors import flags_in_messages
 
 NEEDED: dict[str, Any] = {
     "model_name_or_path": "base",
@@ -90,6 +90,6 @@ def test_a_message_speaks_to_its_reader() -> None:
         "give overwrite_output_dir=True, validation_split=0.1 or data_dir; `pemt bank --peft X`"
     )
     assert str(PemtError(text)) == python
-    with told_to_typists():
+    with flags_in_messages():
         assert str(PemtError(text)) == text
     assert str(PemtError(text)) == python

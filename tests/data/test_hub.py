@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pemt.config.schema import AdaptConfig
 from pemt.data import DataError, load_task_data
-from pemt.data.examples import origin_of
+from pemt.data.examples import locate_data
 from pemt.model.tokenizer import load_tokenizer
 from pemt.tasks import HubSource, Task, get_task, load_task_file
 from tests.support.hub import hub
@@ -79,8 +79,8 @@ def at(repository: Path, name: str, **changes: Any) -> Any:
 
 def loaded(task: Task) -> dict[str, datasets.Dataset]:
     """All that the data set has of a task."""
-    origin = origin_of(task, None)
-    return {split: origin.examples(split) for split in origin.splits}
+    location = locate_data(task, None)
+    return {split: location.examples(split) for split in location.splits}
 
 
 @pytest.mark.parametrize(("name", "first"), [("rte", "0"), ("wnli", "1")])
@@ -176,18 +176,18 @@ LOADS = """
 import json, sys
 from dataclasses import replace
 from pemt.config import PemtError
-from pemt.data.examples import origin_of
+from pemt.data.examples import locate_data
 from pemt.data.streaming import open_stream
 from pemt.tasks import HubSource, get_task
 
 task = replace(get_task("rte"), hub=HubSource(path="owner/glue", config="rte", revision="v1.5"))
-origin = origin_of(task, None)
-parts = {split: origin.examples(split) for split in origin.splits}
-streamed = [row["source"] for row in open_stream(origin)]
+location = locate_data(task, None)
+parts = {split: location.examples(split) for split in location.splits}
+streamed = [row["source"] for row in open_stream(location)]
 assert streamed == parts["train"]["source"][:]
 print(json.dumps({split: rows["target"][:] for split, rows in parts.items()}))
 try:
-    origin_of(replace(task, hub=HubSource(path="owner/none")), None).examples("train")
+    locate_data(replace(task, hub=HubSource(path="owner/none")), None).examples("train")
 except PemtError as error:
     print(error)
 """

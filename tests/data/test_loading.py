@@ -347,13 +347,13 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
 READ_MANY = """
 import resource, sys
 from pathlib import Path
-from pemt.data.examples import origin_of
+from pemt.data.examples import locate_data
 from pemt.tasks import Task
 task = Task(
     name="big", description="D.", template="{text}", labels=("no", "yes"), metrics=("accuracy",)
 )
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-examples = origin_of(task, sys.argv[1]).examples("train")
+examples = locate_data(task, sys.argv[1]).examples("train")
 print(len(examples), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

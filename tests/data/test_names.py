@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pemt.data import DataError, read_inputs, sources_of, splits
-from pemt.data.examples import origin_of
+from pemt.data.examples import locate_data
 from pemt.data.local_files import find_files, read_rows
 from pemt.data.to_predict import TEXT
 from pemt.tasks import RowError, Task, example_of, get_task
@@ -218,7 +218,7 @@ def test_notes_on_files_and_columns_reach_the_run(tmp_path):
     task = Task(
         name="t", description="D.", template="{text}", labels=("no", "yes"), metrics=("accuracy",)
     )
-    notes = origin_of(task, str(tmp_path)).notes
+    notes = locate_data(task, str(tmp_path)).notes
     assert [each for each in notes if "train_small.tsv" in each]
     assert [each for each in notes if "the quotes around 1 fields are syntax" in each]
 

@@ -19,7 +19,7 @@ from pemt.checkpoint.resume import resolve_run
 from pemt.commands import readiness as doctor
 from pemt.config.parse import parse_config
 from pemt.config.schema import AdaptConfig, RunConfig
-from pemt.engine import Engine, job, precision
+from pemt.engine import Engine, launcher, precision
 from pemt.run.train import run_adapt
 from tests.conftest import ROOT
 from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
@@ -30,15 +30,15 @@ TASK = "tiny-precision"
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, native: bool) -> None:
     """From now on the CPU has bf16, or has it not; nobody has asked before."""
-    monkeypatch.setattr(job, "bf16_is_native", lambda device: native)
-    job.bf16_is_native_everywhere.cache_clear()
+    monkeypatch.setattr(launcher, "bf16_is_native", lambda device: native)
+    launcher.bf16_is_native_everywhere.cache_clear()
     precision.warn_of_emulation.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> object:
     yield
-    job.bf16_is_native_everywhere.cache_clear()
+    launcher.bf16_is_native_everywhere.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,13 @@ def test_both_variables_show_on_any_machine_what_avx2_sees() -> None:
 
 VOTE = """
 import os, sys, torch
-from pemt.engine import job
+from pemt.engine import launcher
 rank = int(os.fork() > 0)
 store = torch.distributed.FileStore(sys.argv[1], 2)
 torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-job.bf16_is_native = lambda device: rank == 1
+launcher.bf16_is_native = lambda device: rank == 1
 # In one write, since both processes have this pipe.
-os.write(1, b"native " if job.bf16_is_native_everywhere(torch.device("cpu")) else b"emulated ")
+os.write(1, b"native " if launcher.bf16_is_native_everywhere(torch.device("cpu")) else b"emulated ")
 """
 
 

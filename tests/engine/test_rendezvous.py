@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 PROGRAM = """
 import torch.distributed as dist
-from pemt.engine.job import re_rendezvous
+from pemt.engine.launcher import re_rendezvous
 with re_rendezvous():
     dist.init_process_group("gloo")
 print(dist.get_world_size(), flush=True)

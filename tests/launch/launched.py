@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pemt.checkpoint import Fresh
-from pemt.config.schema import ExpertConfig, MixtureConfig, RunConfig
+from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig, RunConfig
 from pemt.engine import MOMENTS, Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
@@ -67,6 +67,7 @@ def main(world: Path, folder: Path) -> None:
     data = world / TARGET
     results = run_adapt(adapt_config(base, data, folder / "adapt", bank, TARGET, **saving))
     resume(world, folder, saving)
+    t5gemma(world, folder, fields)
     report = {
         "results": results,
         "source": inspect_run(
@@ -81,7 +82,7 @@ def main(world: Path, folder: Path) -> None:
 
 
 def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
-    """Resume from what ZeRO-2 saved; then save, and resume, with dropout and in bf16."""
+    """Resume from what ZeRO-2 saved; then save, and resume, in bf16 with dropout."""
     base, data, first = world / "base", world / TARGET, world / "zero2"
     bank = first / "bank"
     saved = adapt_config(
@@ -94,22 +95,28 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
         **saving,
     )
     run_adapt(saved)
-    saving = {**saving, "mixture": MixtureConfig(prompt_dropout=0.5)}
-    dropped = adapt_config(base, data, folder / "dropout", bank, TARGET, **saving)
-    run_adapt(dropped)
-    checkpoint = str(folder / "dropout" / f"checkpoint-{RESUMED_STEP}")
-    run_adapt(
-        replace(
-            dropped, output_dir=str(folder / "dropout-resumed"), resume_from_checkpoint=checkpoint
-        )
-    )
-
-    halved = replace(dropped, output_dir=str(folder / "bf16"), bf16=True)
+    saving = {**saving, "mixture": MixtureConfig(prompt_dropout=0.5), "bf16": True}
+    halved = adapt_config(base, data, folder / "bf16", bank, TARGET, **saving)
     run_adapt(halved)
     checkpoint = str(folder / "bf16" / f"checkpoint-{RESUMED_STEP}")
     run_adapt(
         replace(halved, output_dir=str(folder / "bf16-resumed"), resume_from_checkpoint=checkpoint)
     )
+
+
+def t5gemma(world: Path, folder: Path, fields: dict[str, Any]) -> None:
+    """Both stages on another family, whose decoder has a width of its own; stage 2 with the expert of ZeRO-2."""
+    base, task = world / "gemma-base", SOURCES[1]
+    expert = ExpertConfig(rank=4, target_modules=["q_proj", "down_proj"])
+    shared = {**fields, "eval_strategy": "no", "max_eval_samples": 4}
+    paths = (base, world / task, folder / "gemma-source", folder / "gemma-bank")
+    run_source(source_config(*paths, task, expert=expert, **shared))
+    shared |= {
+        "mixture": MixtureConfig(prompt_dropout=0.0),
+        "adapter": AdapterConfig(reduction_factor=4),
+    }
+    paths = (base, world / TARGET, folder / "gemma", world / "zero2" / "gemma-bank")
+    run_adapt(adapt_config(*paths, TARGET, **shared))
 
 
 def inspect_run(config: Any) -> dict[str, Any]:

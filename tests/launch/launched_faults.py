@@ -41,6 +41,7 @@ from tests.support.tiny import adapt_config, source_config, tiny_task
 SOURCE, TARGET = "tiny-a", "tiny-target"
 STEPS, BAD_STEP = 4, 2
 GUILTY = 1  # the rank whose numbers go wrong
+KINDS = (("loss", "fp32"), ("gradient", "bf16"))  # what goes bad, in which precision
 ENDS = ("one", "three", "uneven", "long", "empty")
 
 
@@ -90,13 +91,12 @@ def injected(kind: str, steps: set[int], *, micro_batch: int = 1) -> Iterator[No
 
 
 def bad_numbers(world: Path, folder: Path) -> dict[str, Any]:
-    for precision in ("fp32", "bf16"):
-        for kind in ("loss", "gradient"):
-            config = config_of(world, folder / f"{kind}-{precision}", bf16=precision == "bf16")
-            with injected(kind, {BAD_STEP}, micro_batch=int(precision == "fp32")):
-                run_source(config)
+    for kind, precision in KINDS:
+        config = config_of(world, folder / kind, bf16=precision == "bf16")
+        with injected(kind, {BAD_STEP}, micro_batch=int(precision == "fp32")):
+            run_source(config)
         checkpoint = str(Path(config.output_dir) / f"checkpoint-{BAD_STEP}")
-        again = folder / f"resumed-{precision}"
+        again = folder / f"{kind}-resumed"
         run_source(replace(config, output_dir=str(again), resume_from_checkpoint=checkpoint))
     ended = config_of(world, folder / "ended", max_skipped_steps=3, max_steps=9)
     with injected("loss", {1, 3, 4, 5, 6}):
@@ -252,7 +252,7 @@ def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
         config = config_of(world, folder / save_errors, save_errors=save_errors, max_steps=9)
         with (
             mock.patch.object(storage, "fs_op", refusing),
-            mock.patch.object(TensorBoardWriter, "scalars", side_effect=full),
+            mock.patch.object(TensorBoardWriter, "log_scalars", side_effect=full),
         ):
             told[save_errors] = error_of(lambda config=config: run_source(config))
     return {"disk": told}

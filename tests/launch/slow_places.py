@@ -44,7 +44,7 @@ PLACES = {
     "digest": ("pemt.run.prepare.base_digest", 1),
     "reading": ("pemt.engine.engine.materialize_on_device", 1),
     "scoring": ("pemt.run.evaluate.score", 0),
-    "pictures": ("pemt.monitor.monitor.Monitor.mixture", 0),
+    "pictures": ("pemt.monitor.monitor.Monitor.log_mixture", 0),
     "writing": ("pemt.run.train.write_predictions", 0),
     "report": ("pemt.demo.run.write_report", 0),
 }

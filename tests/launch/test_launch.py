@@ -13,7 +13,7 @@ from tests.conftest import launch_ranks
 from tests.launch.launched import RESUMED_STEP, SOURCES, TARGET
 from tests.launch.launched_cuts import UNEVEN, write_uneven_files
 from tests.support.ranks import deepspeed_json
-from tests.support.tiny import losses, make_base, write_task_files
+from tests.support.tiny import losses, make_base, make_gemma_base, write_task_files
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("zero2", "zero0", "zero1", "zero3")  # zero2 makes the checkpoint that all resume from
@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.xdist_group("lau
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     make_base(folder / "base")
+    make_gemma_base(folder / "gemma-base", hidden_size=12, intermediate_size=20)
     for seed, task in enumerate((*SOURCES, TARGET)):
         write_task_files(folder / task, seed=seed)
     write_uneven_files(folder / UNEVEN)
@@ -48,12 +49,13 @@ def report(world: Path, name: str) -> dict[str, Any]:
     return json.loads((world / name / "report.json").read_text())
 
 
-@pytest.mark.parametrize("run", [*SOURCES, "adapt"])
+@pytest.mark.parametrize("run", [*SOURCES, "adapt", "gemma-source", "gemma"])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_losses_agree(world: Path, name: str, run: str) -> None:
     ours, reference = losses(world / name / run), losses(world / "zero2" / run)
     assert len(ours) == 5
-    assert ours == pytest.approx(reference, rel=ROUNDING)
+    # Gradients of that random base are large, and Adam's steps carry rounding on.
+    assert ours == pytest.approx(reference, rel=1e-4 if run == "gemma-source" else ROUNDING)
     assert len(set(ours.values())) == 5, "a loss that never changes shows nothing"
 
 
@@ -113,11 +115,10 @@ def test_a_checkpoint_of_zero2_resumes_anywhere(world: Path, name: str) -> None:
     assert resumed == pytest.approx({step: whole[step] for step in resumed}, rel=ROUNDING)
 
 
-@pytest.mark.parametrize("run", ["dropout", "bf16"])
 @pytest.mark.parametrize("name", [*LAUNCHES, *OFFLOADS])
-def test_resume_is_bit_for_bit(world: Path, name: str, run: str) -> None:
-    """With dropout; and in bf16, where masters hold more than the model's own copies."""
-    resumed, whole = losses(world / name / f"{run}-resumed"), losses(world / name / run)
+def test_resume_is_bit_for_bit(world: Path, name: str) -> None:
+    """With dropout, in bf16, where masters hold more than the model's own copies; test_faults.py does it in fp32."""
+    resumed, whole = losses(world / name / "bf16-resumed"), losses(world / name / "bf16")
     assert resumed == {step: whole[step] for step in (RESUMED_STEP + 1, RESUMED_STEP + 2)}
 
 

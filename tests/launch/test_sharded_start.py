@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pemt.bank.entries import write_entry
-from pemt.engine.start import materialize_on_device
+from pemt.engine.placement import materialize_on_device
 from pemt.model import ExpertSource, base_shape
 from pemt.model.base import load_pretrained
 from pemt.model.experts import expert_shapes

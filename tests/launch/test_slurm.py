@@ -86,7 +86,7 @@ def submit(
         start_new_session=True,
     )
     try:
-        output, _ = job.communicate(timeout=200)
+        output, _ = job.communicate(timeout=900)
     except BaseException:
         kill_session(job)
         raise
@@ -180,10 +180,16 @@ def test_two_nodes_adapt_together_without_a_launcher(world: Path, bank: Path) ->
     assert "slurm_adapt.sbatch: NCCL_SOCKET_IFNAME=lo" in log
     assert "hf_secret" not in log
     assert "Setting accelerator to CPU" not in log  # DeepSpeed's, of every rank
-    (staged,) = (world / "scratch").glob("pemt-????????????")
+    (staged,) = (world / "scratch").glob("pemt-????????????")  # neither is one of the other two
     assert log.count(f"is copied to {staged}") == 1
     assert (staged / "datasets").is_dir()  # the examples were made there
     assert not (world / "offline" / "datasets").exists()
+    # base and data are folders: copied once a disk, and the run's configuration does not know
+    for folder in ("base", "data"):
+        (copy,) = (world / "scratch").glob(f"pemt-{folder}-*")
+        assert log.count(f"{world / folder} is copied to {copy} (") == 1
+    assert f"data_dir: {world / 'data'}\n" in (run / "config.yaml").read_text()
+    assert f"model_name_or_path: {world / 'base'}\n" in (run / "config.yaml").read_text()
 
 
 def test_a_check_without_gpus_looks_at_every_node(world: Path) -> None:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pemt.bench.step import StepBench, build_model
 from pemt.config.schema import AdaptConfig
 from pemt.engine import Engine, shut_down
-from pemt.engine.start import skip_frozen_broadcast
+from pemt.engine.placement import skip_frozen_broadcast
 from pemt.model import PemtT5
 from tests.conftest import ROOT
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pemt.model import FullT5, PemtT5
-from pemt.model.attention import NAME
+from pemt.model.attention import NAME, _sum
 from tests.support.tiny_t5 import (
     OLD_ATTENTION,
     SIZES,
@@ -118,3 +118,10 @@ def test_another_attention_by_choice_is_kept(chosen: str) -> None:
     model = target_model(base=base)
     assert model.base.config._attn_implementation == {"eager": "eager", "sdpa": NAME}[chosen]
     assert NAME not in str(model.base.config.to_dict()), "a saved model would name it"
+
+
+def test_a_sum_of_one_dtype_is_not_taken_for_another() -> None:
+    """fp32's least number is no bf16: cast to it, a row that is masked whole would become NaN."""
+    bias, mask = torch.zeros(1, 1, 2, 2), torch.tensor([[[[True, False], [True, True]]]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        assert _sum(bias, mask, False, dtype).min() == torch.finfo(dtype).min

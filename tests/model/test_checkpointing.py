@@ -14,6 +14,7 @@ from pemt.model import PemtT5
 from tests.support.tiny_t5 import (
     FFNS,
     OLD_ATTENTION,
+    ffn_sites,
     gradients,
     on_sites,
     source_model,
@@ -34,6 +35,8 @@ MODELS: dict[str, Callable[[], PemtT5]] = {
     "source everywhere": lambda: source_model("everywhere"),
     "target sites": lambda: on_sites(tiny_base()),
     "target sites umt5": lambda: on_sites(tiny_base("umt5")),
+    "target t5gemma": lambda: target_model(base=tiny_base("t5gemma")),
+    "target sites t5gemma": lambda: on_sites(tiny_base("t5gemma")),
     "adapter alone": lambda: target_model([]),
 }
 
@@ -49,7 +52,7 @@ def test_the_same_loss_and_gradients(name: str) -> None:
     plain, recomputed = MODELS[name](), MODELS[name]()
     recomputed.enable_gradient_checkpointing()
     runs = []
-    last = recomputed.base.decoder.block[-1].layer[-1].DenseReluDense
+    last = ffn_sites(recomputed.base)[-1].owner
     last.register_forward_pre_hook(lambda *_: runs.append(1))
     for model in (plain, recomputed):
         model.train()
@@ -69,6 +72,8 @@ def test_the_same_loss_and_gradients(name: str) -> None:
         "target umt5",
         "target sites",
         "target sites umt5",
+        "target t5gemma",
+        "target sites t5gemma",
     ],
 )
 def test_two_passes_before_the_first_backward(name: str) -> None:

@@ -97,20 +97,46 @@ BOTTLENECK = {name.replace("adapter", "expert") for name in ADAPTER}
 )
 def test_exactly_this_is_trained(family: str, kind: str, in_wo: set[str], norms: bool) -> None:
     model = MODELS[kind](tiny_base(family))
-    places = [f"encoder.block.{i}.layer.1" for i in range(2)]
-    places += [f"decoder.block.{i}.layer.2" for i in range(3)]
-    expected = {"prompt.prompt"}
-    expected |= {f"base.{place}.DenseReluDense.wo.{name}" for place in places for name in in_wo}
+    outputs, all_norms = t5gemma_names() if family == "t5gemma" else t5_names()
+    expected = {"prompt.prompt", *(f"base.{wo}.{name}" for wo in outputs for name in in_wo)}
     if norms:
-        for stack, layers, sublayers in (("encoder", 2, 2), ("decoder", 3, 3)):
-            expected.add(f"base.{stack}.final_layer_norm.weight")
-            expected |= {
-                f"base.{stack}.block.{i}.layer.{j}.layer_norm.weight"
-                for i in range(layers)
-                for j in range(sublayers)
-            }
+        expected |= {f"base.{norm}.weight" for norm in all_norms}
     assert {name for name, _ in model.trainable_parameters()} == expected
     assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
+
+
+def t5_names() -> tuple[list[str], list[str]]:
+    """The FFNs' output projections and the layer norms."""
+    outputs = [f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(2)]
+    outputs += [f"decoder.block.{i}.layer.2.DenseReluDense.wo" for i in range(3)]
+    norms = []
+    for stack, layers, sublayers in (("encoder", 2, 2), ("decoder", 3, 3)):
+        norms.append(f"{stack}.final_layer_norm")
+        norms += [
+            f"{stack}.block.{i}.layer.{j}.layer_norm"
+            for i in range(layers)
+            for j in range(sublayers)
+        ]
+    return outputs, norms
+
+
+def t5gemma_names() -> tuple[list[str], list[str]]:
+    """As `t5_names`."""
+    outputs, norms = [], []
+    parts = {
+        "encoder": ["self_attn", "feedforward"],
+        "decoder": ["self_attn", "cross_attn", "feedforward"],
+    }
+    for stack, layers in (("encoder", 2), ("decoder", 3)):
+        norms.append(f"model.{stack}.norm")
+        for i in range(layers):
+            outputs.append(f"model.{stack}.layers.{i}.mlp.down_proj")
+            norms += [
+                f"model.{stack}.layers.{i}.{side}_{part}_layernorm"
+                for part in parts[stack]
+                for side in ("pre", "post")
+            ]
+    return outputs, norms
 
 
 def test_layer_norms_can_stay_frozen() -> None:
@@ -121,8 +147,8 @@ def test_layer_norms_can_stay_frozen() -> None:
 def test_parameters_are_used_by_their_owners_alone() -> None:
     """ZeRO-3's contract: a parameter has its values only while its own module runs, or one that says it uses it."""
     expected = target_model()(**tiny_batch()).loss
-    sites = lambda: on_sites(tiny_base())  # noqa: E731
-    for make in (target_model, lambda: target_model(tiny_sources("bottleneck")), sites):
+    sites = [lambda family=family: on_sites(tiny_base(family)) for family in ("t5", "t5gemma")]
+    for make in (target_model, lambda: target_model(tiny_sources("bottleneck")), *sites):
         model = make()
         whole = {id(parameter): parameter.data for parameter in model.parameters()}
 

@@ -33,7 +33,9 @@ MODELS: dict[str, Callable[[], PemtT5]] = {
     "target t5-v1.1": lambda: target_model(base=tiny_base("t5-v1.1")),
     "target mt5": lambda: target_model(base=tiny_base("mt5")),
     "target umt5": lambda: target_model(base=tiny_base("umt5")),
+    "target t5gemma": lambda: target_model(base=tiny_base("t5gemma")),
     "target bottleneck": lambda: target_model(tiny_sources("bottleneck")),
+    "target sites t5gemma": lambda: on_sites(tiny_base("t5gemma")),
     "target sites": lambda: on_sites(tiny_base()),
     "target sites umt5": lambda: on_sites(tiny_base("umt5")),
     "adapter alone": lambda: target_model([]),
@@ -101,7 +103,10 @@ def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("name", ["target t5", "target bottleneck", "target sites"])
+@pytest.mark.parametrize(
+    "name",
+    ["target t5", "target t5gemma", "target bottleneck", "target sites", "target sites t5gemma"],
+)
 def test_the_gates_of_an_answer_are_those_of_a_forward_pass(name: str, beams: int) -> None:
     model = MODELS[name]()
     with torch.no_grad():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5ForConditionalGeneration
 
 from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.engine.start import materialize_on_device
+from pemt.engine.placement import materialize_on_device
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from pemt.model.base import BaseModelError, load_pretrained
 from pemt.model.experts import expert_shapes

@@ -14,10 +14,10 @@ from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_ba
 LABELS = [[5, 1], [6, 7, 8, 1], [9, 10, 1]]
 
 
-def peft(method: str, **given: Any) -> PeftT5:
+def peft(method: str, family: str = "t5", **given: Any) -> PeftT5:
     pytest.importorskip("peft")
     torch.manual_seed(3)
-    model = PeftT5(tiny_base(), peft_settings(method, given))
+    model = PeftT5(tiny_base(family), peft_settings(method, given))
     with torch.no_grad():
         for _, parameter in model.trainable_parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -32,6 +32,11 @@ MODELS = {
     "bitfit": lambda: BitFitT5(tiny_base()),
     "lora": lambda: peft("lora"),
     "prompt": lambda: peft("prompt", num_virtual_tokens=4),
+    "target t5gemma": lambda: target_model(base=tiny_base("t5gemma")),
+    "full t5gemma": lambda: FullT5(tiny_base("t5gemma")),
+    "bitfit t5gemma": lambda: BitFitT5(tiny_base("t5gemma")),
+    "lora t5gemma": lambda: peft("lora", "t5gemma"),
+    "prompt t5gemma": lambda: peft("prompt", "t5gemma", num_virtual_tokens=4),
 }
 
 
@@ -41,10 +46,10 @@ def test_each_label_has_the_likelihood_of_a_pass_with_it(name: str) -> None:
     batch = tiny_batch()
     inputs = batch["input_ids"], batch["attention_mask"]
     passes: list[int] = []
-    model.base.encoder.register_forward_hook(lambda *_: passes.append(1))
+    model.base.get_encoder().register_forward_hook(lambda *_: passes.append(1))
     likely_BC, gates_BLK = model.label_log_likelihoods(*inputs, LABELS)
     # peft puts a prompt before the encoder's input itself, in a pass of both
-    assert len(passes) == (len(LABELS) if name == "prompt" else 1)
+    assert len(passes) == (len(LABELS) if name.startswith("prompt") else 1)
     with torch.no_grad():
         for label, likely_B in zip(LABELS, likely_BC.T, strict=True):
             labels_BT = torch.tensor(label).expand(len(likely_B), -1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pemt.model.prompts import top_sources
+from pemt.model.prompts import rank_by_prompt, top_sources
 from tests.support.tiny_t5 import tiny_source
 
 DIRECTIONS = {"away": [-1.0, 0.0], "near": [3.0, 1.0], "across": [0.0, 2.0], "along": [5.0, 0.0]}
@@ -42,3 +42,14 @@ def test_of_equals_the_first_are_taken() -> None:
         for name, scale in {"b": 3.0, "a": 0.1, "c": 7.0}.items()
     ]
     assert [each.name for each in top_sources(prompt_PD, sources, 2)[0]] == ["b", "a"]
+
+
+def test_ranked_with_the_number_that_decides() -> None:
+    ranked = rank_by_prompt(
+        torch.tensor([[2.0, 1.0], [2.0, -1.0]]),
+        [torch.tensor([each]) for each in DIRECTIONS.values()],
+    )
+    names = list(DIRECTIONS)
+    assert [(names[k], cosine) for k, cosine in ranked] == [
+        ("along", 1.0), ("near", round(3 / 10**0.5, 6)), ("across", 0.0), ("away", -1.0),
+    ]  # fmt: skip

@@ -21,9 +21,10 @@ from tensorboard.plugins.hparams import metadata
 from pemt.config.schema import AdaptConfig, ExpertConfig, SourceConfig
 from pemt.model.prompts import mean_cosines
 from pemt.monitor import GateNames, Monitor, board, entropy_NL, figures
-from pemt.monitor.entropy import decisions
+from pemt.monitor.entropy import mixture_scalars
 from pemt.monitor.gates import by_layer
 from pemt.monitor.hparams import columns
+from pemt.monitor.layout import layout
 from pemt.monitor.provenance import config_text, environment_text, git_state
 from pemt.run.train import run_adapt, run_source
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
@@ -73,6 +74,26 @@ class TestSourcesThatAreNotEverywhere:
         assert "gate/encoder/0/b" not in tags
         assert (tags["gate_mean/a"], tags["gate_mean/b"], tags["gate_mean/c"]) == (0.75, 0.5, 0.5)
 
+    def test_of_many_weights_the_log_gets_each_layers_mean(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = self.names.scalars(self.gates_NLK[0])
+        assert self.names.weights == 5
+        monkeypatch.setattr("pemt.monitor.gates.MOST_TAGS", 4)
+        found = self.names.scalars(self.gates_NLK[0])
+        assert {tag: value for tag, value in found.items() if tag.startswith("gate/")} == {
+            "gate/encoder/0/a": 0.75,
+            "gate/encoder/0/b": 0.5,
+            "gate/encoder/0/c": 0.0,
+            "gate/encoder/1/c": 1.0,
+        }
+        means = {tag for tag in whole if tag.startswith("gate_mean/")}
+        assert {tag: found[tag] for tag in means} == {tag: whole[tag] for tag in means}
+
+    def test_no_chart_of_a_stack_that_a_source_is_not_in(self) -> None:
+        charts = layout("cb", self.names)["3 where each source acts, by layer"]
+        assert list(charts) == ["a, encoder", "b, encoder", "c, encoder"]
+
     def test_means_are_over_the_sites_that_have_a_source(self) -> None:
         assert self.names.over_sites(self.gates_NLK).tolist() == [[0.75, 0.5, 0.5]]
         named = self.names.named(self.gates_NLK[0])
@@ -83,7 +104,7 @@ class TestSourcesThatAreNotEverywhere:
 
     def test_entropy_is_over_the_sources_of_a_site(self) -> None:
         assert entropy_NL(self.gates_NLK, self.names).tolist() == [[1.0, 0.0, 0.0]]
-        found = decisions(self.names, self.gates_NLK, torch.eye(4))
+        found = mixture_scalars(self.names, self.gates_NLK, torch.eye(4))
         assert found["gate_entropy/encoder"] == pytest.approx(1 / 3)
         assert "gate_entropy/decoder" not in found
 
@@ -91,7 +112,7 @@ class TestSourcesThatAreNotEverywhere:
         with Monitor(
             tmp_path, total_steps=2, is_main=True, description="adapt cb", gates=self.names
         ) as watch:
-            watch.mixture(1, self.gates_NLK, torch.eye(4))
+            watch.log_mixture(1, self.gates_NLK, torch.eye(4))
         assert "gates/encoder_validation" in events_of(tmp_path).Tags()["images"]
 
 
@@ -106,7 +127,7 @@ def test_a_validation_leaves_numbers_histograms_and_pictures(tmp_path: Path) -> 
     with Monitor(
         tmp_path, total_steps=2, is_main=True, description="adapt cb", gates=NAMES
     ) as watch:
-        watch.mixture(1, GATES_NLK, SIMILARITY_MM)
+        watch.log_mixture(1, GATES_NLK, SIMILARITY_MM)
     events = events_of(tmp_path)
     (line,) = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert line["prompt_similarity/mnli"] == last(events, "prompt_similarity/mnli") == 0.5
@@ -144,7 +165,7 @@ def test_drawing_takes_a_hundredth_of_the_time(
     ) as watch:
         for step, now in enumerate((1.0, 100.0, 599.0, 601.0, 899.0, 901.0), start=1):
             clock.now = now
-            watch.mixture(step, GATES_NLK, SIMILARITY_MM)
+            watch.log_mixture(step, GATES_NLK, SIMILARITY_MM)
     events = events_of(tmp_path)
     assert [each.step for each in events.Images("gates/encoder_validation")] == [1, 4, 6]
     assert [each.step for each in events.Scalars("gate_entropy/encoder")] == [1, 2, 3, 4, 5, 6]

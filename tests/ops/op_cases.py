@@ -66,11 +66,6 @@ class Case:
         )  # fmt: skip
 
     @property
-    def mixture(self) -> tuple:
-        """Of `expert_mixture`."""
-        return self.x, self.weight, self.down, self.up, self.gates, self.scales, self.ranks
-
-    @property
     def arguments(self) -> tuple:
         """Of torch.ops.pemt.ffn_output."""
         adapter = self.adapter or (None,) * 4
@@ -78,7 +73,6 @@ class Case:
         return (
             self.x,
             self.stacked,
-            None,
             self.up,
             self.gates,
             *adapter,

@@ -36,6 +36,14 @@ def test_variants_do_the_same_work(small, forward):
         torch.testing.assert_close(ours, loops, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_without_gradients_it_is_what_an_answers_step_calls(small, monkeypatch):
+    ffn = layer.Layer(replace(small, forward_only=True))
+    expected, _ = layer.forward_loop(ffn)
+    monkeypatch.setattr(layer.ops, "ffn_output", None)
+    torch.testing.assert_close(layer.forward_ops(ffn)[0], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("forward_only", [False, True])
 def test_every_variant_is_measured(small, forward_only, capsys):
     arguments = ["--shape", "t5-small", "--batch", "2", "--tokens", "8", "--rounds", "2", "--json"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from pemt import ops
 from pemt.ops import reference
 from tests.ops.op_cases import Case, make_case
+from tests.support.allocations import allocations
 
 T5_BASE = {"batch": 2, "tokens": 64, "d_ff": 3072, "d_model": 768, "ranks": (64,) * 6, "inner": 0}
+SIZES = {"published": T5_BASE, "64 experts": {**T5_BASE, "ranks": (16,) * 64}}
 
 
 def loop_layer(case: Case, x: Tensor, gates: Tensor) -> Tensor:
@@ -49,39 +52,25 @@ def saved_floats_per_token(layer: Callable[..., Tensor], case: Case) -> float:
     return floats / (x.shape[0] * x.shape[1])
 
 
-def largest_allocation(profile: torch.profiler.profile) -> int:
-    """Bytes. From the tree of events: `events()` lists only what is allocated outside of every operator."""
-    events = list(profile.profiler.kineto_results.experimental_event_tree())
-    sizes = []
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            sizes.append(event.extra_fields.alloc_size)
-    return max(sizes)
-
-
-def test_a_tenth_of_the_loop_is_kept_for_backward(implementation):
-    case = make_case(**T5_BASE, dtype=torch.float32)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_tenth_of_the_loop_is_kept_for_backward(implementation, sizes):
+    case = make_case(**SIZES[sizes], dtype=torch.float32)
     loop, ours = saved_floats_per_token(loop_layer, case), saved_floats_per_token(ops_layer, case)
-    tokens, total, d_model, experts = 128, 384, 768, 6
+    tokens, total, d_model, experts = 128, sum(case.ranks), 768, len(case.ranks)
     by_count = 2 * total + d_model + 2 * experts + 1  # latent and projection, z, norms and cosines
     constants = (2 * experts + experts) / tokens  # gates, mean distances
     assert by_count <= ours <= by_count + constants + 1
     assert loop >= 10 * ours
 
 
-def test_nothing_of_size_experts_by_tokens_by_width_is_allocated(implementation):
-    case = make_case(**T5_BASE, dtype=torch.float32)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_nothing_of_size_experts_by_tokens_by_width_is_allocated(implementation, sizes):
+    case = make_case(**SIZES[sizes], dtype=torch.float32)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
     assert case.stacked.nbytes > x.nbytes  # made here, and kept
-
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        ops_layer(case, x, gates).backward()
+    largest = max(allocations(lambda: ops_layer(case, x, gates).backward()))
     # dx is the one large thing that must be there
-    assert x.nbytes <= largest_allocation(profile) <= x.nbytes + 64
+    assert x.nbytes <= largest <= x.nbytes + 64
     assert x.numel() < len(case.ranks) * x.shape[0] * x.shape[1] * case.weight.shape[0]
 
 

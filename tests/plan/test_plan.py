@@ -48,9 +48,9 @@ PLACES: dict[str, list[list[str] | str]] = {
 }
 
 
-def model_of(job: Job) -> TrainedT5:
+def model_of(job: Job, base: Any = None) -> TrainedT5:
     """The model that a job plans."""
-    base = random_t5(job.shape)
+    base = random_t5(job.shape) if base is None else base
     if job.method == "full":
         return FullT5(base).train()
     prompt_PD = torch.randn(job.prompt_tokens, job.shape.d_model)
@@ -71,7 +71,9 @@ def model_of(job: Job) -> TrainedT5:
 
 def modules_of(job: Job) -> list[str]:
     """What the one expert of stage 1 is on."""
-    return [Site.named(name).module for each in job.ranks_by_site for name in each] or ["wo"]
+    shape = job.shape.base_shape
+    names = [name for each in job.ranks_by_site for name in each]
+    return [Site.named(name, shape).module for name in names] or ["wo"]
 
 
 def placed(job: Job, places: str) -> Job:
@@ -103,9 +105,9 @@ def tiny_job(method: Any, **changes: Any) -> Job:
 
 def batch_of(job: Job) -> dict[str, Tensor]:
     return {
-        "input_ids": torch.randint(2, 90, (job.batch, job.source)),
+        "input_ids": torch.randint(2, job.shape.vocab_size - 6, (job.batch, job.source)),
         "attention_mask": torch.ones(job.batch, job.source).long(),
-        "labels": torch.randint(2, 90, (job.batch, job.target)),
+        "labels": torch.randint(2, job.shape.vocab_size - 6, (job.batch, job.target)),
     }
 
 
@@ -177,7 +179,9 @@ def test_a_folder_of_ones_own(family: str, tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "t5-small")  # a folder's name is no published model's
     job = Job(shape=read_shape(str(tmp_path / "t5-small")), method="full")
     found = [(weight.name, weight.shape) for weight in weights(job)]
-    assert found == [(f"base.{n}", tuple(p.shape)) for n, p in base.named_parameters()]
+    real = [(f"base.{n}", tuple(p.shape)) for n, p in base.named_parameters()]
+    assert sorted(found) == sorted(real)
+    assert family == "t5gemma" or found == real
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

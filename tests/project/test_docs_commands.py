@@ -4,8 +4,8 @@ pemt ...            runs, in a small world (tests/support/docs_world.py): its ow
                     long; what it is to make is taken away first, and has to be there afterwards. But:
     demo            its command line is read (tests/demo/test_demo.py runs it)
     doctor          without its launch (tests/commands/test_commands.py has it)
-    push, pull      in a process of their own, against tests/support/hub.py
-    sweep           one run of the page's table; the whole table is checked
+    push, pull      and `bank add`, `push`, `pull`, `fetch`: against tests/support/hub.py
+    sweep           one run of the page's table, or of the recipe it names; the whole table is checked
     bench           one round on a smaller model
 accelerate launch   accelerate's parser reads its options, the files it names exist; pemt's part runs as above
 launchers/...       run with --dry_run
@@ -34,13 +34,22 @@ from tensorboard.program import TensorBoard
 import pemt.__main__
 from pemt.commands import COMMANDS
 from pemt.commands.fetch import PLACES
+from pemt.config import read_yaml_mapping, sweep_file
+from pemt.config.parse import RECIPES
 from pemt.plan.shapes import KNOWN
 from pemt.sweep.plan import read_sweep
 from tests.bench.test_step import SMALL
 from tests.conftest import ROOT
 from tests.support.docs_pages import blocks, commands, name_of, words_of
-from tests.support.docs_world import STAND_INS, make_world, stage
-from tests.support.hub import hub
+from tests.support.docs_world import (
+    LORAHUB_IDS,
+    STAND_INS,
+    make_repositories,
+    make_world,
+    stage,
+    write_one_run,
+)
+from tests.support.hub import hub_for_this_process
 
 pytestmark = pytest.mark.xdist_group("docs")  # one world for them all
 
@@ -116,17 +125,31 @@ def made_by(name: str, arguments: list[str]) -> list[Path]:
     return {
         "source": lambda: [Path(flags["--output_dir"]), bank / flags["--task_name"]],
         "adapt": lambda: [Path(flags["--output_dir"])],
-        "sweep": lambda: [Path("runs/sweep/sweep.md")],
+        "sweep": lambda: [Path(read_yaml_mapping(sweep_of(flags))["output_dir"], "sweep.md")],
         "evaluate": lambda: [Path(arguments[0], f"{flags['--split']}_results.json")],
         "predict": lambda: [Path(flags[key]) for key in ("--output_file",) if key in flags],
         "report": lambda: [Path(flags.get("--output_dir", arguments[0]), "report.html")],
         "export": lambda: [Path(arguments[1])],
+        "push": lambda: [Path("hub/repositories", arguments[1], "README.md")],
         "pull": lambda: [Path(arguments[1])],
-        "fetch": lambda: [Path(flags["--to"], "pemt-fetched.txt")] if "--to" in flags else [],
-        "bank": lambda: [
-            Path(flags["--peft"]) if "export" in arguments else bank / flags["--task"]
+        "fetch": lambda: [
+            *([Path(flags["--to"], "pemt-fetched.txt")] if "--to" in flags else []),
+            *([bank] if {"--peft", "--bank"} & set(flags) else []),
         ],
+        "bank": lambda: made_in_bank(arguments, bank, flags),
     }.get(name, list)()
+
+
+def made_in_bank(arguments: list[str], bank: Path, flags: dict[str, str]) -> list[Path]:
+    """What a verb of `pemt bank` is to leave behind."""
+    entries = [bank / Path(each).name for each in arguments if each in LORAHUB_IDS]
+    return {
+        "export": lambda: [Path(flags["--peft"])],
+        "add": lambda: entries or [bank / flags["--task"]],
+        "import-official": lambda: [bank / flags["--task"]],
+        "push": lambda: [Path("hub/repositories", arguments[1], "README.md")],
+        "pull": lambda: [bank],
+    }.get(arguments[0], list)()
 
 
 def run_as_it_stands(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +163,17 @@ def run_stage(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 def run_sweep(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(read_sweep(Path("whole.yaml")).runs) > 10
-    COMMANDS[name](arguments)
+    path = sweep_of(dict(pairwise(arguments)))
+    if path.is_relative_to(RECIPES):
+        assert len(read_sweep(path).runs) > 100
+        write_one_run("sweep.yaml", path.read_text())
+    else:
+        assert len(read_sweep(Path("whole.yaml")).runs) > 10
+    COMMANDS[name](["--config", "sweep.yaml"])
+
+
+def sweep_of(flags: dict[str, str]) -> Path:
+    return sweep_file(flags["--config"])
 
 
 def run_bench(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +188,8 @@ def run_fetch(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HF_HOME", "set back behind the test")
     for place in PLACES:
         monkeypatch.delenv(place, raising=False)
-    COMMANDS[name]([*arguments, *small])
+    with hub_for_this_process(make_repositories()):
+        COMMANDS[name]([*arguments, *small])
 
 
 def run_doctor(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,20 +201,12 @@ def read_only(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 def run_on_the_hub(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub reads its settings once a process."""
-    repositories = Path("hub").absolute() / "repositories"
-    shutil.copytree("cb-export-pushed", repositories / "OWNER" / "NAME")
-    if name == "push":
-        (repositories / "OWNER" / "NAME" / "README.md").unlink()
-    with hub(repositories) as environment:
-        done = subprocess.run(
-            [sys.executable, "-m", "pemt", name, *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 0, done.stderr
-    assert (repositories / "OWNER" / "NAME" / "README.md").is_file()
+    """A push makes its repository."""
+    repositories = make_repositories()
+    if "push" in (name, arguments[0]):
+        shutil.rmtree(repositories / arguments[1])
+    with hub_for_this_process(repositories):
+        COMMANDS[name](arguments)
 
 
 Run = Callable[[str, list[str], pytest.MonkeyPatch], None]
@@ -195,6 +220,7 @@ RUNS: dict[str, Run] = {
     "demo": read_only,
     "push": run_on_the_hub,
     "pull": run_on_the_hub,
+    "bank": run_on_the_hub,
 }
 
 
@@ -273,6 +299,6 @@ def test_python_runs(page: Path, place: Path, capsys: pytest.CaptureFixture[str]
     names: dict[str, object] = {}
     for path, text in OFFLINE:
         if path == page:
-            here = text.replace("google-t5/t5-base", "base")
+            here = text.replace("google-t5/t5-base", "base").replace("google/flan-t5-large", "base")
             exec(compile(here, name_of(path), "exec"), names)
             assert capsys.readouterr().out, text

@@ -144,6 +144,7 @@ def test_only_what_is_trained_wants_gradients_and_is_saved(world: Path, tmp_path
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
     assert trained == {f"pemt.{name}" for name, _ in model.pemt.trainable_parameters()}
     assert model.state_dict().keys() == trained
+    assert all(module.training for module in model.modules())
     trainer = trainer_of(world, model, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
@@ -153,6 +154,14 @@ def test_only_what_is_trained_wants_gradients_and_is_saved(world: Path, tmp_path
     assert logged(again)[-1] == pytest.approx(logged(trainer)[-1], rel=1e-3)
     with pytest.raises(RuntimeError, match=r"Missing key.*prompt"):
         model.load_state_dict({})
+    # as a part of another module, as in Lightning
+    both = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "model": model})
+    state = both.state_dict()
+    assert state.keys() == {"head.weight", "head.bias", *(f"model.{name}" for name in trained)}
+    both.load_state_dict(state)
+    del state["head.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"head.bias\"\."):
+        both.load_state_dict(state)
 
 
 def test_it_takes_and_gives_what_t5_does(world: Path) -> None:
@@ -228,7 +237,14 @@ def test_what_is_missing_is_told(world: Path) -> None:
         pemt.source_model(tiny_base(), description="a")
 
 
-@pytest.mark.parametrize("name", ["seq2seq_trainer", "accelerate_loop"])
+EXAMPLES = {
+    "seq2seq_trainer": ("--max_steps", "2"),
+    "accelerate_loop": ("--epochs", "2"),
+    "lightning_module": ("--epochs", "2"),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(
     name: str,
     world: Path,
@@ -237,11 +253,9 @@ def test_an_example_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     script = ROOT / "docs" / "examples" / f"{name}.py"
-    words = {
-        "seq2seq_trainer": ["--max_steps", "2"],
-        "accelerate_loop": ["--epochs", "2", "--bank", str(world / "bank")],
-    }[name]
-    arguments = ["--base", str(world / "base"), "--folder", str(tmp_path), *words]
+    bank = () if name == "seq2seq_trainer" else ("--bank", str(world / "bank"))
+    places = ("--base", str(world / "base"), "--folder", str(tmp_path), *bank)
+    arguments = [*places, *EXAMPLES[name]]
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out
@@ -251,4 +265,4 @@ def test_an_example_runs(
 
 def test_every_example_is_tried() -> None:
     scripts = {path.stem for path in (ROOT / "docs" / "examples").glob("*.py")}
-    assert scripts == {"seq2seq_trainer", "accelerate_loop"}
+    assert scripts == EXAMPLES.keys()

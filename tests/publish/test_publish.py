@@ -163,7 +163,14 @@ def test_the_card_tells_answers_and_what_they_are_called(world: Path) -> None:
     config = load_finished(world / "adapter").config
     assert isinstance(config, AdaptConfig)
     task = get_task("superglue-cb")
-    given = {"base_model": "b", "licence": None, "results": {}, "dtype": "float32", "bytes": 1}
+    given = {
+        "base_model": "b",
+        "model_type": "t5",
+        "licence": None,
+        "results": {},
+        "dtype": "float32",
+        "bytes": 1,
+    }
     text = model_card(Card(config=config, task=task, **given))
     assert "the answers are `0` (entailment), `1` (contradiction), `2` (neutral)." in text
 

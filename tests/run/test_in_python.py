@@ -290,6 +290,12 @@ def test_a_source_task_from_memory(base: Path, rows: dict[str, Any], tmp_path: P
     config = SourceConfig(
         **values, bank_dir=str(tmp_path / "bank"), expert=ExpertConfig(rank=2), max_steps=2
     )
+    spy = Spy()
+    own = {"words": lambda predictions, references: float(len(predictions))}
+    elsewhere = {"output_dir": str(tmp_path / "told"), "bank_dir": str(tmp_path / "another")}
+    told = run_source(replace(config, **elsewhere), **rows, task=TASK, metrics=own, callbacks=[spy])
+    assert spy.seen[:3] == ["begin 0/2", "step 1", "step 2"]
+    assert told.metrics.keys() == {"accuracy", "words"}
     source = run_source(config, **rows, task=TASK)
     assert source.entry == tmp_path / "bank" / TASK.name
     assert Path(source) == source.entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from pemt.checkpoint import Fresh
 from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
 from pemt.model import FullT5
 from pemt.model.base import precision_warning
+from pemt.model.families import FAMILIES
 from pemt.run.given import Given
 from pemt.run.train import set_up
 from tests.conftest import ROOT
@@ -111,7 +113,7 @@ def test_the_warning_is_told_before_the_data_is_read(
         raise KeyboardInterrupt
 
     base = make_base(tmp_path / "base")
-    monkeypatch.setattr("pemt.model.base.OVERFLOWS_FROM", 16)
+    monkeypatch.setitem(FAMILIES, "t5", replace(FAMILIES["t5"], fp16_overflows_from=16))
     monkeypatch.setattr("pemt.run.train.load_task_data", stop)
     config = adapt_config(base, tmp_path, tmp_path / "run", tmp_path, TASK, bf16=False, fp16=True)
     tiny_task(TASK)

@@ -171,7 +171,7 @@ def test_evaluate_tells_the_same(
 def test_the_card_and_its_metadata_say_it_too(run: tuple[AdaptConfig, list[str]]) -> None:
     config, told = run
     results = json.loads((Path(config.output_dir) / "all_results.json").read_text())
-    given = {"base_model": "b", "licence": None, "dtype": "float32", "bytes": 1}
+    given = {"base_model": "b", "model_type": "t5", "licence": None, "dtype": "float32", "bytes": 1}
     card = Card(config=config, task=get_task(TASK), results=results, **given)
     text = model_card(card)
     scored = next(line for line in told if line.startswith("test: "))

@@ -85,13 +85,21 @@ def test_results_name_every_gate_by_its_site(world: Path) -> None:
     assert json.loads(line)["gates"] == dict.fromkeys(SOURCES, 1.0)
 
 
-def test_what_is_unexpected_is_told(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    adapt(world, "told", max_steps=1)
-    told = capfd.readouterr().err
+def test_what_is_unexpected_is_told(
+    world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("pemt.run.build.MOST_TAGS", 15)
+        adapt(world, "told", max_steps=1)
+    told = capfd.readouterr().out
+    assert (
+        "16 gate weights (2 experts on 16 layers): log.jsonl and TensorBoard get the mean" in told
+    )
     assert "different layers (of 16 with an expert: tiny-sites-a 4, tiny-sites-b 12)" in told
     assert "sparsity loss" not in told
     adapt(world, "told-2", max_steps=1, source_tasks=["tiny-sites-b"])
-    told = capfd.readouterr().err
+    told = capfd.readouterr().out
+    assert "gate weights" not in told
     assert "no expert is on an FFN's wo, where the task sparsity loss is taken" in told
     assert not losses(world / "told-2", "train/sparsity_loss")
 
@@ -134,7 +142,7 @@ def test_the_nearest_by_prompt_alone_are_mixed_and_told(
     results = adapt(world, "nearest", mixture=nearest, max_steps=1, source_tasks=["tiny-sites-*"])
     (kept,) = results["sources"]
     (other,) = SOURCES.keys() - {kept}
-    told = capsys.readouterr().err
+    told = capsys.readouterr().out
     assert f"mixture.top_sources 1: mixed are {kept}; left out" in told
     assert told.count(other) == 1
     assert load_finished(world / "nearest").source_names == [kept]

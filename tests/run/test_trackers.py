@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -16,6 +18,7 @@ from accelerate.tracking import GeneralTracker
 
 from pemt.config import AdaptConfig, ConfigError
 from pemt.config.parse import parse_config
+from pemt.engine import Interrupted
 from pemt.run.train import run_adapt
 from tests.support.jobs import World
 
@@ -41,10 +44,6 @@ class Kept(GeneralTracker):
             raise RuntimeError("no account\nis set up")
         OPENED.append(self)
 
-    @property
-    def tracker(self) -> Kept:
-        return self
-
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self.configuration |= values
 
@@ -61,10 +60,11 @@ class Kept(GeneralTracker):
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands for the tracker of a package that is installed."""
-    package = ModuleType("trackio")
-    package.__spec__ = ModuleSpec("trackio", None)
-    monkeypatch.setitem(sys.modules, "trackio", package)
-    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "trackio", Kept)
+    for name in ("trackio", "wandb"):
+        package = ModuleType(name)
+        package.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, package)
+        monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, name, Kept)
     monkeypatch.setattr(Kept, "refuses", "")
     OPENED.clear()
 
@@ -109,6 +109,32 @@ def test_a_tracker_gets_what_log_jsonl_has_and_the_outcome(
     assert not (run / "tensorboard").exists()  # it is not named
 
 
+class Stops:
+    """As a cluster does, after the second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def runs_of(run: Path) -> dict[str, str | None]:
+    return json.loads((run / "trackers.json").read_text())
+
+
+def test_a_resumed_run_is_another_one_where_it_cannot_be_opened_again(
+    world: World, tmp_path: Path, kept: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "seed-0"
+    config = config_of(world, run, "[trackio]")
+    with pytest.raises(Interrupted):
+        run_adapt(config, callbacks=[Stops])
+    assert "another run there" not in capsys.readouterr().err
+    run_adapt(config)
+    assert [each.settings for each in OPENED] == [{"name": "seed-0"}] * 2
+    assert [step for each in OPENED for step in each.logged] == [1, 2, 3]
+    assert capsys.readouterr().err.count("trackio: what follows is another run there") == 1
+
+
 def test_one_that_fails_ends_no_training(
     world: World, tmp_path: Path, kept: None, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -131,10 +157,14 @@ def test_one_that_does_not_open_is_told_before_training(
     monkeypatch.setattr(Kept, "refuses", "start")
     config = config_of(world, tmp_path / "run", "[trackio]")
     with pytest.raises(
-        ConfigError, match="report_to: trackio does not open: no account is set up;"
+        ConfigError, match=r"report_to: trackio does not open: no account is set up;.*settings$"
     ):
         run_adapt(config)
     assert not (tmp_path / "run" / "log.jsonl").exists()
+    (tmp_path / "run" / "trackers.json").write_text('{"wandb": "gone"}')
+    config = config_of(world, tmp_path / "run", "[wandb]")
+    with pytest.raises(ConfigError, match=r"or begin another run there: delete trackers.json in"):
+        run_adapt(config)
 
 
 def test_a_run_that_ends_with_an_error_ends_the_trackers_run(
@@ -169,14 +199,24 @@ def test_a_wrong_tracker_is_one_line(
 
 def test_wandb_offline(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
-    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path)}.items():
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+    for name in ("CACHE", "CONFIG", "DATA"):  # else in the home of whoever runs this
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
     run = tmp_path / "run"
-    run_adapt(config_of(world, run, "[wandb]"))
-    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    written = file.read_bytes()
-    for word in (b"train/loss", b"test/average_metrics", b"learning_rate"):
-        assert word in written, word
+    config = config_of(world, run, "[wandb]")
+    with pytest.raises(Interrupted):
+        run_adapt(config, callbacks=[Stops])
+    run_adapt(config)
+    # what is sent to one run of one id, however often it was resumed
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert [file.stem for file in files] == [f"run-{runs_of(run)['wandb']}"] * 2
+    for file, words in zip(files, ((b"learning_rate",), (b"test/average_metrics",)), strict=True):
+        for word in (b"train/loss", *words):
+            assert word in file.read_bytes(), word
+    first = runs_of(run)
+    run_adapt(config_of(world, run, "[wandb]", overwrite_output_dir="true"))
+    assert runs_of(run) != first, "it is another run"
 
 
 def test_mlflow_in_a_local_folder(
@@ -187,11 +227,16 @@ def test_mlflow_in_a_local_folder(
     place = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
     mlflow.set_tracking_uri(place)
-    results = run_adapt(config_of(world, tmp_path / "run", "[mlflow]"))
+    with pytest.raises(Interrupted):
+        run_adapt(config_of(world, tmp_path / "run", "[mlflow]"), callbacks=[Stops])
+    # its parameters have other values now, which mlflow refuses to change
+    fields = {"resume_from_checkpoint": "true"}
+    results = run_adapt(config_of(world, tmp_path / "run", "[mlflow]", **fields))
     (found,) = mlflow.search_runs(experiment_names=["pemt"], output_format="list")
     assert found.info.run_name == "run"
     assert found.data.params["learning_rate"] == "0.01"
     assert found.data.metrics["test/loss"] == pytest.approx(results["test_loss"])
-    assert found.data.metrics["train/loss"] == pytest.approx(
-        logged(tmp_path / "run")[3]["train/loss"]
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "train/loss")
+    assert {each.step: each.value for each in history} == pytest.approx(
+        {step: line["train/loss"] for step, line in logged(tmp_path / "run").items()}
     )

@@ -18,7 +18,7 @@ from pemt.checkpoint.checkpoint import CheckpointError
 from pemt.config import AdaptConfig, PemtError
 from pemt.config.deepspeed import fill_deepspeed_json, read_deepspeed_json
 from pemt.config.parse import parse_config
-from pemt.engine.schema import check_schema
+from pemt.engine.deepspeed_schema import check_schema
 from pemt.model import base_shape
 from pemt.storage.manifest import MANIFEST, read_manifest, sha256, with_checksum
 from pemt.tasks.task_file import load_task_file

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from pemt.bank.entries import read_entry, write_entry
 from pemt.bank.manifests import BankError, entry_folder
 from pemt.bank.official import OfficialError, read_official
-from pemt.bank.peft_format import PeftFormatError, read_peft
+from pemt.bank.peft_files import PeftFormatError
+from pemt.bank.peft_format import read_peft
 from pemt.config import ConfigError, PemtError
 from pemt.config.parse import read_yaml_mapping
 from pemt.model import base_shape
@@ -245,13 +246,34 @@ def test_what_a_crash_left_is_brought_back_into_its_folder_alone(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["bank"]
 
 
-def test_a_pickle_beside_an_adapter_is_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_adapters_pickle_gives_plain_tensors_or_nothing(tmp_path: Path, legacy: bool) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["wo"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    sparse, meta = torch.ones(4, 48).to_sparse(), torch.ones(1, device="meta")
+    for saved, told in {
+        "would run": ({"w": Evil(os.mkdir, str(tmp_path / "made"))}, "refused: it would call"),
+        "sparse": ({"w": sparse}, "something else than a dict of plain tensors"),
+        "nowhere": ({"w": meta}, "something else than a dict of plain tensors"),
+        "whole numbers": ({"w": torch.ones(4, 48).int()}, "else than a dict of plain tensors"),
+        "no tensor": ({"w": "text"}, "something else than a dict of plain tensors"),
+        "no dict": ([torch.ones(2)], "something else than a dict of plain tensors"),
+    }.values():
+        path = tmp_path / "adapter_model.bin"
+        torch.save(saved, path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(PeftFormatError, match=rf"adapter_model\.bin: .*{told}"):
+            read_peft(tmp_path, SHAPE)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(PeftFormatError, match=r"adapter_model\.bin: "):
+        read_peft(tmp_path, SHAPE)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_pickle_beside_safetensors_is_not_read(tmp_path: Path) -> None:
     torch.save({"w": Evil(os.mkdir, str(tmp_path / "made"))}, tmp_path / "adapter_model.bin")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["wo"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(PeftFormatError, match="is a pickle and is not read"):
-        read_peft(tmp_path, SHAPE)
-    assert not (tmp_path / "made").exists()
     save_file({"w": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(PeftFormatError, match="found adapters on"):
         read_peft(tmp_path, SHAPE)
+    assert not (tmp_path / "made").exists()

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pemt.storage import StorageError, folders as storage, read_manifest
-from pemt.storage.folders import read_tensors, write_folder, write_text
+from pemt.storage.folders import (
+    move_files,
+    read_tensors,
+    replacing,
+    write_folder,
+    write_folders,
+    write_text,
+)
 
 
 def written(folder: Path, value: float = 1.0) -> Path:
@@ -123,6 +135,72 @@ def test_a_text_is_written_whole_and_a_crash_leaves_nothing_for_long(
     assert path.read_text() == "newer"
     assert len(synced) == 2
     assert synced[-1] == tmp_path, "the new name is on the disk too"
+
+
+def test_what_a_killed_process_left_goes_when_the_file_is_replaced(tmp_path: Path) -> None:
+    path, here = tmp_path / "answers.jsonl", socket.gethostname()
+    child = subprocess.Popen(["true"])
+    child.wait()  # a number that no process has now
+    kept = {
+        f".answers.jsonl.{here}-{os.getppid()}": "under way",
+        f".answers.jsonl.elsewhere-{child.pid}": "another machine's",
+        f".answers.jsonl.{here}-x": "something else",
+        f".answers.json.{here}-{child.pid}": "another file's",
+    }
+    for name in (*kept, f".answers.jsonl.{here}-{child.pid}"):
+        (tmp_path / name).touch()
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, *kept}
+
+
+def test_several_folders_are_there_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every operation on the disk is refused once: what was there before is there again, or all is new."""
+    bank, fs_op = tmp_path / "bank", storage.fs_op
+    files = ("a.safetensors", storage.MANIFEST)
+    before_the_first_name = 2 * (1 + 2 * len(files) + 1)  # make, rename and sync each file, sync
+
+    def values() -> dict[str, float]:
+        found = {}
+        for folder in bank.glob("[!.]*"):
+            tensors = read_tensors(folder, files[0], read_manifest(folder))
+            found[folder.name] = tensors["w"][0].item()
+        return found
+
+    def refused_at(at: int) -> bool:
+        calls = count()
+
+        def refuse(operation: Any, *arguments: Any) -> None:
+            if next(calls) == at:
+                raise OSError(28, "No space left on device")
+            fs_op(operation, *arguments)
+
+        for folder in (bank, tmp_path / "coming"):
+            shutil.rmtree(folder, ignore_errors=True)
+        written(bank / "old", 1.0)
+        sources = {bank / name: written(tmp_path / "coming" / name, 2.0) for name in ("old", "new")}
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "fs_op", refuse)
+            try:
+                write_folders({each: move_files(source, files) for each, source in sources.items()})
+            except StorageError:
+                return True
+        return False
+
+    at = 0
+    while refused_at(at):
+        storage.recover_interrupted_replace(bank)
+        if at < before_the_first_name:
+            assert values() == {"old": 1.0}
+            assert [each.name for each in bank.glob(".*")] == []
+        assert values() in ({"old": 1.0}, {"old": 2.0}, {"old": 2.0, "new": 2.0})
+        at += 1
+    assert at > before_the_first_name
+    assert values() == {"old": 2.0, "new": 2.0}
+    assert [each.name for each in bank.glob(".*")] == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"files": 1}', "\x00"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 
 from pemt.commands import COMMANDS
 from pemt.storage.hub import HubError, check_hub, download, local_folder, upload
-from tests.support.hub import COMMIT, Hub, hub
+from tests.support.hub import COMMIT, Hub, hub_for_this_process
 
 TENSORS = bytes(range(256)) * 40
 
@@ -34,23 +33,11 @@ class Recording(Hub):
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def root(tmp_path: Path) -> Iterator[Path]:
     """The served repositories; this process speaks to them."""
     Recording.asked, Recording.broken = [], False
-    (tmp_path / "root").mkdir()
-    with hub(tmp_path / "root", Recording) as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        address = environment["HF_ENDPOINT"]
-        for name, value in {  # read from the environment when huggingface_hub was imported
-            "ENDPOINT": address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        yield tmp_path / "root"
+    with hub_for_this_process(tmp_path / "root", Recording) as root:
+        yield root
 
 
 @pytest.fixture

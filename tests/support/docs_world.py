@@ -13,10 +13,12 @@ import torch
 import yaml
 from torch import nn
 
+from pemt.bank import Adapter, add_peft
 from pemt.commands import COMMANDS
 from pemt.tasks import Task, get_task, load_task_file
 from tests.bank.test_official import PROMPT_PD, published
 from tests.conftest import ROOT
+from tests.support.adapters import LORAHUB, make_adapter
 from tests.support.docs_pages import blocks
 from tests.support.tiny import COLOURS, make_base
 from tests.support.tiny_t5 import tiny_base
@@ -31,7 +33,15 @@ STAND_INS = {
     "FOLDER": "official",
     "FOLDER_OR_HUB_ID": "adapters/qnli",
     "google-t5/t5-base": "official-base",
+    "google/flan-t5-large": "base",
+    "ENTRY": "flan_t5_large-coqa",
+    "paper-superglue-cb": "superglue-cb",  # whose labels this world's vocabulary can write
 }
+# The adapters that docs/experts.md adds, as the real PEFT writes them: half of them pickles, as on the hub.
+LORAHUB_IDS = [
+    f"lorahub/flan_t5_large-{name}"
+    for name in ("super_glue_wic", "wiki_qa_Jeopardy_style", "quarel_logic_test", "coqa")
+]
 
 
 def make_world() -> None:
@@ -49,6 +59,7 @@ def make_world() -> None:
     write_sweep(next(found[1] for found in blocks("yaml") if "methods:" in found[1]))
     for task in ("mnli", "qnli"):
         stage("source", f"--task_name {task} --output_dir runs/{task} --bank_dir bank".split())
+    Path("runs/paper-bank").symlink_to("../bank")
     adapt = "--task_name superglue-cb --bank_dir bank --output_dir runs/cb"
     stage("adapt", adapt.split())
     stage("adapt", f"{adapt}-adapter --method adapter".split())
@@ -56,10 +67,25 @@ def make_world() -> None:
     COMMANDS["export"](["runs/cb", "cb-export"])
     shutil.copytree("cb-export", "cb-export-pushed")
     COMMANDS["bank"](["export", "bank", "--peft", "adapters"])
+    for number, name in enumerate(LORAHUB_IDS):
+        folder = Path("adapters-of-the-hub", name)
+        make_adapter(Path("base"), folder, pickled=number % 2 == 1, seed=number, **LORAHUB)
+    folders = [Adapter(f"adapters-of-the-hub/{name}") for name in LORAHUB_IDS]
+    add_peft(folders, bank_dir="hub-bank", model_name_or_path="base")
+    shutil.copytree("hub-bank", "hub-bank-pushed")
     Path("official").mkdir()
     torch.save(published("lora"), "official/lora.pt")
     torch.save(nn.Parameter(PROMPT_PD), "official/task_embedding.pt")
     tiny_base().config.save_pretrained("official-base")
+
+
+def make_repositories() -> Path:
+    """What a hub has, in the working directory: an export, a bank, LoraHub's adapters."""
+    root = Path("hub").absolute() / "repositories"
+    shutil.copytree("adapters-of-the-hub", root)
+    shutil.copytree("cb-export-pushed", root / "OWNER" / "NAME")
+    shutil.copytree("hub-bank-pushed", root / "OWNER" / "BANK")
+    return root
 
 
 def stage(name: str, arguments: list[str]) -> None:
@@ -88,6 +114,11 @@ def write_rows(folder: Path, task: Task) -> None:
 def write_sweep(text: str) -> None:
     """The page's sweep as `whole.yaml`, and as `sweep.yaml` one run of it."""
     Path("whole.yaml").write_text(text)
+    write_one_run("sweep.yaml", text)
+
+
+def write_one_run(path: str, text: str) -> None:
+    """One run of a sweep, on this world's base and data."""
     content = yaml.safe_load(text)
     flags = SMALL.split()
     small = {
@@ -97,4 +128,7 @@ def write_sweep(text: str) -> None:
     content["methods"] = {"adapter": content["methods"]["adapter"]}
     content["tasks"] = {"superglue-cb": {"data_dir": "data/superglue-cb"}}
     content["seeds"] = content["seeds"][:1]
-    Path("sweep.yaml").write_text(yaml.safe_dump(content))
+    if "sources" in content:
+        content["sources"] = {"mnli": {"data_dir": "data/mnli"}}
+        content["published"]["numbers"] = {"adapter": {"superglue-cb": 50}}
+    Path(path).write_text(yaml.safe_dump(content))

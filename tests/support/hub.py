@@ -18,6 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
+import pytest
+
 COMMIT = "a" * 40
 REVISIONS = ("main", COMMIT)
 TOKEN = "stand-in"
@@ -125,6 +128,8 @@ class Hub(BaseHTTPRequestHandler):
             each = json.loads(line)
             value = each["value"]
             if each["key"] == "header":
+                if value.get("parentCommit") not in (None, COMMIT):
+                    return self.answer(412, {"error": "A commit has happened since."})
                 continue
             path = self.root / name / value["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,3 +217,22 @@ def hub(root: Path, kind: type[Hub] = Hub) -> Iterator[dict[str, str]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def hub_for_this_process(root: Path, kind: type[Hub] = Hub) -> Iterator[Path]:
+    """The same for the process that asks, whose `huggingface_hub` has read the environment already."""
+    root.mkdir(exist_ok=True)
+    with hub(root, kind) as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        address = environment["HF_ENDPOINT"]
+        for name, value in {
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(root.parent / "cache"),
+        }.items():
+            patch.setattr(huggingface_hub.constants, name, value)
+        yield root

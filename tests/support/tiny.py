@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+)
 
 from pemt.config.schema import AdaptConfig, SourceConfig
 from pemt.tasks import Task, register_task
@@ -46,6 +52,34 @@ def make_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
+
+
+def make_gemma_base(folder: Path, **decoder: Any) -> Path:
+    """A random T5Gemma with a tokenizer that begins texts and does not end them, as Gemma's; sizes of its decoder."""
+    vocabulary = {token: i for i, token in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+        unk_token="<unk>", padding_side="left",
+    ).save_pretrained(folder)  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 33, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "query_pre_attn_scalar": 4,
+        "sliding_window": 4,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = T5GemmaConfig(encoder=sizes, decoder={**sizes, **decoder}, vocab_size=32)
+    base = T5GemmaForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() == 2:  # from its own start it has hardly anything to say
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    base.save_pretrained(folder)
+    return folder
 
 
 def make_base(folder: Path, *, d_model: int = 16, **sizes: Any) -> Path:

@@ -15,6 +15,8 @@ from transformers import (
     MT5ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
@@ -37,6 +39,29 @@ SIZES: dict[str, Any] = {
     "decoder_start_token_id": 0,
     "dropout_rate": 0.0,
 }
+# Keys and values have half as many heads as queries, and every other layer sees two tokens at each side alone.
+GEMMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "query_pre_attn_scalar": 4,
+    "sliding_window": 3,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny_gemma(**decoder: Any) -> T5GemmaForConditionalGeneration:
+    """A T5Gemma of the others' sizes; its decoder may have sizes of its own."""
+    sizes = {**GEMMA, "num_hidden_layers": 3, **decoder}
+    return T5GemmaForConditionalGeneration(
+        T5GemmaConfig(encoder=GEMMA, decoder=sizes, vocab_size=VOCABULARY)
+    )
+
+
 FAMILIES: dict[str, Callable[..., Any]] = {
     "t5": lambda: T5ForConditionalGeneration(T5Config(**SIZES)),
     "t5-v1.1": lambda: T5ForConditionalGeneration(
@@ -44,6 +69,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     ),
     "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**SIZES)),
     "umt5": lambda: UMT5ForConditionalGeneration(UMT5Config(**SIZES)),
+    "t5gemma": tiny_gemma,
 }
 # transformers 5.17 does not hand T5's position bias to an attention function.
 OLD_ATTENTION = Version(transformers.__version__) < Version("5.20")
@@ -116,7 +142,7 @@ def sources_on_sites(family: str = "t5") -> list[ExpertSource]:
         "everywhere": "all-linear",
         "attention": ["q", "v"],
         "outputs": ["wo"],
-        "decoder": r"decoder.*\.(k|o)",
+        "decoder": r".*decoder.*\.(k|o)(_proj)?",
     }
     sources = []
     for k, (name, modules) in enumerate(places.items()):
@@ -137,8 +163,11 @@ def source_model(kind: str = "lora", base: Any = None) -> PemtT5:
 
 def on_sites(base: Any) -> PemtT5:
     """Stage 2 with `sources_on_sites` for any family."""
-    gated = str(base.config.feed_forward_proj).startswith("gated")
-    return target_model(sources_on_sites("t5-v1.1" if gated else "t5"), base)
+    family = "t5gemma"
+    if base.config.model_type != family:
+        gated = str(base.config.feed_forward_proj).startswith("gated")
+        family = "t5-v1.1" if gated else "t5"
+    return target_model(sources_on_sites(family), base)
 
 
 def target_model(

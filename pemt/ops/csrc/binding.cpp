@@ -32,16 +32,16 @@ void check_first_derivative() {
 struct FfnOutput : torch::autograd::Function<FfnOutput> {
   static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& gates,
       const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
-      const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias, const Tensor& weight,
-      const OptionalTensor& down, const Tensor& up, const OptionalTensor& token_weights,
+      const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
+      const Tensor& stacked, const Tensor& up, const OptionalTensor& token_weights,
       at::ArrayRef<double> scales, at::IntArrayRef ranks, bool sparsity, Output* kept) {
     const Below below;
-    *kept = ffn_output(x, weight, down, up, gates, adapter_down, adapter_down_bias, adapter_up,
+    *kept = ffn_output(x, stacked, up, gates, adapter_down, adapter_down_bias, adapter_up,
         adapter_up_bias, scales, ranks, token_weights, sparsity);
     const auto& [z, loss, mixed, hidden, active, projection, stats, distance] = *kept;
     const Tensor nothing;
     context->save_for_backward({sparsity ? z : nothing, mixed, hidden, active, projection, stats,
-        distance, weight, down.value_or(nothing), up, gates, adapter_down.value_or(nothing),
+        distance, stacked, up, gates, adapter_down.value_or(nothing),
         adapter_up.value_or(nothing), token_weights.value_or(nothing)});
     context->saved_data["scales"] = scales.vec();
     context->saved_data["ranks"] = ranks.vec();
@@ -50,7 +50,7 @@ struct FfnOutput : torch::autograd::Function<FfnOutput> {
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    variable_list found(14);
+    variable_list found(13);
     if (!gradients[0].defined() && !gradients[1].defined()) return found;
     check_first_derivative();
     const auto saved = context->get_saved_variables();  // may recompute a checkpointed block
@@ -58,12 +58,12 @@ struct FfnOutput : torch::autograd::Function<FfnOutput> {
     const bool need_dx = context->needs_input_grad(0);
     const auto [dx, dgates, ddown, ddown_bias, dup, dup_bias] = ffn_output_backward(
         optional(gradients[0]), optional(gradients[1]), saved[0], saved[1], saved[2], saved[3],
-        saved[4], saved[5], saved[6], saved[7], optional(saved[8]), saved[9], saved[10],
-        optional(saved[11]), optional(saved[12]), context->saved_data["scales"].toDoubleVector(),
-        context->saved_data["ranks"].toIntVector(), optional(saved[13]), need_dx);
+        saved[4], saved[5], saved[6], saved[7], saved[8], saved[9], optional(saved[10]),
+        optional(saved[11]), context->saved_data["scales"].toDoubleVector(),
+        context->saved_data["ranks"].toIntVector(), optional(saved[12]), need_dx);
     if (need_dx) found[0] = dx;
     found[1] = dgates;
-    if (saved[11].defined()) {
+    if (saved[10].defined()) {
       found[2] = ddown;
       found[3] = ddown_bias;
       found[4] = dup;
@@ -100,14 +100,14 @@ struct PromptMean : torch::autograd::Function<PromptMean> {
   }
 };
 
-Output ffn_output_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& down,
-    const Tensor& up, const Tensor& gates, const OptionalTensor& adapter_down,
+Output ffn_output_autograd(const Tensor& x, const Tensor& stacked, const Tensor& up,
+    const Tensor& gates, const OptionalTensor& adapter_down,
     const OptionalTensor& adapter_down_bias, const OptionalTensor& adapter_up,
     const OptionalTensor& adapter_up_bias, at::ArrayRef<double> scales, at::IntArrayRef ranks,
     const OptionalTensor& token_weights, bool sparsity) {
   Output kept;
   const auto found = FfnOutput::apply(x, gates, adapter_down, adapter_down_bias, adapter_up,
-      adapter_up_bias, weight, down, up, token_weights, scales, ranks, sparsity, &kept);
+      adapter_up_bias, stacked, up, token_weights, scales, ranks, sparsity, &kept);
   std::get<0>(kept) = found[0];
   std::get<1>(kept) = found[1];
   return kept;

@@ -169,11 +169,11 @@ Loss sparsity_of(const Call& call, const Tensor& z_ND, const Tensor& latent_NT, 
 
 }  // namespace
 
-Output ffn_output(const Tensor& x, const Tensor& weight, const OptionalTensor& down,
-    const Tensor& up, const Tensor& gates, const OptionalTensor& adapter_down,
-    const OptionalTensor& adapter_down_bias, const OptionalTensor& adapter_up,
-    const OptionalTensor& adapter_up_bias, at::ArrayRef<double> scales, at::IntArrayRef ranks,
-    const OptionalTensor& token_weights, bool sparsity) {
+Output ffn_output(const Tensor& x, const Tensor& stacked, const Tensor& up, const Tensor& gates,
+    const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
+    const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
+    bool sparsity) {
   const Guard guard(x.device());
   const int64_t d_model = up.size(0), total = up.size(1);
   const Call call(x, d_model, gates, scales, ranks, token_weights);
@@ -183,11 +183,11 @@ Output ffn_output(const Tensor& x, const Tensor& weight, const OptionalTensor& d
   };  // outputs may not be one tensor
   Tensor mixed, y_ND;
   if (adapter_down.has_value()) {  // y is kept: the adapter's weights want it
-    mixed = times(x_NF, weight.t());
+    mixed = times(x_NF, stacked.t());
     y_ND = mixed.narrow(1, 0, d_model);
   } else {
-    y_ND = times(x_NF, weight.narrow(0, 0, d_model).t());
-    mixed = times(x_NF, (down.has_value() ? *down : weight.narrow(0, d_model, total)).t());
+    y_ND = times(x_NF, stacked.narrow(0, 0, d_model).t());
+    mixed = times(x_NF, stacked.narrow(0, d_model, total).t());
   }
   const Tensor latent_NT = mixed.narrow(1, mixed.size(1) - total, total);
   const Tensor gated_NT = at::empty({latent_NT.size(0), total}, x.options());
@@ -210,8 +210,8 @@ Output ffn_output(const Tensor& x, const Tensor& weight, const OptionalTensor& d
 
 Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dloss,
     const Tensor& z, const Tensor& mixed, const Tensor& hidden, const Tensor& active,
-    const Tensor& projection, const Tensor& stats, const Tensor& distance, const Tensor& weight,
-    const OptionalTensor& down, const Tensor& up, const Tensor& gates,
+    const Tensor& projection, const Tensor& stats, const Tensor& distance, const Tensor& stacked,
+    const Tensor& up, const Tensor& gates,
     const OptionalTensor& adapter_down, const OptionalTensor& adapter_up,
     at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
     bool need_dx) {
@@ -221,10 +221,13 @@ Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dl
   const Tensor mixed_NX = rows_of(mixed);
   const auto nothing = [&] { return at::empty({0}, mixed.options()); };
   const Tensor latent_NT = mixed_NX.narrow(1, mixed_NX.size(1) - total, total);
-  // the gradient of [y | latent]: each product adds to its part of it
-  const Tensor whole = at::empty({latent_NT.size(0), d_model + total}, mixed.options());
-  Tensor dy_ND = whole.narrow(1, 0, d_model);
-  const Tensor dlatent_NT = whole.narrow(1, d_model, total);
+  // the gradient of [y | latent]: each product adds to its part of it; of the latent alone where
+  // nothing is added to y's
+  const bool both = dloss.has_value() || adapter_down.has_value();
+  const Tensor whole =
+      at::empty({latent_NT.size(0), (both ? d_model : 0) + total}, mixed.options());
+  Tensor dy_ND = both ? whole.narrow(1, 0, d_model) : rows_of(*dz);
+  const Tensor dlatent_NT = whole.narrow(1, whole.size(1) - total, total);
   OptionalTensor sparsity_gate;
   if (dloss.has_value()) {
     OptionalTensor outer;
@@ -239,7 +242,7 @@ Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dl
             stats_NC.const_data_ptr(), distance.const_data_ptr(), write(dy_ND),
             mix_NT.mutable_data_ptr(), write(dlatent_NT), sparsity_gate->mutable_data_ptr()});
     dy_ND.addmm_(mix_NT, up.t());
-  } else {
+  } else if (both) {
     dy_ND.copy_(rows_of(*dz));
   }
   Tensor ddown = nothing(), ddown_bias = nothing(), dup = nothing(), dup_bias = nothing();
@@ -262,8 +265,8 @@ Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dl
           dgates.mutable_data_ptr()});
   Tensor dx = nothing();
   if (need_dx) {
-    dx = times(down.has_value() ? dy_ND : whole, weight);
-    if (down.has_value()) dx.addmm_(dlatent_NT, *down);
+    dx = both ? times(whole, stacked) : times(dy_ND, stacked.narrow(0, 0, d_model));
+    if (!both) dx.addmm_(dlatent_NT, stacked.narrow(0, d_model, total));
     dx = call.in_rows(dx);
   }
   return {dx, dgates.to(gates.scalar_type()), ddown, ddown_bias, dup, dup_bias};

@@ -14,26 +14,25 @@ namespace pemt {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// One FFN's output side: wo and the experts, the target adapter if there is one, the loss if it is
-// wanted. `weight` [D+T,F] is wo's over the down projections; or [D,F] and `down` [T,F] apart,
-// where there is no adapter.
+// A linear layer and the experts, the target adapter if there is one, the loss if it is wanted.
+// `stacked` [D+T,F] is the layer's own weight over the down projections.
 // {z [B,S,D], loss; and for the backward pass: mixed [B,S,D+T], y beside the latent (without an
 //  adapter the latent alone), the adapter's hidden and active [B,S,H], projection [B,S,T],
 //  stats [B,S,2K+1], mean distances [K]}; what there is none of is empty
 using Output = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-Output ffn_output(const Tensor& x, const Tensor& weight, const OptionalTensor& down,
-    const Tensor& up, const Tensor& gates, const OptionalTensor& adapter_down,
-    const OptionalTensor& adapter_down_bias, const OptionalTensor& adapter_up,
-    const OptionalTensor& adapter_up_bias, at::ArrayRef<double> scales, at::IntArrayRef ranks,
-    const OptionalTensor& token_weights, bool sparsity);
+Output ffn_output(const Tensor& x, const Tensor& stacked, const Tensor& up, const Tensor& gates,
+    const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
+    const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
+    bool sparsity);
 
 // {dx [B,S,F], dgates [B,K], and of the adapter: ddown, its bias's, dup, its bias's}; what is not
 // needed is empty
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dloss,
     const Tensor& z, const Tensor& mixed, const Tensor& hidden, const Tensor& active,
-    const Tensor& projection, const Tensor& stats, const Tensor& distance, const Tensor& weight,
-    const OptionalTensor& down, const Tensor& up, const Tensor& gates,
+    const Tensor& projection, const Tensor& stats, const Tensor& distance, const Tensor& stacked,
+    const Tensor& up, const Tensor& gates,
     const OptionalTensor& adapter_down, const OptionalTensor& adapter_up,
     at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
     bool need_dx);

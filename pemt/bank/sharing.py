@@ -1,0 +1,96 @@
+"""Entries of one bank in another, as they stand: which are new there, which are the same, which are in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pemt.bank.manifests import TENSORS, BankError, Manifest, check_one_base
+from pemt.bank.tools import verify
+from pemt.storage import MANIFEST, move_files, write_folders
+
+ENTRY_FILES = (TENSORS, MANIFEST)
+Entries = Mapping[str, tuple[Manifest, dict[str, Any]]]  # as `manifests_in` gives them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What becomes of entries that go where others are.
+
+    Args:
+        new: there was none of that name.
+        replaced: there was another one of that name.
+        same: there already.
+    """
+
+    new: list[str]
+    replaced: list[str]
+    same: list[str]
+
+    @property
+    def moved(self) -> list[str]:
+        """Those that go over."""
+        return sorted([*self.new, *self.replaced])
+
+    def told(self) -> str:
+        """In a line: `added mnli, qnli; replaced rte; there already: cola`."""
+        parts = {"added ": self.new, "replaced ": self.replaced, "there already: ": self.same}
+        return "; ".join(f"{what}{', '.join(names)}" for what, names in parts.items() if names)
+
+
+def compare(coming: Entries, there: Entries, *, where: str, overwrite: bool) -> Changes:
+    """What becomes of entries in a bank that has some.
+
+    Two are the same whose manifests, with the checksums of the tensors, are; the versions of the software that wrote
+    them are not looked at.
+
+    Args:
+        where: the bank that has some, for messages.
+        overwrite: replace entries of the same name that differ.
+
+    Raises:
+        BankError: such an entry is there and `overwrite` is false, or they are for several base models.
+    """
+    same = [name for name in coming if name in there and _is_same(coming[name][1], there[name][1])]
+    others = [name for name in coming if name in there and name not in same]
+    if others and not overwrite:
+        raise BankError(
+            f"{where}: has {_count(len(others), 'other entry', 'other entries')} of the same name: "
+            f"{', '.join(others)}; nothing was changed: replace with --overwrite, or keep them apart in another bank"
+        )
+    check_one_base([manifest for manifest, _ in {**there, **coming}.values()], where=where)
+    return Changes(new=[name for name in coming if name not in there], replaced=others, same=same)
+
+
+def check_entries(bank_dir: str | Path, tasks: Sequence[str] | None, *, where: str) -> None:
+    """Refuse a bank of which an entry is damaged.
+
+    Raises:
+        BankError: one is, and how.
+    """
+    faults = {task: fault for task, fault in verify(bank_dir, tasks).items() if fault}
+    if faults:
+        first = next(iter(faults.values()))
+        raise BankError(
+            f"{where}: {_count(len(faults), 'entry', 'entries')} cannot be used ({', '.join(faults)}); nothing was "
+            f"changed. The first: {first}"
+        )
+
+
+def move_entries(source: Path, bank_dir: Path, names: Sequence[str]) -> None:
+    """Move entries from a folder of the same disk into a bank: none is seen before all are ready.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    write_folders({bank_dir / name: move_files(source / name, ENTRY_FILES) for name in names})
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return {**one, "versions": None} == {**other, "versions": None}
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

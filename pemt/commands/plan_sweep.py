@@ -1,0 +1,211 @@
+"""`pemt plan --sweep`: GPU hours and disk of a whole sweep, by formula."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from pemt.config import (
+    AdaptConfig,
+    ConfigError,
+    ExpertConfig,
+    Parser,
+    RunConfig,
+    SourceConfig,
+    command_parser,
+    sweep_file,
+)
+from pemt.model import target_sites
+from pemt.plan import (
+    CHIPS,
+    Cluster,
+    Hours,
+    Job,
+    PlanError,
+    PlannedRun,
+    Zero,
+    added,
+    examples_of,
+    fp32_bytes,
+    hours_of,
+    read_shape,
+    steps_of,
+)
+
+TOKENS_A_WORD = 1.3  # of English descriptions in T5's vocabulary, about
+# What is planned for where the command line names no other machines.
+MACHINES = ((1, "h100-80"), (8, "a100-80"))
+PROMPT_TUNING = 100  # tokens, unless peft_config says otherwise
+STAGE_1 = "stage 1"
+EXPERTS = 6
+
+
+def run(arguments: list[str]) -> None:
+    """`pemt plan --sweep FILE`."""
+    options = make_parser().parse_args(arguments)
+    for name in ("efficiency", "least_step_ms"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise ConfigError(f"--{name}: found {getattr(options, name)}, it must be above 0")
+    from pemt.sweep import read_sweep
+
+    path = sweep_file(options.sweep)
+    sweep = read_sweep(path)
+    ranks = {source.task_name: source.expert.rank for source in sweep.sources}
+    planned = [_planned(source, STAGE_1, ranks) for source in sweep.sources]
+    planned += [_planned(each.config, each.method, ranks) for each in sweep.runs]
+    found: list[tuple[int, str, dict[str, Hours]]] = []
+    for gpus, gpu in MACHINES:
+        cluster = Cluster(
+            nodes=1, gpus_per_node=gpus, chip=CHIPS[gpu], efficiency=options.efficiency
+        )
+        zero = Zero(name="zero2.json", stage=2)
+        least = options.least_step_ms / 1000
+        found.append((gpus, gpu, hours_of(planned, zero, cluster, least=least)))
+    if options.json:
+        rows = [{"gpus": gpus, "gpu": gpu, "groups": groups} for gpus, gpu, groups in found]
+        print(json.dumps(rows, indent=2, default=asdict))
+        return
+    base = sweep.runs[0].config.model_name_or_path
+    print(f"{path}: {len(planned)} runs, one after another, of {base}\n")
+    for each in found:
+        print(_table(*each) + "\n")
+    print(_honesty(options, fp32_bytes(planned[0].job.shape)))
+
+
+def make_parser() -> Parser:
+    """The command line of `pemt plan --sweep`."""
+    parser = command_parser(
+        "plan",
+        "GPU hours and disk of a sweep on 1 x H100 and on 8 x A100, before it is paid for: formulas, nothing\n"
+        "is measured. Nothing is downloaded: the published data sets' sizes are in a table.",
+        "pemt plan --sweep paper_full",
+    )
+    parser.add_argument(
+        "--sweep", required=True, metavar="FILE", help="as for `pemt sweep --config`"
+    )
+    parser.add_argument(
+        "--efficiency", type=float, default=0.2, metavar="X",
+        help="share of the data sheet's dense bf16 FLOP/s that is reached (0.2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--least_step_ms", type=float, default=60.0, metavar="MS",
+        help="a step takes so long at least, however small: its kernels have to be started (60)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="all figures as JSON")
+    return parser
+
+
+def _planned(config: RunConfig, group: str, ranks: dict[str, int]) -> PlannedRun:
+    """A run's steps and evaluations; `ranks` are those of the experts that the sweep trains."""
+    from pemt.tasks import get_task
+
+    task = get_task(config.task_name, config.task_file)
+    sets = examples_of(task)
+    if sets is None or config.data_dir or config.task_file:
+        raise PlanError(
+            f"task {config.task_name}: the number of its examples is not known; `pemt plan --sweep` knows the "
+            "published data sets, from the hub"
+        )
+    train = sets.train
+    if config.few_shot:
+        train = config.few_shot * max(1, len(task.labels))
+    train = min(train, config.max_train_samples or train)
+    validation, test = (
+        min(each, config.max_eval_samples or each) for each in (sets.validation, sets.test)
+    )
+    job = _job(config, len(task.description.split()), task.max_target_length or 16, ranks)
+    steps, validations = steps_of(
+        train,
+        batch=job.batch,
+        epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        eval_each_epoch=config.eval_strategy == "epoch",
+    )
+    return PlannedRun(
+        group=group,
+        job=job,
+        steps=steps,
+        evaluated=validations * validation + test,
+        eval_batch=config.per_device_eval_batch_size,
+        checkpoints=min(config.save_total_limit + 1, max(1, validations)),
+    )
+
+
+def _job(config: RunConfig, words: int, target: int, ranks: dict[str, int]) -> Job:
+    shape = read_shape(config.model_name_or_path)
+    prompt, sources = math.ceil(TOKENS_A_WORD * words), 0
+    given: dict[str, Any] = {"method": "adapter"}
+    if isinstance(config, SourceConfig):
+        sites = target_sites(config.expert.target_modules, shape.base_shape)
+        rank = config.expert.rank
+        given = {
+            "method": "source",
+            "ranks": (rank,),
+            "ranks_by_site": ({site.name: rank for site in sites},),
+        }
+    elif isinstance(config, AdaptConfig):
+        given["adapter_reduction"] = config.adapter.reduction_factor
+        given["train_layer_norms"] = config.mixture.train_layer_norms
+        if config.method == "pemt":
+            mixed = config.source_tasks or [STAGE_1] * EXPERTS
+            sources = len(mixed)
+            mixed_ranks = tuple(ranks.get(name, ExpertConfig.rank) for name in mixed)
+            given |= {"method": "pemt", "ranks": mixed_ranks}
+        elif config.method == "full":
+            given["method"] = "full"
+        elif config.method == "prompt":
+            prompt = (config.peft_config or {}).get("num_virtual_tokens", PROMPT_TUNING)
+    return Job(
+        shape=shape,
+        prompt_tokens=prompt,
+        source_prompt_tokens=prompt * sources,
+        batch=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        source=config.max_source_length,
+        target=config.max_target_length or target,
+        gradient_checkpointing=config.gradient_checkpointing,
+        **given,
+    )
+
+
+def _table(gpus: int, gpu: str, groups: dict[str, Hours]) -> str:
+    head = f"{gpus} x {gpu}"
+    lines = [
+        f"{head:<20}{'runs':>6}{'training h':>12}{'evaluation h':>14}{'GPU hours':>11}{'disk GB':>9}"
+    ]
+    for name, each in groups.items():
+        lines.append(_row(name, gpus, each))
+    together = added(list(groups.values()))
+    lines.append(_row("together", gpus, together))
+    shortest = together.shortest / together.training
+    lines.append(
+        f"{together.total:,.0f} hours by the clock; {shortest:.0%} of the training in steps of the least length"
+    )
+    return "\n".join(lines)
+
+
+def _row(name: str, gpus: int, each: Hours) -> str:
+    fits = "" if each.all_fit else "  DOES NOT FIT into a GPU's memory"
+    return (
+        f"{name:<20}{each.runs:>6}{each.training:>12,.1f}{each.evaluation:>14,.1f}"
+        f"{gpus * each.total:>11,.1f}{each.disk / 1e9:>9,.1f}{fits}"
+    )
+
+
+def _honesty(options: argparse.Namespace, base: int) -> str:
+    return "\n".join(
+        [
+            f"Formulas; nothing is measured. Assumed: {options.efficiency:.0%} of the data sheet's dense bf16 FLOP/s,",
+            "since a base T5's products are small (--efficiency); no step takes less than "
+            f"{options.least_step_ms:.0f} ms, to start its",
+            "kernels (--least_step_ms); every example has max_source_length tokens (most of GLUE's have far fewer);",
+            "an evaluated batch is as dear as a trained one. Global batches stay the recipe's: GPUs share one, and",
+            "some idle where it does not divide. Left out: starts, loading, tokenising, saving, stragglers.",
+            "lora, bitfit, prompt and peft are counted as `adapter`, whose trainable state is larger.",
+            "Disk: checkpoints alone (the newest save_total_limit and the best). The base model "
+            f"({base / 1e9:.1f} GB), the hub's",
+            "downloads and tokenised data come on top.",
+        ]
+    )
