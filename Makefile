@@ -29,10 +29,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-demo: $(STAMP)  ## the main job on a small world: both stages, 2 ranks, ZeRO-2 (6 minutes on 2 cores)
+demo: $(STAMP)  ## the main job on a small world: both stages, 2 ranks, ZeRO-2 (4 minutes on 2 cores)
 	$(LAUNCH) -m pemt demo --output_dir $(DEMO_DIR) --cache_dir $(DEMO_CACHE)
 
-demo-quick: $(STAMP)  ## the same with one target and one seed (5 minutes)
+demo-quick: $(STAMP)  ## the same with one target and one seed (3 minutes)
 	$(LAUNCH) -m pemt demo --quick --output_dir $(DEMO_DIR)-quick --cache_dir $(DEMO_CACHE)
 
 test: lint typecheck imports pytest  ## all checks: ruff, mypy, import directions, pytest

@@ -10,10 +10,10 @@ def run(arguments: list[str]) -> None:
     path = sweep_file(make_parser().parse_args(arguments).config)
     from pemt.sweep import read_sweep
 
-    read_sweep(path)
+    sweep = read_sweep(path)
     from pemt.sweep import run_sweep  # with all the libraries
 
-    run_sweep(path)
+    run_sweep(sweep)
 
 
 def make_parser() -> Parser:

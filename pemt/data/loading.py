@@ -85,7 +85,7 @@ def load_task_data(
     parts = {}
     for name in location.splits:
         if name != "train" or not config.streaming:
-            parts[name], left_out = usable(location, name, config)
+            parts[name], left_out = well_formed(location, name, config)
             notes += left_out
     is_measured = not (config.max_target_length or task.max_target_length)
     if is_measured:
@@ -134,7 +134,7 @@ def load_split(
     if is_drawn or not stands_alone(split, location.splits, share):
         data = load_task_data(task, config, tokenizer, memory)
         return getattr(data, split), data.notes, data.origins[split]
-    examples, left_out = usable(location, split, config)
+    examples, left_out = well_formed(location, split, config)
     encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
     told = drawn(f"the official {split} set", split, examples, config)
     return encoded, (*location.notes, *left_out, *cut), told
@@ -210,10 +210,10 @@ def measured(
     return replace(task, max_target_length=length), note
 
 
-def usable(location: DataLocation, split: str, config: RunConfig) -> tuple[Dataset, list[str]]:
+def well_formed(location: DataLocation, split: str, config: RunConfig) -> tuple[Dataset, list[str]]:
     """A split's well-formed examples, and notes on what was left out."""
     examples = location.examples(split)
-    return splits.usable(location.task, split, examples, skip_bad_rows=config.skip_bad_rows)
+    return splits.well_formed(location.task, split, examples, skip_bad_rows=config.skip_bad_rows)
 
 
 def encode(
@@ -250,7 +250,7 @@ def streamed(
     if len(parts) == 2:
         return stream, dict(parts)
     first: list[dict[str, Any]] = []
-    for row in stream.usable():
+    for row in stream.well_formed():
         if len(first) >= splits.HELD_OUT and not (
             task.group and row["group"] == first[-1]["group"]
         ):

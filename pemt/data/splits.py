@@ -32,7 +32,7 @@ def generator(seed: int, purpose: Purpose) -> np.random.Generator:
     return np.random.default_rng([seed, purpose])
 
 
-def usable(
+def well_formed(
     task: Task, split: str, dataset: Dataset, *, skip_bad_rows: bool
 ) -> tuple[Dataset, list[str]]:
     """The well-formed, labelled examples of a split, and notes on what was left out.

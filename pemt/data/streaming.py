@@ -62,7 +62,7 @@ class TrainStream:
         self._held_out = 0
         self._held_groups: frozenset[str] = frozenset()
 
-    def usable(self) -> Iterator[Row]:
+    def well_formed(self) -> Iterator[Row]:
         """Labelled, well-formed examples from where the data set stands.
 
         Raises:
@@ -91,9 +91,9 @@ class TrainStream:
         """The examples behind those held out, from where the data set stands.
 
         Raises:
-            DataError: as `usable`.
+            DataError: as `well_formed`.
         """
-        rows = islice(self.usable(), self._held_out if at_start else 0, None)
+        rows = islice(self.well_formed(), self._held_out if at_start else 0, None)
         return (row for row in rows if row["group"] not in self._held_groups)
 
     def encoded(self, rows: list[Row]) -> list[Row]:

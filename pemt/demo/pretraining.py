@@ -22,7 +22,7 @@ from transformers import Adafactor, T5Config, T5ForConditionalGeneration, T5Toke
 from pemt.data import collate
 from pemt.demo.world import World
 from pemt.engine import Engine, Interrupted, StopSignals
-from pemt.monitor import ProgressBar
+from pemt.monitor import ProgressBar, progress_logger
 from pemt.storage import replacing
 
 STEPS, WARM_UP, BATCH = 300, 40, 64
@@ -71,7 +71,7 @@ class Pretraining:
         engine = self._engine
         first = self._restored(state)
         if first and engine.is_main:
-            print(f"pre-training resumes after step {first} of {STEPS}: {state}", flush=True)
+            progress_logger().info(f"pre-training resumes after step {first} of {STEPS}: {state}")
         lines = _Lines(first, shown=engine.is_main)
         with StopSignals() as signals:
             for step, rows in enumerate(self._batches(first), start=first + 1):
@@ -85,10 +85,9 @@ class Pretraining:
                     self._save(state, step)
                 if told:
                     if engine.is_main:
-                        print(
+                        progress_logger().info(
                             f"stopped in pre-training after step {step}; its state is saved, and the same command "
-                            "resumes from it",
-                            flush=True,
+                            "resumes from it"
                         )
                     raise Interrupted(signals.reason() or "another rank was told to")
         lines.close()
@@ -133,7 +132,9 @@ class Pretraining:
                 try:
                     saved = torch.load(state, weights_only=True, map_location=self._engine.device)
                 except DAMAGED as error:
-                    print(f"{state}: cannot be read ({error}); pre-training begins again")
+                    progress_logger().warning(
+                        f"{state}: cannot be read ({error}); pre-training begins again"
+                    )
         steps = self._engine.all_gather_object(saved["step"] if saved else 0)
         if saved is None or set(steps) != {saved["step"]}:
             return 0

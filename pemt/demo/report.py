@@ -53,8 +53,8 @@ def write_report(rows: list[Row], output_dir: Path) -> None:
     }
     (output_dir / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     draw_heat_map(rows, output_dir / HEAT_MAP)
-    print("\n".join(table(summary)))
-    print(f"mean gain {content['mean_gain']:+.1f} points")
+    print("\n".join(table(summary, _methods(rows))))
+    print(f"mean gain over the adapter alone {content['mean_gain']:+.1f} points")
     print(
         f"{output_dir / REPORT}, {output_dir / HEAT_MAP}; tensorboard --logdir {output_dir}",
         flush=True,
@@ -62,17 +62,16 @@ def write_report(rows: list[Row], output_dir: Path) -> None:
 
 
 def summary_of(rows: list[Row], target: str) -> dict[str, Any]:
-    """Means over seeds of one target: both methods' accuracy, and PEMT's gate weight per source."""
+    """Means over seeds of one target: every method's accuracy, and PEMT's gate weight per source."""
     ours = [row for row in rows if row.target == target and row.method == "pemt"]
     accuracy = {
         method: mean(row.accuracy for row in rows if (row.target, row.method) == (target, method))
-        for method in ("pemt", "adapter")
+        for method in _methods(rows)
     }
     return {
         "target": target,
         "related_source": RELATED[target],
-        "pemt": accuracy["pemt"],
-        "adapter": accuracy["adapter"],
+        **accuracy,
         "gain": accuracy["pemt"] - accuracy["adapter"],
         "gate_weights": {
             name: mean(row.gate_weights[name] for row in ours) for name in ours[0].gate_weights
@@ -80,11 +79,18 @@ def summary_of(rows: list[Row], target: str) -> dict[str, Any]:
     }
 
 
-def table(summary: list[dict[str, Any]]) -> list[str]:
+def _methods(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows))
+
+
+def table(summary: list[dict[str, Any]], methods: list[str]) -> list[str]:
     """The summary as lines of text; a star marks the source that a target was built to resemble."""
     sources = list(summary[0]["gate_weights"])
-    head = f"{'target':<10}{'pemt':>8}{'adapter':>9}{'gain':>8}   gate weight of " + "".join(
-        f"{name:>9}" for name in sources
+    head = (
+        f"{'target':<10}"
+        + "".join(f"{method:>9}" for method in methods)
+        + f"{'gain':>8}   gate weight of "
+        + "".join(f"{name:>9}" for name in sources)
     )
     lines = [head]
     for each in summary:
@@ -92,10 +98,8 @@ def table(summary: list[dict[str, Any]]) -> list[str]:
             f"{weight:>8.2f}{'*' if name == each['related_source'] else ' '}"
             for name, weight in each["gate_weights"].items()
         )
-        lines.append(
-            f"{each['target']:<10}{each['pemt']:>8.1f}{each['adapter']:>9.1f}{each['gain']:>+8.1f}"
-            f"{'':<18}{gates}"
-        )
+        scores = "".join(f"{each[method]:>9.1f}" for method in methods)
+        lines.append(f"{each['target']:<10}{scores}{each['gain']:>+8.1f}{'':<18}{gates}")
     return lines
 
 

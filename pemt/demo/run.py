@@ -10,15 +10,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pemt.config import AdaptConfig, RunConfig, SourceConfig, make_config
+from pemt.config import AdaptConfig, SourceConfig, make_config
 from pemt.demo.report import Row, write_report
 from pemt.demo.tasks import SOURCES, TARGETS, register_tasks, write_task_files
 from pemt.demo.tiny_t5 import cached_base
 from pemt.demo.world import World
 from pemt.engine import Engine
+from pemt.monitor import progress_logger
 from pemt.run import build_ops, run_adapt, run_source
 
-METHODS = ("pemt", "adapter")
+# The rows of the table, by what they have beside the demo's stage 2.
+ROWS: dict[str, dict[str, Any]] = {
+    "pemt": {},
+    "adapter": {"method": "adapter"},
+    "uniform": {"mixture.gate": "uniform"},
+}
 
 
 def run_demo(output_dir: Path, cache_dir: Path, *, quick: bool, world_seed: int) -> None:
@@ -36,15 +42,14 @@ def run_demo(output_dir: Path, cache_dir: Path, *, quick: bool, world_seed: int)
     demo.prepare()
     for number, task in enumerate(SOURCES, start=1):
         demo.say(f"2 of 4: stage 1, source `{task}`, {number} of {len(SOURCES)}")
-        run_source(demo.source(task))
+        run_source(demo.source(task, overwrite_output_dir=True))
     rows = []
-    runs = list(itertools.product(targets, seeds, METHODS))
-    for number, (target, seed, method) in enumerate(runs, start=1):
-        demo.say(
-            f"3 of 4: stage 2, target `{target}`, {method}, seed {seed}, {number} of {len(runs)}"
-        )
-        results = run_adapt(demo.adapt(target, method, seed))
-        rows.append(Row.of(method, target, seed, results))
+    runs = list(itertools.product(targets, seeds, ROWS))
+    for number, (target, seed, row) in enumerate(runs, start=1):
+        demo.say(f"3 of 4: stage 2, target `{target}`, {row}, seed {seed}, {number} of {len(runs)}")
+        fields = {"seed": seed, "overwrite_output_dir": True, **ROWS[row]}
+        config = demo.adapt(target, f"{target}-{row}-{seed}", **fields)
+        rows.append(Row.of(row, target, seed, run_adapt(config)))
     demo.say("4 of 4: the report")
     demo.report(rows)
 
@@ -67,7 +72,7 @@ class Demo:
     def say(self, line: str) -> None:
         """Announce a part of the demo, once for all ranks."""
         if self.engine.is_main:
-            print(f"--- {line}", flush=True)
+            progress_logger().info(line)
 
     def prepare(self) -> None:
         """The op, the tasks' files and the base model (all ranks call)."""
@@ -90,24 +95,22 @@ class Demo:
             lambda: write_report(rows, self.output_dir), "writing the demo's report"
         )
 
-    def source(self, task: str) -> SourceConfig:
-        """Stage 1 on one of the demo's source tasks."""
-        return self._config(SourceConfig, "demo_source", task, f"source-{task}", seed=0)
+    def source(self, task: str, **fields: Any) -> SourceConfig:
+        """Stage 1 with these fields, on one of the demo's source tasks."""
+        given = self._given(task, f"source-{task}", **fields)
+        return make_config(SourceConfig, given, recipe="demo_source", prog="pemt demo")
 
-    def adapt(self, task: str, method: str, seed: int) -> AdaptConfig:
-        """Stage 2, or a baseline, on one of the demo's target tasks."""
-        name = f"{task}-{method}-{seed}"
-        return self._config(AdaptConfig, "demo_adapt", task, name, seed=seed, method=method)
+    def adapt(self, task: str, folder: str, **fields: Any) -> AdaptConfig:
+        """Stage 2 with these fields, on one of the demo's target tasks; `folder` is below `output_dir`."""
+        given = self._given(task, folder, **fields)
+        return make_config(AdaptConfig, given, recipe="demo_adapt", prog="pemt demo")
 
-    def _config(self, kind: Any, recipe: str, task: str, run: str, **fields: Any) -> Any:
-        given: dict[str, Any] = {
+    def _given(self, task: str, folder: str, **fields: Any) -> dict[str, Any]:
+        return {
             "model_name_or_path": str(self.base),
             "data_dir": str(self.output_dir / "data" / task),
-            "output_dir": str(self.output_dir / run),
+            "output_dir": str(self.output_dir / folder),
             "bank_dir": str(self.output_dir / "bank"),
             "task_name": task,
-            "overwrite_output_dir": True,
             **fields,
         }
-        config: RunConfig = make_config(kind, given, recipe=recipe, prog="pemt demo")
-        return config

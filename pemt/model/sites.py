@@ -61,6 +61,11 @@ class Site:
         return block if self.is_ffn_output else f"{block}.{self.part}.{self.projection}"
 
     @property
+    def tag(self) -> str:
+        """As its gates are called in results, logs and pictures: `encoder/3`, `decoder/0/cross/k`."""
+        return self.name.replace(".", "/")
+
+    @property
     def in_decoder(self) -> bool:
         """Whether it is one of the decoder's."""
         return self.stack == "decoder"

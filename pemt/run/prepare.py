@@ -27,7 +27,7 @@ from pemt.engine import Engine, Tracker, open_trackers
 from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
 from pemt.monitor import progress_logger
 from pemt.run.build import Built
-from pemt.run.given import Given
+from pemt.run.caller_inputs import CallerInputs
 from pemt.run.session import Session
 from pemt.tasks import Task
 
@@ -44,7 +44,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     base: PreTrainedModel
     data: TaskData
-    given: Given
+    given: CallerInputs
 
 
 def open_run(

@@ -29,9 +29,9 @@ from pemt.engine import Engine, Interrupted, Job, is_interactive
 from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
 from pemt.monitor import progress_logger, quiet_libraries, record_outcome
 from pemt.run.build import Built, build_model, build_ops
+from pemt.run.caller_inputs import CallerInputs, check_same_on_all, with_caller_inputs
 from pemt.run.early import check_base_place, check_method, check_trackers
 from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.given import Given, check_same_on_all, with_given
 from pemt.run.loop import Fitted, fit, gates_and_similarity
 from pemt.run.outcome import RunResults, SourceResults
 from pemt.run.prepare import Setup
@@ -63,7 +63,7 @@ def run_source(
     """
     # refuses a name now, not after training
     entry = entry_folder(config.bank_dir, config.task_name)
-    config, given = with_given(
+    config, given = with_caller_inputs(
         config, train=train, validation=validation, test=test, task=task, metrics=metrics,
         callbacks=callbacks,
     )  # fmt: skip
@@ -115,7 +115,7 @@ def run_adapt(
         PemtError: anything the user can mend; raised before anything is written.
         Interrupted: the run was told to stop; a checkpoint is saved. In an interactive Python: KeyboardInterrupt.
     """
-    config, given = with_given(
+    config, given = with_caller_inputs(
         config, train=train, validation=validation, test=test, task=task, metrics=metrics,
         callbacks=callbacks,
     )  # fmt: skip
@@ -184,7 +184,7 @@ def usable_after_interrupt(engine: Engine) -> Iterator[None]:
 
 
 def set_up(
-    config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any], given: Given
+    config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any], given: CallerInputs
 ) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
     check_same_on_all(given, engine)

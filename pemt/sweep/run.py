@@ -12,15 +12,16 @@ from pathlib import Path
 from pemt.bank import BankError, entry_names
 from pemt.config import PemtError
 from pemt.engine import Job
+from pemt.monitor import progress_logger
 from pemt.run import run_adapt, run_source
 from pemt.storage import write_text
-from pemt.sweep.plan import Run, Sweep, SweepError, read_sweep
+from pemt.sweep.plan import Run, Sweep, SweepError
 from pemt.sweep.report import write_report
 
 ERROR = "error.txt"
 
 
-def run_sweep(path: Path) -> None:
+def run_sweep(sweep: Sweep) -> None:
     """Train what is not finished yet, and write the report after each run (all ranks call).
 
     Stage 1 of the sources that the bank lacks comes first; without one of them the sweep stops.
@@ -30,21 +31,22 @@ def run_sweep(path: Path) -> None:
     collective call.
 
     Raises:
-        SweepError: the YAML is wrong, or runs failed.
+        SweepError: runs failed.
         Exception: what ended a run on several ranks.
     """
-    sweep = read_sweep(path)
     is_main = os.environ.get("RANK", "0") == "0"
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     _train_sources(sweep, is_main=is_main, alone=alone)
     waiting = _waiting(sweep, alone=alone)
     if is_main:
         done = len(sweep.runs) - len(waiting)
-        print(f"{path}: {len(sweep.runs)} runs, {done} of them finished before", flush=True)
+        progress_logger().info(
+            f"{sweep.output_dir}: {len(sweep.runs)} runs, {done} of them finished before"
+        )
     failed: list[Run] = []
     for number, run in enumerate(waiting, start=1):
         if is_main:
-            print(f"run {number} of {len(waiting)}: {run}", flush=True)
+            progress_logger().info(f"run {number} of {len(waiting)}: {run}")
         try:
             run_adapt(replace(run.config, resume_from_checkpoint=True))
         except Exception as error:
@@ -53,7 +55,7 @@ def run_sweep(path: Path) -> None:
                 write_report(sweep)
             if not alone:
                 raise
-            print(f"pemt: error: {run}: {_line(error)}", flush=True)
+            progress_logger().error(f"{run}: {_line(error)}")
             failed.append(run)
         else:
             if is_main:
@@ -64,7 +66,7 @@ def run_sweep(path: Path) -> None:
         print(write_report(sweep), flush=True)
     if failed:
         raise SweepError(
-            f"{path}: {len(failed)} of {len(sweep.runs)} runs failed ({failed[0]}: see "
+            f"{sweep.output_dir}: {len(failed)} of {len(sweep.runs)} runs failed ({failed[0]}: see "
             f"{failed[0].folder / ERROR}); the same command retries them"
         )
 
@@ -95,10 +97,10 @@ def _train_sources(sweep: Sweep, *, is_main: bool, alone: bool) -> None:
     missing = [sweep.sources[number] for number in _on_rank0(sweep, look, alone=alone)]
     kept = [source.task_name for source in sweep.sources if source not in missing]
     if kept and is_main:
-        print(f"in the bank {sweep.sources[0].bank_dir}, kept: {', '.join(kept)}", flush=True)
+        progress_logger().info(f"in the bank {sweep.sources[0].bank_dir}, kept: {', '.join(kept)}")
     for number, source in enumerate(missing, start=1):
         if is_main:
-            print(f"source {number} of {len(missing)}: {source.task_name}", flush=True)
+            progress_logger().info(f"source {number} of {len(missing)}: {source.task_name}")
         folder = Path(source.output_dir)
         try:
             run_source(replace(source, resume_from_checkpoint=True))

@@ -120,7 +120,7 @@ def test_streamed_rows_are_the_same(
     both = replace(task, hub=replace(task.hub, test="validation"))
     fields: dict[str, Any] = {"streaming": True, "max_steps": 1, "eval_strategy": "no"}
     data = load_task_data(both, config_of(tmp_path, **fields), tokenizer)
-    assert [row["source"] for row in data.train.usable()] == loaded(task)["train"]["source"][:]
+    assert [row["source"] for row in data.train.well_formed()] == loaded(task)["train"]["source"][:]
 
 
 def test_a_malformed_row_is_told_by_its_place(

@@ -132,12 +132,12 @@ def problems(*texts):
 def test_malformed_rows_stop_or_are_counted():
     data = problems("", "f.tsv:3: no", "f.tsv:4: no", f"f.tsv:5: {splits.UNLABELLED}", "")
     with pytest.raises(DataError, match=r"f.tsv:3: no \(and 1 more\); mend .*skip_bad_rows"):
-        splits.usable(RTE, "train", data, skip_bad_rows=False)
-    kept, notes = splits.usable(RTE, "train", data, skip_bad_rows=True)
+        splits.well_formed(RTE, "train", data, skip_bad_rows=False)
+    kept, notes = splits.well_formed(RTE, "train", data, skip_bad_rows=True)
     assert sources(kept) == {"s0", "s4"}
     assert notes == [
         "rte, train: left out 2 malformed rows, first f.tsv:3: no",
         "rte, train: left out 1 rows without gold label",
     ]
     with pytest.raises(DataError, match=r"train has no usable row of 1, first f.tsv:3"):
-        splits.usable(RTE, "train", problems("f.tsv:3: no"), skip_bad_rows=True)
+        splits.well_formed(RTE, "train", problems("f.tsv:3: no"), skip_bad_rows=True)

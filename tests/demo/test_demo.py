@@ -268,13 +268,14 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         )
         for target in TARGETS
         for seed in (0, 2)
-        for method, accuracy in (("pemt", 90.0), ("adapter", 80.0))
+        for method, accuracy in (("pemt", 90.0), ("adapter", 80.0), ("uniform", 85.0))
     ]
     write_report(found, tmp_path)
     content = json.loads((tmp_path / REPORT).read_text())
     assert content["mean_gain"] == 10.0
     assert content["summary"][0]["pemt"] == 91.0
-    assert len(content["rows"]) == 8
+    assert content["summary"][0]["uniform"] == 86.0
+    assert len(content["rows"]) == 12
     assert (tmp_path / HEAT_MAP).read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert "stable" in output

@@ -25,7 +25,7 @@ from pemt.engine import MOMENTS, Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
 from pemt.run.build import build_model
-from pemt.run.given import Given
+from pemt.run.caller_inputs import CallerInputs
 from pemt.run.prepare import Setup, prepare, train_batches
 from pemt.run.train import run_adapt, run_source, set_up
 from tests.launch.launched_cuts import cuts
@@ -120,7 +120,7 @@ def t5gemma(world: Path, folder: Path, fields: dict[str, Any]) -> None:
 
 
 def inspect_run(config: Any) -> dict[str, Any]:
-    setup = set_up(config, Engine(config), Fresh(config=config), Given())
+    setup = set_up(config, Engine(config), Fresh(config=config), CallerInputs())
     built = build_model(
         config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description
     )

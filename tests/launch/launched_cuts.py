@@ -10,7 +10,7 @@ from typing import Any
 from pemt.checkpoint import Fresh
 from pemt.engine import Engine
 from pemt.run.build import build_model
-from pemt.run.given import Given
+from pemt.run.caller_inputs import CallerInputs
 from pemt.run.loop import _take_step
 from pemt.run.meter import Meter
 from pemt.run.prepare import prepare, train_batches
@@ -63,7 +63,7 @@ def cuts(world: Path, folder: Path) -> dict[str, dict[str, Any]]:
 
 def two_steps(config: Any) -> dict[str, Any]:
     """Losses and gradient norms of each, and the weights behind the last."""
-    setup = set_up(config, Engine(config), Fresh(config=config), Given())
+    setup = set_up(config, Engine(config), Fresh(config=config), CallerInputs())
     engine = setup.engine
     built = build_model(
         config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description

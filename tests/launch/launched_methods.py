@@ -16,7 +16,7 @@ from unittest import mock
 from pemt.engine import shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.run.train import run_adapt
-from pemt.sweep.plan import Run
+from pemt.sweep.plan import Run, read_sweep
 from pemt.sweep.run import run_sweep
 from tests.support.tiny import adapt_config, tiny_task
 
@@ -51,7 +51,7 @@ def sweep_where_one_rank_sees_nothing(path: Path) -> None:
 
     look = property(unseen) if os.environ["RANK"] == "1" else Run.finished
     with mock.patch.object(Run, "finished", look):
-        run_sweep(path)
+        run_sweep(read_sweep(path))
 
 
 def main(world: Path, folder: Path) -> None:

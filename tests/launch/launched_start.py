@@ -22,7 +22,7 @@ from pemt.engine.exit import run_and_exit
 from pemt.engine.process import peak, watch_peak
 from pemt.model.base import load_base
 from pemt.run.build import build_model
-from pemt.run.given import Given
+from pemt.run.caller_inputs import CallerInputs
 from pemt.run.loop import _batch
 from pemt.run.prepare import Setup, prepare, train_batches
 from tests.launch.launched import broadcast_bytes, every_rank
@@ -50,7 +50,7 @@ def started(world: Path, folder: Path) -> dict[str, Any]:
     config = adapt_config(world / "base", world / TASK, folder / "run", world / "bank", TASK)
     before = watch_peak(CPU)
     with broadcast_bytes() as sent:
-        setup = pemt.run.train.set_up(config, Engine(config), Fresh(config=config), Given())
+        setup = pemt.run.train.set_up(config, Engine(config), Fresh(config=config), CallerInputs())
         built = build_model(
             config, base=setup.base, tokenizer=setup.tokenizer, description="the lid"
         )

@@ -26,8 +26,8 @@ from pemt import (
 )
 from pemt.config import ExpertConfig
 from pemt.data.in_memory import memory_data
+from pemt.run.caller_inputs import with_caller_inputs
 from pemt.run.early import check_early
-from pemt.run.given import with_given
 from pemt.tasks import Task
 from tests.support.tiny import losses, make_base, run_fields, write_task_files
 
@@ -381,7 +381,9 @@ def test_equal_tasks_are_one_task(base: Path, rows: dict[str, Any], tmp_path: Pa
     labels = ("no", "yes")
     tasks = [replace(TASK, labels=labels, label_names=names) for names in (labels, (*labels,))]
     assert tasks[0] == tasks[1]
-    found = [with_given(config_of(base, tmp_path), task=task)[0] for task in tasks]
+    found = [with_caller_inputs(config_of(base, tmp_path), task=task)[0] for task in tasks]
     assert found[0] == found[1]
-    other = with_given(config_of(base, tmp_path), task=replace(TASK, description="another"))[0]
+    other = with_caller_inputs(
+        config_of(base, tmp_path), task=replace(TASK, description="another")
+    )[0]
     assert other.data_fingerprint != found[0].data_fingerprint

@@ -17,7 +17,7 @@ from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, rea
 from pemt.model import FullT5
 from pemt.model.base import precision_warning
 from pemt.model.families import FAMILIES
-from pemt.run.given import Given
+from pemt.run.caller_inputs import CallerInputs
 from pemt.run.train import set_up
 from tests.conftest import ROOT
 from tests.support.tiny import adapt_config, make_base, tiny_task
@@ -119,7 +119,7 @@ def test_the_warning_is_told_before_the_data_is_read(
     tiny_task(TASK)
     engine = mock.MagicMock(device=torch.device("cpu"))  # fp16 without DeepSpeed needs a GPU
     with pytest.raises(KeyboardInterrupt):
-        set_up(config, engine, Fresh(config=config), Given())
+        set_up(config, engine, Fresh(config=config), CallerInputs())
     assert "pemt: warning: fp16: activations of a T5" in capsys.readouterr().err
 
 

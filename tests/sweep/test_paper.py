@@ -262,7 +262,7 @@ def dry_run(recipe: str, *, methods: list[str], only: str = "") -> dict[tuple[st
     if "superglue-cb" not in content["tasks"]:
         content["published"]["numbers"] = {"pemt": {}}
     Path("dry.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    run_sweep(Path("dry.yaml"))
+    run_sweep(read_sweep(Path("dry.yaml")))
     with Path(out, "sweep.csv").open() as file:
         return {(row["task"], row["method"]): row["mean"] for row in csv.DictReader(file)}
 

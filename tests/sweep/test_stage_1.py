@@ -35,7 +35,7 @@ def test_stage_1_comes_first_and_once(
     sweep = read_sweep(path)
     assert [run.config.source_tasks for run in sweep.runs] == [["lids"], ["lids"]]
     assert sweep.runs[0].folder == tmp_path / "runs" / "boxes" / "pemt" / "seed-3"
-    run_sweep(path)
+    run_sweep(read_sweep(path))
     told = capsys.readouterr().out
     assert told.index("source 1 of 1: lids") < told.index("run 1 of 2: boxes, pemt, seed 3")
     assert (tmp_path / "runs" / "stage1" / "lids" / "all_results.json").is_file()
@@ -52,7 +52,7 @@ def test_stage_1_comes_first_and_once(
 
     # another sweep on the same bank, with another configuration of stage 1: what is there stays, and that is told
     content = content_with(world, tmp_path, output_dir=str(tmp_path / "other"), methods=["bitfit"])
-    run_sweep(write_sweep(path, content))
+    run_sweep(read_sweep(write_sweep(path, content)))
     told = capsys.readouterr().out
     assert f"in the bank {tmp_path / 'bank'}, kept: lids" in told
     assert "source 1" not in told
@@ -67,7 +67,7 @@ def test_a_source_that_fails_ends_the_sweep(world: Path, tmp_path: Path) -> None
         (broken / f"{split}.jsonl").write_text('{"text": 1}\n')
     content["sources"]["lids"]["data_dir"] = str(broken)
     with pytest.raises(Exception, match=r"train.jsonl"):
-        run_sweep(write_sweep(tmp_path / "sweep.yaml", content))
+        run_sweep(read_sweep(write_sweep(tmp_path / "sweep.yaml", content)))
     assert "train.jsonl" in (tmp_path / "runs" / "stage1" / "lids" / "error.txt").read_text()
     assert not (tmp_path / "runs" / "colours").exists()
 

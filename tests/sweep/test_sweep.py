@@ -92,7 +92,7 @@ def test_every_fault_is_told_before_the_first_run(
     content["methods"]["full"] = {"seed": 1}
     path = write_sweep(tmp_path / "sweep.yaml", content)
     with pytest.raises(SweepError) as unknown:
-        run_sweep(path)
+        run_sweep(read_sweep(path))
     assert str(unknown.value).splitlines() == [
         f"{path}: fields: unknown key `learning_rat`; did you mean `learning_rate`?",
         f"{path}: methods.full.seed: the sweep sets it for each run; leave it out",
@@ -107,14 +107,14 @@ def test_every_fault_is_told_before_the_first_run(
     }
     content["tasks"]["lids"]["task_file"] = str(tmp_path / "none.yaml")
     with pytest.raises(SweepError) as wrong:
-        run_sweep(write_sweep(path, content))
+        run_sweep(read_sweep(write_sweep(path, content)))
     told = str(wrong.value)
     assert f"{path}: methods.full.learning_rate: found `fast`, expected float" in told
     assert f"{path}: fields.logging_steps: found 0, at least 1 is needed" in told
     assert "methods.lorra: method: found `lorra`" in told
     content["fields"]["logging_steps"] = 1
     with pytest.raises(SweepError) as later:
-        run_sweep(write_sweep(path, content))
+        run_sweep(read_sweep(write_sweep(path, content)))
     told = str(later.value)
     assert "nowhere" in told
     assert "methods.other.peft_config.rnk: LoraConfig has no such field" in told
@@ -201,7 +201,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stopped(world: Path, tmp_path:
     status, output = again.wait(timeout=200), (tmp_path / "again.out").read_text()
     assert status == 0, output
     assert f"8 runs, {len(before)} of them finished before" in output
-    order = [line.split(": ")[1] for line in output.splitlines() if line.startswith("run ")]
+    order = re.findall(r"\] run \d of \d: (.+)", output)
     assert len(order) == 8 - len(before)
     assert order[-1] == str(failed)
     assert not (failed.folder / "error.txt").exists()
@@ -245,7 +245,7 @@ def test_a_failed_run_is_recorded_and_the_others_run(world: Path, tmp_path: Path
     with pytest.raises(
         SweepError, match=r"1 of 2 runs failed \(colours, bitfit, seed 3: see .*error.txt"
     ):
-        run_sweep(path)
+        run_sweep(read_sweep(path))
     told = (tmp_path / "out" / "colours" / "bitfit" / "seed-3" / "error.txt").read_text()
     assert "train.jsonl" in told
     (row,) = [
@@ -277,7 +277,7 @@ def test_an_error_that_is_no_users_ends_no_sweep(
     content = content_of(world, output_dir=str(out), seeds=[3], methods=["bitfit"])
     tried = failing(monkeypatch, "colours")
     with pytest.raises(SweepError, match=r"1 of 2 runs failed"):
-        run_sweep(write_sweep(tmp_path / "sweep.yaml", content))
+        run_sweep(read_sweep(write_sweep(tmp_path / "sweep.yaml", content)))
     assert tried == ["colours", "lids"]
     told = (out / "colours" / "bitfit" / "seed-3" / "error.txt").read_text()
     assert told.startswith("OutOfMemoryError: CUDA out of memory\nTraceback")
@@ -297,7 +297,7 @@ def test_on_several_ranks_an_error_ends_the_sweep_with_its_table(
     rank_0 = SimpleNamespace(on_rank0=lambda look, _: look())
     monkeypatch.setattr("pemt.sweep.run.Job", lambda _: rank_0)
     with pytest.raises(torch.OutOfMemoryError):
-        run_sweep(path)
+        run_sweep(read_sweep(path))
     assert tried == ["colours"]
     assert (out / "colours" / "bitfit" / "seed-3" / "error.txt").is_file()
     assert "| bitfit |" in (out / "sweep.md").read_text()

@@ -22,8 +22,8 @@ TEXT_COLUMNS = ("source", "target")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
-    """A caller's own.
+class CallerInputs:
+    """What a Python caller gives beside the configuration.
 
     Args:
         task: None where the configuration names it.
@@ -67,7 +67,7 @@ class Given:
             )
 
 
-def with_given(
+def with_caller_inputs(
     config: Config,
     *,
     train: Rows | Mapping[str, Rows] | None = None,
@@ -76,7 +76,7 @@ def with_given(
     task: Task | None = None,
     metrics: Mapping[str, Metric] | None = None,
     callbacks: Sequence[Any] = (),
-) -> tuple[Config, Given]:
+) -> tuple[Config, CallerInputs]:
     """What a caller has given, and the configuration with its fingerprint: another one is another run.
 
     Raises:
@@ -85,7 +85,7 @@ def with_given(
         TaskError: the task is another than the configuration names.
     """
     data = memory_data(train, validation, test)
-    given = Given(metrics=dict(metrics or {}), callbacks=checked_callbacks(callbacks))
+    given = CallerInputs(metrics=dict(metrics or {}), callbacks=checked_callbacks(callbacks))
     if data is None and task is None:
         check_nothing_given(config)
         return config, given
@@ -100,7 +100,7 @@ def with_given(
     return replace(config, data_fingerprint=fingerprint), given
 
 
-def check_same_on_all(given: Given, engine: Engine) -> None:
+def check_same_on_all(given: CallerInputs, engine: Engine) -> None:
     """Refuse ranks that were given different data (all ranks call).
 
     Raises:

@@ -1,0 +1,113 @@
+"""`pemt demo --evidence`: which runs there are, and what its table says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pemt.bank import read_entry
+from pemt.config import read_yaml_mapping
+from pemt.demo import evidence, pretraining, tasks
+from pemt.demo.evidence_report import OUTCOMES, TABLE, Outcome, table
+from pemt.run import run_adapt
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A world of minutes: few steps, two rows, one target, two learning rates, two seeds."""
+    monkeypatch.setattr(pretraining, "STEPS", 3)
+    monkeypatch.setattr(tasks, "SIZES", {"source": (32, 8, 8), "target": (40, 8, 8)})
+    monkeypatch.setattr(evidence, "TARGETS", tasks.TARGETS[:1])
+    monkeypatch.setattr(evidence, "LEARNING_RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(evidence, "SEEDS", (0, 1))
+    rows = {row: evidence.ROWS[row] for row in ("without-related", "untrained-experts")}
+    monkeypatch.setattr(evidence, "ROWS", rows)
+    adapt = evidence.Demo.adapt
+
+    def short(self: Any, *names: str, **fields: Any) -> Any:
+        return adapt(self, *names, few_shot=4, max_steps=2, eval_steps=1, **fields)
+
+    monkeypatch.setattr(evidence.Demo, "adapt", short)
+
+
+@pytest.mark.usefixtures("small")
+def test_every_row_is_tried_and_trained_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[str] = []
+
+    def counted(config: Any) -> Any:
+        trained.append(config.output_dir)
+        return run_adapt(config)
+
+    monkeypatch.setattr("pemt.sweep.run.run_adapt", counted)
+    evidence.run_evidence(tmp_path / "out", tmp_path / "cache", worlds=[1])
+    # two rates with the first seed, then the better one with the second
+    assert len(trained) == len(set(trained)) == 2 * 3
+    outcomes = [Outcome(**each) for each in json.loads((tmp_path / "out" / OUTCOMES).read_text())]
+    assert [(each.row, each.seed) for each in outcomes] == [
+        (row, seed) for row in evidence.ROWS for seed in (0, 1)
+    ]
+    assert (tmp_path / "out" / TABLE).read_text() in capsys.readouterr().out + "\n"
+
+    world = tmp_path / "out" / "world-1"
+    config = {
+        row: read_yaml_mapping(next((world / row).glob("stable/*/seed-1")) / "config.yaml")
+        for row in evidence.ROWS
+    }
+    assert config["without-related"]["source_tasks"] == ["size", "taste", "weather"]
+    assert config["untrained-experts"]["source_tasks"] is None
+    assert config["untrained-experts"]["data_seed"] == 1, (
+        "another draw of the few examples for each seed"
+    )
+    bank = {
+        name: read_entry(world / name)[1]
+        for name in ("bank/diet", "bank-untrained/diet", "bank-untrained/size")
+    }
+    expert, untrained, another = bank.values()
+    assert expert.weights.keys() == untrained.weights.keys() == another.weights.keys()
+    for name, weight in untrained.weights.items():
+        assert weight.shape == expert.weights[name].shape
+        # as LoRA's factors begin: uniform, of variance 1 / (3 x input width)
+        assert weight.var().item() == pytest.approx(1 / (3 * weight.shape[-1]), rel=0.2), name
+        assert not weight.equal(expert.weights[name])
+        assert not weight.equal(another.weights[name]), "each source is another draw"
+
+    trained.clear()
+    evidence.run_evidence(tmp_path / "out", tmp_path / "cache", worlds=[1])
+    assert trained == [], "what is finished is kept"
+
+
+def outcome(row: str, seed: int, accuracy: float, **fields: Any) -> Outcome:
+    known = {"world": 2, "target": "stable", "learning_rate": 1e-3, "trained": 1200, "seconds": 4.0}
+    return Outcome(**{"row": row, "seed": seed, "accuracy": accuracy, **known, **fields})
+
+
+def test_the_table_tells_gaps_and_seeds_won() -> None:
+    found = [
+        *(outcome("pemt", seed, accuracy) for seed, accuracy in enumerate([90.0, 80.0, 100.0])),
+        *(outcome("full", seed, accuracy) for seed, accuracy in enumerate([80.0, 80.0, 101.0])),
+    ]
+    found.append(outcome("pemt", 0, 50.0, target="journey"))
+    found.append(outcome("full", 0, 60.0, target="journey", learning_rate=0.03))
+    first, second = table(found).splitlines()[2:4]
+    assert first == ("| pemt | 90.0 ± 10.0 | 50.0 | 80.0 ± 21.6 |  |  | 0.001 × 2 | 1,200 | 4.0 |")
+    assert second == (
+        "| full | 87.0 ± 12.1 | 60.0 | 80.2 ± 16.7 | -0.2 | 1, 1, 2 | 0.001 × 1, 0.03 × 1 | 1,200 | 4.0 |"
+    )
+
+
+def test_the_better_trial_is_taken_by_validation_alone(tmp_path: Path) -> None:
+    def trial(name: str, metric: float, loss: float, test: float) -> Any:
+        folder = tmp_path / name
+        folder.mkdir()
+        results = {"best_validation_average_metrics": metric, "best_validation_loss": loss}
+        (folder / "all_results.json").write_text(json.dumps({**results, "test_accuracy": test}))
+        return SimpleNamespace(folder=folder)
+
+    trials = [trial("a", 80, 0.2, 99.0), trial("b", 90, 0.5, 1.0), trial("c", 90, 0.4, 0.0)]
+    assert evidence.best_of(trials) is trials[2]
