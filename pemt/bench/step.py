@@ -102,17 +102,11 @@ class LoopMixture(LoraMixture):
         self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
     ) -> tuple[Tensor, Tensor | None]:
         weight_DF, down_NF = self.weight.split(self.sizes)
-        experts = (self.scales, self.ranks)
-        y_BSD, latent_BSN = reference.expert_mixture(
-            x_BSF, weight_DF, down_NF, self.up, gates_BK, *experts
-        )
-        z_BSD = self.adapter(y_BSD)
-        if not sparsity:
-            return z_BSD, None
-        weights_BS = self.token_weights_BS
-        return z_BSD, reference.task_sparsity(
-            z_BSD, latent_BSN, self.up, gates_BK, *experts, weights_BS
-        )
+        frozen = (weight_DF, down_NF, self.up)
+        z_BSD, loss = reference.ffn_output(
+            x_BSF, *frozen, gates_BK, self.adapter.tensors, self.scales, self.ranks, self.token_weights_BS
+        )  # fmt: skip
+        return z_BSD, loss if sparsity else None
 
 
 class Step:
