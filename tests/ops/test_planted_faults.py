@@ -10,12 +10,6 @@ import pytest
 from pemt.ops.library import CSRC
 from tests.ops.planted_faults import FAULTS, compiler_sees, emulation_sees, expected, main, planted
 
-NAMES = (
-    "a wide read beyond a row",
-    "a sum over blocks that is not atomic",
-    "one pointer is forgotten",
-)
-
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -27,10 +21,9 @@ def test_there_is_nothing_to_find(truth: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_planted_fault_is_noticed(name: str, truth: str, tmp_path: Path) -> None:
-    (one,) = [each for each in FAULTS if each.name == name]
-    assert emulation_sees(planted(one, tmp_path), tmp_path, truth) is not None
+def test_a_planted_fault_is_noticed(truth: str, tmp_path: Path) -> None:
+    """One: each costs a compilation. `make soak` has all of them."""
+    assert emulation_sees(planted(FAULTS[0], tmp_path), tmp_path, truth) is not None
 
 
 @pytest.mark.slow
