@@ -6,7 +6,7 @@ PYTHON      ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 
 VENV        ?= .venv
 DEMO_DIR    ?= runs/demo
 DEMO_CACHE  ?= $(HOME)/.cache/pemt
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2 --dist loadgroup --no-loadscope-reorder
 
 SCRIPTS     := .ci/run $(wildcard launchers/*.sh launchers/*.sbatch tests/support/slurm/*)
 NATIVE      := $(wildcard pemt/ops/csrc/*)
@@ -53,7 +53,7 @@ $(OLDEST)/constraints.txt: .ci/constraints.txt .ci/oldest.txt
 	mkdir -p $(@D)
 	sed -n 's/^\([^#]*==\).*/^\1/p' .ci/oldest.txt | grep -vif - .ci/constraints.txt | cat - .ci/oldest.txt >$@
 
-soak: $(STAMP)  ## faults tried on two ranks (kill -9 at 20 random steps and in a save, a machine that comes back), in CUDA sources; 1000 mutations
+soak: $(STAMP)  ## faults in more variants, more often and for minutes than `make test` (docs/reliability.md); 1000 mutations
 	$(BIN)/pytest -m soak -rA
 	PEMT_FUZZ_INPUTS=1000 $(BIN)/pytest tests/security
 

@@ -34,15 +34,24 @@ Launch = Callable[..., "Launched"]
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Launches run one after another on one worker, which begins with them; soaks and big ones only when asked for."""
+    """Launches run one after another on one worker, which begins with them; soaks and big ones only when asked for.
+
+    A file's other tests share a worker, so that what they share is made once; the slow files come first.
+    """
     unasked = [name for name in ("soak", "big") if name not in config.option.markexpr]
     left_out = [item for item in items if any(map(item.get_closest_marker, unasked))]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def launches(item: pytest.Item) -> bool:
+        return item.get_closest_marker("launch") is not None
+
     for item in items:
-        if item.get_closest_marker("launch"):
-            item.add_marker(pytest.mark.xdist_group("launch"))
-    items.sort(key=lambda item: item.get_closest_marker("launch") is None)
+        group = "launch" if launches(item) else item.path.stem
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (not launches(item), item.path not in slow))
 
 
 @pytest.fixture(scope="module", autouse=True)

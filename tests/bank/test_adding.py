@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from pemt.commands import COMMANDS
 from pemt.config import MixtureConfig, PemtError
 from pemt.run.train import run_adapt
 from tests.support.adapters import LORAHUB, make_adapter
-from tests.support.hub import hub
+from tests.support.hub import hub_for_this_process
 from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
 
 TARGET = "tiny-target"
@@ -44,35 +41,28 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 
 def test_from_hub_adapters_to_an_adapted_model(
-    base: Path, adapters: list[Path], tmp_path: Path
+    base: Path, adapters: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bank = tmp_path / "bank"
     (adapters[0] / "huge.bin").write_bytes(b"not wanted")
 
-    def add(*names: str) -> subprocess.CompletedProcess[str]:
+    def add(*names: str) -> None:
         ids = [f"someone/{name}" for name in names]
-        return subprocess.run(
-            [sys.executable, "-m", "pemt", "bank", "add", "--peft", *ids, "--bank_dir", str(bank)],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        COMMANDS["bank"](["add", "--peft", *ids, "--bank_dir", str(bank)])
 
-    with hub(adapters[0].parents[1]) as environment:
-        missing = add(NAMES[0], "blue")
-        assert missing.returncode == 2
-        assert "pemt: error: someone/blue: is no folder here, and from" in missing.stderr
+    with hub_for_this_process(adapters[0].parents[1]):
+        with pytest.raises(PemtError, match="someone/blue: is no folder here, and from"):
+            add(NAMES[0], "blue")
         assert not bank.exists(), "all or none"
-        done = add(*NAMES)
-    assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()
+        add(*NAMES)
+    out, errors = capfd.readouterr()
+    told = out.splitlines()
     assert [line.split(": lora on ")[1].split(", on ")[0] for line in told] == [
         "q, v, rank 16", "q, v, rank 16", "wo, rank 2",
     ]  # fmt: skip
     assert told[0].endswith("prompt: made from `flan t5 tiny red box`")
     assert entry_names(bank) == NAMES
-    assert "%|" not in done.stderr, "bars in a file"
+    assert "%|" not in errors, "bars in a file"
 
     tiny_task(TARGET)
     data = write_task_files(tmp_path / "data", seed=0)

@@ -17,6 +17,7 @@ from tests.support.full_disk import FREE_AFTER
 from tests.support.jobs import World, assert_same_end, logged
 
 FIELDS = {"max_steps": 32, "save_steps": 4, "eval_strategy": "no", "save_errors": "warn"}
+FIELDS |= {"report_to": "[tensorboard]"}
 UNSHARE = ["unshare", "--mount", "--map-root-user"]
 
 
@@ -28,6 +29,7 @@ def may_mount() -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(not may_mount(), reason="may not mount a disk of its own (unshare is refused)")
 def test_a_disk_that_is_full_for_a_while(world: World, tmp_path: Path) -> None:
     disk, left = tmp_path / "disk", tmp_path / "disk-left"

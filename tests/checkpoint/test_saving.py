@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 SAVES = 2
 # A folder, three files of tensors written and synced, the manifest, the folder synced, renamed, its parent synced.
 OPERATIONS_OF_A_SAVE = 1 + 3 * 2 + 2 + 1 + 1 + 1
+RENAME = OPERATIONS_OF_A_SAVE - 2
 REMOVAL = 2  # the second save removes the first one's checkpoint
 FIELDS = {
     "max_steps": "4",
@@ -70,7 +71,14 @@ def in_a_child(out: Path, function: Callable[[], object]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-@pytest.mark.parametrize("operation", range(SAVES * OPERATIONS_OF_A_SAVE + REMOVAL))
+@pytest.mark.parametrize(
+    "operation",
+    [
+        # In the middle of the first save, before any checkpoint is there.
+        *(pytest.param(each, marks=pytest.mark.soak) for each in range(1, RENAME)),
+        *(0, *range(RENAME, SAVES * OPERATIONS_OF_A_SAVE + REMOVAL)),
+    ],
+)
 def test_killed_at_every_file_operation_of_a_save(
     world: World, whole: Path, tmp_path: Path, operation: int
 ) -> None:

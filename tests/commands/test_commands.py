@@ -173,12 +173,6 @@ def test_zsh_reads_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     subprocess.run(["zsh", "-n", tmp_path / "_pemt"], check=True)
 
 
-def test_a_report_needs_no_deepspeed() -> None:
-    program = "import sys, pemt.report.page; sys.exit('deepspeed' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 def test_doctor_tells_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {finding.what: finding for finding in doctor.packages()}
     assert found["torch"].state == "ok"
@@ -210,13 +204,16 @@ def test_doctor_on_machines_with_and_without_gpu(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.launch
-def test_doctor_really_starts_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_really_starts_deepspeed() -> None:
     found = doctor.deepspeed_runs()
     ranks = min(2, torch.cuda.device_count()) or 2
     assert found.state == "ok", found
     assert found.found.startswith(f"yes: {ranks} rank(s), ZeRO-2, ")
 
-    # and it notices where DeepSpeed does not run
+
+@pytest.mark.launch
+@pytest.mark.soak
+def test_doctor_notices_where_deepspeed_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(doctor._PROBE_JSON, "zero_optimisation", {"stage": 2})
     broken = doctor.deepspeed_runs()
     assert broken.state == "missing"

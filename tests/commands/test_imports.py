@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import yaml
@@ -24,22 +26,40 @@ HEAVY = {
     *("matplotlib", "numpy", "pandas", "pyarrow", "scipy", "sklearn", "tensorboard"),
     *("huggingface_hub", "tokenizers", "pydantic"),
 }
-# Runs `pemt`, and leaves the names of all imported packages in the file that is its first argument.
-PROBE = """
-import os, sys
-file, leave = sys.argv.pop(1), os._exit
-def note():
-    with open(file, "w") as names:
-        names.write("\\n".join({name.partition(".")[0] for name in list(sys.modules)}))
-def noted(code):
-    note()
-    leave(code)
-os._exit = noted
-from pemt.__main__ import main
-try:
-    main()
-finally:
-    note()
+# Has imported what stands before any command, and forks for every line that it reads: so each command is the first
+# that its process runs. That leaves the names of all imported packages in one file and what it said in another.
+PEMT = """
+import json, os, sys, traceback
+import pemt.__main__
+
+def run(asked):
+    leave = os._exit
+    def noted(code):
+        sys.stdout.flush(), sys.stderr.flush()
+        with open("imported", "w") as names:
+            names.write("\\n".join({name.partition(".")[0] for name in list(sys.modules)}))
+        leave(code)
+    os._exit = noted
+    said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    os.environ.update(asked["environment"])
+    sys.argv = ["pemt", *asked["arguments"]]
+    try:
+        exec(asked["before"])
+        pemt.__main__.main()
+        status = 0
+    except SystemExit as left:
+        status = left.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    os._exit(status)
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        run(json.loads(line))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # Ends `pemt` at its first line, and leaves what PROBE would.
 FIRST_LINE = """
@@ -77,23 +97,40 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world
 
 
-def run(
-    world: Path, *arguments: str, before: str = "", **environment: str
-) -> tuple[set[str], str, int]:
+class Run(Protocol):
     """`pemt ARGUMENTS` in a process of its own: what it imported, what it said, how it ended."""
-    done = subprocess.run(
-        [sys.executable, "-c", before + PROBE, "imported", *arguments],
+
+    def __call__(
+        self, *arguments: str, before: str = "", **environment: str
+    ) -> tuple[set[str], str, int]: ...
+
+
+@pytest.fixture(scope="module")
+def run(world: Path) -> Iterator[Run]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PEMT],
         cwd=world,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    said = done.stdout + done.stderr
-    assert (world / "imported").exists(), said
-    imported = set((world / "imported").read_text().splitlines())
-    (world / "imported").unlink()
-    return imported, said, done.returncode
+
+    def pemt(*arguments: str, before: str = "", **environment: str) -> tuple[set[str], str, int]:
+        (world / "imported").unlink(missing_ok=True)
+        asked = {"arguments": arguments, "before": before, "environment": environment}
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        status = int(process.stdout.readline())
+        said = (world / "said").read_text()
+        assert (world / "imported").exists(), said
+        return set((world / "imported").read_text().splitlines()), said, status
+
+    with process:
+        yield pemt
+        process.communicate()
 
 
 ANSWERS = {
@@ -118,15 +155,15 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("command", ANSWERS)
-def test_an_answer_needs_no_heavy_library(world: Path, command: str) -> None:
+def test_an_answer_needs_no_heavy_library(run: Run, command: str) -> None:
     arguments = command.format(zero2=ROOT / "ds_configs" / "zero2.json").split()
-    imported, said, status = run(world, *arguments)
+    imported, said, status = run(*arguments)
     assert (status, ANSWERS[command] in said) == (0, True), said
     assert imported & HEAVY == set()
 
 
-def test_the_demo_says_what_it_imports_before_it_does(world: Path) -> None:
-    imported, said, status = run(world, "demo", before=FIRST_LINE)
+def test_the_demo_says_what_it_imports_before_it_does(run: Run) -> None:
+    imported, said, status = run("demo", before=FIRST_LINE)
     assert (status, said) == (0, "--- reading PyTorch, transformers and DeepSpeed")
     assert imported & HEAVY == set()
 
@@ -171,16 +208,15 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("command", ERRORS)
-def test_an_error_needs_no_heavy_library(world: Path, command: str) -> None:
-    imported, said, status = run(world, *command.split())
+def test_an_error_needs_no_heavy_library(world: Path, run: Run, command: str) -> None:
+    imported, said, status = run(*command.split())
     assert (status, ERRORS[command] in said) == (2, True), said
     assert imported & HEAVY == set()
     assert not (world / "new").exists()
 
 
-def test_deepspeeds_json_is_read_before_deepspeed(world: Path) -> None:
+def test_deepspeeds_json_is_read_before_deepspeed(run: Run) -> None:
     imported, said, status = run(
-        world,
         *f"adapt {RUN}".split(),
         ACCELERATE_USE_DEEPSPEED="true",
         ACCELERATE_DEEPSPEED_CONFIG_FILE="twice.json",
@@ -192,17 +228,17 @@ def test_deepspeeds_json_is_read_before_deepspeed(world: Path) -> None:
 HUB_RUN = "adapt --model_name_or_path me/tiny --task_name cola --data_dir data --output_dir new --bank_dir bank"
 
 
-def test_a_hub_id_offline_is_refused_unasked(world: Path) -> None:
-    imported, said, status = run(world, *HUB_RUN.split(), HF_HUB_OFFLINE="1")
+def test_a_hub_id_offline_is_refused_unasked(run: Run) -> None:
+    imported, said, status = run(*HUB_RUN.split(), HF_HUB_OFFLINE="1")
     assert (status, "HF_HUB_OFFLINE forbids" in said) == (2, True), said
     assert "loading" not in said
     assert imported & HEAVY == {"huggingface_hub"}
 
 
-def test_a_hub_out_of_reach_is_told_once(world: Path) -> None:
+def test_a_hub_out_of_reach_is_told_once(run: Run) -> None:
     """Nobody listens on port 9; transformers would try for half a minute."""
     away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    imported, said, status = run(world, *HUB_RUN.split(), **away)
+    imported, said, status = run(*HUB_RUN.split(), **away)
     assert status == 2
     assert said.splitlines()[0] == "pemt: loading me/tiny from the hub ..."
     assert "model_name_or_path: me/tiny" in said
@@ -210,12 +246,12 @@ def test_a_hub_out_of_reach_is_told_once(world: Path) -> None:
     assert imported & HEAVY == {"huggingface_hub"}
 
 
-def test_a_report_needs_matplotlib_and_no_torch(world: Path) -> None:
-    imported, said, status = run(world, "report", "run", "--output_dir", "page")
+def test_a_report_needs_matplotlib_and_no_torch(world: Path, run: Run) -> None:
+    imported, said, status = run("report", "run", "--output_dir", "page")
     assert status == 0, said
     assert "svg" in (world / "page" / "report.html").read_text()
     assert imported & HEAVY == {"matplotlib", "numpy"}
-    imported, said, status = run(world, "report", "nowhere")
+    imported, said, status = run("report", "nowhere")
     assert (status, "holds no run" in said) == (2, True), said
     assert imported & HEAVY <= {"matplotlib", "numpy"}
 

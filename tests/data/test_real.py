@@ -202,22 +202,24 @@ def in_all(shared, name, folder, files):
 def loaded(data, tokenizer):
     """Examples of a task's three sets, by target; one that is trained on every answer counts once."""
     every = [row for part in (data.train, data.validation, data.test) for row in part]
-    ids = tokenizer([row["target"] for row in every]).input_ids
-    written = tokenizer.batch_decode(ids, skip_special_tokens=True)  # as `references` are
-    pairs = zip(every, written, strict=True)
-    return Counter(row["target"] for row, text in pairs if text == row["references"][0])
+    targets = sorted({row["target"] for row in every})
+    decoded = tokenizer.batch_decode(tokenizer(targets).input_ids, skip_special_tokens=True)
+    written = dict(zip(targets, decoded, strict=True))  # as `references` are
+    return Counter(row["target"] for row in every if written[row["target"]] == row["references"][0])
 
 
-@pytest.fixture
-def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Of a task over a folder; what one has made of SST-2 others read, which takes seconds each time."""
 
     def of(name, data_dir=None):
         values = {"model_name_or_path": "m", "output_dir": "o", "bank_dir": "b"}
         folder = str(data_dir) if data_dir else None
         return SourceConfig(**values, task_name=name, data_dir=folder)
 
-    return of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield of
 
 
 @pytest.mark.parametrize(("name", "folder"), FOLDERS)
@@ -244,22 +246,14 @@ def test_files_of_any_name_are_read_by_a_task_that_names_them(
 
 
 @pytest.fixture(scope="module")
-def lengths(shared, tokenizer, tmp_path_factory):
+def lengths(shared, tokenizer, config):
     """Source lengths of a task's training set, loaded as a run loads it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
-        def load(name, folder):
-            config = SourceConfig(
-                model_name_or_path="m",
-                output_dir="o",
-                task_name=name,
-                bank_dir="b",
-                data_dir=str(shared / "data" / folder),
-            )
-            return lengths_of(load_task_data(get_task(name), config, tokenizer).train)
+    def load(name, folder):
+        given = config(name, shared / "data" / folder)
+        return lengths_of(load_task_data(get_task(name), given, tokenizer).train)
 
-        yield {"rte": load("rte", "superglue/RTE"), "sst2": load("sst2", "glue/SST-2")}
+    return {"rte": load("rte", "superglue/RTE"), "sst2": load("sst2", "glue/SST-2")}
 
 
 @pytest.mark.parametrize("task", ["rte", "sst2"])

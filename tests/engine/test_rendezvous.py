@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 from datetime import timedelta
+from pathlib import Path
 
+import pytest
 from torch.distributed import TCPStore
 
-from tests.conftest import ROOT
+from tests.support.ranks import Forked
 
 PROGRAM = """
 import torch.distributed as dist
@@ -23,7 +24,8 @@ dist.destroy_process_group()
 RESTARTS = (2, 1, 3)  # of the machine of each rank
 
 
-def test_ranks_with_different_counts_of_restarts_meet() -> None:
+@pytest.mark.xdist_group("launch")  # where ranks are forked
+def test_ranks_with_different_counts_of_restarts_meet(tmp_path: Path) -> None:
     launchers = TCPStore(
         "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False
     )
@@ -36,20 +38,18 @@ def test_ranks_with_different_counts_of_restarts_meet() -> None:
         "WORLD_SIZE": str(len(RESTARTS)),
     }
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restarts)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Forked(
+            ["-c", PROGRAM],
+            tmp_path / f"out-{rank}",
+            {**environment, "RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restarts)},
         )
         for rank, restarts in enumerate(RESTARTS)
     ]
     try:
-        for process in ranks:
-            out, error = process.communicate(timeout=100)
-            assert (process.returncode, out) == (0, f"{len(RESTARTS)}\n"), error
+        for rank, process in enumerate(ranks):
+            status, out = process.wait(timeout=100), (tmp_path / f"out-{rank}").read_text()
+            assert (status, out.splitlines()[-1:]) == (0, [str(len(RESTARTS))]), out
     finally:
         for process in ranks:
-            process.kill()
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)

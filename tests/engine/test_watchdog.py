@@ -15,6 +15,8 @@ from torch.distributed import TCPStore
 
 from tests.support.ranks import Forked
 
+# On the worker that has the process from which ranks are forked.
+pytestmark = pytest.mark.xdist_group("launch")
 RANKS, TIMEOUT = 3, 4.0
 HERE = (socket.gethostname(),) * RANKS
 
@@ -88,7 +90,7 @@ def ended(processes: list[Watched]) -> list[tuple[int, str]]:
     return [process.end() for process in processes]
 
 
-@pytest.mark.parametrize("stopped", range(RANKS))
+@pytest.mark.parametrize("stopped", [0, 1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_stopped_rank_is_named_in_time_and_killed(ranks: list[Watched], stopped: int) -> None:
     ranks[stopped].send_signal(signal.SIGSTOP)
     began = time.monotonic()

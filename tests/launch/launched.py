@@ -3,7 +3,8 @@
     accelerate launch ... -m tests.launch.launched WORLD FOLDER
 
 WORLD holds base models and task files, and `zero2/`, the folder of the launch that goes first. Runs
-and report.json go to FOLDER.
+and report.json go to FOLDER, whose name says how much is run: at ZeRO-0 and 1 what their code does otherwise than
+that of ZeRO-2, with offloading resumes alone.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ EXPERTS = {
     SOURCES[1]: ExpertConfig(rank=4, target_modules=["q", "v", "wo"]),
 }
 RESUMED_STEP = 3
+SOME = ("zero0", "zero1")  # one source, the target on ZeRO-2's bank, a resume
+BF16 = (
+    "zero2",
+    "zero3",
+    "zero2_offload",
+    "zero3_offload",
+)  # resume from a checkpoint of their own too, in bf16
 
 
 def main(world: Path, folder: Path) -> None:
@@ -49,40 +57,44 @@ def main(world: Path, folder: Path) -> None:
     plain = MixtureConfig(prompt_dropout=0.0)
     # One process over the same global batches takes two micro-batches a step where two ranks take one each.
     fields: dict[str, Any] = {
-        "gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1))
+        "gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1)),
+        # A batch a rank: under ZeRO-3 each token of an answer gathers all weights.
+        "max_eval_samples": 6,
     }
+    unseen = {**fields, "eval_strategy": "no"}
     # Ranks draw dropout of their own, so the runs that are held against each other have none.
     saving = {**fields, "save_steps": RESUMED_STEP, "save_total_limit": 9, "mixture": plain}
     if folder.name.endswith("_offload"):
         resume(world, folder, saving)
         shut_down()
         return
-    for task in SOURCES:
+    some = folder.name in SOME
+    for task in SOURCES[: 1 if some else None]:
         run_source(
             source_config(
-                base, world / task, folder / task, bank, task, expert=EXPERTS[task], **fields
+                base, world / task, folder / task, bank, task, expert=EXPERTS[task], **unseen
             )
         )
 
-    data = world / TARGET
+    data, bank = world / TARGET, (world / "zero2" if some else folder) / "bank"
     results = run_adapt(adapt_config(base, data, folder / "adapt", bank, TARGET, **saving))
     resume(world, folder, saving)
-    t5gemma(world, folder, fields)
     report = {
         "results": results,
-        "source": inspect_run(
-            source_config(base, data, folder / "x", bank, TARGET, expert=EXPERT, **fields)
-        ),
         "adapt": inspect_run(adapt_config(base, data, folder / "y", bank, TARGET, **fields)),
-        "cuts": cuts(world, folder),
+        "cuts": cuts(world, folder, batches=(2,) if some else (8, 4, 2, 1)),
     }
+    if not some:
+        t5gemma(world, folder, unseen)
+        paths = (base, data, folder / "x", folder / "bank")
+        report["source"] = inspect_run(source_config(*paths, TARGET, expert=EXPERT, **fields))
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / "report.json").write_text(json.dumps(report))
     shut_down()
 
 
 def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
-    """Resume from what ZeRO-2 saved; then save, and resume, in bf16 with dropout."""
+    """Resume from what ZeRO-2 saved; in some launches save, and resume, in bf16 with dropout besides."""
     base, data, first = world / "base", world / TARGET, world / "zero2"
     bank = first / "bank"
     saved = adapt_config(
@@ -95,7 +107,9 @@ def resume(world: Path, folder: Path, saving: dict[str, Any]) -> None:
         **saving,
     )
     run_adapt(saved)
-    saving = {**saving, "mixture": MixtureConfig(prompt_dropout=0.5), "bf16": True}
+    if folder.name not in BF16:
+        return
+    saving |= {"mixture": MixtureConfig(prompt_dropout=0.5), "bf16": True, "eval_strategy": "no"}
     halved = adapt_config(base, data, folder / "bf16", bank, TARGET, **saving)
     run_adapt(halved)
     checkpoint = str(folder / "bf16" / f"checkpoint-{RESUMED_STEP}")
@@ -108,7 +122,7 @@ def t5gemma(world: Path, folder: Path, fields: dict[str, Any]) -> None:
     """Both stages on another family, whose decoder has a width of its own; stage 2 with the expert of ZeRO-2."""
     base, task = world / "gemma-base", SOURCES[1]
     expert = ExpertConfig(rank=4, target_modules=["q_proj", "down_proj"])
-    shared = {**fields, "eval_strategy": "no", "max_eval_samples": 4}
+    shared = {**fields, "max_eval_samples": 4}
     paths = (base, world / task, folder / "gemma-source", folder / "gemma-bank")
     run_source(source_config(*paths, task, expert=expert, **shared))
     shared |= {

@@ -30,7 +30,7 @@ def write_uneven_files(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def cuts(world: Path, folder: Path) -> dict[str, dict[str, Any]]:
+def cuts(world: Path, folder: Path, *, batches: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     """What every way gives, as `ranks x batch x accumulation`."""
     register_task(
         Task(
@@ -43,7 +43,7 @@ def cuts(world: Path, folder: Path) -> dict[str, dict[str, Any]]:
     )
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     found = {}
-    for batch in (8, 4, 2, 1):
+    for batch in batches:
         accumulation = ROWS // (ranks * batch)
         if accumulation:
             config = adapt_config(

@@ -1,6 +1,6 @@
 """What every launched rank runs to see faults survived: bad numbers, damaged checkpoints, uneven ends.
 
-    accelerate launch ... -m tests.launch.launched_faults WORLD FOLDER [numbers] [checkpoints] [ends]
+    accelerate launch ... -m tests.launch.launched_faults WORLD FOLDER PART...
 
 WORLD holds a base model and task files. Runs and report.json go to FOLDER; every part adds to the report.
 """
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pemt.checkpoint.lock import LOCK, RunLock
-from pemt.config import ExpertConfig, MixtureConfig, PemtError, SourceConfig
+from pemt.config import TENSORBOARD, ExpertConfig, MixtureConfig, PemtError, SourceConfig
 from pemt.engine import Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.model import PemtT5
@@ -48,6 +48,7 @@ ENDS = ("one", "three", "uneven", "long", "empty")
 def config_of(world: Path, output_dir: Path, **fields: Any) -> SourceConfig:
     given = {"expert": ExpertConfig(rank=2), "max_steps": STEPS, "save_total_limit": 9, **fields}
     given = {"eval_strategy": "no", "save_steps": 1, "gradient_accumulation_steps": 2, **given}
+    given = {"max_eval_samples": 4, **given}
     bank = output_dir.parent / "bank"
     return source_config(world / "base", world / SOURCE, output_dir, bank, SOURCE, **given)
 
@@ -188,6 +189,7 @@ def end_config(world: Path, folder: Path, name: str, *, run: str | None = None) 
         TARGET,
         mixture=MixtureConfig(sparsity_over_padding=False),
         num_train_epochs=2,
+        eval_strategy="no",  # the test does the same
     )
 
 
@@ -249,7 +251,8 @@ def refusing_disk(world: Path, folder: Path) -> dict[str, Any]:
                 raise error
             fs_op(operation, *arguments)
 
-        config = config_of(world, folder / save_errors, save_errors=save_errors, max_steps=9)
+        fields = {"save_errors": save_errors, "max_steps": 9, "report_to": [TENSORBOARD]}
+        config = config_of(world, folder / save_errors, **fields)
         with (
             mock.patch.object(storage, "fs_op", refusing),
             mock.patch.object(TensorBoardWriter, "log_scalars", side_effect=full),

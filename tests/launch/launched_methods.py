@@ -1,4 +1,4 @@
-"""What every launched rank runs: each baseline from start to end, most again from the middle; a sweep.
+"""What every launched rank runs: baselines from start to end, some again from the middle; a sweep.
 
     accelerate launch ... -m tests.launch.launched_methods WORLD FOLDER
 
@@ -23,7 +23,14 @@ from tests.support.tiny import adapt_config, tiny_task
 TASK = "tiny-methods"
 SWEEP = "sweep.yaml"
 RESUMED_STEP = 3
-RESUMED = ("full", "full-bf16", "lora", "prompt")
+# What is run where, and what of it from the middle too: in one process all, as what the others are held against; under
+# ZeRO-3 as well, where each trains parameters of another kind; under ZeRO-2 others in a sweep.
+RUN: dict[str, tuple[str, ...]] = {
+    "plain": ("full", "full-bf16", "bitfit", "lora", "prompt", "ia3"),
+    "zero2": ("full", "full-bf16"),
+    "zero3": ("full", "full-bf16", "bitfit", "lora", "prompt", "ia3"),
+}
+RESUMED = {"plain": (), "zero2": ("full-bf16",), "zero3": ("full-bf16", "prompt")}
 # name of the run -> what makes it
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
@@ -57,16 +64,16 @@ def sweep_where_one_rank_sees_nothing(path: Path) -> None:
 def main(world: Path, folder: Path) -> None:
     tiny_task(TASK)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    for name, fields in METHODS.items():
+    for name in RUN[folder.name]:
         shared = {
             # one process takes two micro-batches where two ranks take one each
             "gradient_accumulation_steps": 2 // ranks,
             **SHARED,
-            **fields,
+            **METHODS[name],
         }
         paths = (world / "base", world / TASK)
         run_adapt(adapt_config(*paths, folder / name, folder / "no bank", TASK, **shared))
-        if name not in RESUMED:
+        if name not in RESUMED[folder.name]:
             continue
         again = folder / f"{name}-resumed"
         checkpoint = str(folder / name / f"checkpoint-{RESUMED_STEP}")

@@ -1,9 +1,9 @@
 """What every launched rank runs for the planner's tests: trainings of a few steps, weighed from the inside.
 
-    accelerate launch ... -m tests.launch.launched_plan WORLD FOLDER [large]
+    accelerate launch ... -m tests.launch.launched_plan WORLD FOLDER TRAINING...
 
-WORLD holds a base model, a bank and a task. The report goes to FOLDER, of every rank and for each training (fp32,
-bf16, and with `large` one of a model that dwarfs the interpreter): the bytes that have left and reached the
+WORLD holds a base model, a bank and a task. The report goes to FOLDER, of every rank and for each TRAINING (`fp32`,
+`bf16`, and last `large`, one of a model that dwarfs the interpreter): the bytes that have left and reached the
 network interface PEMT_INTERFACE at the start, and so far after each step; the bytes of gradients before a
 step and of the optimizer's states after it; and of the large one the peak of memory.
 """
@@ -101,11 +101,15 @@ def sources_of(
     return random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, names=names, sites=sites)
 
 
-def main(world: Path, folder: Path, *, large: bool) -> None:
+def main(world: Path, folder: Path, names: list[str]) -> None:
     weighed = Weighed()
     tiny_task(TARGET)
     weighed.watch()
-    for name, job in JOBS.items():
+    for name in names:
+        if name == "large":  # after the small ones, which have loaded all libraries
+            weighed.begin("large")
+            weighed.report["large"]["peak"] = weigh_large()
+            continue
         config = adapt_config(
             world / "base",
             world / TARGET,
@@ -116,13 +120,10 @@ def main(world: Path, folder: Path, *, large: bool) -> None:
             mixture=MixtureConfig(prompt_dropout=0.0),
             eval_strategy="no",
             per_device_train_batch_size=BATCH,
-            bf16=job.bytes_per_value == 2,
+            bf16=JOBS[name].bytes_per_value == 2,
         )
         weighed.begin(name)
         run_adapt(config)
-    if large:  # after the small ones, which have loaded all libraries
-        weighed.begin("large")
-        weighed.report["large"]["peak"] = weigh_large()
     rank = int(os.environ["RANK"])
     (folder / f"rank{rank}.json").write_text(json.dumps(weighed.report))
     shut_down()
@@ -235,4 +236,4 @@ def large_model() -> PemtT5:
 
 
 if __name__ == "__main__":
-    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), large="large" in sys.argv[3:]))
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))

@@ -1,8 +1,8 @@
 """What every launched rank runs: scores and answers of a finished run, the end of a new one, and its data built once.
 
-    accelerate launch ... -m tests.launch.launched_scores WORLD FOLDER
+    accelerate launch ... -m tests.launch.launched_scores WORLD FOLDER SIZE...
 
-WORLD holds a base model, a task's files and a finished run. Everything goes to FOLDER.
+WORLD holds a base model, a task's files and a finished run. Everything goes to FOLDER; a SIZE is that of a batch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,6 @@ from pemt.run.train import run_adapt
 from tests.support.tiny import adapt_config, tiny_task
 
 TASK = "tiny-scores"
-# 11 examples in batches of 2, 3 and 4 leave every remainder that 2 and 3 ranks can have.
-BATCH_SIZES = (2, 3, 4)
 MICRO_BATCHES = 6
 STREAMED: dict[str, Any] = {
     "streaming": True,
@@ -37,20 +36,20 @@ STREAMED: dict[str, Any] = {
 }
 
 
-def main(world: Path, folder: Path) -> None:
+def main(world: Path, folder: Path, sizes: list[int]) -> None:
     tiny_task(TASK)
     calls = [count(examples, "example_of"), count(loading, "encode_batch")]
     calls.append(count(encoding, "encode_batch"))
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    measure(world, folder)
+    measure(world, folder, sizes)
     built = {"examples": len(calls[0]), "encoded": len(calls[1]) + len(calls[2])}
     (folder / f"built-{os.environ['RANK']}.json").write_text(json.dumps(built))
     shut_down()
 
 
-def measure(world: Path, folder: Path) -> None:
+def measure(world: Path, folder: Path, sizes: Sequence[int]) -> None:
     run = world / "run"
-    for size in BATCH_SIZES:
+    for size in sizes:
         fields = ["--per_device_eval_batch_size", str(size)]
         evaluate_run(run, output_file=str(folder / f"scores-{size}.json"), overrides=fields)
         predict_file(
@@ -88,4 +87,4 @@ def count(module: Any, name: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))
+    run_and_exit(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]), [*map(int, sys.argv[3:])]))

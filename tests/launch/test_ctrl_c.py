@@ -15,6 +15,7 @@ import pytest
 from pemt.engine.signals import INTERRUPTED_STATUS, KILLED_STATUS, SAME_SECONDS
 from tests.conftest import ROOT
 from tests.support.jobs import World, clean, last_step, status
+from tests.support.ranks import Forked
 
 # The main thread hangs where no handler of Python runs: in one call into C.
 PROGRAM = """
@@ -132,36 +133,26 @@ def test_a_command_with_nothing_to_save_leaves_without_a_traceback(tmp_path: Pat
     assert (done.returncode, done.stdout, done.stderr) == (KILLED_STATUS, "", "")
 
 
-def stopped_alone(world: World, run: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.xdist_group("launch")  # where ranks are forked
+def test_alone_it_saves_and_leaves_with_75(world: World, tmp_path: Path) -> None:
     """One process without a launcher, interrupted after three steps."""
-    folder = world.folder / run
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pemt", *world.arguments(run)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    folder, out = world.folder / "alone", tmp_path / "out"
+    process = Forked(["-m", "pemt", *world.arguments("alone")], out, dict(os.environ))
     try:
         while last_step(folder) < 3:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, out.read_text()
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGINT)
-        out, errors = process.communicate(timeout=300)
+        left = process.wait(timeout=300)
     finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
-
-
-def test_alone_it_saves_and_leaves_with_75(world: World) -> None:
-    done = stopped_alone(world, "alone")
-    found = status(world.folder / "alone")
-    assert done.returncode == INTERRUPTED_STATUS, done.stderr
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+    found = status(folder)
+    assert left == INTERRUPTED_STATUS, out.read_text()
     assert found["state"] == "interrupted"
-    assert (world.folder / "alone" / f"checkpoint-{found['step']}").is_dir()
-    assert "(SIGINT); a checkpoint is saved, and the same command resumes" in done.stdout
-    assert "Traceback" not in done.stderr
+    assert (folder / f"checkpoint-{found['step']}").is_dir()
+    assert "(SIGINT); a checkpoint is saved, and the same command resumes" in out.read_text()
+    assert "Traceback" not in out.read_text()
 
 
 @pytest.mark.launch

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 TIMEOUT = 20
 
 
-@pytest.mark.parametrize("frozen", [1, 0])
+@pytest.mark.parametrize("frozen", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_stopped_rank_is_named_and_the_job_goes_on_by_itself(
     world: World, undisturbed: Path, frozen: int
 ) -> None:

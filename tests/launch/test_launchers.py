@@ -15,6 +15,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from tests.conftest import kill_session, start_ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 YAMLS = sorted((ROOT / "launchers" / "accelerate").glob("*.yaml"))
 LAUNCHERS = sorted([*(ROOT / "launchers").glob("*.sh"), *(ROOT / "launchers").glob("*.sbatch")])
@@ -23,6 +25,11 @@ SCRIPTS = [
     *LAUNCHERS,
     *sorted((ROOT / "tests" / "support" / "slurm").iterdir()),
 ]
+ON_TWO = {
+    "config_file": ROOT / "launchers" / "accelerate" / "cpu.yaml",
+    "deepspeed_config_file": ROOT / "ds_configs" / "zero2.json",
+    "num_processes": 2,
+}
 SOURCED = ("slurm_common.sh", "global_batch.sh")
 
 TASKS = {"SOURCE_TASKS": "mnli qnli", "TARGET_TASK": "superglue-cb"}
@@ -293,11 +300,22 @@ def test_torch_leaves_a_save_the_time_that_slurm_gives(script: str, tmp_path: Pa
 @pytest.mark.launch
 @pytest.mark.slow
 def test_a_launch_that_hangs_is_killed_with_all_its_ranks(launch, tmp_path: Path) -> None:
-    script = tmp_path / "hang.py"
+    with pytest.raises(pytest.fail.Exception, match="still ran after 1 s"):
+        launch("-c", "import time; time.sleep(600)", zero=None, timeout=1)
+    script, out = tmp_path / "hang.py", tmp_path / "out"
     script.write_text("import time\nprint('rank is up', flush=True)\ntime.sleep(600)\n")
-    with pytest.raises(pytest.fail.Exception, match="still ran after") as failure:
-        launch(str(script), zero=2, timeout=60, environment={})
-    assert failure.value.msg.count("rank is up") == 2
+    options = [f"--{key}={value}" for key, value in ON_TWO.items()]
+    process = start_ranks([*options, str(script)], out, {}, forked=False)
+    try:
+        deadline = time.monotonic() + 300
+        while out.read_text().count("rank is up") < 2:
+            assert process.poll() is None, out.read_text()
+            assert time.monotonic() < deadline, out.read_text()
+            time.sleep(0.05)
+        assert len(ranks_of(script)) >= 2, "the launcher and its ranks"
+    finally:
+        kill_session(process)
+        process.wait()
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline and ranks_of(script):
         time.sleep(0.1)

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT, kill_session
 from tests.support.jobs import World, assert_same_end, last_step, status
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.soak]
 
 
 def test_a_warned_job_goes_back_into_the_queue_and_ends_with_the_same_bits(

@@ -35,20 +35,28 @@ def stopped(job: Job, told: str, number: signal.Signals) -> int:
     return step
 
 
-def test_told_to_stop_in_every_way_and_gone_on_by_itself(world: World, undisturbed: Path) -> None:
-    steps = []
-    for told, number in (
-        ("launcher", signal.SIGTERM),
-        ("rank 1", signal.SIGUSR1),
-        ("launcher", signal.SIGUSR1),
-    ):
+WAYS = [("launcher", signal.SIGTERM), ("rank 1", signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        pytest.param(WAYS, id="two"),
+        pytest.param([("launcher", signal.SIGUSR1)], id="third", marks=pytest.mark.soak),
+    ],
+)
+def test_told_to_stop_in_every_way_and_gone_on_by_itself(
+    world: World, undisturbed: Path, ways: list[tuple[str, signal.Signals]]
+) -> None:
+    steps, run = [], f"stopped-{len(ways)}"
+    for told, number in ways:
         # SIGUSR1 kills the launcher: a real one, so that nothing of the forked one's beginnings counts.
-        job = world.start("stopped", forked=(told, number) != ("launcher", signal.SIGUSR1))
+        job = world.start(run, forked=(told, number) != ("launcher", signal.SIGUSR1))
         steps.append(stopped(job, told, number))
         if told == "rank 1":
             assert f"exitcode  : {INTERRUPTED_STATUS}" in job.output, job.output
     assert steps == sorted(set(steps)), "no progress from one to the next"
-    job = world.start("stopped").finish()
+    job = world.start(run).finish()
     assert f"resuming from step {steps[-1]}/" in job.output
     assert_same_end(job.run, undisturbed)
     assert status(job.run)["state"] == "finished"

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from pemt.bank.manifests import entry_names
+from pemt.config.parse import parse_config
+from pemt.config.schema import SourceConfig
+from pemt.run.train import run_source
 from tests.conftest import ROOT, kill_session
 from tests.support.tiny import losses, make_base
 
@@ -114,7 +117,17 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def bank(world: Path) -> Path:
-    """Stage 1 as an array of two elements, one source task each."""
+    """Stage 1 as an array of two elements, one source task each, of which the second is there already."""
+    paths = {
+        "model_name_or_path": "base",
+        "data_dir": "data",
+        "bank_dir": "bank",
+        "output_dir": "runs/there",
+    }
+    given = {**FIELDS, "task_name": SOURCES[1], "expert.rank": 2}
+    given |= {key: world / path for key, path in paths.items()}
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    run_source(parse_config(SourceConfig, words, prog="pemt source"))
     _, log = submit(
         world,
         "slurm_source.sbatch",
@@ -133,19 +146,16 @@ def bank(world: Path) -> Path:
     assert queued == (
         f"--ntasks-per-node=1 --cpus-per-task=3 --array=0-1 --export=ALL --output={folder}/%x-%A_%a.out"
     )
-    assert (
-        steps
-        == ["srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=3 --kill-on-bad-exit=1"]
-        * 2
-    )
-    assert log.count("global batch 4, as --global_batch_size says: 1 rank on 1 node") == 2
+    assert steps == [
+        "srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=3 --kill-on-bad-exit=1"
+    ]
+    assert log.count("global batch 4, as --global_batch_size says: 1 rank on 1 node") == 1
+    assert log.count(f"{world}/bank/{SOURCES[1]} is there already") == 1
     return world / "bank"
 
 
-def test_an_array_fills_a_bank(world: Path, bank: Path) -> None:
+def test_an_array_fills_a_bank(bank: Path) -> None:
     assert entry_names(bank) == sorted(SOURCES)
-    _, log = submit(world, "slurm_source.sbatch", SOURCE_TASKS=" ".join(SOURCES))
-    assert log.count("is there already") == 2
 
 
 def test_two_nodes_adapt_together_without_a_launcher(world: Path, bank: Path) -> None:

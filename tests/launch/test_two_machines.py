@@ -30,7 +30,7 @@ from tests.support.ranks import Forked, deepspeed_json
 from tests.support.tiny import losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
-STAGES = (0, 1, 2, 3)
+STAGES = (3, 2, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (0, 1)))
 ALONE = (2, 3)  # on one machine too
 TRACED = 2  # after so many steps DeepSpeed knows the order of the modules
 # Without these the C library keeps what was freed, and the peak shows its thrift, not ours.
@@ -41,7 +41,7 @@ PAIR = Cluster(nodes=2, gpus_per_node=1, chip=CHIPS["a10-24"], backend="gloo")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_world(tmp_path_factory.mktemp("plan"))
-    for stage in STAGES:
+    for stage in range(4):
         # so that some weights stay whole, and some are gathered
         deepspeed_json(folder, f"zero{stage}", stage3_param_persistence_threshold=10_000)
     return folder
@@ -54,28 +54,44 @@ def zero(world: Path, request: pytest.FixtureRequest) -> Zero:
 
 @pytest.fixture(scope="module")
 def alone(world: Path) -> Callable[[int], Path]:
-    """By stage: the folder of runs of two ranks on one machine, one of them of a larger model."""
+    """By stage: the folder of a run of two ranks on one machine."""
 
     @cache
     def run(stage: int) -> Path:
-        folder = world / f"alone-{stage}"
-        folder.mkdir()
-        program = ("-m", "tests.launch.launched_plan", str(world), str(folder), "large")
-        launch_ranks(*program, zero=world / f"zero{stage}.json", environment=MALLOC)
-        return folder
+        return launched(world, stage, "alone", "fp32")
 
     return run
+
+
+@pytest.fixture(scope="module")
+def large(world: Path) -> Callable[[int], Path]:
+    """The same with a larger model, in fresh interpreters."""
+
+    @cache
+    def run(stage: int) -> Path:
+        return launched(world, stage, "large", *JOBS, "large", environment=MALLOC)
+
+    return run
+
+
+def launched(world: Path, stage: int, name: str, *trainings: str, **options: Any) -> Path:
+    folder = world / f"{name}-{stage}"
+    folder.mkdir()
+    program = ("-m", "tests.launch.launched_plan", str(world), str(folder), *trainings)
+    launch_ranks(*program, zero=world / f"zero{stage}.json", **options)
+    return folder
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", ALONE)
 def test_gradients_and_optimizer_to_the_byte(
-    alone: Callable[[int], Path], world: Path, stage: int
+    large: Callable[[int], Path], world: Path, stage: int
 ) -> None:
-    assert_bytes(alone(stage), read_zero(world / f"zero{stage}.json"), {**JOBS, "large": LARGE})
+    assert_bytes(large(stage), read_zero(world / f"zero{stage}.json"), {**JOBS, "large": LARGE})
 
 
 def assert_bytes(folder: Path, zero: Zero, jobs: dict[str, Job]) -> None:
@@ -86,11 +102,13 @@ def assert_bytes(folder: Path, zero: Zero, jobs: dict[str, Job]) -> None:
             assert set(report[name]["optimizer"]) == {optimizer_bytes(found, zero, job, 2)}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", ALONE)
-def test_peak_memory(alone: Callable[[int], Path], world: Path, stage: int) -> None:
+def test_peak_memory(large: Callable[[int], Path], world: Path, stage: int) -> None:
+    """In one process: tests/plan/test_real_step.py."""
     zero = read_zero(world / f"zero{stage}.json")
     planned = memory(LARGE, zero, replace(PAIR, nodes=1, gpus_per_node=2)).total
-    for report in reports(alone(stage)):
+    for report in reports(large(stage)):
         assert report["large"]["peak"] == pytest.approx(planned, rel=0.15)
 
 
@@ -166,7 +184,7 @@ def start(world: Path, folder: Path, zero: Zero, *, machine: str, cable: str, ra
         *("--deepspeed_config_file", str(world / zero.name)),
         *("--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)),
         *("--main_process_ip", "10.77.0.1", "--main_process_port", "29500"),
-        *("-m", "tests.launch.launched_plan", str(world), str(folder)),
+        *("-m", "tests.launch.launched_plan", str(world), str(folder), *JOBS),
     ]
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     environment = {**os.environ, "PATH": path, "GLOO_SOCKET_IFNAME": cable, "PEMT_INTERFACE": cable}
@@ -212,7 +230,7 @@ def remove(names: list[str]) -> None:
 def test_peak_memory_of_a_gpu(world: Path) -> None:
     folder = world / "gpu"
     folder.mkdir()
-    program = ("-m", "tests.launch.launched_plan", str(world), str(folder), "large")
+    program = ("-m", "tests.launch.launched_plan", str(world), str(folder), *JOBS, "large")
     launch_ranks(*program, zero=2, num_processes=1)
     one = Cluster(nodes=1, gpus_per_node=1, chip=CHIPS["h100-80"])
     planned = memory(LARGE, read_zero(ROOT / "ds_configs" / "zero2.json"), one).total

@@ -36,7 +36,7 @@ def test_the_same_seed_twice_gives_the_same_bits(runs: tuple[World, str]) -> Non
 def test_a_stop_in_every_step_and_validation_changes_no_bit(runs: tuple[World, str]) -> None:
     """SIGTERM to one rank after the first of two micro-batches; the step is taken to its end by both."""
     folder = runs[0].folder
-    assert json.loads((folder / "stops.json").read_text()) == 2 * [*["step"] * 3, "validation"]
+    assert json.loads((folder / "stops.json").read_text()) == [*["step"] * 3, "validation"]
     assert_same_end(folder / "stopped", folder / "whole")
 
 
@@ -51,7 +51,7 @@ def test_one_rank_more_and_one_less_keep_global_batch_and_order(
     told = capsys.readouterr().out
     assert "saved on 2 rank(s), now on 1: gradient_accumulation_steps becomes 4" in told
     assert losses(world.folder / "from-two") == pytest.approx(whole, rel=ROUNDING)
-    assert len(set(whole.values())) == 6, "losses that do not change show nothing"
+    assert len(set(whole.values())) == 3, "losses that do not change show nothing"
 
 
 def test_rows_in_memory_and_a_callback_that_stops_one_rank(runs: tuple[World, str]) -> None:

@@ -60,9 +60,9 @@ def test_work_of_three_timeouts_is_waited_for_wherever_one_rank_does_it(
     ("place", "doing"),
     [
         ("examples", " while preparing the examples of tiny-a"),  # before the run's own watchdog
-        ("scoring", ""),
         # The others find out by a collective that breaks; the store where rank 0 told what it did is gone.
         ("pre-training", ""),
+        pytest.param("scoring", "", marks=pytest.mark.soak),
     ],
 )
 def test_who_dies_at_it_is_named(launch: Launch, folder: Path, place: str, doing: str) -> None:

@@ -26,8 +26,8 @@ from pemt.run.train import run_adapt
 from tests.support.jobs import World
 from tests.support.stopped import stopped_at_every_step, stopped_once
 
-# Three steps an epoch: on two ranks each takes two micro-batches of four a step, on one rank four.
-FIELDS = {"num_train_epochs": "2", "gradient_accumulation_steps": "2"}
+# Three steps: on two ranks each takes two micro-batches of four a step, on one rank four.
+FIELDS = {"num_train_epochs": "1", "gradient_accumulation_steps": "2"}
 
 
 def config_of(world: World, run: str, **fields: object) -> AdaptConfig:

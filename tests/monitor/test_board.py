@@ -227,12 +227,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, task in enumerate((*SOURCES, TARGET)):
         tiny_task(task)
         write_task_files(folder / task, seed=seed)
+    seen: dict[str, Any] = {"report_to": ["tensorboard"]}
     for task in SOURCES:
-        expert = ExpertConfig(rank=2)
-        run_source(
-            source_config(base, folder / task, folder / f"run-{task}", bank, task, expert=expert)
-        )
-    run_adapt(adapt_config(base, folder / TARGET, folder / "adapt", bank, TARGET, few_shot=8))
+        fields = {**seen, "expert": ExpertConfig(rank=2)}
+        run_source(source_config(base, folder / task, folder / f"run-{task}", bank, task, **fields))
+    fields = {**seen, "few_shot": 8}
+    run_adapt(adapt_config(base, folder / TARGET, folder / "adapt", bank, TARGET, **fields))
     return folder
 
 

@@ -22,6 +22,7 @@ from tests.support.browser import chromium
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
 SOURCES, TARGET = ("tiny-page-a", "tiny-page-b"), "tiny-page-target"
+BOARD: dict[str, Any] = {"report_to": ["tensorboard"]}
 SECONDS = 60_000  # milliseconds, as playwright counts; a busy machine needs some of them
 
 pytestmark = pytest.mark.slow
@@ -43,12 +44,13 @@ def runs(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_task_files(folder / task, seed=seed)
     for task in SOURCES:
         expert, run = ExpertConfig(rank=2), folder / "runs" / task
-        run_source(source_config(base, folder / task, run, bank, task, expert=expert))
+        run_source(source_config(base, folder / task, run, bank, task, expert=expert, **BOARD))
     run = folder / "runs" / "adapt"
     with pytest.MonkeyPatch.context() as patch:
         # so short a run would have time for the first picture only
         patch.setattr("pemt.monitor.board.DRAWING_SHARE", 1e9)
-        run_adapt(adapt_config(base, folder / TARGET, run, bank, TARGET, num_train_epochs=3))
+        fields = {**BOARD, "num_train_epochs": 3}
+        run_adapt(adapt_config(base, folder / TARGET, run, bank, TARGET, **fields))
     return folder / "runs"
 
 
@@ -104,12 +106,7 @@ def open_tab(browser: Any, address: str, tmp_path: Path) -> Iterator[Any]:
     assert (tmp_path / f"{opened[0]}.png").stat().st_size > 10_000
 
 
-def drawn_lines(page: Any, card: str) -> int:
-    """Curves of charts that have a length."""
-    counts = "paths => paths.filter(each => (each.getAttribute('d') || '').includes('L')).length"
-    return page.locator(f"{card} svg path").evaluate_all(counts)
-
-
+@pytest.mark.soak
 def test_scalars(open_tab: Any) -> None:
     page = open_tab("scalars&tagFilter=train%2Floss", ready="tf-scalar-card")
     page.locator("tf-scalar-card", has_text="train/loss").first.wait_for(timeout=SECONDS)
@@ -128,8 +125,9 @@ def test_custom_scalars_are_grouped_by_question(open_tab: Any) -> None:
         assert page.get_by_text(question).count() > 0, question
     for chart in (f"validation of {TARGET}", "mean gate of each source"):
         assert page.get_by_text(chart, exact=True).count() > 0, chart
-    page.wait_for_timeout(2000)
-    assert drawn_lines(page, "tf-custom-scalar-multi-line-chart-card") >= 4
+    # curves of charts that have a length
+    curves = page.locator("tf-custom-scalar-multi-line-chart-card svg path[d*=L]")
+    curves.nth(3).wait_for(state="attached", timeout=SECONDS)
 
 
 def test_images_are_pictures_of_some_size(open_tab: Any) -> None:
@@ -152,6 +150,7 @@ def test_images_are_pictures_of_some_size(open_tab: Any) -> None:
         )
 
 
+@pytest.mark.soak
 def test_histograms_of_the_entropy(open_tab: Any) -> None:
     page = open_tab("histograms", ready="tf-histogram-loader svg")
     assert (
@@ -159,6 +158,7 @@ def test_histograms_of_the_entropy(open_tab: Any) -> None:
     )
 
 
+@pytest.mark.soak
 def test_texts_tell_configuration_and_environment(open_tab: Any) -> None:
     page = open_tab("text", ready="tf-text-loader")
     page.locator("pre", has_text=f"task_name: {TARGET}").first.wait_for(timeout=SECONDS)

@@ -37,7 +37,7 @@ ROUNDED_SHAPES = {
     "masked": {**WIDE, "mask": True},
     "mixed ranks": SHAPES["mixed ranks"],
     "odd sizes": SHAPES["odd sizes"],
-    "sixty-four experts": {**WIDE, "ranks": (16,) * 64},
+    "sixty-four experts": {**WIDE, "batch": 2, "tokens": 12, "ranks": (16,) * 64},
 }
 
 

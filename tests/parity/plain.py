@@ -124,8 +124,8 @@ def _run_stage(
     inner: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    base = _base(config, generator)
-    values = _values(stage, config, inner, generator)
+    base = random_base(config, generator)
+    values = random_values(stage, config, inner, generator)
     run = Pass(len(values["task_shared"]))
     base.encoder.register_forward_hook(lambda *args: setattr(run, "encoder_states", args[-1][0]))
     for stack, layer in (("encoder", 1), ("decoder", 2)):
@@ -175,7 +175,8 @@ def _is_trained(stage: str, name: str) -> bool:
     )
 
 
-def _base(config: dict[str, Any], generator: torch.Generator) -> T5ForConditionalGeneration:
+def random_base(config: dict[str, Any], generator: torch.Generator) -> T5ForConditionalGeneration:
+    """A T5 none of whose parts is without effect."""
     base = T5ForConditionalGeneration(T5Config(**config))
     if config.get("tie_word_embeddings") is False:
         base.lm_head.weight = nn.Parameter(torch.empty_like(base.lm_head.weight))
@@ -191,10 +192,19 @@ def _base(config: dict[str, Any], generator: torch.Generator) -> T5ForConditiona
     return base.eval()
 
 
-def _values(
-    stage: str, config: dict[str, Any], inner: int, generator: torch.Generator
+def random_values(
+    stage: str,
+    config: dict[str, Any],
+    inner: int,
+    generator: torch.Generator,
+    *,
+    prompts: Sequence[int] = (5, *range(3, 9)),
 ) -> Parameters:
-    """PEMT's own parameters of a stage by their published names."""
+    """PEMT's own parameters of a stage by their published names.
+
+    Args:
+        prompts: tokens of the task's own prompt, then of each source's.
+    """
     d_model, d_ff, experts = config["d_model"], config["d_ff"], config["experts"]
     values: Parameters = {}
 
@@ -208,10 +218,10 @@ def _values(
         add(f"{name}.up_sampler.weight", d_model, width)
         add(f"{name}.up_sampler.bias", d_model, spread=0.1)
 
-    add("task_shared", 5, d_model, spread=1.0)
+    add("task_shared", prompts[0], d_model, spread=1.0)
     bottleneck, target = stage.endswith("bottleneck"), stage.startswith("stage2")
     for k in range(experts if target else 0):
-        add(f"task_list.{k}", 3 + k, d_model, spread=1.0)
+        add(f"task_list.{k}", prompts[1 + k], d_model, spread=1.0)
     for place, in_decoder in _places(config):
         dense = f"{place}.DenseReluDense"
         for k in range(experts):

@@ -51,7 +51,7 @@ from tests.support.docs_world import (
 )
 from tests.support.hub import hub_for_this_process
 
-pytestmark = pytest.mark.xdist_group("docs")  # one world for them all
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -207,7 +206,13 @@ def predict(*arguments: str, stdin: bytes | None = None, monkeypatch: pytest.Mon
     COMMANDS["predict"](list(arguments))
 
 
-def test_from_stdin_to_stdout_in_a_process_of_its_own(world: Path, predictor: Predictor) -> None:
+def test_from_stdin_to_stdout(
+    world: Path,
+    predictor: Predictor,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever a library writes to file descriptor 1 would stand between the lines."""
     rows = rows_of(world)
     lines = "".join(json.dumps({"text": row["text"]}) + "\n" for row in rows)
     # tests.support.tiny's task is not in the table: a task file describes it.
@@ -216,15 +221,10 @@ def test_from_stdin_to_stdout_in_a_process_of_its_own(world: Path, predictor: Pr
         f"name: {TARGET}\ndescription: the lid and the box\ntemplate: 'text : {{text}}'\n"
         "labels: ['no', 'yes']\nlabel_names: [closed, open]\nmetrics: [accuracy]\nmax_target_length: 4\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "pemt", "predict", str(world / "pemt"), "--task_file", str(task)],
-        input=lines,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    run = str(world / "pemt")
+    capfd.readouterr()
+    predict(run, "--task_file", str(task), stdin=lines.encode(), monkeypatch=monkeypatch)
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert list(found[0]) == ["input", "prediction", "label", "probabilities", "gates"]
     assert [list(each.pop("probabilities")) for each in found] == [["closed", "open"]] * len(rows)
     names = {"no": "closed", "yes": "open"}

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings, strategies as st
 
 from pemt.config import PemtError
 
-INPUTS = int(os.environ.get("PEMT_FUZZ_INPUTS", "250"))  # `make soak`: 1000
+INPUTS = int(os.environ.get("PEMT_FUZZ_INPUTS", "100"))  # `make soak`: 1000
 fuzz = settings(
     max_examples=INPUTS,
     deadline=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,8 +31,10 @@ def test_every_file_and_line_of_both_stages(
     tiny_task(TASK)
     data = write_task_files(tmp_path / "data", seed=0)
     runs, bank = tmp_path / "runs", tmp_path / "runs" / "bank"
-    run_source(source_config(base, data, runs / "source", bank, TASK, expert=ExpertConfig(rank=2)))
-    config = adapt_config(base, data, runs / "adapt", bank, TASK)
+    seen: dict[str, Any] = {"report_to": ["tensorboard"]}
+    expert = ExpertConfig(rank=2)
+    run_source(source_config(base, data, runs / "source", bank, TASK, expert=expert, **seen))
+    config = adapt_config(base, data, runs / "adapt", bank, TASK, **seen)
     run_adapt(config)
     (bank / TASK / "expert.safetensors").write_bytes(b"damaged")
     with pytest.raises(PemtError) as raised:

@@ -10,6 +10,7 @@ import resource
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,20 @@ SOURCES = sorted((ROOT / "pemt").rglob("*.py"))
 SHAPE = base_shape(tiny_base().config)
 
 
+@cache
+def every_call() -> list[tuple[str, Path, ast.Call]]:
+    """Of pemt, with what is called as it is written."""
+    return [
+        (ast.unparse(node.func), path, node)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+
+
 def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
     """Every call in pemt whose dotted name ends so."""
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(name):
-                yield path, node
+    return ((path, call) for called, path, call in every_call() if called.endswith(name))
 
 
 def test_no_code_of_the_hub_is_trusted() -> None:

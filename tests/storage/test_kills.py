@@ -1,4 +1,4 @@
-"""A process that writes checkpoints is killed 200 times at random instants: none that is published is bad.
+"""A process that writes checkpoints is killed at random instants: none that is published is bad.
 
 SIGKILL takes the process, not the machine: what the kernel holds still reaches the disk. That every file is
 synced before its folder gets its name is seen by the order of the calls, in the last test.
@@ -27,7 +27,7 @@ from pemt.storage import StorageError, folders as storage, read_manifest
 from pemt.storage.folders import read_tensors, write_folder
 from pemt.storage.manifest import MANIFEST, listed_file
 
-KILLS = 200
+KILLS = [30, pytest.param(200, marks=pytest.mark.soak)]
 LONGEST_LIFE = 0.06  # seconds: a write takes 5 to 20 ms here, so each child dies in its first few
 NAMES = ("trained.safetensors", "moments.safetensors")
 
@@ -110,17 +110,18 @@ def kill_while_writing(writer: Writer, root: Path, kills: int) -> dict[str, int]
     return found
 
 
-def test_no_kill_publishes_a_bad_checkpoint(tmp_path: Path) -> None:
-    found = kill_while_writing(ours, tmp_path, KILLS)
+@pytest.mark.parametrize("kills", KILLS)
+def test_no_kill_publishes_a_bad_checkpoint(tmp_path: Path, kills: int) -> None:
+    found = kill_while_writing(ours, tmp_path, kills)
     assert found["bad"] == 0
     assert found["lost"] == 0, "an entry that was being replaced is gone"
-    assert found["whole"] > KILLS
-    assert found["cut short"] > KILLS // 4, "the kills did not fall into writes"
+    assert found["whole"] > kills
+    assert found["cut short"] > kills // 4, "the kills did not fall into writes"
 
 
 def test_the_same_kills_find_a_naive_writer_out(tmp_path: Path) -> None:
-    found = kill_while_writing(naive, tmp_path, KILLS // 4)
-    assert found["bad"] > KILLS // 40, found
+    found = kill_while_writing(naive, tmp_path, 20)
+    assert found["bad"] > 2, found
 
 
 def test_everything_is_synced_before_the_folder_gets_its_name(

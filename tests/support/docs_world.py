@@ -93,7 +93,9 @@ def stage(name: str, arguments: list[str]) -> None:
     task = arguments[arguments.index("--task_name") + 1]
     data = [] if "--task_file" in arguments else ["--data_dir", f"data/{task}"]
     rank = ["--expert.rank", "2"] if name == "source" else []
-    COMMANDS[name]([*arguments, *SMALL.split(), *data, *rank])
+    # TensorBoard's second writer waits until the next second: as long as such a run takes.
+    quiet = [] if "--report_to" in arguments else ["--report_to", "[]"]
+    COMMANDS[name]([*arguments, *SMALL.split(), *quiet, *data, *rank])
 
 
 def write_rows(folder: Path, task: Task) -> None:
@@ -124,7 +126,7 @@ def write_one_run(path: str, text: str) -> None:
     small = {
         key[2:]: yaml.safe_load(value) for key, value in zip(flags[::2], flags[1::2], strict=True)
     }
-    content["fields"].update(small)
+    content["fields"].update({"report_to": [], **small})
     content["methods"] = {"adapter": content["methods"]["adapter"]}
     content["tasks"] = {"superglue-cb": {"data_dir": "data/superglue-cb"}}
     content["seeds"] = content["seeds"][:1]

@@ -38,6 +38,7 @@ FIELDS = {
     "learning_rate": "0.01",
     "num_train_epochs": "12",  # of five steps on two ranks
     "logging_steps": "1",
+    "report_to": "[]",
     "seed": "0",
 }
 

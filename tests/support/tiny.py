@@ -126,7 +126,10 @@ def write_task_files(folder: Path, *, seed: int, rows: int = 40) -> Path:
 
 
 def run_fields(base: Path, data_dir: Path, output_dir: Path, task: str) -> dict[str, Any]:
-    """What every tiny run sets: deterministic, fp32, every step logged."""
+    """What every tiny run sets: deterministic, fp32, every step logged.
+
+    Without TensorBoard, whose second writer waits until the next second: as long as such a run takes.
+    """
     return {
         "model_name_or_path": str(base),
         "data_dir": str(data_dir),
@@ -140,6 +143,7 @@ def run_fields(base: Path, data_dir: Path, output_dir: Path, task: str) -> dict[
         "warmup_steps": 2,
         "num_train_epochs": 1,
         "logging_steps": 1,
+        "report_to": [],
     }
 
 

@@ -175,6 +175,7 @@ def start(path: Path, out: Path) -> Forked:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("launch")  # where ranks are forked
 def test_a_sweep_that_was_killed_goes_on_where_it_stopped(world: Path, tmp_path: Path) -> None:
     path = write_sweep(tmp_path / "sweep.yaml", content_of(world))
     killed = start(path, tmp_path / "killed.out")

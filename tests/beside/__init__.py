@@ -1,0 +1,1 @@
+"""The published code beside ours, on one machine: `python -m tests.beside CHECKOUT --python PYTHON`."""
