@@ -66,6 +66,7 @@ class Layer:
         self.down, self.up, self.scales, self.ranks = ops.orthonormal_experts(
             self.down, self.up, [1.0] * EXPERTS, [RANK] * EXPERTS
         )
+        self.stacked = torch.cat([self.weight, self.down])
         self.x = draw(bench.batch, bench.tokens, d_ff)
         self.gates = draw(bench.batch, EXPERTS).float().softmax(dim=-1)
         per_rank = [self.gates[:, k : k + 1].expand(-1, rank) for k, rank in enumerate(self.ranks)]
@@ -99,24 +100,14 @@ class Layer:
             torch.autograd.backward([z, sparsity], [self.dz, weight])
 
 
-def _forward(
-    layer: Layer, mixture: Callable[..., tuple[Tensor, Tensor]], sparsity: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    y, latent = mixture(
-        layer.x, layer.weight, layer.down, layer.up, layer.gates, layer.scales, layer.ranks
-    )
-    z = layer.adapt(y)
-    return z, None if layer.bench.forward_only else sparsity(z, latent)
-
-
 def forward_loop(layer: Layer) -> tuple[Tensor, Tensor | None]:
     """One FFN and its loss with a loop over the experts."""
     experts = (layer.gates, layer.scales, layer.ranks)
-    return _forward(
-        layer,
-        reference.expert_mixture,
-        lambda z, latent: reference.task_sparsity(z, latent, layer.up, *experts),
-    )
+    y, latent = reference.expert_mixture(layer.x, layer.weight, layer.down, layer.up, *experts)
+    z = layer.adapt(y)
+    if layer.bench.forward_only:
+        return z, None
+    return z, reference.task_sparsity(z, latent, layer.up, *experts)
 
 
 def forward_stacked(layer: Layer) -> tuple[Tensor, Tensor | None]:
@@ -140,12 +131,10 @@ def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
     if layer.bench.forward_only:
         frozen = (layer.weight, layer.down, layer.up)
         return layer.adapt(answer_mixture(layer.x, *frozen, layer.factors)), None
-    experts = (layer.gates, layer.scales, layer.ranks)
-    return _forward(
-        layer,
-        ops.expert_mixture,
-        lambda z, latent: ops.task_sparsity(z, latent, layer.up, *experts),
-    )
+    return ops.ffn_output(
+        layer.x, layer.stacked, layer.up, layer.gates, layer.scales, layer.ranks,
+        adapter=layer.adapter,
+    )  # fmt: skip
 
 
 def forward_frozen(layer: Layer) -> tuple[Tensor, Tensor | None]:
@@ -173,22 +162,19 @@ class Floor:
     """
 
     def __init__(self, layer: Layer) -> None:
-        weight, down, up = layer.weight, layer.down, layer.up
+        up = layer.up
         adapter_down, _, adapter_up, _ = (tensor.detach() for tensor in layer.adapter)
         x = layer.x.detach().flatten(0, 1)
         wide = layer.dz.flatten(0, 1)
         latent, hidden = wide @ up, wide @ adapter_down.T
-        frozen = [(x, weight.T), (x, down.T)]
+        frozen = [(x, layer.stacked.T)]
         others = [(latent, up.T), (wide, adapter_down.T), (hidden, adapter_up.T)]
         if not layer.bench.forward_only:
-            frozen += [
-                (wide, up),
-                (wide, up),
-                (wide, weight),
-            ]  # sparsity: z up; back: dy up, dy weight
+            both = torch.cat([wide, latent], dim=1)  # the gradients of y and of the latent
+            frozen += [(wide, up), (wide, up), (both, layer.stacked)]  # of z for the loss, of dy
             others += [
-                (latent, up.T), (latent, down),
-                (wide, adapter_up), (wide.T, hidden), (hidden, adapter_down), (hidden.T, wide),
+                (latent, up.T), (wide, adapter_up), (wide.T, hidden),
+                (hidden, adapter_down), (hidden.T, wide),
             ]  # fmt: skip
         self.products = frozen + others
         self.libraries: Counter[str] = Counter()

@@ -98,18 +98,15 @@ class StepBench:
 class LoopMixture(LoraMixture):
     """The experts one after another, and once more for the cosines: what `pemt.ops` is held against."""
 
-    def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.expert_mixture(
-            x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
-        )
-
-    def sparsity(
-        self, z_BSD: Tensor, kept: Tensor, gates_BK: Tensor, mask_BS: Tensor | None
-    ) -> Tensor:
-        weights_BS = None if mask_BS is None else mask_BS / mask_BS.sum().clamp(min=1)
-        return reference.task_sparsity(
-            z_BSD, kept, self.up, gates_BK, self.scales, self.ranks, weights_BS
-        )
+    def mix(
+        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        weight_DF, down_NF = self.weight.split(self.sizes)
+        frozen = (weight_DF, down_NF, self.up)
+        z_BSD, loss = reference.ffn_output(
+            x_BSF, *frozen, gates_BK, self.adapter.tensors, self.scales, self.ranks, self.token_weights_BS
+        )  # fmt: skip
+        return z_BSD, loss if sparsity else None
 
 
 class Step:

@@ -64,6 +64,9 @@ def zero3_init(
         deepspeed_config: with nothing left to `"auto"`.
     """
     ShardedInit(read_lazy, module=model, config_dict_or_path=deepspeed_config)
+    for module in model.modules():
+        for parameter in getattr(module, "external_parameters", ()):
+            deepspeed.zero.register_external_parameter(module, parameter)
     for buffer in model.buffers():  # DeepSpeed leaves them alone where weights are sharded already
         buffer.data = buffer.to(device)
 

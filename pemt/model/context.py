@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pemt.ops import prompt_mean
+from pemt.ops import prompt_mean, token_weights
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ class PassContext:
     passes have run since. In `generate` it is expanded over beams, and taken once: beams change places, but only
     with beams of the same sample.
 
-    The masks limit the sparsity loss to real tokens; without them every position counts.
+    The weights, made of the masks once a pass, limit the sparsity loss to real tokens; without them every
+    position counts.
     """
 
     prompt_length: int
     encoder_prompt_BD: Tensor | None = None
-    encoder_mask_BS: Tensor | None = None
-    decoder_mask_BS: Tensor | None = None
+    encoder_weights_BS: Tensor | None = None
+    decoder_weights_BS: Tensor | None = None
     _records: list[Record] | None = field(default=None, repr=False)
     _answers: list[Tensor] | None = field(default=None, repr=False)
 
@@ -48,10 +49,11 @@ class PassContext:
     ) -> Iterator[list[Record]]:
         """Collect every site's record, in the order in which the pass comes to them.
 
-        The masks outlive the block, for the recompute of this pass: with masks and checkpointing,
+        The weights outlive the block, for the recompute of this pass: with masks and checkpointing,
         a pass must be followed by its own backward before the next.
         """
-        self.encoder_mask_BS, self.decoder_mask_BS = encoder_mask_BS, decoder_mask_BS
+        self.encoder_weights_BS = token_weights(encoder_mask_BS)
+        self.decoder_weights_BS = token_weights(decoder_mask_BS)
         records: list[Record] = []
         self._records = records
         try:

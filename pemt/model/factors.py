@@ -22,7 +22,7 @@ class Factors:
     """Experts split anew, each one's up projection into orthonormal columns; the sources keep theirs.
 
     Args:
-        ranks, scales: of each, as in `pemt.ops.expert_mixture`.
+        ranks, scales: of each, as in `pemt.ops.ffn_output`.
         down: makes the down projections [N,F]; up: makes the up projections [D,N].
     """
 

@@ -1,21 +1,26 @@
-"""What every linear layer with experts shares: what its gate reads, and how it answers a token at a time.
+"""What linear layers with experts share: what a gate reads, answering a token at a time, LoRA experts laid out.
 
-Shapes: B batch, S tokens, F input width, D output width, K experts, C width of the gate's context.
+Shapes: B batch, S tokens, F input width, D output width, K experts, N ranks of all, C width of the gate's context.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource
+from pemt.model.factors import rank_factors, side_by_side
 from pemt.model.gate import GateKind, make_gate
 from pemt.model.inject import LinearSite
+from pemt.model.lazy import is_lazy, lazy_parameter, value_of
 from pemt.ops import prompt_mean
+from pemt.ops.linear import answer_mixture
 
 
 class GatedLinear(nn.Module, ABC):
@@ -64,3 +69,47 @@ class GatedLinear(nn.Module, ABC):
     @abstractmethod
     def answer(self, x_BSF: Tensor, prepared: Any) -> Tensor:
         """y [B,S,D], for one step after another with the same gates."""
+
+
+class LoraExperts(GatedLinear):
+    """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made.
+
+    Their factors are split anew for it, each expert's up projection into an isometry; the sources keep theirs.
+    `weight` is stacked: the layer's own [D,F] over the down projections [N,F], so that x is read once.
+    """
+
+    def add_experts(self, site: LinearSite, sources: Sequence[ExpertSource]) -> None:
+        """Lay the experts of the sources, all of which are on the layer, beside its own weight."""
+        factors = side_by_side(site.name, sources)
+        self.ranks, self.scales = factors.ranks, factors.scales
+        own, (outputs, inputs) = self.weight, self.weight.shape
+        self.sizes = outputs, sum(self.ranks)
+        stacked = partial(_stacked, own, factors.down)
+        self.weight = frozen((sum(self.sizes), inputs), stacked, like=own)
+        self.up = frozen(self.sizes, factors.up, like=own)
+
+    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
+        """g_k s_k of every sample, once per rank [B,1,N]."""
+        return rank_factors(gates_BK, self.scales, self.ranks, like=self.weight)
+
+    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+        """y [B,S,D]; `prepared` is [B,1,N]."""
+        # Not folded into a weight of each sample: see docs/serving.md.
+        weight_DF, down_NF = self.weight.split(self.sizes)
+        return answer_mixture(x_BSF, weight_DF, down_NF, self.up, prepared)
+
+
+def _stacked(weight_DF: nn.Parameter, downs: Callable[[], Tensor]) -> Tensor:
+    """[D+N,F]: the layer's own weight, and under it the down projections."""
+    own = value_of(weight_DF)
+    return torch.cat([own, downs().to(own)])
+
+
+def frozen(shape: tuple[int, ...], make: Callable[[], Tensor], *, like: Tensor) -> nn.Parameter:
+    """What `make` gives, frozen; a parameter, so that ZeRO-3 partitions it.
+
+    Unread where the base is: it is made as it is placed, and no rank holds all of them.
+    """
+    if is_lazy(like):
+        return lazy_parameter(shape, like.dtype, make)
+    return nn.Parameter(make().to(like), requires_grad=False)

@@ -7,9 +7,8 @@ the gate's context.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +17,12 @@ from torch import Tensor, nn
 from pemt.config import AdapterConfig
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, adapter_linear
-from pemt.model.factors import rank_factors, side_by_side
 from pemt.model.gate import GateKind
-from pemt.model.gated import GatedLinear
+from pemt.model.gated import GatedLinear, LoraExperts, frozen
 from pemt.model.inject import LinearSite
-from pemt.model.lazy import is_lazy, lazy_parameter
 from pemt.model.trainable import Trainable
-from pemt.ops import expert_mixture, task_sparsity
-from pemt.ops.linear import answer_mixture, linear
+from pemt.ops import ffn_output
+from pemt.ops.linear import linear
 
 
 class TargetAdapter(Trainable):
@@ -48,6 +45,11 @@ class TargetAdapter(Trainable):
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.parameters()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Down [H,D], its bias [H], up [D,H], its bias [D]: as `pemt.ops` takes an adapter."""
+        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
 
     def forward(self, y_BSD: Tensor) -> Tensor:
         """z [B,S,D]."""
@@ -89,40 +91,30 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
             return self.adapter(self._answer(x_BSF))
         x_BSF, prompt_BC = self._gate_context(x_BSF)
         gates_BK = self.gate(prompt_BC)
-        y_BSD, kept = self.mix(x_BSF, gates_BK)
-        z_BSD = self.adapter(y_BSD)
         context = self.context
         if context.is_answering:
             context.record_answer(gates_BK)
-        elif context.wants_sparsity:
-            mask_BS = context.decoder_mask_BS if self.in_decoder else context.encoder_mask_BS
-            context.record(gates_BK, self.sparsity(z_BSD, kept, gates_BK, mask_BS))
+            return self.adapter(self.answer(x_BSF, self.prepare_answer(gates_BK)))
+        z_BSD, loss = self.mix(x_BSF, gates_BK, sparsity=context.wants_sparsity)
+        if loss is not None:
+            context.record(gates_BK, loss)
         return z_BSD
 
-    def prepare_answer(self, gates_BK: Tensor) -> Any:
-        """What `answer` needs of the gates; once for all steps of a `generate`."""
-        return gates_BK
-
-    def answer(self, x_BSF: Tensor, prepared: Any) -> Tensor:
-        """y [B,S,D] of `mix`, for one step after another with the same gates."""
-        return self.mix(x_BSF, prepared)[0]
+    @property
+    def token_weights_BS(self) -> Tensor | None:
+        """What each token counts in this stack's sparsity losses; None where all count alike."""
+        context = self.context
+        return context.decoder_weights_BS if self.in_decoder else context.encoder_weights_BS
 
     @abstractmethod
-    def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Any]:
-        """y [B,S,D], and what `sparsity` needs of the experts."""
-
-    @abstractmethod
-    def sparsity(
-        self, z_BSD: Tensor, kept: Any, gates_BK: Tensor, mask_BS: Tensor | None
-    ) -> Tensor:
-        """Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), a scalar in fp32."""
+    def mix(
+        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """z [B,S,D] and Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), a scalar in fp32, if it is wanted."""
 
 
-class LoraMixture(MixtureProjection):
-    """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made.
-
-    Their factors are split anew for it, each expert's up projection into an isometry; the sources keep theirs.
-    """
+class LoraMixture(LoraExperts, MixtureProjection):
+    """LoRA experts; mixture, target adapter and sparsity loss are one op."""
 
     def __init__(
         self,
@@ -134,32 +126,27 @@ class LoraMixture(MixtureProjection):
         gate: GateKind = "learned",
     ) -> None:
         super().__init__(site, sources, adapter, context, gate=gate)
-        factors = side_by_side(site.name, sources)
-        self.ranks, self.scales = factors.ranks, factors.scales
-        (d_model, d_ff), total = self.weight.shape, sum(self.ranks)
-        self.down = frozen((total, d_ff), factors.down, like=self.weight)
-        self.up = frozen((d_model, total), factors.up, like=self.weight)
+        self.add_experts(site, sources)
 
-    def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """y [B,S,D], and the latent [B,S,N] that `sparsity` reads."""
-        return expert_mixture(
-            x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
+    @property
+    def external_parameters(self) -> tuple[Tensor, ...]:
+        """What it computes with and its submodules own: ZeRO-3 must gather them with it."""
+        return self.adapter.tensors
+
+    def mix(
+        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return ffn_output(
+            x_BSF,
+            self.weight,
+            self.up,
+            gates_BK,
+            self.scales,
+            self.ranks,
+            adapter=self.adapter.tensors,
+            sparsity=sparsity,
+            token_weights=self.token_weights_BS,
         )
-
-    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
-        """g_k s_k of every sample, once per rank [B,1,N]."""
-        return rank_factors(gates_BK, self.scales, self.ranks, like=self.down)
-
-    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
-        """y [B,S,D]; `prepared` is [B,1,N]."""
-        # Not folded into a weight of each sample: see docs/serving.md.
-        return answer_mixture(x_BSF, self.weight, self.down, self.up, prepared)
-
-    def sparsity(
-        self, z_BSD: Tensor, kept: Tensor, gates_BK: Tensor, mask_BS: Tensor | None
-    ) -> Tensor:
-        """As `MixtureProjection.sparsity`, from the latent."""
-        return task_sparsity(z_BSD, kept, self.up, gates_BK, self.scales, self.ranks, mask_BS)
 
 
 class BottleneckMixture(MixtureProjection):
@@ -181,7 +168,20 @@ class BottleneckMixture(MixtureProjection):
         self.up_bias = packed(sources, f"{site.name}.up.bias", self.weight, dim=0)
         self.ffn_input_BSD: Tensor | None = None
 
-    def mix(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def mix(
+        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        y_BSD, outputs = self._outputs(x_BSF, gates_BK)
+        z_BSD = self.adapter(y_BSD)
+        return z_BSD, self._sparsity(z_BSD, outputs, gates_BK) if sparsity else None
+
+    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
+        return gates_BK
+
+    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+        return self._outputs(x_BSF, prepared)[0]
+
+    def _outputs(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, list[Tensor]]:
         """y [B,S,D], and every expert's output [B,S,D]."""
         ffn_input_BSD, self.ffn_input_BSD = self.ffn_input_BSD, None
         assert ffn_input_BSD is not None, "the hook on the FFN has not run"
@@ -202,16 +202,15 @@ class BottleneckMixture(MixtureProjection):
             outputs.append(output_BSD)
         return y_BSD, outputs
 
-    def sparsity(
-        self, z_BSD: Tensor, kept: list[Tensor], gates_BK: Tensor, mask_BS: Tensor | None
-    ) -> Tensor:
-        """As `MixtureProjection.sparsity`, from the experts' outputs."""
-        counted_BS = z_BSD.new_ones(z_BSD.shape[:2]) if mask_BS is None else mask_BS
-        counted_BS = counted_BS.float()
+    def _sparsity(self, z_BSD: Tensor, outputs: list[Tensor], gates_BK: Tensor) -> Tensor:
+        weights_BS = self.token_weights_BS
+        if weights_BS is None:
+            tokens = z_BSD.shape[0] * z_BSD.shape[1]
+            weights_BS = gates_BK.new_full((1, 1), 1 / max(1, tokens))
         loss = gates_BK.new_zeros(())
-        for gate, output_BSD in zip(gates_BK.mean(dim=0), kept, strict=True):
+        for gate, output_BSD in zip(gates_BK.mean(dim=0), outputs, strict=True):
             distance_BS = 1 - F.cosine_similarity(z_BSD.float(), output_BSD.float(), dim=-1)
-            loss = loss + gate * (distance_BS * counted_BS).sum() / counted_BS.sum().clamp(min=1)
+            loss = loss + gate * (distance_BS * weights_BS).sum()
         return loss
 
 
@@ -221,16 +220,6 @@ def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int)
     shape = list(tensors[0].shape)
     shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
     return frozen(tuple(shape), partial(torch.cat, tensors, dim=dim), like=like)
-
-
-def frozen(shape: tuple[int, ...], make: Callable[[], Tensor], *, like: Tensor) -> nn.Parameter:
-    """What `make` gives, frozen; a parameter, so that ZeRO-3 partitions it.
-
-    Unread where the base is: it is made as it is placed, and no rank holds all of them.
-    """
-    if is_lazy(like):
-        return lazy_parameter(shape, like.dtype, make)
-    return nn.Parameter(make().to(like), requires_grad=False)
 
 
 MIXTURES: dict[str, type[LoraMixture] | type[BottleneckMixture]] = {

@@ -36,7 +36,7 @@ from pemt.model.inject import (
 )
 from pemt.model.likelihood import decoder_of, log_likelihoods
 from pemt.model.prompts import TaskPrompt
-from pemt.model.shape import base_digest, base_shape
+from pemt.model.shape import base_digest, base_shape, keep_digest
 from pemt.model.site_mixture import mix_at
 from pemt.model.sites import target_sites
 from pemt.model.trainable import Trainable
@@ -119,6 +119,7 @@ class PemtT5(TrainedT5):
         for source in sources:
             source.check(base_shape(base.config))
         check_weights(base, sources)
+        keep_digest(base)
         prompt = _task_prompt(
             base,
             prompt_PD,

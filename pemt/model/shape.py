@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # which asks for `base_shape`
     from pemt.model.inject import Base
 
 _PIECE = 1024  # elements
+_DIGEST = "pemt_digest"
 
 
 def base_shape(config: PreTrainedConfig) -> dict[str, Any]:
@@ -43,10 +44,19 @@ def base_digest(base: Base) -> str:
     matrix are read, so that a model of any size takes about a second from a disk; a change of single
     numbers elsewhere is not seen. Layer norms are left out: stage 2 trains them.
     """
+    if (known := vars(base).get(_DIGEST)) is not None:
+        return str(known)
     digest = hashlib.sha256()
     for weight in _matrices(base):
         digest.update(_sample(value_of(weight)))
     return digest.hexdigest()
+
+
+def keep_digest(base: Base) -> str:
+    """`base_digest`, kept: from now on something else may stand in the place of what is frozen."""
+    digest = base_digest(base)
+    vars(base)[_DIGEST] = digest
+    return digest
 
 
 def _matrices(base: Base) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """Stage 2, in the place of a linear layer other than an FFN's output: frozen LoRA experts and a gate over them.
 
-Shapes: B batch, S tokens, F input width, D output width, K experts, N ranks of all.
+Shapes: B batch, S tokens, F input width, D output width, K experts.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from torch import Tensor
 from pemt.config import AdapterConfig, MixtureConfig
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource
-from pemt.model.factors import rank_factors, side_by_side
 from pemt.model.gate import GateKind
-from pemt.model.gated import GatedLinear
+from pemt.model.gated import LoraExperts
 from pemt.model.inject import LinearSite
-from pemt.model.mixture import MIXTURES, AdapterProjection, frozen
+from pemt.model.mixture import MIXTURES, AdapterProjection
 from pemt.ops import expert_mixture
-from pemt.ops.linear import answer_mixture
 
 
-class SiteMixture(GatedLinear):
+class SiteMixture(LoraExperts):
     """y = W x + Σ_k g_k o_k over the sources that are on this layer; reports its gates.
 
     Target adapter and sparsity loss are at the FFNs' outputs alone.
@@ -38,11 +36,7 @@ class SiteMixture(GatedLinear):
         super().__init__()
         self.weight = site.weight
         self.add_gate(site, sources, context, gate)
-        factors = side_by_side(site.name, sources)
-        self.ranks, self.scales = factors.ranks, factors.scales
-        (outputs, inputs), total = self.weight.shape, sum(self.ranks)
-        self.down = frozen((total, inputs), factors.down, like=self.weight)
-        self.up = frozen((outputs, total), factors.up, like=self.weight)
+        self.add_experts(site, sources)
 
     def forward(self, x_BSF: Tensor) -> Tensor:
         """y [B,S,D]; the gates [B,K] go to the pass's context, as it asks for them."""
@@ -55,18 +49,7 @@ class SiteMixture(GatedLinear):
             context.record_answer(gates_BK)
         else:
             context.record(gates_BK, None)
-        y_BSD, _ = expert_mixture(
-            x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
-        )
-        return y_BSD
-
-    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
-        """g_k s_k of every sample, once per rank [B,1,N]."""
-        return rank_factors(gates_BK, self.scales, self.ranks, like=self.down)
-
-    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
-        """y [B,S,D]; `prepared` is [B,1,N]."""
-        return answer_mixture(x_BSF, self.weight, self.down, self.up, prepared)
+        return expert_mixture(x_BSF, self.weight, self.up, gates_BK, self.scales, self.ranks)
 
 
 def mix_at(

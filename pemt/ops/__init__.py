@@ -1,13 +1,14 @@
-"""The mixture of frozen experts and its sparsity loss: two differentiable ops.
+"""Frozen experts on a frozen linear layer: one differentiable op.
 
-B batch, S tokens (prompt included), F d_ff, D d_model, K experts, T the sum of the K ranks.
+B batch, S tokens (prompt included), F d_ff, D d_model, H the adapter's inner width, K experts,
+T the sum of the K ranks.
 
     down, up, scales, ranks = orthonormal_experts(down, up, scales, ranks)  # once: they are frozen
-    y, latent = expert_mixture(x, weight, down, up, gates, scales, ranks)
-    z = y + adapter(y)
-    loss = task_sparsity(z, latent, up, gates, scales, ranks, mask)
+    stacked = torch.cat([weight, down])                                     # likewise
+    z, loss = ffn_output(x, stacked, up, gates, scales, ranks, adapter=adapter, token_weights=token_weights(mask))
+    y = expert_mixture(x, stacked, up, gates, scales, ranks)               # the same without adapter and loss
 
-Gradients reach x, gates, latent and z. The K outputs of width D are never made, and of x only the
+Gradients reach x, the gates and the adapter. The K outputs of width D are never made, and of x only the
 latent of width T is kept for the backward pass. The package knows PyTorch alone.
 
 Four implementations, chosen by `select`; PEMT_OPS=<name> forces one, and then a failure is an error:
@@ -34,82 +35,77 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import schema  # registers the ops
-from .checks import (
-    OpsError,
-    check_mixture,
-    check_prompt,
-    check_sparsity,
-    compute_dtype,
-)
+from .checks import OpsError, check_output, check_prompt, compute_dtype
 from .orthonormal import orthonormal_experts
 from .products import choose_libraries
 from .select import Kernels, kernels_for
 
-__all__ = ["OpsError", "expert_mixture", "orthonormal_experts", "prompt_mean", "task_sparsity"]
+__all__ = [
+    "OpsError",
+    "expert_mixture",
+    "ffn_output",
+    "orthonormal_experts",
+    "prompt_mean",
+    "token_weights",
+]
 
 
-def expert_mixture(
-    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, gates: Tensor,
-    scales: Sequence[float], ranks: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The frozen output projection plus the gated mixture of K LoRA experts (arXiv 2402.15082).
+def ffn_output(
+    x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor,
+    scales: Sequence[float], ranks: Sequence[int], *, adapter: Sequence[Tensor] = (),
+    sparsity: bool = True, token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Frozen output projection, gated mixture of K LoRA experts, target adapter, sparsity loss (arXiv 2402.15082).
+
+    y = x weight^T + sum_k gates[:, k] o_k with o_k = scales[k] (x down_k^T) up_k^T, which is never made;
+    z = y + adapter_up(gelu_new(adapter_down(y)));
+    loss = sum_k mean_b(gates[b, k]) * mean over tokens (1 - cos(z, o_k)).
 
     Args:
         x: [B, S, F], the input of the FFN's output projection.
-        weight: [D, F], that projection, frozen.
-        down: [T, F] and up: [D, T], the experts' factors, frozen; expert k owns ranks[k] rows and
-            columns.
+        stacked: [D + T, F], frozen: that projection's weight over the experts' down projections; expert k owns
+            ranks[k] rows.
+        up: [D, T], frozen, every expert's an isometry, as `orthonormal_experts` makes them: the
+            norms of the outputs are taken from the latent.
         gates: [B, K], one vector per sample; computed with in float32 whatever its dtype.
         scales: K factors (alpha / rank).
         ranks: K ranks with sum T; they may differ.
+        adapter: down [H, D], its bias [H], up [D, H], its bias [D]; or none, and z is y.
+        sparsity: whether the loss is wanted.
+        token_weights: [B, S] with sum 1, as `token_weights` makes them of a mask; without them all tokens count alike.
 
     Returns:
-        y [B, S, D] = x weight^T + sum_k gates[:, k] scales[k] (x down_k^T) up_k^T and
-        latent [B, S, T] = x down^T, both in x's dtype (under autocast: in autocast's).
+        z [B, S, D] in x's dtype (under autocast: in autocast's), and the loss, a scalar in float32 (float64 for
+        float64), 0 where no token counts; None where it is not wanted. Cosines have the eps of
+        torch.nn.functional.cosine_similarity.
 
     Raises:
-        OpsError: a shape, dtype or device is wrong, or weight, down or up requires grad.
+        OpsError: a shape, dtype or device is wrong, or stacked or up requires grad.
     """
-    x, weight, down, up = _autocast(x, weight, down, up)
-    check_mixture(x, weight, down, up, gates, scales, ranks)
-    arguments = (x, weight, down, up, gates, scales, ranks)
-    y, latent = _call("expert_mixture", *arguments)
-    return y, latent
+    x, stacked, up, *adapter = _autocast(x, stacked, up, *adapter)
+    check_output(x, stacked, up, gates, adapter, scales, ranks, token_weights)
+    given = adapter or (None,) * 4
+    z, loss, *_ = _call(x, stacked, up, gates, *given, scales, ranks, token_weights, sparsity)
+    return z, loss if sparsity else None
 
 
-def task_sparsity(
-    z: Tensor, latent: Tensor, up: Tensor, gates: Tensor,
-    scales: Sequence[float], ranks: Sequence[int], mask: Tensor | None = None,
+def expert_mixture(
+    x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor,
+    scales: Sequence[float], ranks: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The task sparsity loss of one FFN (arXiv 2402.15082).
+    """Any frozen linear layer plus the gated mixture of K LoRA experts: the y [B, S, D] of `ffn_output`.
 
-    sum_k mean_b(gates[b, k]) * mean over tokens (1 - cos(z, o_k)) with
-    o_k = scales[k] latent_k up_k^T, which is never made.
-
-    Args:
-        z: [B, S, D], the FFN's output after the target adapter.
-        latent: [B, S, T] from `expert_mixture`.
-        up: [D, T], frozen, every expert's an isometry, as `orthonormal_experts` makes them:
-            the norms of the outputs are taken from the latent.
-        gates, scales, ranks: as in `expert_mixture`.
-        mask: [B, S], nonzero where a token counts; without it all do.
-
-    Returns:
-        A scalar in float32 (float64 for float64); 0 where no token counts. Cosines have the
-        eps of torch.nn.functional.cosine_similarity.
-
-    Raises:
-        OpsError: a shape, dtype or device is wrong, or up requires grad.
+    Arguments and errors are those of `ffn_output`.
     """
-    z, latent, up = _autocast(z, latent, up)
-    check_sparsity(z, latent, up, gates, scales, ranks, mask)
-    token_weights = None
-    if mask is not None:
-        counted = (mask != 0).to(compute_dtype(z.dtype))
-        token_weights = counted / counted.sum().clamp(min=1)
-    arguments = (z, latent, up, gates, scales, ranks, token_weights)
-    loss, *_ = _call("task_sparsity", *arguments)
-    return loss
+    return ffn_output(x, stacked, up, gates, scales, ranks, sparsity=False)[0]
+
+
+def token_weights(mask: Tensor | None) -> Tensor | None:
+    """[B, S] in float32: 1 / their number where the mask is not zero, for `ffn_output`; None for None."""
+    if mask is None:
+        return None
+    counted = (mask != 0).float()
+    return counted / counted.sum().clamp(min=1)
 
 
 def prompt_mean(x: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
@@ -134,12 +130,12 @@ def prompt_mean(x: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
     return kernels.prompt_mean(x, prompt_length)
 
 
-def _call(name: str, first: Tensor, *rest: Any) -> Any:
-    kernels = _direct(first)
+def _call(x: Tensor, stacked: Tensor, up: Tensor, *rest: Any) -> Any:
+    kernels = _direct(x)
     if kernels is None:
-        return getattr(torch.ops.pemt, name)(first, *rest)
-    choose_libraries(kernels, first, *schema.PRODUCTS[name](first, *rest))
-    return getattr(kernels, name)(first, *rest)
+        return torch.ops.pemt.ffn_output(x, stacked, up, *rest)
+    choose_libraries(kernels, x, *schema.products(stacked, up, adapted=rest[1] is not None))
+    return kernels.ffn_output(x, stacked, up, *rest)
 
 
 def _direct(tensor: Tensor) -> Kernels | None:

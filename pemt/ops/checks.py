@@ -1,4 +1,4 @@
-"""Argument checks of the two public ops, and the error they raise.
+"""Argument checks of the public ops, and the error they raise.
 
 B batch, S tokens, F d_ff, D d_model, K experts, T the sum of the K ranks.
 """
@@ -17,40 +17,36 @@ class OpsError(ValueError):
     """An argument of an op has the wrong shape, dtype or gradient flag, or no kernel can be had."""
 
 
-def check_mixture(
-    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, gates: Tensor,
-    scales: Sequence[float], ranks: Sequence[int],
+def check_output(
+    x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, adapter: Sequence[Tensor],
+    scales: Sequence[float], ranks: Sequence[int], token_weights: Tensor | None,
 ) -> None:  # fmt: skip
-    """Raise OpsError unless these are arguments of `expert_mixture`."""
+    """Raise OpsError unless these are arguments of `ffn_output`."""
     _check_experts(scales, ranks)
-    _check_dims(x=(x, 3), weight=(weight, 2), down=(down, 2), up=(up, 2), gates=(gates, 2))
-    batch, d_ff, d_model, total = x.shape[0], x.shape[2], weight.shape[0], sum(ranks)
-    _check_shape("weight", weight, (d_model, d_ff))
-    _check_shape("down", down, (total, d_ff))
+    _check_dims(x=(x, 3), stacked=(stacked, 2), up=(up, 2), gates=(gates, 2))
+    (batch, tokens, d_ff), d_model, total = x.shape, len(up), sum(ranks)
     _check_shape("up", up, (d_model, total))
+    _check_shape("stacked", stacked, (d_model + total, d_ff))
     _check_shape("gates", gates, (batch, len(ranks)))
-    _check_same("x", x, weight=weight, down=down, up=up)
+    _check_same("x", x, stacked=stacked, up=up)
     _check_device("x", x, gates=gates)
-    _check_frozen(weight=weight, down=down, up=up)
+    _check_frozen(stacked=stacked, up=up)
+    if adapter:
+        _check_adapter(x, d_model, adapter)
+    if token_weights is not None:
+        _check_shape("token_weights", token_weights, (batch, tokens))
+        _check_device("x", x, token_weights=token_weights)
 
 
-def check_sparsity(
-    z: Tensor, latent: Tensor, up: Tensor, gates: Tensor,
-    scales: Sequence[float], ranks: Sequence[int], mask: Tensor | None,
-) -> None:  # fmt: skip
-    """Raise OpsError unless these are arguments of `task_sparsity`."""
-    _check_experts(scales, ranks)
-    _check_dims(z=(z, 3), latent=(latent, 3), up=(up, 2), gates=(gates, 2))
-    batch, tokens, d_model = z.shape
-    total = sum(ranks)
-    _check_shape("latent", latent, (batch, tokens, total))
-    _check_shape("up", up, (d_model, total))
-    _check_shape("gates", gates, (batch, len(ranks)))
-    if mask is not None:
-        _check_shape("mask", mask, (batch, tokens))
-    _check_same("z", z, latent=latent, up=up)
-    _check_device("z", z, gates=gates, **({} if mask is None else {"mask": mask}))
-    _check_frozen(up=up)
+def _check_adapter(x: Tensor, d_model: int, adapter: Sequence[Tensor]) -> None:
+    if len(adapter) != 4:
+        raise OpsError(f"adapter: found {len(adapter)} tensors; needs down, its bias, up, its bias")
+    names = ("adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias")
+    inner = adapter[0].shape[0]
+    shapes = ((inner, d_model), (inner,), (d_model, inner), (d_model,))
+    for name, tensor, shape in zip(names, adapter, shapes, strict=True):
+        _check_shape(name, tensor, shape)
+        _check_same("x", x, **{name: tensor})
 
 
 def check_prompt(x: Tensor, prompt_length: int) -> None:

@@ -1,4 +1,4 @@
-"""The two ops and their backward in plain PyTorch, by identities in the experts' latent space.
+"""The op and its backward pass in plain PyTorch, by identities in the experts' latent space.
 
 B batch, S tokens, F d_ff, D d_model, K experts, R rank of one expert, T the sum of the ranks.
 
@@ -15,45 +15,102 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, linear
 
 from .checks import compute_dtype
 
 COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity's default
 
 
-def expert_mixture(
-    x_BSF: Tensor, weight_DF: Tensor, down_TF: Tensor, up_DT: Tensor, gates_BK: Tensor,
-    scales: Sequence[float], ranks: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y [B,S,D], latent [B,S,T]): three matrix products, whatever K is."""
+def ffn_output(
+    x_BSF: Tensor, stacked_XF: Tensor, up_DT: Tensor, gates_BK: Tensor,
+    adapter_down_HD: Tensor | None, adapter_down_bias_H: Tensor | None,
+    adapter_up_DH: Tensor | None, adapter_up_bias_D: Tensor | None,
+    scales: Sequence[float], ranks: Sequence[int], token_weights_BS: Tensor | None, sparsity: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `ffn_output` of csrc/ops.h: z, loss, and what the backward pass wants."""
     batch, tokens, d_ff = x_BSF.shape
+    d_model, total = up_DT.shape
+
+    def nothing() -> Tensor:  # outputs may not be one tensor
+        return x_BSF.new_empty(0)
+
     x_NF = x_BSF.reshape(-1, d_ff)
-    latent_NT = x_NF @ down_TF.T
-    latent_BST = latent_NT.view(batch, tokens, down_TF.shape[0])
-    gated_BST = (latent_BST * _rank_factors(gates_BK, scales, ranks)[:, None]).to(x_BSF.dtype)
-    y_ND = (x_NF @ weight_DF.T).addmm_(gated_BST.flatten(0, 1), up_DT.T)
-    return y_ND.view(batch, tokens, weight_DF.shape[0]), latent_BST
+    sizes = [d_model, total]
+    if adapter_down_HD is None:  # y is not kept
+        y_ND, latent_NT = (x_NF @ each_XF.T for each_XF in stacked_XF.split(sizes))
+        mixed_NX = latent_NT
+    else:
+        mixed_NX = x_NF @ stacked_XF.T
+        y_ND, latent_NT = mixed_NX.split(sizes, dim=1)
+    factors_BT = _rank_factors(gates_BK, scales, ranks)
+    gated_BST = (latent_NT.view(batch, tokens, total) * factors_BT[:, None]).to(x_BSF.dtype)
+    y_ND.addmm_(gated_BST.flatten(0, 1), up_DT.T)
+    hidden, active = nothing(), nothing()
+    if adapter_down_HD is None or adapter_up_DH is None:
+        z_BSD = y_ND.view(batch, tokens, d_model)
+    else:
+        hidden = linear(y_ND, adapter_down_HD, adapter_down_bias_H)
+        hidden = hidden.view(batch, tokens, len(adapter_down_HD))
+        active = gelu(hidden, approximate="tanh")
+        z_BSD = linear(active, adapter_up_DH, adapter_up_bias_D)
+        z_BSD.add_(y_ND.view(z_BSD.shape))
+    loss, *kept = nothing(), nothing(), nothing(), nothing()
+    if sparsity:
+        latent_BST = latent_NT.view(batch, tokens, total)
+        loss, *kept = task_sparsity(
+            z_BSD, latent_BST, up_DT, gates_BK, scales, ranks, token_weights_BS
+        )
+    mixed_BSX = mixed_NX.view(batch, tokens, mixed_NX.shape[1])
+    return z_BSD, loss, mixed_BSX, hidden, active, kept[0], kept[1], kept[2]
 
 
-def expert_mixture_backward(
-    dy_BSD: Tensor, dlatent_BST: Tensor | None, latent_BST: Tensor,
-    weight_DF: Tensor, down_TF: Tensor, up_DT: Tensor, gates_BK: Tensor,
-    scales: Sequence[float], ranks: Sequence[int], need_dx: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx [B,S,F], or an empty tensor where it is not needed; dgates [B,K])."""
-    batch, tokens, d_model = dy_BSD.shape
-    precise = compute_dtype(dy_BSD.dtype)
-    dy_ND = dy_BSD.reshape(-1, d_model)
-    projection_BST = (dy_ND @ up_DT).view(latent_BST.shape)
-    products_BT = (latent_BST.to(precise) * projection_BST).sum(dim=1)
-    dgates_BK = _scaled(_sum_ranks(products_BT, ranks), scales)
-    if not need_dx:
-        return dy_BSD.new_empty(0), dgates_BK.to(gates_BK.dtype)
-    dlatent = projection_BST * _rank_factors(gates_BK, scales, ranks)[:, None]
-    if dlatent_BST is not None:
-        dlatent = dlatent + dlatent_BST
-    dx_NF = (dy_ND @ weight_DF).addmm_(dlatent.to(dy_BSD.dtype).flatten(0, 1), down_TF)
-    return dx_NF.view(batch, tokens, weight_DF.shape[1]), dgates_BK.to(gates_BK.dtype)
+def ffn_output_backward(
+    dz_BSD: Tensor | None, dloss: Tensor | None, z_BSD: Tensor, mixed_BSX: Tensor,
+    hidden_BSH: Tensor, active_BSH: Tensor, projection_BST: Tensor, stats_BSC: Tensor,
+    distance_K: Tensor, stacked_XF: Tensor, up_DT: Tensor, gates_BK: Tensor,
+    adapter_down_HD: Tensor | None, adapter_up_DH: Tensor | None,
+    scales: Sequence[float], ranks: Sequence[int], token_weights_BS: Tensor | None, need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `ffn_output_backward` of csrc/ops.h: gradients of x, of the gates, of the adapter's four."""
+    batch, tokens, _ = mixed_BSX.shape
+    d_model, total = up_DT.shape
+
+    def nothing() -> Tensor:  # outputs may not be one tensor
+        return mixed_BSX.new_empty(0)
+
+    latent_BST = mixed_BSX[..., -total:]
+    # the gradient of [y | latent]: each product adds to its part of it
+    whole_NX = mixed_BSX.new_empty(batch * tokens, d_model + total)
+    dy_ND, dlatent_NT = whole_NX.split([d_model, total], dim=1)
+    dgates_BK = torch.zeros_like(gates_BK, dtype=compute_dtype(gates_BK.dtype))
+    if dloss is None:
+        assert dz_BSD is not None
+        dy_ND.copy_(dz_BSD.reshape(-1, d_model))
+        dlatent_NT.zero_()
+    else:
+        given = (dz_BSD, z_BSD, latent_BST, up_DT, gates_BK, scales, ranks, token_weights_BS)
+        kept = (projection_BST, stats_BSC, distance_K)
+        dz_ND, mix_NT, dlatent, dgates_BK = _sparsity_backward(dloss, *given, *kept)
+        torch.addmm(dz_ND, mix_NT, up_DT.T, out=dy_ND)
+        dlatent_NT.copy_(dlatent)
+    ddown, ddown_bias, dup, dup_bias = (nothing() for _ in range(4))
+    if adapter_down_HD is not None and adapter_up_DH is not None:
+        dup_bias, dup = dy_ND.sum(0), dy_ND.T @ active_BSH.flatten(0, 1)
+        dhidden_NH = torch.ops.aten.gelu_backward(
+            dy_ND @ adapter_up_DH, hidden_BSH.flatten(0, 1), approximate="tanh"
+        )
+        ddown_bias, ddown = dhidden_NH.sum(0), dhidden_NH.T @ mixed_BSX[..., :d_model].flatten(0, 1)
+        dy_ND.addmm_(dhidden_NH, adapter_down_HD)
+    projection = (dy_ND @ up_DT).view(latent_BST.shape)
+    products_BT = (latent_BST.to(compute_dtype(projection.dtype)) * projection).sum(dim=1)
+    dgates_BK = dgates_BK + _scaled(_sum_ranks(products_BT, ranks), scales)
+    part = projection * _rank_factors(gates_BK, scales, ranks)[:, None]
+    dlatent_NT.copy_(dlatent_NT + part.flatten(0, 1))
+    dx = nothing()
+    if need_dx:
+        dx = (whole_NX @ stacked_XF).view(batch, tokens, stacked_XF.shape[1])
+    return dx, dgates_BK.to(gates_BK.dtype), ddown, ddown_bias, dup, dup_bias
 
 
 def task_sparsity(
@@ -78,13 +135,13 @@ def task_sparsity(
     return loss, projection_BST, torch.cat([cosine_BSK, norm_BSK, norm_z_BS1], -1), distance_K
 
 
-def task_sparsity_backward(
-    grad: Tensor, z_BSD: Tensor, latent_BST: Tensor, up_DT: Tensor,
+def _sparsity_backward(
+    grad: Tensor, dz_BSD: Tensor | None, z_BSD: Tensor, latent_BST: Tensor, up_DT: Tensor,
     gates_BK: Tensor, scales: Sequence[float], ranks: Sequence[int],
     token_weights_BS: Tensor | None,
     projection_BST: Tensor, stats_BSC: Tensor, distance_K: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dz [B,S,D], dlatent [B,S,T], dgates [B,K])."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dz and the loss's part along z [N,D], what up is to be multiplied with [N,T], dlatent [N,T], dgates [B,K])."""
     experts = len(ranks)
     cosine_BSK, norm_BSK, norm_z_BS1 = stats_BSC.split([experts, experts, 1], dim=-1)
     latent = latent_BST.to(stats_BSC.dtype)
@@ -101,12 +158,13 @@ def task_sparsity_backward(
 
     along_BST = _per_rank(along_BSK, ranks)
     dlatent_BST = along_BST * projection_BST + _per_rank(shrink_BSK, ranks) * latent
-    dz_BSD = (shrink_z_BS1 * z_BSD).to(z_BSD.dtype)
-    dz_BSD.view(-1, z_BSD.shape[-1]).addmm_(
-        (along_BST * latent).to(z_BSD.dtype).flatten(0, 1), up_DT.T
-    )
+    whole_BSD = shrink_z_BS1 * z_BSD
+    if dz_BSD is not None:
+        whole_BSD = whole_BSD + dz_BSD
+    rounded = (whole_BSD, along_BST * latent, dlatent_BST)
     dgates_BK = (grad * distance_K / max(1, gates_BK.shape[0])).expand_as(gates_BK)
-    return dz_BSD, dlatent_BST.to(latent_BST.dtype), dgates_BK.to(gates_BK.dtype).contiguous()
+    whole, mix, dlatent = (each.to(z_BSD.dtype).flatten(0, 1) for each in rounded)
+    return whole, mix, dlatent, dgates_BK
 
 
 def _over(safe: Tensor, norm: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 B batch, S tokens, F d_ff, D d_model, K experts, R rank of one expert, T the sum of the ranks.
 
-Everything else in this package computes what these two functions compute, without the outputs of
+Everything else in this package computes what these functions compute, without the outputs of
 width D per expert that they make. Run them directly for the truth; `PEMT_OPS=reference` runs their
-forward inside the ops.
+forward inside the op.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, linear
+from torch.nn.functional import cosine_similarity, gelu, linear
 
 from .checks import compute_dtype
 
@@ -32,6 +32,15 @@ def expert_mixture(
         y_BSD = y_BSD + gates_BK[:, k, None, None].to(x_BSF.dtype) * output_BSD
         latents.append(latent_BSR)
     return y_BSD, torch.cat(latents, dim=-1)
+
+
+def adapted(y_BSD: Tensor, adapter: Sequence[Tensor]) -> Tensor:
+    """z = y + up(gelu_new(down(y))); the adapter is (down [H,D], its bias, up [D,H], its bias), or empty."""
+    if not adapter:
+        return y_BSD
+    down_HD, down_bias_H, up_DH, up_bias_D = adapter
+    hidden_BSH = gelu(linear(y_BSD, down_HD, down_bias_H), approximate="tanh")
+    return y_BSD + linear(hidden_BSH, up_DH, up_bias_D)
 
 
 def expert_cosines(
@@ -63,3 +72,14 @@ def task_sparsity(
     else:
         distance_K = (distance_BSK * token_weights_BS[..., None]).sum(dim=(0, 1))
     return (gates_BK.to(distance_K.dtype).mean(dim=0) * distance_K).sum()
+
+
+def ffn_output(
+    x_BSF: Tensor, weight_DF: Tensor, down_TF: Tensor, up_DT: Tensor, gates_BK: Tensor,
+    adapter: Sequence[Tensor], scales: Sequence[float], ranks: Sequence[int],
+    token_weights_BS: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(z, loss): the mixture, the target adapter behind it, the loss of what comes out."""
+    y_BSD, latent_BST = expert_mixture(x_BSF, weight_DF, down_TF, up_DT, gates_BK, scales, ranks)
+    z_BSD = adapted(y_BSD, adapter)
+    return z_BSD, task_sparsity(z_BSD, latent_BST, up_DT, gates_BK, scales, ranks, token_weights_BS)

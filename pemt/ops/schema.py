@@ -1,7 +1,7 @@
-"""The four `torch.library` ops, their fake implementations and their autograd.
+"""The two `torch.library` ops, their fake implementations and their autograd.
 
 The ops are opaque to torch.compile; which code runs inside them is chosen in `select`.
-B batch, S tokens, F d_ff, D d_model, K experts, T the sum of the ranks.
+B batch, S tokens, F d_ff, D d_model, H the adapter's inner width, K experts, T the sum of the ranks.
 """
 
 from __future__ import annotations
@@ -16,125 +16,112 @@ from .checks import compute_dtype
 from .products import choose_libraries
 from .select import kernels_for
 
-_EXPERTS = "Tensor gates, float[] scales, int[] ranks"
-_SPARSITY = f"Tensor z, Tensor latent, Tensor up, {_EXPERTS}, Tensor? token_weights"
+_EXPERTS = "float[] scales, int[] ranks, Tensor? token_weights"
+_FROZEN = "Tensor stacked, Tensor up, Tensor gates"
 _SCHEMAS = {
-    "expert_mixture": f"(Tensor x, Tensor weight, Tensor down, Tensor up, {_EXPERTS})"
-    " -> (Tensor, Tensor)",
-    "expert_mixture_backward": "(Tensor dy, Tensor? dlatent, Tensor latent, Tensor weight,"
-    f" Tensor down, Tensor up, {_EXPERTS}, bool need_dx) -> (Tensor, Tensor)",
-    "task_sparsity": f"({_SPARSITY}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "task_sparsity_backward": f"(Tensor grad, {_SPARSITY}, Tensor projection, Tensor stats,"
-    " Tensor distance) -> (Tensor, Tensor, Tensor)",
-}
-
-Weights = tuple[tuple[int, int, bool], ...]
-
-
-def mixture_products(x: Tensor, weight: Tensor, down: Tensor, *_: Any) -> Weights:
-    """I, O and `transposed` of the frozen weights that the mixture multiplies with, forward and backward."""
-    (d_model, d_ff), total = weight.shape, len(down)
-    forward = (d_ff, d_model, True), (d_ff, total, True)
-    return *forward, (d_model, total, False), (d_model, d_ff, False)
-
-
-def sparsity_products(z: Tensor, latent: Tensor, *_: Any) -> Weights:
-    """As `mixture_products`, of the loss."""
-    return ((z.shape[-1], latent.shape[-1], False),)
-
-
-PRODUCTS: dict[str, Callable[..., Weights]] = {
-    "expert_mixture": mixture_products,
-    "task_sparsity": sparsity_products,
+    "ffn_output": f"(Tensor x, {_FROZEN}, Tensor? adapter_down, Tensor? adapter_down_bias,"
+    f" Tensor? adapter_up, Tensor? adapter_up_bias, {_EXPERTS}, bool sparsity)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ffn_output_backward": "(Tensor? dz, Tensor? dloss, Tensor z, Tensor mixed, Tensor hidden,"
+    f" Tensor active, Tensor projection, Tensor stats, Tensor distance, {_FROZEN},"
+    f" Tensor? adapter_down, Tensor? adapter_up, {_EXPERTS}, bool need_dx)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
-def _define(name: str) -> None:
-    def run(first: Tensor, *rest: Any) -> Any:
-        kernels = kernels_for(rest[0] if first.dim() == 0 else first)
-        if name in PRODUCTS:
-            choose_libraries(kernels, first, *PRODUCTS[name](first, *rest))
-        with torch.autocast(first.device.type, enabled=False):
-            return getattr(kernels, name)(first, *rest)
-
-    torch.library.define(f"pemt::{name}", _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"pemt::{name}", "default", run)
-
-
-for _name in _SCHEMAS:
-    _define(_name)
-
-
-@torch.library.register_fake("pemt::expert_mixture")
-def _(x, weight, down, up, gates, scales, ranks):  # type: ignore[no-untyped-def]
-    batch, tokens, _ = x.shape
-    return x.new_empty(batch, tokens, weight.shape[0]), x.new_empty(batch, tokens, down.shape[0])
-
-
-@torch.library.register_fake("pemt::expert_mixture_backward")
-def _(dy, dlatent, latent, weight, down, up, gates, scales, ranks, need_dx):  # type: ignore[no-untyped-def]
-    shape = (*dy.shape[:2], weight.shape[1]) if need_dx else (0,)
-    return dy.new_empty(shape), torch.empty_like(gates, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("pemt::task_sparsity")
-def _(z, latent, up, gates, scales, ranks, token_weights):  # type: ignore[no-untyped-def]
-    precise, experts = compute_dtype(z.dtype), len(ranks)
+def products(stacked: Tensor, up: Tensor, *, adapted: bool) -> tuple[tuple[int, int, bool], ...]:
+    """I, O and `transposed` of the frozen weights that the op multiplies with, forward and backward."""
+    (rows, d_ff), (d_model, total) = stacked.shape, up.shape
+    forward, back = ([rows], rows) if adapted else ([d_model, total], d_model)
     return (
-        z.new_empty((), dtype=precise),
-        latent.new_empty(latent.shape),
-        z.new_empty((*z.shape[:2], 2 * experts + 1), dtype=precise),
-        z.new_empty((experts,), dtype=precise),
+        *((d_ff, each, True) for each in forward),
+        (d_model, total, False),
+        (back, d_ff, False),
     )
 
 
-@torch.library.register_fake("pemt::task_sparsity_backward")
-def _(grad, z, latent, up, gates, *rest):  # type: ignore[no-untyped-def]
-    return z.new_empty(z.shape), latent.new_empty(latent.shape), gates.new_empty(gates.shape)
+def _forward(x: Tensor, stacked: Tensor, up: Tensor, *rest: Any) -> Any:
+    kernels = kernels_for(x)
+    choose_libraries(kernels, x, *products(stacked, up, adapted=rest[1] is not None))
+    with torch.autocast(x.device.type, enabled=False):
+        return kernels.ffn_output(x, stacked, up, *rest)
 
 
-def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, weight, down, up, gates, ctx.scales, ctx.ranks = inputs
-    ctx.save_for_backward(output[1], weight, down, up, gates)
+def _backward(dz: Tensor | None, dloss: Tensor | None, z: Tensor, mixed: Tensor, *rest: Any) -> Any:
+    with torch.autocast(mixed.device.type, enabled=False):
+        return kernels_for(mixed).ffn_output_backward(dz, dloss, z, mixed, *rest)
+
+
+_BODIES: dict[str, Callable[..., Any]] = {
+    "ffn_output": _forward,
+    "ffn_output_backward": _backward,
+}
+for _name, _body in _BODIES.items():
+    torch.library.define(f"pemt::{_name}", _SCHEMAS[_name], tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"pemt::{_name}", "default", _body)
+
+
+def _fake_output(x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, *rest: Any) -> Any:
+    adapter_down, *_, ranks, _, sparsity = rest
+    experts, (d_model, total), (batch, tokens, _) = len(ranks), up.shape, x.shape
+    precise = compute_dtype(x.dtype) if sparsity else x.dtype
+    rows = (batch, tokens)
+    shapes: list[tuple[int, ...]] = [(0,)] * 2
+    if adapter_down is not None:
+        shapes = [(*rows, len(adapter_down))] * 2
+    nothing: tuple[int, ...] = (0,)
+    return (
+        x.new_empty(*rows, d_model),
+        x.new_empty(() if sparsity else nothing, dtype=precise),
+        x.new_empty(*rows, total if adapter_down is None else d_model + total),
+        *(x.new_empty(shape) for shape in shapes),
+        x.new_empty((*rows, total) if sparsity else nothing),
+        x.new_empty((*rows, 2 * experts + 1) if sparsity else nothing, dtype=precise),
+        x.new_empty((experts,) if sparsity else nothing, dtype=precise),
+    )
+
+
+def _fake_backward(
+    dz: Tensor | None, dloss: Tensor | None, z: Tensor, mixed: Tensor, *rest: Any
+) -> Any:
+    *_, stacked, up, gates, adapter_down, _, _, _, _, need_dx = rest
+    d_model, (batch, tokens, _) = len(up), mixed.shape
+    shapes: list[tuple[int, ...]] = [(0,)] * 4
+    if adapter_down is not None:
+        inner = len(adapter_down)
+        shapes = [(inner, d_model), (inner,), (d_model, inner), (d_model,)]
+    return (
+        mixed.new_empty((batch, tokens, stacked.shape[1]) if need_dx else (0,)),
+        torch.empty_like(gates, memory_format=torch.contiguous_format),
+        *(mixed.new_empty(shape) for shape in shapes),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *frozen, gates, adapter_down, _, adapter_up, _, scales, ranks, weights, sparsity = inputs
+    ctx.scales, ctx.ranks, ctx.sparsity = scales, ranks, sparsity
+    z = output[0] if sparsity else None
+    ctx.save_for_backward(z, *output[2:], *frozen, gates, adapter_down, adapter_up, weights)
     ctx.set_materialize_grads(False)
 
 
-def _mixture_backward(ctx: Any, dy: Tensor | None, dlatent: Tensor | None) -> tuple[Any, ...]:
-    _check_first_derivative()
-    latent, weight, down, up, gates = ctx.saved_tensors
-    if dy is None:  # only the latent was used
-        dy = latent.new_zeros(*latent.shape[:2], weight.shape[0])
-    dx, dgates = torch.ops.pemt.expert_mixture_backward(
-        dy, dlatent, latent, weight, down, up, gates, ctx.scales, ctx.ranks, ctx.needs_input_grad[0]
-    )
-    return (dx if ctx.needs_input_grad[0] else None), None, None, None, dgates, None, None
-
-
-def _save_sparsity(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, latent, up, gates, ctx.scales, ctx.ranks, token_weights = inputs
-    ctx.save_for_backward(z, latent, up, gates, token_weights, *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _sparsity_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 7
-    _check_first_derivative()
-    z, latent, up, gates, token_weights, *stats = ctx.saved_tensors
-    dz, dlatent, dgates = torch.ops.pemt.task_sparsity_backward(
-        grad, z, latent, up, gates, ctx.scales, ctx.ranks, token_weights, *stats
-    )
-    return dz, dlatent, None, dgates, None, None, None
-
-
-def _check_first_derivative() -> None:
+def _gradients(ctx: Any, dz: Tensor | None, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if not ctx.sparsity:  # what stands in the loss's place is nothing
+        dloss = None
+    if dz is None and dloss is None:
+        return (None,) * 12
     if torch.is_grad_enabled():
         raise NotImplementedError("pemt.ops: there is no second derivative; use create_graph=False")
+    z, mixed, *kept, token_weights = ctx.saved_tensors
+    z = mixed.new_empty(0) if z is None else z
+    need_dx, adapted = ctx.needs_input_grad[0], kept[-1] is not None
+    dx, dgates, *adapter = torch.ops.pemt.ffn_output_backward(
+        dz, dloss, z, mixed, *kept, ctx.scales, ctx.ranks, token_weights, need_dx
+    )
+    of_adapter = adapter if adapted else [None] * 4
+    return dx if need_dx else None, None, None, dgates, *of_adapter, *(None,) * 4
 
 
-torch.library.register_autograd(
-    "pemt::expert_mixture", _mixture_backward, setup_context=_save_mixture
-)
-torch.library.register_autograd(
-    "pemt::task_sparsity", _sparsity_backward, setup_context=_save_sparsity
-)
+torch.library.register_fake("pemt::ffn_output", _fake_output)
+torch.library.register_fake("pemt::ffn_output_backward", _fake_backward)
+torch.library.register_autograd("pemt::ffn_output", _gradients, setup_context=_save)

@@ -13,20 +13,18 @@ import torch
 from torch import Tensor
 
 from . import library, packed, reference
-from .checks import OpsError, compute_dtype
+from .checks import OpsError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The bodies of `schema`'s four ops, with the signatures of `packed`; compiled ones have `prompt_mean` besides.
+    """The bodies of `schema`'s two ops, with the signatures of `packed`; compiled ones have `prompt_mean` besides.
 
     Compiled for a CPU they have the product of `linear` too, and are told by `products` which library multiplies.
     """
 
-    expert_mixture: Callable[..., tuple[Tensor, Tensor]]
-    expert_mixture_backward: Callable[..., tuple[Tensor, Tensor]]
-    task_sparsity: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    task_sparsity_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    ffn_output: Callable[..., tuple[Tensor, ...]]
+    ffn_output_backward: Callable[..., tuple[Tensor, ...]]
     prompt_mean: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     few_rows: Callable[[Tensor, Tensor], Tensor] | None = None
     choose_onednn: Callable[[list[int], bool], None] | None = None
@@ -35,10 +33,8 @@ class Kernels:
     def of(cls, namespace: Any) -> Kernels:
         """The functions of a module, or of a compiled library's torch.ops namespace."""
         return cls(
-            expert_mixture=namespace.expert_mixture,
-            expert_mixture_backward=namespace.expert_mixture_backward,
-            task_sparsity=namespace.task_sparsity,
-            task_sparsity_backward=namespace.task_sparsity_backward,
+            ffn_output=namespace.ffn_output,
+            ffn_output_backward=namespace.ffn_output_backward,
             prompt_mean=getattr(namespace, "prompt_mean", None),
             few_rows=getattr(namespace, "few_rows", None),
             choose_onednn=getattr(namespace, "choose_onednn", None),
@@ -50,25 +46,22 @@ class Kernels:
         return self.prompt_mean is not None
 
 
-def _reference_sparsity(
-    z: Tensor, latent: Tensor, up: Tensor, gates: Tensor, scales: Any, ranks: Any,
-    token_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The reference's loss, with packed's tensors for the backward pass."""
-    _, *saved = packed.task_sparsity(z, latent, up, gates, scales, ranks, token_weights)
-    loss = reference.task_sparsity(z, latent, up, gates, scales, ranks, token_weights)
-    if z.shape[0] * z.shape[1] == 0:
-        loss = torch.zeros((), dtype=compute_dtype(z.dtype), device=z.device)
-    return loss, saved[0], saved[1], saved[2]
+def _reference_output(
+    x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """The reference's z and loss, with packed's tensors for the backward pass."""
+    *adapter, scales, ranks, token_weights, sparsity = rest
+    _, loss, *saved = packed.ffn_output(x, stacked, up, gates, *rest)
+    weight, down = stacked.split([len(up), up.shape[1]])
+    y, latent = reference.expert_mixture(x, weight, down, up, gates, scales, ranks)
+    z = reference.adapted(y, [] if adapter[0] is None else adapter)
+    if sparsity and z.numel() > 0:
+        loss = reference.task_sparsity(z, latent, up, gates, scales, ranks, token_weights)
+    return z, loss, *saved
 
 
 PACKED = Kernels.of(packed)
-REFERENCE = Kernels(
-    expert_mixture=reference.expert_mixture,
-    expert_mixture_backward=packed.expert_mixture_backward,
-    task_sparsity=_reference_sparsity,
-    task_sparsity_backward=packed.task_sparsity_backward,
-)
+REFERENCE = Kernels(ffn_output=_reference_output, ffn_output_backward=packed.ffn_output_backward)
 ANY_DEVICE = {"reference": REFERENCE, "packed": PACKED}
 
 

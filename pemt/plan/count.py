@@ -15,11 +15,12 @@ Role = Literal["frozen", "expert", "trained"]
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter; `expert` is frozen too, but comes from the bank."""
+    """One parameter; `expert` is frozen too, but comes from the bank. Of a frozen one `experts` values do, too."""
 
     name: str
     shape: tuple[int, ...]
     role: Role
+    experts: int = 0
 
     @property
     def size(self) -> int:
@@ -35,8 +36,8 @@ class Weight:
 def weights(job: Job) -> list[Weight]:
     """All parameters, tied ones once, in the order of a pass, which is the model's own but for T5Gemma."""
     found = [
-        Weight(f"base.{name}", shape, "trained" if job.method == "full" else role)
-        for name, shape, role in _base(job)
+        Weight(f"base.{name}", shape, "trained" if job.method == "full" else role, *experts)
+        for name, shape, role, *experts in _base(job)
     ]
     d_model = job.shape.d_model
     if job.method != "full":
@@ -50,11 +51,12 @@ def sizes(found: list[Weight]) -> dict[Role, int]:
     """Elements by role."""
     total: dict[Role, int] = {"frozen": 0, "expert": 0, "trained": 0}
     for weight in found:
-        total[weight.role] += weight.size
+        total[weight.role] += weight.size - weight.experts
+        total["expert"] += weight.experts
     return total
 
 
-_Row = tuple[str, tuple[int, ...], Role]
+_Row = tuple[str, tuple[int, ...], Role] | tuple[str, tuple[int, ...], Role, int]  # as `Weight`
 
 
 def _base(job: Job) -> Iterator[_Row]:
@@ -79,8 +81,7 @@ def _block(job: Job, stack: str, layer: int) -> Iterator[_Row]:
         for site in shape.blocks[stack, layer]:
             if site.part == name:
                 yield from (
-                    (f"{site.module}.{weight}", size, role)
-                    for weight, size, role in _linear(job, site)
+                    (f"{site.module}.{weight}", *rest) for weight, *rest in _linear(job, site)
                 )
         if family.position_bias and name == "self" and (layer == 0 or shape.bias_everywhere):
             bias = f"{block}.{part.module}.{family.position_bias}.weight"
@@ -92,14 +93,14 @@ def _block(job: Job, stack: str, layer: int) -> Iterator[_Row]:
 def _linear(job: Job, site: Site) -> Iterator[_Row]:
     """What stands in a linear layer's place."""
     inputs, outputs = site.widths(job.shape.base_shape)
-    yield "weight", (outputs, inputs), "frozen"
+    mixed = job.mixed_at(site)
+    # under the layer's own weight are the experts' down projections: see `LoraExperts`
+    yield "weight", (outputs + sum(mixed), inputs), "frozen", sum(mixed) * inputs
     if job.method == "source":
         for rank in job.ranks_at(site):
             yield "expert.down", (rank, inputs), "trained"
             yield "expert.up", (outputs, rank), "trained"
-    mixed = job.mixed_at(site)
     if mixed:
-        yield "down", (sum(mixed), inputs), "expert"
         yield "up", (outputs, sum(mixed)), "expert"
     if site.is_ffn_output and job.method in ("pemt", "adapter"):
         inner = outputs // job.adapter_reduction

@@ -85,8 +85,10 @@ def is_kept(size: int, zero: Zero) -> bool:
 def module_order(weights: list[Weight]) -> list[list[str]]:
     """The weights that each module uses, in the order of a forward and a backward pass."""
     modules: dict[str, list[str]] = {}
+    mixtures = {each.module for each in weights if each.experts}
     for each in weights:
-        modules.setdefault(each.module, []).append(each.name)
+        place, _, _ = each.module.partition(".adapter.")  # which a mixture applies itself
+        modules.setdefault(place if place in mixtures else each.module, []).append(each.name)
     embeddings = [modules.pop(name) for name in list(modules) if name.endswith(_EMBEDDINGS)]
     heads = [modules.pop(name) for name in list(modules) if name.startswith("base.lm_head")]
     head = heads[0] if heads else embeddings[-1]

@@ -48,10 +48,12 @@ def memory(job: Job, zero: Zero, cluster: Cluster) -> Memory:
         role: sum(_held(each, zero, world, job) for each in found if each.role == role)
         for role in ("frozen", "expert", "trained")
     }
+    # the experts' part of what is one parameter with a weight of the base
+    of_experts = sum(_held(each, zero, world, job) * each.experts / each.size for each in found)
     buffers = _buffers(found, zero, job, world, hardware)
     result = Memory(
-        weights=held["frozen"] + held["trained"],
-        experts=held["expert"],
+        weights=held["frozen"] + held["trained"] - of_experts,
+        experts=held["expert"] + of_experts,
         gradients=gradient_bytes(found, zero, job, world),
         optimizer=optimizer_bytes(found, zero, job, world),
         buffers=buffers,

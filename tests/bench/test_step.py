@@ -151,10 +151,10 @@ def test_a_row_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "20 experts of rank 5 on q, v" in step.table(result)
     bench = step.StepBench(size="flan-t5-large", sites=("q", "v"), rank=5, experts=20, layers=1)
     mixed = sizes_of_experts(bench)
-    assert mixed == {(100, 64), (64, 100)}
+    assert mixed == {(64 + 100, 64), (64, 100)}, "the down projections are under q's own weight"
     assert result["flops"]["fused"] > result["flops"]["adapter"]
 
 
 def sizes_of_experts(bench: step.StepBench) -> set[tuple[int, ...]]:
     named = step.build_model(bench, "fused").named_parameters()
-    return {tuple(each.shape) for name, each in named if name.endswith((".q.down", ".v.up"))}
+    return {tuple(each.shape) for name, each in named if name.endswith((".q.weight", ".v.up"))}

@@ -25,6 +25,7 @@ class NarrowStep(StepBench):
     batch: int = 2
     source: int = 8
     target: int = 4
+    rank: int = 4
 
     @property
     def shape(self) -> Shape:
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args()
-    bench_step.RANK = bench_step.PROMPT_TOKENS = 4
+    bench_step.PROMPT_TOKENS = 4
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False
     bench = NarrowStep()

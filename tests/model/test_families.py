@@ -145,19 +145,22 @@ def test_layer_norms_can_stay_frozen() -> None:
 
 
 def test_parameters_are_used_by_their_owners_alone() -> None:
-    """ZeRO-3's contract: a parameter has its values only while its own module runs."""
+    """ZeRO-3's contract: a parameter has its values only while its own module runs, or one that says it uses it."""
     expected = target_model()(**tiny_batch()).loss
     sites = [lambda family=family: on_sites(tiny_base(family)) for family in ("t5", "t5gemma")]
     for make in (target_model, lambda: target_model(tiny_sources("bottleneck")), *sites):
         model = make()
         whole = {id(parameter): parameter.data for parameter in model.parameters()}
 
+        def used(module: nn.Module) -> list[nn.Parameter]:
+            return [*module.parameters(recurse=False), *getattr(module, "external_parameters", ())]
+
         def gather(module: nn.Module, args: object, whole: dict = whole) -> None:
-            for parameter in module.parameters(recurse=False):
+            for parameter in used(module):
                 parameter.data = whole[id(parameter)]
 
         def release(module: nn.Module, args: object, output: object) -> None:
-            for parameter in module.parameters(recurse=False):
+            for parameter in used(module):
                 parameter.data = torch.full_like(parameter.data, float("nan"))
 
         for module in model.modules():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pemt.model import PemtT5
+from pemt.model import PemtT5, mixture
 from tests.support.tiny_t5 import (
     on_sites,
     source_model,
@@ -87,10 +88,14 @@ def test_generation_leaves_training_as_it_was() -> None:
 
 
 def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object) -> None:
-        raise AssertionError("generation needs no sparsity loss")
+    plain = mixture.ffn_output
 
-    monkeypatch.setattr("pemt.model.mixture.task_sparsity", refuse)
+    def refuse(*args: Any, sparsity: bool, **options: Any) -> Any:
+        if sparsity:
+            raise AssertionError("generation needs no sparsity loss")
+        return plain(*args, sparsity=sparsity, **options)
+
+    monkeypatch.setattr(mixture, "ffn_output", refuse)
     model = target_model()
     model.generate(**_inputs(), max_new_tokens=3)
     with pytest.raises(AssertionError, match="no sparsity loss"):
@@ -134,6 +139,6 @@ def test_a_step_of_an_answer_is_the_op() -> None:
     x_BSF = torch.randn(3, 1, mixture.weight.shape[1])
     gates_BK = torch.softmax(torch.randn(3, 3), dim=-1)
     with torch.no_grad():
-        expected, _ = mixture.mix(x_BSF, gates_BK)
-        found = mixture.answer(x_BSF, mixture.prepare_answer(gates_BK))
+        expected, _ = mixture.mix(x_BSF, gates_BK, sparsity=False)
+        found = mixture.adapter(mixture.answer(x_BSF, mixture.prepare_answer(gates_BK)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

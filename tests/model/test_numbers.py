@@ -191,7 +191,7 @@ def test_the_fp16_layout_of_transformers() -> None:
     model = target_model(base=base)
     out = model(**tiny_batch())
     assert out.loss.isfinite()
-    assert model.base.encoder.block[0].layer[1].DenseReluDense.wo.down.dtype == torch.float32
+    assert model.base.encoder.block[0].layer[1].DenseReluDense.wo.up.dtype == torch.float32
     assert len(out.gates_LBK) == FFNS
 
 

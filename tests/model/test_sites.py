@@ -255,7 +255,7 @@ class PlainMixture(SiteMixture):
         gates_BK = self.gate(prompt_BC)
         self.context.record(gates_BK, None)
         return reference.expert_mixture(
-            x_BSF, self.weight, self.down, self.up, gates_BK, self.scales, self.ranks
+            x_BSF, *self.weight.split(self.sizes), self.up, gates_BK, self.scales, self.ranks
         )[0]
 
 

@@ -1,9 +1,12 @@
 // CUDA's execution model on the host, as far as the kernels use it: a block's threads are fibers
-// that change places at barriers and shuffles; blocks run one after another.
-// Replaces cuda_device.cuh. Odd blocks run their threads backwards, so that a missing barrier shows.
-// A barrier that not all threads reach ends the program with a message.
+// that change places at barriers and shuffles, each time in another order, so that a missing barrier
+// shows. Replaces cuda_device.cuh. A barrier that not all threads reach ends the program with a
+// message. Where a test has registered device memory (cuda_faults.cpp), the host cannot touch it, a
+// pointer to the host's stack is no argument, and every block finds the memory as it was when the
+// launch began: no block may wait for another's result, and no two may write to one place.
 #pragma once
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -66,6 +69,67 @@ inline Block& block() {
   return instance;
 }
 
+[[noreturn]] inline void stop(const char* why) {
+  std::fprintf(stderr, "emulation: %s\n", why);
+  std::abort();
+}
+
+inline unsigned random_number() {
+  static unsigned state = 1;
+  return (state = state * 1664525u + 1013904223u) >> 8;
+}
+
+struct Memory {
+  struct Region {  // whole pages
+    char* data;
+    size_t size;
+    std::vector<char> before, after;
+    std::vector<bool> written;
+  };
+  std::vector<Region> regions;
+
+  void allow(int protection) {
+    for (Region& region : regions) mprotect(region.data, region.size, protection);
+  }
+  void begin() {
+    allow(PROT_READ | PROT_WRITE);
+    for (Region& region : regions) {
+      region.before = region.after = {region.data, region.data + region.size};
+      region.written.assign(region.size, false);
+    }
+  }
+  void end_block() {
+    for (Region& region : regions) {
+      if (std::memcmp(region.data, region.before.data(), region.size) == 0) continue;
+      for (size_t i = 0; i < region.size; ++i) {
+        if (region.data[i] == region.before[i]) continue;
+        if (region.written[i]) stop("two blocks write to one place");
+        region.written[i] = true;
+        region.after[i] = region.data[i];
+        region.data[i] = region.before[i];
+      }
+    }
+  }
+  void end() {
+    for (Region& region : regions) std::copy(region.after.begin(), region.after.end(), region.data);
+    allow(PROT_NONE);
+  }
+};
+
+inline Memory& memory() {
+  static Memory instance;
+  return instance;
+}
+
+template <class Argument> void check_argument(const Argument& argument) {
+  constexpr size_t words = sizeof(Argument) / sizeof(uintptr_t);
+  uintptr_t word[words + 1];
+  std::memcpy(word, &argument, words * sizeof(uintptr_t));
+  const uintptr_t here = reinterpret_cast<uintptr_t>(&word);
+  for (size_t i = 0; i < words; ++i)
+    if (word[i] > here - 65536 && word[i] < here + 1048576) stop("a host pointer among the arguments");
+}
+
 inline void yield() { swapcontext(&block().current->context, &block().scheduler); }
 
 inline void wait(Barrier& barrier) {
@@ -88,7 +152,7 @@ inline void enter() {
   yield();
 }
 
-inline void run_block(int threads, bool backwards) {
+inline void run_block(int threads) {
   Block& now = block();
   now.barrier = {threads};
   for (WarpSlots& slots : now.warps) slots.barrier = {kWarpSize};
@@ -103,17 +167,15 @@ inline void run_block(int threads, bool backwards) {
   }
   for (int left = threads; left > 0;) {
     const long before = now.steps;
+    const unsigned stride = random_number() | 1, shift = random_number();  // threads: a power of two
     for (int i = 0; i < threads; ++i) {
-      Fiber& fiber = now.fibers[backwards ? threads - 1 - i : i];
+      Fiber& fiber = now.fibers[(i * stride + shift) % threads];
       if (fiber.done) continue;
       now.current = &fiber;
       swapcontext(&now.scheduler, &fiber.context);
       left -= fiber.done;
     }
-    if (now.steps == before) {
-      std::fprintf(stderr, "emulation: threads wait at a barrier that others do not reach\n");
-      std::abort();
-    }
+    if (now.steps == before) stop("threads wait at a barrier that others do not reach");
   }
 }
 
@@ -173,11 +235,16 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, void*,
   if (block.fibers.size() < size_t(threads)) block.fibers = std::vector<emulation::Fiber>(threads);
   block.warps = std::vector<emulation::WarpSlots>(threads / emulation::kWarpSize);
   block.body = [&] { kernel(arguments...); };
+  emulation::Memory& memory = emulation::memory();
+  if (!memory.regions.empty()) (emulation::check_argument(arguments), ...);
+  memory.begin();
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       block.index = dim3(x, y, 0);
-      emulation::run_block(threads, x % 2 == 1);
+      emulation::run_block(threads);
+      memory.end_block();
     }
+  memory.end();
 }
 
 }  // namespace pemt

@@ -26,42 +26,30 @@ MIXED = {"batch": 2, "tokens": 3, "d_ff": 7, "d_model": 6, "ranks": (2, 3, 1)}
 def layer_loss(case: Case, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     x, prompt_BF = ops.prompt_mean(x, 2)
     gates = gates * prompt_BF.to(gates.dtype).sum(dim=-1, keepdim=True)
-    y, latent = ops.expert_mixture(
-        x, case.weight, case.down, case.up, gates, case.scales, case.ranks
-    )
-    z = y + torch.tanh(y)
-    squares = z.square().mean()
-    # The last, so that the first in the backward pass: a checkpoint is then recomputed from within it.
-    sparsity = ops.task_sparsity(z, latent, case.up, gates, case.scales, case.ranks, case.mask)
-    return squares + sparsity
+    # The loss last, so that the first in the backward pass: a checkpoint is then recomputed from within it.
+    z, loss = case.output(x, gates)
+    return z.square().mean() + loss
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["all tokens", "masked"])
-def test_gradcheck(implementation, mask):
-    case = make_case(batch=2, tokens=2, d_ff=3, d_model=3, ranks=(2, 1), mask=mask)
-    x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x, gates: ops.expert_mixture(
-            x, case.weight, case.down, case.up, gates, case.scales, case.ranks
-        ),
-        (x, gates),
-    )
-    y, latent = ops.expert_mixture(*case.mixture)
-    z, latent = y.detach().requires_grad_(), latent.detach().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda z, latent, gates: ops.task_sparsity(
-            z, latent, case.up, gates, case.scales, case.ranks, case.mask
-        ),
-        (z, latent, gates),
-    )
+@pytest.mark.parametrize("inner", [0, 2], ids=["no adapter", "adapter"])
+def test_gradcheck(implementation, mask, inner):
+    case = make_case(batch=2, tokens=2, d_ff=3, d_model=3, ranks=(2, 1), mask=mask, inner=inner)
+    inputs = [each.requires_grad_() for each in (case.x, case.gates, *case.adapter)]
+
+    def output(x, gates, *adapter):
+        return replace(case, adapter=adapter).output(x, gates)
+
+    assert torch.autograd.gradcheck(output, inputs)
+    assert torch.autograd.gradcheck(lambda *each: output(*each)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *each: output(*each)[1], inputs)
 
 
 def test_a_second_derivative_is_refused(implementation):
     case = make_case()
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
-    y, latent = ops.expert_mixture(*case.mixture)
-    sparsity = ops.task_sparsity(y, latent, case.up, gates, case.scales, case.ranks)
-    for result in (y.sum(), sparsity):
+    z, loss = case.output()
+    for result in (z.sum(), loss):
         with pytest.raises(NotImplementedError, match="there is no second derivative"):
             torch.autograd.grad(result, (x, gates), create_graph=True)
 
@@ -69,10 +57,9 @@ def test_a_second_derivative_is_refused(implementation):
 def test_past_schema_or_through_it_the_bits_are_the_same(implementation, monkeypatch):
     case = make_case(**MIXED, mask=True, dtype=torch.float32)
     case.x.requires_grad_()
-    y, latent = ops.expert_mixture(*case.mixture)
-    loss = ops.task_sparsity(y, latent, case.up, case.gates, case.scales, case.ranks)
+    z, _ = case.output()
     compiled = implementation in ("cpu", "cuda on the host")
-    assert ("pemt::" in y.grad_fn.name(), "pemt::" in loss.grad_fn.name()) == (compiled, compiled)
+    assert ("pemt::" in z.grad_fn.name()) == compiled
     eager = results(case, through="ops")
     monkeypatch.setattr(ops, "_direct", lambda tensor: None)
     registered = results(case, through="ops")
@@ -84,6 +71,7 @@ def test_fake_tensors_have_the_same_shapes(implementation):
     real = results(case, through="ops")
     with FakeTensorMode() as mode:
         fakes = {name: mode.from_tensor(getattr(case, name)) for name in TENSORS}
+        fakes["adapter"] = tuple(mode.from_tensor(each) for each in case.adapter)
         fake = results(replace(case, **fakes), through="ops")
     assert {name: value.shape for name, value in fake.items()} == {
         name: value.shape for name, value in real.items()
@@ -119,52 +107,35 @@ def test_the_backward_pass_can_be_compiled_by_itself(implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(implementation, dtype):
-    case = make_case(**MIXED, mask=True, dtype=dtype)
-    experts = (case.gates.requires_grad_(), case.scales, case.ranks)
-    frozen = (case.weight, case.down, case.up)
-    mixture = torch.ops.pemt.expert_mixture
-    torch.library.opcheck(mixture, (case.x.requires_grad_(), *frozen, *experts))
-    y, latent = (value.detach() for value in mixture(case.x, *frozen, *experts))
-    weights = case.mask / case.mask.sum()
-    inputs = (
-        y.clone().requires_grad_(),
-        latent.clone().requires_grad_(),
-        case.up,
-        *experts,
-        weights,
-    )
-    torch.library.opcheck(torch.ops.pemt.task_sparsity, inputs)
+@pytest.mark.parametrize("inner", [0, 4], ids=["no adapter", "adapter"])
+def test_opcheck(implementation, dtype, inner):
+    case = make_case(**MIXED, inner=inner, mask=True, dtype=dtype)
+    for each in (case.x, case.gates, *case.adapter):
+        each.requires_grad_()
+    given = case.arguments
+    torch.library.opcheck(torch.ops.pemt.ffn_output, given)
+    torch.library.opcheck(torch.ops.pemt.ffn_output, (*given[:-1], False))
     with torch.no_grad():
-        for dlatent in (None, latent):
+        plain = [each.detach() if torch.is_tensor(each) else each for each in given]
+        z, loss, *saved = torch.ops.pemt.ffn_output(*plain)
+        _, *frozen, gates, adapter_down, _, adapter_up, _, scales, ranks, weights, _ = plain
+        rest = (gates, adapter_down, adapter_up, scales, ranks, weights)
+        for dz, dloss in ((z, loss), (None, loss), (z, None)):
             torch.library.opcheck(
-                torch.ops.pemt.expert_mixture_backward,
-                (y, dlatent, latent, *frozen, case.gates.detach(), case.scales, case.ranks, True),
+                torch.ops.pemt.ffn_output_backward,
+                (dz, dloss, z, *saved, *frozen, *rest, True),
             )
-        _, *saved = torch.ops.pemt.task_sparsity(*inputs)
-        plain = [value.detach() if torch.is_tensor(value) else value for value in inputs]
-        torch.library.opcheck(
-            torch.ops.pemt.task_sparsity_backward, (torch.ones(()), *plain, *saved)
-        )
 
 
 def test_gradient_only_where_it_is_asked_for(implementation):
     case = make_case()
     x = case.x.requires_grad_()
-    y, _ = ops.expert_mixture(x, *case.mixture[1:])
-    y.sum().backward()
-    torch.testing.assert_close(
-        x.grad, torch.autograd.grad(ops.expert_mixture(*case.mixture)[0].sum(), x)[0]
-    )
+    case.output()[0].sum().backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(case.output()[0].sum(), x)[0])
     gates = case.gates.requires_grad_()
-    y, latent = ops.expert_mixture(
-        case.x.detach(), case.weight, case.down, case.up, gates, case.scales, case.ranks
-    )
-    assert not torch.autograd.grad(y.sum(), gates)[0].isnan().any()
-    # the latent alone: its gradient skips the mixture
-    _, latent = ops.expert_mixture(*case.mixture)
-    (dx,) = torch.autograd.grad(latent.sum(), x)
-    torch.testing.assert_close(dx, case.down.sum(0).expand_as(x))
+    z, loss = case.output(case.x.detach())
+    assert not torch.autograd.grad(z.sum() + loss, gates)[0].isnan().any()
+    assert all(each.grad is None for each in case.adapter)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -196,10 +167,7 @@ def test_autocast_equals_casting_by_hand(implementation, backward_inside):
 
     def gradients(low: Case) -> tuple:
         x, gates = case.x.detach().requires_grad_(), case.gates.detach().requires_grad_()
-        y, latent = ops.expert_mixture(
-            x.to(low.x.dtype), low.weight, low.down, low.up, gates, low.scales, low.ranks
-        )
-        loss = ops.task_sparsity(y, latent, low.up, gates, low.scales, low.ranks)
+        y, loss = low.output(x.to(low.x.dtype), gates)
         return y, loss, (x, gates)
 
     y, loss, inputs = gradients(case.to(torch.bfloat16))
@@ -218,31 +186,27 @@ def test_autocast_equals_casting_by_hand(implementation, backward_inside):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, by_hand, strict=True))
 
 
-@pytest.mark.parametrize("name", ["weight", "down", "up"])
+@pytest.mark.parametrize("name", ["stacked", "up"])
 def test_a_trainable_expert_is_refused(name):
     case = make_case()
     getattr(case, name).requires_grad_()
     with pytest.raises(OpsError, match=rf"{name}: requires grad.*requires_grad_\(False\)"):
-        ops.expert_mixture(*case.mixture)
-
-
-def test_a_trainable_expert_is_refused_by_the_sparsity():
-    case = make_case()
-    y, latent = ops.expert_mixture(*case.mixture)
-    up = case.up.requires_grad_()
-    with pytest.raises(OpsError, match=r"up: requires grad.*requires_grad_\(False\)"):
-        ops.task_sparsity(y, latent, up, case.gates, case.scales, case.ranks)
+        case.output()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 24)}, "x: found 2 dimensions; needs 3"),
-        ({"weight": torch.zeros(16, 23)}, r"weight: found shape \(16, 23\); needs \(16, 24\)"),
+        ({"down": torch.zeros(7, 24)}, r"stacked: found shape \(23, 24\); needs \(24, 24\)"),
+        ({"up": torch.zeros(16, 8).half()}, "up: found dtype torch.float16; needs torch.float32"),
+        ({"adapter": (torch.zeros(3, 16),)}, "adapter: found 1 tensors; needs down, its bias"),
         (
-            {"down": torch.zeros(8, 24).half()},
-            "down: found dtype torch.float16; needs torch.float32",
+            {"adapter": (torch.zeros(3, 15), *[torch.zeros(1)] * 3)},
+            r"adapter_down: found shape \(3, 15\); needs \(3, 16\)",
         ),
+        ({"mask": torch.ones(2, 4)}, r"token_weights: found shape \(2, 4\); needs \(2, 5\)"),
+        ({"mask": torch.ones(2, 5, device="meta")}, "token_weights: is on meta; needs cpu as x"),
         ({"gates": torch.zeros(2, 3)}, r"gates: found shape \(2, 3\); needs \(2, 2\)"),
         ({"gates": torch.zeros(2, 2).int()}, "gates: found dtype torch.int32"),
         ({"gates": torch.zeros(2, 2, device="meta")}, "gates: is on meta; needs cpu as x"),
@@ -255,17 +219,7 @@ def test_a_trainable_expert_is_refused_by_the_sparsity():
 def test_wrong_arguments_are_named(change, message):
     case = replace(make_case(dtype=torch.float32), **change)
     with pytest.raises(OpsError, match=message):
-        ops.expert_mixture(*case.mixture)
-
-
-def test_wrong_arguments_of_the_sparsity_are_named():
-    case = make_case(dtype=torch.float32)
-    y, latent = ops.expert_mixture(*case.mixture)
-    rest = (case.gates, case.scales, case.ranks)
-    with pytest.raises(OpsError, match=r"mask: found shape \(2, 4\); needs \(2, 5\)"):
-        ops.task_sparsity(y, latent, case.up, *rest, mask=torch.ones(2, 4))
-    with pytest.raises(OpsError, match="mask: is on meta; needs cpu as z"):
-        ops.task_sparsity(y, latent, case.up, *rest, mask=torch.ones(2, 5, device="meta"))
+        case.output()
 
 
 @pytest.mark.parametrize("prompt_length", [0, 6])

@@ -40,7 +40,7 @@ def test_variants_do_the_same_work(small, forward):
 def test_without_gradients_it_is_what_an_answers_step_calls(small, monkeypatch):
     ffn = layer.Layer(replace(small, forward_only=True))
     expected, _ = layer.forward_loop(ffn)
-    monkeypatch.setattr(layer.ops, "expert_mixture", None)
+    monkeypatch.setattr(layer.ops, "ffn_output", None)
     torch.testing.assert_close(layer.forward_ops(ffn)[0], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -31,8 +31,8 @@ from pemt import ops
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
-        y, _ = ops.expert_mixture(torch.ones(1, 1, 2), torch.ones(3, 2), torch.ones(1, 2),
-                                  torch.ones(3, 1), torch.ones(1, 1), [1.0], [1])
+        y, _ = ops.ffn_output(torch.ones(1, 1, 2), torch.ones(4, 2), torch.ones(3, 1), torch.ones(1, 1),
+                              [1.0], [1], sparsity=False)
 print(y.flatten().tolist())
 print(*[warning.message for warning in caught if warning.category is RuntimeWarning], sep="\\n")
 """

@@ -19,11 +19,10 @@ KERNELS = {  # by source: their names and how many of them there are, with all d
     "cuda_mixture.cu": (
         {
             "gate_latent_kernel",
-            "expand_small_kernel",
             "mixture_backward_kernel",
             "sum_chunks_kernel",
         },
-        3 * 4 + 2,
+        2 * 4 + 2,
     ),
     "cuda_sparsity.cu": (
         {"sparsity_forward_kernel", "sum_distances_kernel", "sparsity_backward_kernel"},

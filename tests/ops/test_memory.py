@@ -13,27 +13,30 @@ from pemt.ops import reference
 from tests.ops.op_cases import Case, make_case
 from tests.support.allocations import allocations
 
-T5_BASE = {"batch": 2, "tokens": 64, "d_ff": 3072, "d_model": 768, "ranks": (64,) * 6}
+T5_BASE = {"batch": 2, "tokens": 64, "d_ff": 3072, "d_model": 768, "ranks": (64,) * 6, "inner": 0}
 SIZES = {"published": T5_BASE, "64 experts": {**T5_BASE, "ranks": (16,) * 64}}
 
 
 def loop_layer(case: Case, x: Tensor, gates: Tensor) -> Tensor:
-    z, latent = reference.expert_mixture(
-        x, case.weight, case.down, case.up, gates, case.scales, case.ranks
-    )
-    return reference.task_sparsity(z, latent, case.up, gates, case.scales, case.ranks)
+    frozen = (case.weight, case.down, case.up)
+    _, loss = reference.ffn_output(x, *frozen, gates, case.adapter, case.scales, case.ranks)
+    return loss
 
 
 def ops_layer(case: Case, x: Tensor, gates: Tensor) -> Tensor:
-    z, latent = ops.expert_mixture(
-        x, case.weight, case.down, case.up, gates, case.scales, case.ranks
+    _, loss = ops.ffn_output(
+        x, case.stacked, case.up, gates, case.scales, case.ranks, adapter=case.adapter
     )
-    return ops.task_sparsity(z, latent, case.up, gates, case.scales, case.ranks)
+    assert loss is not None
+    return loss
 
 
 def saved_floats_per_token(layer: Callable[..., Tensor], case: Case) -> float:
     """Floats that autograd keeps for the backward pass, each storage once, frozen weights aside."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (case.weight, case.down, case.up)}
+    known = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (case.weight, case.down, case.up, case.stacked)
+    }
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -64,6 +67,7 @@ def test_a_tenth_of_the_loop_is_kept_for_backward(implementation, sizes):
 def test_nothing_of_size_experts_by_tokens_by_width_is_allocated(implementation, sizes):
     case = make_case(**SIZES[sizes], dtype=torch.float32)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
+    assert case.stacked.nbytes > x.nbytes  # made here, and kept
     largest = max(allocations(lambda: ops_layer(case, x, gates).backward()))
     # dx is the one large thing that must be there
     assert x.nbytes <= largest <= x.nbytes + 64
@@ -75,22 +79,24 @@ def test_frozen_weights_may_be_away_between_forward_and_backward(implementation)
     case = make_case(dtype=torch.float32)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
     frozen = [
-        torch.nn.Parameter(value.clone(), requires_grad=False)
-        for value in (case.weight, case.down, case.up)
+        torch.nn.Parameter(value.clone(), requires_grad=False) for value in (case.stacked, case.up)
     ]
     away = [torch.nn.Parameter(torch.empty(0), requires_grad=False) for _ in frozen]
     for parameter, value in zip(away, frozen, strict=True):
         parameter.data = value.data
 
-    def loss(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        z, latent = ops.expert_mixture(x, weight, down, up, gates, case.scales, case.ranks)
-        return ops.task_sparsity(z, latent, up, gates, case.scales, case.ranks) + z.sum()
+    def total(stacked: Tensor, up: Tensor) -> Tensor:
+        z, loss = ops.ffn_output(
+            x, stacked, up, gates, case.scales, case.ranks, adapter=case.adapter
+        )
+        assert loss is not None
+        return loss + z.sum()
 
-    expected = torch.autograd.grad(loss(*frozen), (x, gates))
-    total = loss(*away)
+    expected = torch.autograd.grad(total(*frozen), (x, gates))
+    objective = total(*away)
     for parameter in away:
         parameter.data = torch.empty(0)
     for parameter, value in zip(away, frozen, strict=True):
         parameter.data = value.data.clone()
-    found = torch.autograd.grad(total, (x, gates))
+    found = torch.autograd.grad(objective, (x, gates))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))

@@ -21,6 +21,7 @@ SHAPES = {
     "one of each": {"batch": 1, "tokens": 1, "d_ff": 1, "d_model": 1, "ranks": (1,)},
     "odd sizes": {"batch": 3, "tokens": 67, "d_ff": 37, "d_model": 129, "ranks": (31, 65, 9)},
     "masked": {"batch": 3, "tokens": 50, "ranks": (8, 8), "mask": True},
+    "no adapter": {"batch": 3, "tokens": 7, "ranks": (4, 3), "inner": 0, "mask": True},
     "sixty-four experts": {
         "tokens": 9,
         "d_ff": 40,
@@ -52,7 +53,7 @@ def test_equal_to_the_reference_in_float64(implementation, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", ROUNDED_SHAPES)
 def test_error_is_at_most_twice_that_of_pytorch(implementation, dtype, shape):
-    case = make_case(**ROUNDED_SHAPES[shape], dtype=dtype)
+    case = make_case(**ROUNDED_SHAPES[shape], inner=32, dtype=dtype)
     truth = results(case.to(torch.float64), through="reference")
     composed = results(case, through="reference")
     found = results(case, through="ops")
@@ -75,17 +76,6 @@ def raw_experts(kind: str, d_model: int, d_ff: int) -> tuple[torch.Tensor, torch
     return down, up, ranks
 
 
-def layer(case, mixture, sparsity) -> dict[str, torch.Tensor]:
-    """Loss and gradients of a layer, through both of its parts."""
-    x, gates = case.x.detach().requires_grad_(), case.gates.detach().requires_grad_()
-    experts = (gates, case.scales, case.ranks)
-    y, latent = mixture(x, case.weight, case.down, case.up, *experts)
-    z = y + torch.tanh(y)
-    loss = sparsity(z, latent, case.up, *experts)
-    dx, dgates = torch.autograd.grad(loss + z.float().mean(), (x, gates))
-    return {"loss": loss.detach(), "z": z.detach(), "dx": dx, "dgates": dgates}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d_model", [96, 1024])
 @pytest.mark.parametrize(
@@ -97,24 +87,25 @@ def test_experts_of_any_size_and_rank(implementation, dtype, d_model, kind):
     if d_model == 1024 and (kind == "rank above d_model" or implementation == "cuda on the host"):
         pytest.skip("the same as with 96, at length")
     torch.manual_seed(0)
-    case = make_case(batch=16, tokens=4, d_ff=128, d_model=d_model, ranks=(1, 1, 1))
+    case = make_case(batch=16, tokens=4, d_ff=128, d_model=d_model, ranks=(1, 1, 1), inner=0)
     down, up, ranks = raw_experts(kind, d_model, 128)
     given = replace(case, down=down, up=up, ranks=ranks, scales=[1.0, 0.5, -2.0])
     # of PyTorch's error. In float32 the new factors are rounded as well: 1.5 on average, up to 5 in 12 draws
-    factors = dict.fromkeys(("loss", "z", "dx"), 8 if dtype == torch.float32 else 2)
-    # a gate's gradient is a sum of both signs: 2.15 in one draw in half precision
-    factors["dgates"] = 8 if dtype == torch.float32 else 4
-    exact = layer(given.to(torch.float64), reference.expert_mixture, reference.task_sparsity)
-    composed = layer(given.to(dtype), reference.expert_mixture, reference.task_sparsity)
+    factor = 8 if dtype == torch.float32 else 2
+    exact = results(given.to(torch.float64), through="reference")
+    composed = results(given.to(dtype), through="reference")
     down, up, scales, ranks = ops.orthonormal_experts(down, up, given.scales, ranks)
     ours = replace(given, down=down, up=up, scales=scales, ranks=ranks).to(dtype)
-    found = layer(ours, ops.expert_mixture, ops.task_sparsity)
+    found = results(ours, through="ops")
     for name, truth in exact.items():
         assert found[name].isfinite().all(), name
         # PyTorch's own is NaN in half precision where an expert has no output
-        theirs = factors[name] * torch.nan_to_num(
-            torch.tensor(relative_error(composed[name], truth))
-        )
+        if name.startswith("sparsity") and composed[name].isnan().any():
+            continue  # too small for float16 to have many bits for it, and nothing to be held against
+        # a gate's gradient is a sum of both signs: 2.15 in one draw in half precision
+        allowed_factor = max(factor, 4) if "dgates" in name else factor
+        theirs = torch.nan_to_num(torch.tensor(relative_error(composed[name], truth)))
+        theirs = allowed_factor * theirs
         allowed = max(float(theirs), 4 * torch.finfo(dtype).eps)
         assert relative_error(found[name], truth) <= allowed, name
 
@@ -181,30 +172,37 @@ def test_strides_do_not_matter(implementation, dtype):
         down=torch.stack([case.down, case.down], dim=-1)[..., 0],
         up=case.up.T.contiguous().T,
         gates=case.gates.T.contiguous().T,
+        mask=case.mask.T.contiguous().T,
+        adapter=tuple(torch.stack([each, each], dim=-1)[..., 0] for each in case.adapter),
     )
+    vars(strided)["stacked"] = case.stacked.T.contiguous().T
     assert not strided.x.is_contiguous()
     assert not strided.down.is_contiguous()
     plain, found = results(case, through="ops"), results(strided, through="ops")
     for name, value in plain.items():  # other strides may take another path: other roundings
         assert relative_error(found[name], value) <= 4 * torch.finfo(dtype).eps, name
 
-    assert case.mask is not None
-    y, latent = ops.expert_mixture(*case.mixture)
-    up, experts = case.up, (case.scales, case.ranks)
-    expected = ops.task_sparsity(y, latent, up, case.gates, *experts, case.mask)
-    y, latent = (each.mT.contiguous().mT for each in (y, latent))
-    mask = case.mask.T.contiguous().T
-    assert not any(each.is_contiguous() for each in (y, latent, mask))
-    loss = ops.task_sparsity(y, latent, strided.up, strided.gates, *experts, mask)
-    assert relative_error(loss, expected) <= 4 * torch.finfo(dtype).eps
+
+def test_the_mixture_alone_is_that_of_the_reference(implementation):
+    case = make_case(batch=3, tokens=7, ranks=(4, 3))
+    x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
+    experts = (gates, case.scales, case.ranks)
+    expected, _ = reference.expert_mixture(x, case.weight, case.down, case.up, *experts)
+    y = ops.expert_mixture(x, case.stacked, case.up, *experts)
+    torch.testing.assert_close(y, expected)
+    dy = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    for found, truth in zip(
+        torch.autograd.grad(y, (x, gates), dy), torch.autograd.grad(expected, (x, gates), dy),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(found, truth)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=["no sample", "no token"])
 def test_an_empty_batch_gives_zero_and_no_nan(implementation, shape):
     case = make_case(batch=shape[0], tokens=shape[1], dtype=torch.float32)
     found = results(case, through="ops")
-    assert found["y"].shape == (*shape, 16)
-    assert found["latent"].shape == (*shape, 8)
+    assert found["z"].shape == (*shape, 16)
     assert found["loss"] == 0
     assert all(value.isfinite().all() for value in found.values())
 
@@ -214,7 +212,7 @@ def test_a_mask_without_a_token_gives_zero(implementation):
     assert case.mask is not None
     found = results(replace(case, mask=torch.zeros_like(case.mask)), through="ops")
     assert found["loss"] == 0
-    assert found["dz"].abs().max() == 0
+    assert found["sparsity_dx"].abs().max() == 0
 
 
 def test_zero_outputs_have_the_cosine_of_pytorch(implementation):
@@ -225,7 +223,7 @@ def test_zero_outputs_have_the_cosine_of_pytorch(implementation):
     expected, found = results(case, through="reference"), results(case, through="ops")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
-    assert expected["dlatent"].isfinite().all()
+    assert expected["dx"].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

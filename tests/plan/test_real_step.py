@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5ForConditionalGeneration
 
@@ -17,6 +18,7 @@ from pemt.bank.entries import write_entry
 from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, MixtureConfig, PemtError
 from pemt.model import PemtT5, base_shape
+from pemt.model.gated import LoraExperts
 from pemt.ops import reference
 from pemt.ops.checks import MAX_EXPERTS
 from pemt.plan import MOST_EXPERTS, Cluster, Job, Zero
@@ -54,9 +56,23 @@ def many(**changes: Any) -> Job:
 @pytest.fixture
 def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The specification in the place of the ops, whose products torch's counter does not see."""
-    for module in ("mixture", "site_mixture"):
-        monkeypatch.setattr(f"pemt.model.{module}.expert_mixture", reference.expert_mixture)
-    monkeypatch.setattr("pemt.model.mixture.task_sparsity", reference.task_sparsity)
+
+    def apart(stacked: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return *stacked.split([len(up), up.shape[1]]), up
+
+    def output(
+        x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, *experts: Any,
+        adapter: tuple[Tensor, ...], sparsity: bool, token_weights: Tensor | None,
+    ) -> Any:  # fmt: skip
+        assert sparsity
+        frozen = apart(stacked, up)
+        return reference.ffn_output(x, *frozen, gates, adapter, *experts, token_weights)
+
+    def mixture(x: Tensor, stacked: Tensor, up: Tensor, *rest: Any) -> Tensor:
+        return reference.expert_mixture(x, *apart(stacked, up), *rest)[0]
+
+    monkeypatch.setattr("pemt.model.mixture.ffn_output", output)
+    monkeypatch.setattr("pemt.model.site_mixture.expert_mixture", mixture)
 
 
 @pytest.mark.usefixtures("plain_products")
@@ -129,9 +145,10 @@ def test_a_bank_of_64_is_planned_exactly(
         adapter=AdapterConfig(reduction_factor=4),
         prompt_PD=torch.randn(5, 16),
     )
-    ours = [
-        p.numel() for n, p in model.named_parameters() if n.endswith((".down", ".up", "sources"))
-    ]
+    ours = [p.numel() for n, p in model.named_parameters() if n.endswith((".up", "sources"))]
+    # the down projections are under each layer's own weight
+    layers = [each for each in model.modules() if isinstance(each, LoraExperts)]
+    ours += [sum(each.ranks) * each.weight.shape[1] for each in layers]
     assert found["expert"] == sum(ours)
     COMMANDS["plan"](command)
     assert "64 LoRA experts on q, v, o, k, wo, of rank 16" in capsys.readouterr().out

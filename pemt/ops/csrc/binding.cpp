@@ -2,6 +2,7 @@
 //
 // The gradients are C++ because with small batches a GPU waits for the host (docs/kernels.md).
 // PEMT_LIBRARY names the torch.library namespace.
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -28,67 +29,47 @@ void check_first_derivative() {
       "pemt.ops: there is no second derivative; use create_graph=False");
 }
 
-struct ExpertMixture : torch::autograd::Function<ExpertMixture> {
-  static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
-      const Tensor& down, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
-      at::IntArrayRef ranks) {
+struct FfnOutput : torch::autograd::Function<FfnOutput> {
+  static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& gates,
+      const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
+      const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
+      const Tensor& stacked, const Tensor& up, const OptionalTensor& token_weights,
+      at::ArrayRef<double> scales, at::IntArrayRef ranks, bool sparsity, Output* kept) {
     const Below below;
-    const auto [y, latent] = expert_mixture(x, weight, down, up, gates, scales, ranks);
-    context->save_for_backward({latent, weight, down, up, gates});
+    *kept = ffn_output(x, stacked, up, gates, adapter_down, adapter_down_bias, adapter_up,
+        adapter_up_bias, scales, ranks, token_weights, sparsity);
+    const auto& [z, loss, mixed, hidden, active, projection, stats, distance] = *kept;
+    const Tensor nothing;
+    context->save_for_backward({sparsity ? z : nothing, mixed, hidden, active, projection, stats,
+        distance, stacked, up, gates, adapter_down.value_or(nothing),
+        adapter_up.value_or(nothing), token_weights.value_or(nothing)});
     context->saved_data["scales"] = scales.vec();
     context->saved_data["ranks"] = ranks.vec();
     context->set_materialize_grads(false);
-    return {y, latent};
+    return {z, loss};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    variable_list found(13);
+    if (!gradients[0].defined() && !gradients[1].defined()) return found;
     check_first_derivative();
     const auto saved = context->get_saved_variables();  // may recompute a checkpointed block
     const Below below;
-    const Tensor &latent = saved[0], &weight = saved[1];
-    // undefined where only the latent was used
-    const Tensor dy = gradients[0].defined()
-                          ? gradients[0]
-                          : latent.new_zeros({latent.size(0), latent.size(1), weight.size(0)});
     const bool need_dx = context->needs_input_grad(0);
-    const auto [dx, dgates] = expert_mixture_backward(dy, optional(gradients[1]), latent, weight,
-        saved[2], saved[3], saved[4], context->saved_data["scales"].toDoubleVector(),
-        context->saved_data["ranks"].toIntVector(), need_dx);
-    return {need_dx ? dx : Tensor(), {}, {}, {}, dgates, {}, {}};
-  }
-};
-
-// What the loss's backward pass needs; no outputs of the function, as none has a gradient.
-struct Kept {
-  Tensor projection, stats, distance;
-};
-
-struct TaskSparsity : torch::autograd::Function<TaskSparsity> {
-  static Tensor forward(AutogradContext* context, const Tensor& z, const Tensor& latent,
-      const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
-      const OptionalTensor& token_weights, Kept* kept) {
-    const Below below;
-    Tensor loss;
-    std::tie(loss, kept->projection, kept->stats, kept->distance) =
-        task_sparsity(z, latent, up, gates, scales, ranks, token_weights);
-    context->save_for_backward({z, latent, up, gates, token_weights.value_or(Tensor()),
-        kept->projection, kept->stats, kept->distance});
-    context->saved_data["scales"] = scales.vec();
-    context->saved_data["ranks"] = ranks.vec();
-    context->set_materialize_grads(false);
-    return loss;
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    if (!gradients[0].defined()) return variable_list(8);
-    check_first_derivative();
-    const auto saved = context->get_saved_variables();  // may recompute a checkpointed block
-    const Below below;
-    const auto [dz, dlatent, dgates] = task_sparsity_backward(gradients[0], saved[0], saved[1],
-        saved[2], saved[3], context->saved_data["scales"].toDoubleVector(),
-        context->saved_data["ranks"].toIntVector(), optional(saved[4]), saved[5], saved[6],
-        saved[7]);
-    return {dz, dlatent, {}, dgates, {}, {}, {}, {}};
+    const auto [dx, dgates, ddown, ddown_bias, dup, dup_bias] = ffn_output_backward(
+        optional(gradients[0]), optional(gradients[1]), saved[0], saved[1], saved[2], saved[3],
+        saved[4], saved[5], saved[6], saved[7], saved[8], saved[9], optional(saved[10]),
+        optional(saved[11]), context->saved_data["scales"].toDoubleVector(),
+        context->saved_data["ranks"].toIntVector(), optional(saved[12]), need_dx);
+    if (need_dx) found[0] = dx;
+    found[1] = dgates;
+    if (saved[10].defined()) {
+      found[2] = ddown;
+      found[3] = ddown_bias;
+      found[4] = dup;
+      found[5] = dup_bias;
+    }
+    return found;
   }
 };
 
@@ -106,8 +87,11 @@ struct PromptMean : torch::autograd::Function<PromptMean> {
     check_first_derivative();
     const Below below;
     const Tensor& given = gradients[0];
-    const bool is_ours = given.use_count() == 1 && given.storage().use_count() == 1 &&
-                         given.is_non_overlapping_and_dense();
+    // as PyTorch's InputBuffer asks before it adds in place
+    const bool is_ours = !at::isTensorSubclassLike(given) && !given._is_zerotensor() &&
+                         !given.is_nested() && given.is_non_overlapping_and_dense() &&
+                         given.use_count() == 1 && given.has_storage() &&
+                         given.storage().use_count() == 1;
     const Tensor dx = is_ours ? given : given.clone();
     const int64_t prompt_length = context->saved_data["prompt_length"].toInt();
     const Tensor each = (gradients[1] / prompt_length).to(dx.scalar_type()).unsqueeze(1);
@@ -116,20 +100,17 @@ struct PromptMean : torch::autograd::Function<PromptMean> {
   }
 };
 
-std::tuple<Tensor, Tensor> expert_mixture_autograd(const Tensor& x, const Tensor& weight,
-    const Tensor& down, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
-    at::IntArrayRef ranks) {
-  const auto found = ExpertMixture::apply(x, weight, down, up, gates, scales, ranks);
-  return {found[0], found[1]};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity_autograd(const Tensor& z,
-    const Tensor& latent, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
-    at::IntArrayRef ranks, const OptionalTensor& token_weights) {
-  Kept kept;
-  const Tensor loss =
-      TaskSparsity::apply(z, latent, up, gates, scales, ranks, token_weights, &kept);
-  return {loss, kept.projection, kept.stats, kept.distance};
+Output ffn_output_autograd(const Tensor& x, const Tensor& stacked, const Tensor& up,
+    const Tensor& gates, const OptionalTensor& adapter_down,
+    const OptionalTensor& adapter_down_bias, const OptionalTensor& adapter_up,
+    const OptionalTensor& adapter_up_bias, at::ArrayRef<double> scales, at::IntArrayRef ranks,
+    const OptionalTensor& token_weights, bool sparsity) {
+  Output kept;
+  const auto found = FfnOutput::apply(x, gates, adapter_down, adapter_down_bias, adapter_up,
+      adapter_up_bias, stacked, up, token_weights, scales, ranks, sparsity, &kept);
+  std::get<0>(kept) = found[0];
+  std::get<1>(kept) = found[1];
+  return kept;
 }
 
 std::tuple<Tensor, Tensor> prompt_mean_autograd(const Tensor& x, int64_t prompt_length) {
@@ -152,12 +133,8 @@ constexpr auto kDevice = c10::DispatchKey::CPU;
 
 PEMT_DEFINE(PEMT_LIBRARY, library) {
   using torch::dispatch;
-  library.def("expert_mixture", dispatch(pemt::kDevice, TORCH_FN(pemt::expert_mixture)));
-  library.def(
-      "expert_mixture_backward", dispatch(pemt::kDevice, TORCH_FN(pemt::expert_mixture_backward)));
-  library.def("task_sparsity", dispatch(pemt::kDevice, TORCH_FN(pemt::task_sparsity)));
-  library.def(
-      "task_sparsity_backward", dispatch(pemt::kDevice, TORCH_FN(pemt::task_sparsity_backward)));
+  library.def("ffn_output", dispatch(pemt::kDevice, TORCH_FN(pemt::ffn_output)));
+  library.def("ffn_output_backward", dispatch(pemt::kDevice, TORCH_FN(pemt::ffn_output_backward)));
   library.def("prompt_mean(Tensor(a) x, int prompt_length) -> (Tensor(a), Tensor)",
       dispatch(pemt::kDevice, TORCH_FN(pemt::prompt_mean)));
 #ifndef PEMT_CUDA
@@ -167,7 +144,6 @@ PEMT_DEFINE(PEMT_LIBRARY, library) {
 }
 
 PEMT_DIFFERENTIATE(PEMT_LIBRARY, library) {
-  library.impl("expert_mixture", TORCH_FN(pemt::expert_mixture_autograd));
+  library.impl("ffn_output", TORCH_FN(pemt::ffn_output_autograd));
   library.impl("prompt_mean", TORCH_FN(pemt::prompt_mean_autograd));
-  library.impl("task_sparsity", TORCH_FN(pemt::task_sparsity_autograd));
 }

@@ -15,17 +15,6 @@ namespace {
 constexpr int kBlock = 64;  // tokens per partial sum
 
 template <class T>
-struct RealOf {
-  using type = float;
-};
-template <>
-struct RealOf<double> {
-  using type = double;
-};
-template <class T>
-using Real = typename RealOf<T>::type;
-
-template <class T>
 Real<T> dot(const T* left, const T* right, int64_t count) {
   using R = Real<T>;
   R sum = 0;
@@ -39,6 +28,16 @@ Real<T> norm(const T* row, int64_t count) {
   return std::sqrt(dot(row, row, count));
 }
 
+template <class T>
+const T* row_of(const Read& rows, int64_t n) {
+  return static_cast<const T*>(rows.data) + n * rows.stride;
+}
+
+template <class T>
+T* row_of(const Write& rows, int64_t n) {
+  return static_cast<T*>(rows.data) + n * rows.stride;
+}
+
 template <class R>
 std::vector<R> mean_gates(const Shape& shape, const Experts& experts, const R* gates) {
   std::vector<R> mean(experts.count, R(0));
@@ -50,17 +49,18 @@ std::vector<R> mean_gates(const Shape& shape, const Experts& experts, const R* g
 
 template <class T>
 void gate_latent_of(
-    const Shape& shape, const Experts& experts, const T* latent, const Real<T>* gates, T* gated) {
+    const Shape& shape, const Experts& experts, Read latents, const Real<T>* gates, T* gated) {
   using R = Real<T>;
   const int64_t rows = shape.batch * shape.tokens;
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < rows; ++n)
     for (int k = 0; k < experts.count; ++k) {
       const R factor = gates[n / shape.tokens * experts.count + k] * R(experts.scale[k]);
-      const int64_t start = n * experts.total + experts.offset[k];
-      const int rank = experts.offset[k + 1] - experts.offset[k];
+      const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
+      const T* latent = row_of<T>(latents, n) + start;
+      T* to = gated + n * experts.total + start;
 #pragma omp simd
-      for (int i = 0; i < rank; ++i) gated[start + i] = T(R(latent[start + i]) * factor);
+      for (int i = 0; i < rank; ++i) to[i] = T(R(latent[i]) * factor);
     }
 }
 
@@ -70,23 +70,17 @@ void mixture_backward_row(const Experts& experts, const MixtureBackward& args, i
     const Real<T>* gates, Real<T>* sums) {
   using R = Real<T>;
   for (int k = 0; k < experts.count; ++k) {
-    const int64_t start = n * experts.total + experts.offset[k];
-    const int rank = experts.offset[k + 1] - experts.offset[k];
-    const T* latent = static_cast<const T*>(args.latent) + start;
-    T* projection = static_cast<T*>(args.projection) + start;
-    const T* outer = args.dlatent ? static_cast<const T*>(args.dlatent) + start : nullptr;
-    R sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < rank; ++i) sum += R(latent[i]) * R(projection[i]);
-    sums[k] += sum * R(experts.scale[k]);
-    if (!args.need_dlatent) continue;
-    const R factor = gates[k] * R(experts.scale[k]);
-    if (outer) {
+    const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
+    const T* projection = static_cast<const T*>(args.projection) + n * experts.total + start;
+    T* dlatent = row_of<T>(args.dlatent, n) + start;
+    const R scale = R(experts.scale[k]), factor = gates[k] * scale;
+    sums[k] += dot(row_of<T>(args.latent, n) + start, projection, rank) * scale;
+    if (args.sparsity_gate) {
 #pragma omp simd
-      for (int i = 0; i < rank; ++i) projection[i] = T(R(projection[i]) * factor + R(outer[i]));
+      for (int i = 0; i < rank; ++i) dlatent[i] = T(R(projection[i]) * factor + R(dlatent[i]));
     } else {
 #pragma omp simd
-      for (int i = 0; i < rank; ++i) projection[i] = T(R(projection[i]) * factor);
+      for (int i = 0; i < rank; ++i) dlatent[i] = T(R(projection[i]) * factor);
     }
   }
 }
@@ -109,7 +103,8 @@ void mixture_backward_of(const Shape& shape, const Experts& experts, const Mixtu
   }
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int k = 0; k < count; ++k) {
-      R sum = 0;
+      const R* other = static_cast<const R*>(args.sparsity_gate);
+      R sum = other ? other[b * count + k] : R(0);
       for (int64_t c = 0; c < chunks; ++c) sum += partials[(b * chunks + c) * count + k];
       dgates[b * count + k] = sum;
     }
@@ -126,9 +121,8 @@ void sparsity_forward_row(const Shape& shape, const Experts& experts, const Spar
                                       : R(1) / R(shape.batch * shape.tokens);
   for (int k = 0; k < count; ++k) {
     const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
-    const int64_t at = n * experts.total + start;
-    const T* latent = static_cast<const T*>(args.latent) + at;
-    const T* projection = static_cast<const T*>(args.projection) + at;
+    const T* latent = row_of<T>(args.latent, n) + start;
+    const T* projection = static_cast<const T*>(args.projection) + n * experts.total + start;
     const R norm_k = norm(latent, rank) * std::abs(R(experts.scale[k]));
     const R cosine = dot(projection, latent, rank) * R(experts.scale[k]) /
                      (std::max(norm_k, R(kCosineEps)) * std::max(norm_z, R(kCosineEps)));
@@ -177,10 +171,10 @@ void sparsity_backward_row(const Shape& shape, const Experts& experts, const Spa
   for (int k = 0; k < count; ++k) {
     const int start = experts.offset[k], rank = experts.offset[k + 1] - start;
     const int64_t at = n * experts.total + start;
-    const T* latent = static_cast<const T*>(args.latent) + at;
+    const T* latent = row_of<T>(args.latent, n) + start;
     const T* projection = static_cast<const T*>(args.projection) + at;
     T* mix = static_cast<T*>(args.mix) + at;
-    T* dlatent = static_cast<T*>(args.dlatent) + at;
+    T* dlatent = row_of<T>(args.dlatent, n) + start;
     const R scale = R(experts.scale[k]), norm_k = stats[count + k];
     const R safe_k = std::max(norm_k, R(kCosineEps)), push = grad_gates[k] * weight;
     // cosine_similarity clamps its norms outside of autograd: the clamped value divides, the
@@ -196,9 +190,15 @@ void sparsity_backward_row(const Shape& shape, const Experts& experts, const Spa
   }
   shrink_z = norm_z > 0 ? shrink_z / (safe_z * norm_z) : R(0);
   const T* z = static_cast<const T*>(args.z) + n * shape.d_model;
-  T* dz = static_cast<T*>(args.dz) + n * shape.d_model;
+  T* whole = row_of<T>(args.whole_dz, n);
+  if (args.dz) {
+    const T* dz = static_cast<const T*>(args.dz) + n * shape.d_model;
 #pragma omp simd
-  for (int64_t i = 0; i < shape.d_model; ++i) dz[i] = T(shrink_z * R(z[i]));
+    for (int64_t i = 0; i < shape.d_model; ++i) whole[i] = T(shrink_z * R(z[i]) + R(dz[i]));
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < shape.d_model; ++i) whole[i] = T(shrink_z * R(z[i]));
+  }
 }
 
 template <class T>
@@ -219,21 +219,6 @@ void sparsity_backward_of(
       dgates[b * count + k] = grad * static_cast<const R*>(args.distance)[k] / R(shape.batch);
 }
 
-// Calls `run` with a null pointer of the tensors' type.
-template <class Run>
-void with_type(Dtype dtype, const Run& run) {
-  switch (dtype) {
-    case Dtype::f32:
-      return run(static_cast<float*>(nullptr));
-    case Dtype::f64:
-      return run(static_cast<double*>(nullptr));
-    case Dtype::bf16:
-      return run(static_cast<c10::BFloat16*>(nullptr));
-    case Dtype::f16:
-      return run(static_cast<c10::Half*>(nullptr));
-  }
-}
-
 }  // namespace
 
 int64_t mixture_partials(const Shape& shape) { return (shape.tokens + kBlock - 1) / kBlock; }
@@ -242,37 +227,32 @@ int64_t sparsity_partials(const Shape& shape) {
   return (shape.batch * shape.tokens + kBlock - 1) / kBlock;
 }
 
-bool expand_small(
-    void*, Dtype, const Shape&, const Experts&, const void*, const void*, const void*, void*) {
-  return false;  // a matrix product costs no launch here
-}
-
-void gate_latent(void*, Dtype dtype, const Shape& shape, const Experts& experts, const void* latent,
+void gate_latent(void*, Dtype dtype, const Shape& shape, const Experts& experts, Read latent,
     const void* gates, void* gated) {
-  with_type(dtype, [&](auto* type) {
+  with_type<c10::BFloat16, c10::Half>(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gate_latent_of(shape, experts, static_cast<const T*>(latent),
-        static_cast<const Real<T>*>(gates), static_cast<T*>(gated));
+    gate_latent_of(
+        shape, experts, latent, static_cast<const Real<T>*>(gates), static_cast<T*>(gated));
   });
 }
 
 void mixture_backward(
     void*, Dtype dtype, const Shape& shape, const Experts& experts, const MixtureBackward& args) {
-  with_type(dtype, [&](auto* type) {
+  with_type<c10::BFloat16, c10::Half>(dtype, [&](auto* type) {
     mixture_backward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
   });
 }
 
 void sparsity_forward(
     void*, Dtype dtype, const Shape& shape, const Experts& experts, const SparsityForward& args) {
-  with_type(dtype, [&](auto* type) {
+  with_type<c10::BFloat16, c10::Half>(dtype, [&](auto* type) {
     sparsity_forward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
   });
 }
 
 void sparsity_backward(
     void*, Dtype dtype, const Shape& shape, const Experts& experts, const SparsityBackward& args) {
-  with_type(dtype, [&](auto* type) {
+  with_type<c10::BFloat16, c10::Half>(dtype, [&](auto* type) {
     sparsity_backward_of<std::remove_pointer_t<decltype(type)>>(shape, experts, args);
   });
 }

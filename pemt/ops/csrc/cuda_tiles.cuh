@@ -17,17 +17,8 @@ constexpr int kWarp = 32;
 constexpr int kTokens = 32;                    // tokens of one block in the sparsity kernels
 constexpr int kPerToken = kThreads / kTokens;  // threads that share a token
 constexpr int kChunk = 64;                     // tokens of one block in the mixture's backward
-
-template <class T>
-struct RealOf {
-  using type = float;
-};
-template <>
-struct RealOf<double> {
-  using type = double;
-};
-template <class T>
-using Real = typename RealOf<T>::type;
+constexpr int kGatedChunk = 128;               // tokens of one block in gate_latent
+constexpr int kInFlight = 4;                   // 16-byte reads that a thread waits for together
 
 template <class T>
 constexpr int kPack = 16 / sizeof(T);  // elements of one wide access
@@ -40,17 +31,27 @@ struct alignas(16) Pack {
   T value[kPack<T>];
 };
 
-// kPack reals from memory, zeros past `valid`; one wide load where the address allows it.
-template <class T>
-__device__ void load(const T* from, int valid, bool wide, Real<T> (&to)[kPack<T>]) {
-  if (wide && valid >= kPack<T>) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+// Packs from memory, zeros from `valid` elements on. With wide accesses a row is whole packs, and
+// all reads are on their way before the first is waited for.
+template <int Count, class T>
+__device__ void load(
+    const T* const (&from)[Count], const int (&valid)[Count], bool wide, Pack<T> (&to)[Count]) {
+  if (wide) {
 #pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) to[i] = real(pack.value[i]);
+    for (int j = 0; j < Count; ++j)
+      to[j] = valid[j] > 0 ? *reinterpret_cast<const Pack<T>*>(from[j]) : Pack<T>{};
   } else {
 #pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) to[i] = i < valid ? real(from[i]) : Real<T>(0);
+    for (int j = 0; j < Count; ++j)
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i)
+        to[j].value[i] = i < valid[j] ? from[j][i] : Pack<T>{}.value[i];
   }
+}
+
+template <class T>
+__device__ int left_of(int64_t width, int64_t at) {  // elements of a row from `at` on, as `valid`
+  return int(width - at < kPack<T> ? width - at : kPack<T>);
 }
 
 template <class T>
@@ -87,6 +88,16 @@ __device__ R block_sum(R value) {  // thread 0 has it
   return value;
 }
 
+template <class T>
+__device__ const T* row_of(const Read& rows, int64_t n) {
+  return static_cast<const T*>(rows.data) + n * rows.stride;
+}
+
+template <class T>
+__device__ T* row_of(const Write& rows, int64_t n) {
+  return static_cast<T*>(rows.data) + n * rows.stride;
+}
+
 // The tokens of one block, and the thread's place among them.
 struct Place {
   int64_t first;  // the block's first token
@@ -100,6 +111,39 @@ struct Place {
         column(threadIdx.x % kPerToken) {}
 };
 
+constexpr int kPairs = kInFlight / 2;  // a latent and a projection each, or z and its gradient
+
+// A token's latents and projections, kPairs tiles at a time for the threads that share it; after
+// an expert's last tile comes the next expert's first.
+template <class T>
+struct Tiles {
+  int k = 0, start = 0;  // where the next one begins
+  int expert[kPairs], at[kPairs], valid[2 * kPairs];
+  bool begins[kPairs], ends[kPairs];  // the expert
+  Pack<T> found[2 * kPairs];          // latents, then projections
+
+  __device__ void next(const Experts& experts, const Place& place, const T* latents,
+      const T* projections, bool wide) {
+    const T* from[2 * kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const int own = k < experts.count ? k : 0, first = experts.offset[own];
+      const int rank = experts.offset[own + 1] - first, column = start + place.column * kPack<T>;
+      const bool present = place.row < place.count && k < experts.count;
+      expert[j] = k;
+      at[j] = first + column;
+      valid[j] = valid[j + kPairs] = present ? left_of<T>(rank, column) : 0;
+      from[j] = latents + at[j];
+      from[j + kPairs] = projections + at[j];
+      begins[j] = start == 0;
+      start += kTile<T>;
+      if (k < experts.count && start >= rank) ++k, start = 0;
+      ends[j] = start == 0;
+    }
+    load(from, valid, wide, found);
+  }
+};
+
 inline int64_t blocks_of(int64_t items, int64_t per_block) {
   return (items + per_block - 1) / per_block;
 }
@@ -110,24 +154,18 @@ bool aligned(Pointers... pointers) {
 }
 
 template <class T>
-bool ranks_aligned(const Experts& experts) {  // every rank begins a pack
-  return std::all_of(experts.offset, experts.offset + experts.count + 1,
-      [](int offset) { return offset % kPack<T> == 0; });
+bool aligned(const Read& rows) {  // every row begins a pack
+  return rows.stride % kPack<T> == 0 && aligned(rows.data);
+}
+template <class T>
+bool aligned(const Write& rows) {
+  return aligned<T>(Read{rows.data, rows.stride});
 }
 
-// Calls `run` with a null pointer of the tensors' type.
-template <class Run>
-void with_type(Dtype dtype, const Run& run) {
-  switch (dtype) {
-    case Dtype::f32:
-      return run(static_cast<float*>(nullptr));
-    case Dtype::f64:
-      return run(static_cast<double*>(nullptr));
-    case Dtype::bf16:
-      return run(static_cast<bf16*>(nullptr));
-    case Dtype::f16:
-      return run(static_cast<f16*>(nullptr));
-  }
+template <class T>
+bool ranks_aligned(const Experts& experts) {  // every expert begins a pack
+  return std::all_of(experts.offset, experts.offset + experts.count + 1,
+      [](int offset) { return offset % kPack<T> == 0; });
 }
 
 }  // namespace pemt

@@ -15,6 +15,32 @@ constexpr double kCosineEps = 1e-8;  // torch.nn.functional.cosine_similarity's 
 
 enum class Dtype { f32, f64, bf16, f16 };
 
+template <class T>
+struct RealOf {
+  using type = float;
+};
+template <>
+struct RealOf<double> {
+  using type = double;
+};
+template <class T>
+using Real = typename RealOf<T>::type;
+
+// Calls `run` with a null pointer of the tensors' type; half types are each device's own.
+template <class Bf16, class F16, class Run>
+void with_type(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::f32:
+      return run(static_cast<float*>(nullptr));
+    case Dtype::f64:
+      return run(static_cast<double*>(nullptr));
+    case Dtype::bf16:
+      return run(static_cast<Bf16*>(nullptr));
+    case Dtype::f16:
+      return run(static_cast<F16*>(nullptr));
+  }
+}
+
 struct Experts {  // small enough to be a kernel's argument
   int count;
   int total;
@@ -28,34 +54,39 @@ struct Shape {
   int64_t d_model;
 };
 
+// Rows of a matrix that may stand in a wider one, as y and latent do in [y | latent].
+template <class Pointer>
+struct Rows {
+  Pointer data;
+  int64_t stride;  // elements from one row to the next
+};
+using Read = Rows<const void*>;
+using Write = Rows<void*>;
+
 // Per-block sums that a second stage adds up in a fixed order: same bits in every run.
 int64_t mixture_partials(const Shape& shape);   // blocks per sample; the buffer is [B, this, K]
 int64_t sparsity_partials(const Shape& shape);  // blocks in all; the buffer is [this, K]
 
-// gated[n,t] = latent[n,t] * gate[b,k] * scale[k]
-void gate_latent(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-    const void* latent, const void* gates, void* gated);
-
-// y[n,:] += gated latent[n,:] up^T in one launch, for few tokens; false, and nothing done, for
-// many. up [D,T] must be contiguous.
-bool expand_small(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
-    const void* latent, const void* gates, const void* up, void* y);
+// gated[n,t] = latent[n,t] * gate[b,k] * scale[k]; gated [N,T] is contiguous
+void gate_latent(void* stream, Dtype dtype, const Shape& shape, const Experts& experts, Read latent,
+    const void* gates, void* gated);
 
 struct MixtureBackward {
-  const void* latent;   // [N,T]
-  void* projection;     // [N,T], dy up; overwritten by the latent's whole gradient
-  const void* dlatent;  // [N,T] from outside, or null
-  const void* gates;    // [B,K] reals
-  void* partials;       // [B, mixture_partials, K] reals
-  void* dgates;         // [B,K] reals
-  bool need_dlatent;
+  Read latent;             // [N,T]
+  const void* projection;  // [N,T], dy up
+  Write dlatent;           // [N,T]; the mixture's part is added to the loss's, or written
+  const void* gates;       // [B,K] reals
+  const void*
+      sparsity_gate;  // [B,K] reals: the loss's part of dgates, or null: no part of it anywhere
+  void* partials;     // [B, mixture_partials, K] reals
+  void* dgates;       // [B,K] reals
 };
 void mixture_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,
     const MixtureBackward& args);
 
 struct SparsityForward {
   const void* z;              // [N,D]
-  const void* latent;         // [N,T]
+  Read latent;                // [N,T]
   const void* projection;     // [N,T], z up
   const void* gates;          // [B,K] reals
   const void* token_weights;  // [N] reals, or null for 1/N each
@@ -69,16 +100,17 @@ void sparsity_forward(void* stream, Dtype dtype, const Shape& shape, const Exper
 
 struct SparsityBackward {
   const void* grad;           // one real: the loss's gradient
+  const void* dz;             // [N,D]: z's gradient from elsewhere, or null
   const void* z;              // [N,D]
-  const void* latent;         // [N,T]
+  Read latent;                // [N,T]
   const void* projection;     // [N,T]
   const void* gates;          // [B,K] reals
   const void* token_weights;  // [N] reals or null
   const void* stats;          // [N,2K+1] reals
   const void* distance;       // [K] reals
-  void* dz;                   // [N,D]: the part along z; the caller adds mix upᵀ
+  Write whole_dz;             // [N,D]: dz and the loss's part along z; the caller adds mix upᵀ
   void* mix;                  // [N,T]
-  void* dlatent;              // [N,T]
+  Write dlatent;              // [N,T]
   void* dgates;               // [B,K] reals
 };
 void sparsity_backward(void* stream, Dtype dtype, const Shape& shape, const Experts& experts,

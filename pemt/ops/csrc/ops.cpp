@@ -122,100 +122,154 @@ const void* pointer(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
+Read read(const Tensor& tensor_NX) { return {tensor_NX.const_data_ptr(), tensor_NX.stride(0)}; }
+Write write(const Tensor& tensor_NX) { return {tensor_NX.mutable_data_ptr(), tensor_NX.stride(0)}; }
+
+// What all parts of one call share.
+struct Call {
+  Experts experts;
+  Shape shape;
+  Tensor gates_BK;
+  OptionalTensor weights_N;
+  void* stream;
+  Dtype dtype;
+
+  Call(const Tensor& like_BSX, int64_t d_model, const Tensor& gates, at::ArrayRef<double> scales,
+      at::IntArrayRef ranks, const OptionalTensor& token_weights)
+      : experts(experts_of(scales, ranks)),
+        shape{like_BSX.size(0), like_BSX.size(1), d_model},
+        gates_BK(reals(gates, like_BSX)),
+        stream(stream_of(like_BSX)),
+        dtype(dtype_of(like_BSX)) {
+    if (token_weights.has_value()) weights_N = reals(*token_weights, like_BSX);
+  }
+
+  Tensor in_rows(const Tensor& tensor_NX) const {  // [N,X] -> [B,S,X]
+    return tensor_NX.view({shape.batch, shape.tokens, tensor_NX.size(1)});
+  }
+};
+
+struct Loss {
+  Tensor loss, projection, stats, distance;
+};
+
+Loss sparsity_of(const Call& call, const Tensor& z_ND, const Tensor& latent_NT, const Tensor& up) {
+  const auto options = call.gates_BK.options();
+  const int64_t count = call.experts.count;
+  const Tensor projection_NT = times(z_ND, up);
+  const Tensor stats = at::empty({call.shape.batch, call.shape.tokens, 2 * count + 1}, options);
+  const Tensor partials = at::empty({sparsity_partials(call.shape), count}, options);
+  const Tensor distance = at::empty({count}, options), loss = at::empty({}, options);
+  sparsity_forward(call.stream, call.dtype, call.shape, call.experts,
+      {z_ND.const_data_ptr(), read(latent_NT), projection_NT.const_data_ptr(),
+          call.gates_BK.const_data_ptr(), pointer(call.weights_N), stats.mutable_data_ptr(),
+          partials.mutable_data_ptr(), distance.mutable_data_ptr(), loss.mutable_data_ptr()});
+  return {loss, call.in_rows(projection_NT), stats, distance};
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> expert_mixture(const Tensor& x, const Tensor& weight, const Tensor& down,
-    const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks) {
+Output ffn_output(const Tensor& x, const Tensor& stacked, const Tensor& up, const Tensor& gates,
+    const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
+    const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
+    bool sparsity) {
   const Guard guard(x.device());
-  const auto experts = experts_of(scales, ranks);
-  const Shape shape{x.size(0), x.size(1), weight.size(0)};
-  const Tensor x_NF = rows_of(x), gates_BK = reals(gates, x);
-  Tensor y_ND = times(x_NF, weight.t());
-  const Tensor latent_NT = times(x_NF, down.t());
-  const void* latents = latent_NT.const_data_ptr();
-  const void* gate_values = gates_BK.const_data_ptr();
-  const bool expanded =
-      up.is_contiguous() && expand_small(stream_of(x), dtype_of(x), shape, experts, latents,
-                                gate_values, up.const_data_ptr(), y_ND.mutable_data_ptr());
-  if (!expanded) {
-    Tensor gated_NT = at::empty_like(latent_NT);
-    gate_latent(stream_of(x), dtype_of(x), shape, experts, latents, gate_values,
-        gated_NT.mutable_data_ptr());
-    y_ND.addmm_(gated_NT, up.t());
+  const int64_t d_model = up.size(0), total = up.size(1);
+  const Call call(x, d_model, gates, scales, ranks, token_weights);
+  const Tensor x_NF = rows_of(x);
+  const auto nothing = [&] {
+    return at::empty({0}, x.options());
+  };  // outputs may not be one tensor
+  Tensor mixed, y_ND;
+  if (adapter_down.has_value()) {  // y is kept: the adapter's weights want it
+    mixed = times(x_NF, stacked.t());
+    y_ND = mixed.narrow(1, 0, d_model);
+  } else {
+    y_ND = times(x_NF, stacked.narrow(0, 0, d_model).t());
+    mixed = times(x_NF, stacked.narrow(0, d_model, total).t());
   }
-  return {y_ND.view({shape.batch, shape.tokens, shape.d_model}),
-      latent_NT.view({shape.batch, shape.tokens, experts.total})};
+  const Tensor latent_NT = mixed.narrow(1, mixed.size(1) - total, total);
+  const Tensor gated_NT = at::empty({latent_NT.size(0), total}, x.options());
+  gate_latent(call.stream, call.dtype, call.shape, call.experts, read(latent_NT),
+      call.gates_BK.const_data_ptr(), gated_NT.mutable_data_ptr());
+  y_ND.addmm_(gated_NT, up.t());
+  Tensor z_ND = y_ND, hidden = nothing(), active = nothing();
+  if (adapter_down.has_value()) {
+    hidden = at::addmm(*adapter_down_bias, y_ND, adapter_down->t());
+    active = at::gelu(hidden, "tanh");
+    z_ND = at::addmm(*adapter_up_bias, active, adapter_up->t()).add_(y_ND);
+    hidden = call.in_rows(hidden);
+    active = call.in_rows(active);
+  }
+  Loss found{nothing(), nothing(), nothing(), nothing()};
+  if (sparsity) found = sparsity_of(call, z_ND, latent_NT, up);
+  return {call.in_rows(z_ND), found.loss, call.in_rows(mixed), hidden, active, found.projection,
+      found.stats, found.distance};
 }
 
-std::tuple<Tensor, Tensor> expert_mixture_backward(const Tensor& dy, const OptionalTensor& dlatent,
-    const Tensor& latent, const Tensor& weight, const Tensor& down, const Tensor& up,
-    const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks, bool need_dx) {
-  const Guard guard(dy.device());
-  const auto experts = experts_of(scales, ranks);
-  const Shape shape{dy.size(0), dy.size(1), dy.size(2)};
-  const Tensor dy_ND = rows_of(dy), latent_NT = rows_of(latent).contiguous();
-  const Tensor gates_BK = reals(gates, dy);
-  OptionalTensor outer;
-  if (dlatent.has_value()) outer = dlatent->contiguous();
-  Tensor projection_NT = times(dy_ND, up);
+Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dloss,
+    const Tensor& z, const Tensor& mixed, const Tensor& hidden, const Tensor& active,
+    const Tensor& projection, const Tensor& stats, const Tensor& distance, const Tensor& stacked,
+    const Tensor& up, const Tensor& gates,
+    const OptionalTensor& adapter_down, const OptionalTensor& adapter_up,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
+    bool need_dx) {
+  const Guard guard(mixed.device());
+  const int64_t d_model = up.size(0), total = up.size(1);
+  const Call call(mixed, d_model, gates, scales, ranks, token_weights);
+  const Tensor mixed_NX = rows_of(mixed);
+  const auto nothing = [&] { return at::empty({0}, mixed.options()); };
+  const Tensor latent_NT = mixed_NX.narrow(1, mixed_NX.size(1) - total, total);
+  // the gradient of [y | latent]: each product adds to its part of it; of the latent alone where
+  // nothing is added to y's
+  const bool both = dloss.has_value() || adapter_down.has_value();
+  const Tensor whole =
+      at::empty({latent_NT.size(0), (both ? d_model : 0) + total}, mixed.options());
+  Tensor dy_ND = both ? whole.narrow(1, 0, d_model) : rows_of(*dz);
+  const Tensor dlatent_NT = whole.narrow(1, whole.size(1) - total, total);
+  OptionalTensor sparsity_gate;
+  if (dloss.has_value()) {
+    OptionalTensor outer;
+    if (dz.has_value()) outer = dz->contiguous();
+    const Tensor grad_1 = reals(*dloss, mixed), z_ND = rows_of(z).contiguous();
+    const Tensor mix_NT = at::empty({latent_NT.size(0), total}, mixed.options());
+    sparsity_gate = at::empty_like(call.gates_BK);
+    const Tensor projection_NT = projection.contiguous(), stats_NC = stats.contiguous();
+    sparsity_backward(call.stream, call.dtype, call.shape, call.experts,
+        {grad_1.const_data_ptr(), pointer(outer), z_ND.const_data_ptr(), read(latent_NT),
+            projection_NT.const_data_ptr(), call.gates_BK.const_data_ptr(), pointer(call.weights_N),
+            stats_NC.const_data_ptr(), distance.const_data_ptr(), write(dy_ND),
+            mix_NT.mutable_data_ptr(), write(dlatent_NT), sparsity_gate->mutable_data_ptr()});
+    dy_ND.addmm_(mix_NT, up.t());
+  } else if (both) {
+    dy_ND.copy_(rows_of(*dz));
+  }
+  Tensor ddown = nothing(), ddown_bias = nothing(), dup = nothing(), dup_bias = nothing();
+  if (adapter_down.has_value()) {
+    dup_bias = dy_ND.sum(0);
+    dup = at::mm(dy_ND.t(), rows_of(active));
+    const Tensor dhidden = at::gelu_backward(at::mm(dy_ND, *adapter_up), rows_of(hidden), "tanh");
+    ddown_bias = dhidden.sum(0);
+    ddown = at::mm(dhidden.t(), mixed_NX.narrow(1, 0, d_model));
+    dy_ND.addmm_(dhidden, *adapter_down);
+  }
+  const Tensor from_y_NT = times(dy_ND, up);
   const Tensor partials =
-      at::empty({shape.batch, mixture_partials(shape), experts.count}, gates_BK.options());
-  Tensor dgates = at::empty_like(gates_BK);
-  mixture_backward(stream_of(dy), dtype_of(dy), shape, experts,
-      {latent_NT.const_data_ptr(), projection_NT.mutable_data_ptr(), pointer(outer),
-          gates_BK.const_data_ptr(), partials.mutable_data_ptr(), dgates.mutable_data_ptr(),
-          need_dx});
-  dgates = dgates.to(gates.scalar_type());
-  if (!need_dx) return {at::empty({0}, dy.options()), dgates};
-  Tensor dx_NF = times(dy_ND, weight);
-  dx_NF.addmm_(projection_NT, down);
-  return {dx_NF.view({shape.batch, shape.tokens, weight.size(1)}), dgates};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(const Tensor& z, const Tensor& latent,
-    const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
-    const OptionalTensor& token_weights) {
-  const Guard guard(z.device());
-  const auto experts = experts_of(scales, ranks);
-  const Shape shape{z.size(0), z.size(1), z.size(2)};
-  const Tensor z_ND = rows_of(z).contiguous(), latent_NT = rows_of(latent).contiguous();
-  const Tensor gates_BK = reals(gates, z);
-  OptionalTensor weights;
-  if (token_weights.has_value()) weights = reals(*token_weights, z);
-  const Tensor projection_NT = times(z_ND, up);
-  const auto options = gates_BK.options();
-  const Tensor stats = at::empty({shape.batch, shape.tokens, 2 * experts.count + 1}, options);
-  const Tensor partials = at::empty({sparsity_partials(shape), experts.count}, options);
-  const Tensor distance = at::empty({experts.count}, options), loss = at::empty({}, options);
-  sparsity_forward(stream_of(z), dtype_of(z), shape, experts,
-      {z_ND.const_data_ptr(), latent_NT.const_data_ptr(), projection_NT.const_data_ptr(),
-          gates_BK.const_data_ptr(), pointer(weights), stats.mutable_data_ptr(),
-          partials.mutable_data_ptr(), distance.mutable_data_ptr(), loss.mutable_data_ptr()});
-  return {loss, projection_NT.view({shape.batch, shape.tokens, experts.total}), stats, distance};
-}
-
-std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, const Tensor& z,
-    const Tensor& latent, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
-    at::IntArrayRef ranks, const OptionalTensor& token_weights, const Tensor& projection,
-    const Tensor& stats, const Tensor& distance) {
-  const Guard guard(z.device());
-  const auto experts = experts_of(scales, ranks);
-  const Shape shape{z.size(0), z.size(1), z.size(2)};
-  const Tensor z_ND = rows_of(z).contiguous(), latent_NT = rows_of(latent).contiguous();
-  const Tensor gates_BK = reals(gates, z), grad_1 = reals(grad, z);
-  const Tensor projection_NT = projection.contiguous(), stats_NC = stats.contiguous();
-  OptionalTensor weights;
-  if (token_weights.has_value()) weights = reals(*token_weights, z);
-  Tensor dz_ND = at::empty_like(z_ND), mix_NT = at::empty_like(latent_NT);
-  const Tensor dlatent_NT = at::empty_like(latent_NT), dgates = at::empty_like(gates_BK);
-  sparsity_backward(stream_of(z), dtype_of(z), shape, experts,
-      {grad_1.const_data_ptr(), z_ND.const_data_ptr(), latent_NT.const_data_ptr(),
-          projection_NT.const_data_ptr(), gates_BK.const_data_ptr(), pointer(weights),
-          stats_NC.const_data_ptr(), distance.const_data_ptr(), dz_ND.mutable_data_ptr(),
-          mix_NT.mutable_data_ptr(), dlatent_NT.mutable_data_ptr(), dgates.mutable_data_ptr()});
-  dz_ND.addmm_(mix_NT, up.t());
-  return {dz_ND.view({shape.batch, shape.tokens, shape.d_model}),
-      dlatent_NT.view({shape.batch, shape.tokens, experts.total}), dgates.to(gates.scalar_type())};
+      at::empty({call.shape.batch, mixture_partials(call.shape), call.experts.count},
+          call.gates_BK.options());
+  const Tensor dgates = at::empty_like(call.gates_BK);
+  mixture_backward(call.stream, call.dtype, call.shape, call.experts,
+      {read(latent_NT), from_y_NT.const_data_ptr(), write(dlatent_NT),
+          call.gates_BK.const_data_ptr(), pointer(sparsity_gate), partials.mutable_data_ptr(),
+          dgates.mutable_data_ptr()});
+  Tensor dx = nothing();
+  if (need_dx) {
+    dx = both ? times(whole, stacked) : times(dy_ND, stacked.narrow(0, 0, d_model));
+    if (!both) dx.addmm_(dlatent_NT, stacked.narrow(0, d_model, total));
+    dx = call.in_rows(dx);
+  }
+  return {dx, dgates.to(gates.scalar_type()), ddown, ddown_bias, dup, dup_bias};
 }
 
 std::tuple<Tensor, Tensor> prompt_mean(const Tensor& x, int64_t prompt_length) {

@@ -14,25 +14,28 @@ namespace pemt {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// {y [B,S,D], latent [B,S,T]}
-std::tuple<Tensor, Tensor> expert_mixture(const Tensor& x, const Tensor& weight, const Tensor& down,
-    const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks);
+// A linear layer and the experts, the target adapter if there is one, the loss if it is wanted.
+// `stacked` [D+T,F] is the layer's own weight over the down projections.
+// {z [B,S,D], loss; and for the backward pass: mixed [B,S,D+T], y beside the latent (without an
+//  adapter the latent alone), the adapter's hidden and active [B,S,H], projection [B,S,T],
+//  stats [B,S,2K+1], mean distances [K]}; what there is none of is empty
+using Output = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Output ffn_output(const Tensor& x, const Tensor& stacked, const Tensor& up, const Tensor& gates,
+    const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
+    const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
+    bool sparsity);
 
-// {dx [B,S,F], or nothing in it where it is not needed; dgates [B,K]}
-std::tuple<Tensor, Tensor> expert_mixture_backward(const Tensor& dy, const OptionalTensor& dlatent,
-    const Tensor& latent, const Tensor& weight, const Tensor& down, const Tensor& up,
-    const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks, bool need_dx);
-
-// {loss, and for the backward pass: projection [B,S,T], stats [B,S,2K+1], mean distances [K]}
-std::tuple<Tensor, Tensor, Tensor, Tensor> task_sparsity(const Tensor& z, const Tensor& latent,
-    const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales, at::IntArrayRef ranks,
-    const OptionalTensor& token_weights);
-
-// {dz [B,S,D], dlatent [B,S,T], dgates [B,K]}
-std::tuple<Tensor, Tensor, Tensor> task_sparsity_backward(const Tensor& grad, const Tensor& z,
-    const Tensor& latent, const Tensor& up, const Tensor& gates, at::ArrayRef<double> scales,
-    at::IntArrayRef ranks, const OptionalTensor& token_weights, const Tensor& projection,
-    const Tensor& stats, const Tensor& distance);
+// {dx [B,S,F], dgates [B,K], and of the adapter: ddown, its bias's, dup, its bias's}; what is not
+// needed is empty
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dloss,
+    const Tensor& z, const Tensor& mixed, const Tensor& hidden, const Tensor& active,
+    const Tensor& projection, const Tensor& stats, const Tensor& distance, const Tensor& stacked,
+    const Tensor& up, const Tensor& gates,
+    const OptionalTensor& adapter_down, const OptionalTensor& adapter_up,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
+    bool need_dx);
 
 // {x itself; [B,X] reals: the mean of x [B,S,X] over its first tokens}
 std::tuple<Tensor, Tensor> prompt_mean(const Tensor& x, int64_t prompt_length);
