@@ -41,8 +41,8 @@ struct FfnOutput : torch::autograd::Function<FfnOutput> {
     const auto& [z, loss, mixed, hidden, active, projection, stats, distance] = *kept;
     const Tensor nothing;
     context->save_for_backward({sparsity ? z : nothing, mixed, hidden, active, projection, stats,
-        distance, stacked, up, gates, adapter_down.value_or(nothing),
-        adapter_up.value_or(nothing), token_weights.value_or(nothing)});
+        distance, stacked, up, gates, adapter_down.value_or(nothing), adapter_up.value_or(nothing),
+        token_weights.value_or(nothing)});
     context->saved_data["scales"] = scales.vec();
     context->saved_data["ranks"] = ranks.vec();
     context->set_materialize_grads(false);

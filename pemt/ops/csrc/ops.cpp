@@ -211,10 +211,9 @@ Output ffn_output(const Tensor& x, const Tensor& stacked, const Tensor& up, cons
 Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dloss,
     const Tensor& z, const Tensor& mixed, const Tensor& hidden, const Tensor& active,
     const Tensor& projection, const Tensor& stats, const Tensor& distance, const Tensor& stacked,
-    const Tensor& up, const Tensor& gates,
-    const OptionalTensor& adapter_down, const OptionalTensor& adapter_up,
-    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
-    bool need_dx) {
+    const Tensor& up, const Tensor& gates, const OptionalTensor& adapter_down,
+    const OptionalTensor& adapter_up, at::ArrayRef<double> scales, at::IntArrayRef ranks,
+    const OptionalTensor& token_weights, bool need_dx) {
   const Guard guard(mixed.device());
   const int64_t d_model = up.size(0), total = up.size(1);
   const Call call(mixed, d_model, gates, scales, ranks, token_weights);

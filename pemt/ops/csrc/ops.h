@@ -32,10 +32,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dloss,
     const Tensor& z, const Tensor& mixed, const Tensor& hidden, const Tensor& active,
     const Tensor& projection, const Tensor& stats, const Tensor& distance, const Tensor& stacked,
-    const Tensor& up, const Tensor& gates,
-    const OptionalTensor& adapter_down, const OptionalTensor& adapter_up,
-    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
-    bool need_dx);
+    const Tensor& up, const Tensor& gates, const OptionalTensor& adapter_down,
+    const OptionalTensor& adapter_up, at::ArrayRef<double> scales, at::IntArrayRef ranks,
+    const OptionalTensor& token_weights, bool need_dx);
 
 // {x itself; [B,X] reals: the mean of x [B,S,X] over its first tokens}
 std::tuple<Tensor, Tensor> prompt_mean(const Tensor& x, int64_t prompt_length);
