@@ -76,16 +76,13 @@ def write_world(
         save_file(tokens, folder / f"{name}.safetensors")
 
 
+SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
+
+
 def _config(shape: Shape) -> dict[str, Any]:
     """As a file of published numbers describes its model (tests/parity/golden.py)."""
     return {
-        "vocab_size": shape.vocab_size,
-        "d_model": shape.d_model,
-        "d_kv": shape.d_kv,
-        "d_ff": shape.d_ff,
-        "num_layers": shape.num_layers,
-        "num_decoder_layers": shape.num_decoder_layers,
-        "num_heads": shape.num_heads,
+        **{name: getattr(shape, name) for name in SIZES},
         "dropout_rate": shape.dropout,
         "feed_forward_proj": "relu",
         "decoder_start_token_id": 0,
