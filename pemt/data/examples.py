@@ -18,7 +18,7 @@ from pemt.data.errors import DataError
 from pemt.data.formats import note_on
 from pemt.data.in_memory import MemoryData, Rows
 from pemt.data.local_files import columns_of, read_rows, renamed, task_files
-from pemt.data.tables import Record
+from pemt.data.tables import RawRow
 from pemt.tasks import (
     SPLITS,
     ClassId,
@@ -46,7 +46,7 @@ EXAMPLE = Features(
     }
 )
 
-Located = Iterable[tuple[str, Record | RowError]]
+Located = Iterable[tuple[str, RawRow | RowError]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def locate_data(task: Task, data_dir: str | None, memory: MemoryData | None = No
     return DataLocation(task=task, files=files, notes=tuple(notes))
 
 
-def is_labelled(task: Task, row: Record | RowError) -> bool:
+def is_labelled(task: Task, row: RawRow | RowError) -> bool:
     """Whether a row can be read and has a label."""
     return not isinstance(row, RowError) and has_label(task, row)
 
@@ -153,7 +153,7 @@ def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
     return make_examples(task, HubRows(task, rows, hub_name(hub, split)), rows._fingerprint)
 
 
-def named(task: Task, row: Record, features: Features | None) -> Record:
+def named(task: Task, row: RawRow, features: Features | None) -> RawRow:
     """A row in which a class id of the data set's own is the name that it has there, or is known to be an id.
 
     A data set on the hub may number its classes in another order than the task's labels.
@@ -196,7 +196,7 @@ class HubRows:
     def __init__(self, task: Task, rows: Dataset, name: str) -> None:
         self.task, self.rows, self.name = task, rows, name
 
-    def __iter__(self) -> Iterator[tuple[str, Record]]:
+    def __iter__(self) -> Iterator[tuple[str, RawRow]]:
         for number, row in enumerate(self.rows, start=1):
             yield f"{self.name}: row {number}", named(self.task, row, self.rows.features)
 
@@ -207,7 +207,7 @@ class LocalRows:
     def __init__(self, task: Task, paths: tuple[Path, ...]) -> None:
         self.task, self.paths = task, paths
 
-    def __iter__(self) -> Iterator[tuple[str, Record | RowError]]:
+    def __iter__(self) -> Iterator[tuple[str, RawRow | RowError]]:
         return read_rows(self.task, self.paths)
 
 
@@ -218,7 +218,7 @@ class MemoryRows:
         self.task, self.split = task, split
         self.rows = rows.with_format(None) if isinstance(rows, Dataset) else rows
 
-    def __iter__(self) -> Iterator[tuple[str, Record | RowError]]:
+    def __iter__(self) -> Iterator[tuple[str, RawRow | RowError]]:
         features = self.rows.features if isinstance(self.rows, Dataset) else None
         for number, row in enumerate(self.rows):
             place = f"{self.split}[{number}]"
@@ -257,7 +257,7 @@ def examples_of(task: Task, rows: Located) -> Iterator[dict[str, Any]]:
         yield example_row(task, place, row)
 
 
-def example_row(task: Task, place: str, row: Record | RowError) -> dict[str, Any]:
+def example_row(task: Task, place: str, row: RawRow | RowError) -> dict[str, Any]:
     """The example of one row."""
     try:
         if isinstance(row, RowError):

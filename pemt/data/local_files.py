@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pemt.data.errors import DataError
-from pemt.data.formats import EXTENSIONS, Record, extension_of, read_records
+from pemt.data.formats import EXTENSIONS, RawRow, extension_of, read_records
 from pemt.data.tables import Columns
 from pemt.tasks import RowError, Task
 
@@ -229,7 +229,7 @@ def columns_of(task: Task) -> Columns:
     )
 
 
-def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, Record | RowError]]:
+def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, RawRow | RowError]]:
     """The rows of published or plain files with the hub's fields, each with its place."""
     for path in paths:
         for place, record in read_records(path, columns_of(task)):
@@ -243,7 +243,7 @@ def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, Record |
                 yield place, error
 
 
-def renamed(task: Task, row: Record) -> Record:
+def renamed(task: Task, row: RawRow) -> RawRow:
     """The row with the fields of published files under the hub's names as well."""
     for field, published in task.aliases:
         if field not in row and published in row:

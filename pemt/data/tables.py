@@ -22,8 +22,8 @@ from pemt.tasks import RowError
 DELIMITERS = (",", ";", "\t", "|")
 SAMPLE = 50  # rows that are compared where several delimiters would do
 
-Record = dict[str, Any]
-Located = tuple[str, Record | RowError]
+RawRow = dict[str, Any]
+Located = tuple[str, RawRow | RowError]
 Numbered = tuple[int, list[str] | RowError]  # the line a row begins at, and its fields
 
 
@@ -194,7 +194,7 @@ def checked_header(place: str, names: list[str]) -> list[str]:
     return names
 
 
-def row_of(header: Sequence[str], values: Sequence[str]) -> Record | RowError:
+def row_of(header: Sequence[str], values: Sequence[str]) -> RawRow | RowError:
     """A line's values under their names.
 
     A column without a name is an index where it is the first (pandas), otherwise it must be empty.

@@ -10,7 +10,7 @@ from typing import Any
 from pemt.data.errors import DataError
 from pemt.data.formats import lines_of, note_on, parsed_lines, read_records
 from pemt.data.local_files import columns_of, renamed
-from pemt.data.tables import Record
+from pemt.data.tables import RawRow
 from pemt.data.text import as_utf8
 from pemt.tasks import RowError, Task, encodable, source_of
 
@@ -51,7 +51,7 @@ def note_on_inputs(task: Task, file: str) -> str:
     return "" if file == STDIN else note_on(Path(file), columns_of(task))
 
 
-def located(task: Task, file: str) -> Iterable[tuple[str, Record | RowError]]:
+def located(task: Task, file: str) -> Iterable[tuple[str, RawRow | RowError]]:
     """Records with their places."""
     if file == STDIN:
         return parsed_lines("stdin", lines_of(as_utf8(sys.stdin.buffer, "stdin")))

@@ -55,17 +55,17 @@ class LinearSite:
     @property
     def name(self) -> str:
         """As the experts' tensors begin: see `Site`."""
-        return self.site.name
+        return self.spec.name
 
     @property
     def in_decoder(self) -> bool:
         """Whether it is one of the decoder's."""
-        return self.site.in_decoder
+        return self.spec.in_decoder
 
     @property
     def attribute(self) -> str:
         """What its owner calls it."""
-        return self.site.module.rpartition(".")[2]
+        return self.spec.module.rpartition(".")[2]
 
     @property
     def module(self) -> Any:

@@ -87,14 +87,14 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
 
     def forward(self, x_BSF: Tensor) -> Tensor:
         """z [B,S,D]; gates [B,K] and sparsity loss go to the pass's context, as it asks for them."""
-        if self.in_decoder and self.context.is_answering:
-            return self.adapter(self._answer(x_BSF))
+        if self.in_decoder and self.context.is_generating:
+            return self.adapter(self._generate_step(x_BSF))
         x_BSF, prompt_BC = self._gate_context(x_BSF)
         gates_BK = self.gate(prompt_BC)
         context = self.context
-        if context.is_answering:
-            context.record_answer(gates_BK)
-            return self.adapter(self.answer(x_BSF, self.prepare_answer(gates_BK)))
+        if context.is_generating:
+            context.record_generate_gates(gates_BK)
+            return self.adapter(self.generate_step(x_BSF, self.prepare_step(gates_BK)))
         z_BSD, loss = self.mix(x_BSF, gates_BK, sparsity=context.wants_sparsity)
         if loss is not None:
             context.record(gates_BK, loss)
@@ -175,10 +175,10 @@ class BottleneckMixture(MixtureProjection):
         z_BSD = self.adapter(y_BSD)
         return z_BSD, self._sparsity(z_BSD, outputs, gates_BK) if sparsity else None
 
-    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
+    def prepare_step(self, gates_BK: Tensor) -> Tensor:
         return gates_BK
 
-    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+    def generate_step(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
         return self._outputs(x_BSF, prepared)[0]
 
     def _outputs(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -9,7 +9,7 @@ from itertools import permutations
 from statistics import mean
 
 from pemt.config import flat
-from pemt.report.record import Record
+from pemt.report.record import RunRecord
 
 SCORE = "test_average_metrics"
 # What runs of one comparison may differ in: where they are, and which experts they mix.
@@ -39,7 +39,7 @@ class LeftOut:
     pairs: int
 
 
-def left_out(records: Sequence[Record]) -> list[LeftOut]:
+def left_out(records: Sequence[RunRecord]) -> list[LeftOut]:
     """What every source adds where there are finished runs with and without it, the most helpful first."""
     scored = [record for record in records if SCORE in record.results and record.sources]
     found = defaultdict(list)
@@ -60,7 +60,7 @@ def left_out(records: Sequence[Record]) -> list[LeftOut]:
     return sorted(parts, key=lambda part: part.without - part.score)
 
 
-def _alike(one: Record, other: Record) -> bool:
+def _alike(one: RunRecord, other: RunRecord) -> bool:
     ours, theirs = (
         {key: value for key, value in flat(record.config).items() if key not in FREE}
         for record in (one, other)

@@ -86,8 +86,8 @@ class Meter:
         self._sum("loss", step_loss, 1.0)
         self._sum("ce_loss", out.ce_loss, share.tokens)
         self._sum("sparsity_loss", out.sparsity_loss, share.samples)
-        if out.gates_LBK is not None:
-            gates_LK = out.gates_LBK.float().mean(dim=1) * share.samples
+        if out.gates_BLK is not None:
+            gates_LK = out.gates_BLK.float().mean(dim=0) * share.samples
             self._gates_LK = gates_LK if self._gates_LK is None else self._gates_LK + gates_LK
         self._samples += len(batch["input_ids"])
         real = batch["attention_mask"].sum()

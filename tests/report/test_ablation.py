@@ -7,17 +7,17 @@ from typing import Any
 
 from pemt.report.ablation import LeftOut, left_out
 from pemt.report.page import content_of, environment
-from pemt.report.record import Record
+from pemt.report.record import RunRecord
 
 
-def run(sources: list[str], score: float | None, **config: Any) -> Record:
+def run(sources: list[str], score: float | None, **config: Any) -> RunRecord:
     name = "-".join([*sources, *map(str, config.values())])
     fields = {"task_name": "cb", "method": "pemt", "seed": 0, "output_dir": name, **config}
     gates = {"encoder/0": dict.fromkeys(sources, 1 / len(sources))}
     results = {"sources": sources, "gates": gates, "test_runtime": 1.0} | (
         {} if score is None else {"test_average_metrics": score}
     )
-    return Record(
+    return RunRecord(
         name=name, folder=Path(name), config={**fields, "source_tasks": sources}, state="finished",
         log=[], results=results, predictions=[], checkpoint_bytes=None, trained=None,
     )  # fmt: skip
