@@ -90,8 +90,8 @@ class Checkpoints:
         began = time.perf_counter()
         self._engine.on_rank0(self._writer.wait, "writing the previous checkpoint")
         files = {
-            WEIGHTS: self._engine.trained.weights(),
-            MOMENTS: self._engine.trained.moments(),
+            WEIGHTS: self._engine.optimizer_state.weights(),
+            MOMENTS: self._engine.optimizer_state.moments(),
             RANDOM: self._engine.random_states(),
         }
         self._check_ranks_agree(state, {**files[WEIGHTS], **files[MOMENTS]})

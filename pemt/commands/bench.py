@@ -82,7 +82,7 @@ def make_parser() -> Parser:
     )
     step.add_argument("--experts", type=count, help="how many")
     step.add_argument("--rank", type=count, help="of each expert")
-    step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {_told_rows()}")
+    step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {_rows_text()}")
     step.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
     step.add_argument("--json", action="store_true", help="one JSON object")
     generate = _verb(
@@ -97,7 +97,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _told_rows() -> str:
+def _rows_text() -> str:
     rows = (
         f"{name} is --size {row['size']} --sites {' '.join(row['sites'])} --rank {row['rank']} "
         f"--experts {row['experts']}"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pemt.config import Parser, PemtError, command_parser
-from pemt.engine import LIBRARIES, StopSignals, own_cache, telling
+from pemt.engine import LIBRARIES, StopSignals, own_cache, show_status
 
 EVIDENCE_WORLDS = (2, 3, 4, 5)
 
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
     with StopSignals():
         if os.environ.get("RANK", "0") == "0":
             print(f"--- {LIBRARIES}", flush=True)
-        with telling(LIBRARIES):
+        with show_status(LIBRARIES):
             from pemt.demo import run_demo, run_evidence
 
         if options.evidence:

@@ -13,7 +13,7 @@ from pemt.config import (
     command_parser,
     field_keys,
 )
-from pemt.engine import LIBRARIES, StopSignals, telling
+from pemt.engine import LIBRARIES, StopSignals, show_status
 
 FILES = {"task_file", "peft_config"}
 FOLDERS = {"data_dir", "output_dir", "bank_dir", "model_name_or_path", "tokenizer_name"}
@@ -53,7 +53,7 @@ def run_stage(kind: type[RunConfig], name: str, arguments: list[str]) -> None:
         from pemt.run import check_early
 
         check_early(config)
-        with telling(LIBRARIES):
+        with show_status(LIBRARIES):
             from pemt.run import run_adapt, run_source
 
         if isinstance(config, SourceConfig):

@@ -281,9 +281,9 @@ def deepspeed_runs() -> Finding:
                 advice="the ranks do not find each other: look at the firewall, NCCL_SOCKET_IFNAME and "
                 "GLOO_SOCKET_IFNAME",
             )
-    told = re.search(r"^probe: (.*)$", done.stdout, flags=re.MULTILINE)
-    if done.returncode == 0 and told:
-        return Finding(what="deepspeed runs", state="ok", found=f"yes: {told[1]}")
+    probed = re.search(r"^probe: (.*)$", done.stdout, flags=re.MULTILINE)
+    if done.returncode == 0 and probed:
+        return Finding(what="deepspeed runs", state="ok", found=f"yes: {probed[1]}")
     return Finding(
         what="deepspeed runs",
         state="missing",

@@ -153,7 +153,7 @@ def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
     return make_examples(task, HubRows(task, rows, hub_name(hub, split)), rows._fingerprint)
 
 
-def named(task: Task, row: RawRow, features: Features | None) -> RawRow:
+def resolve_class_id(task: Task, row: RawRow, features: Features | None) -> RawRow:
     """A row in which a class id of the data set's own is the name that it has there, or is known to be an id.
 
     A data set on the hub may number its classes in another order than the task's labels.
@@ -198,7 +198,7 @@ class HubRows:
 
     def __iter__(self) -> Iterator[tuple[str, RawRow]]:
         for number, row in enumerate(self.rows, start=1):
-            yield f"{self.name}: row {number}", named(self.task, row, self.rows.features)
+            yield f"{self.name}: row {number}", resolve_class_id(self.task, row, self.rows.features)
 
 
 class LocalRows:
@@ -221,17 +221,17 @@ class MemoryRows:
     def __iter__(self) -> Iterator[tuple[str, RawRow | RowError]]:
         features = self.rows.features if isinstance(self.rows, Dataset) else None
         for number, row in enumerate(self.rows):
-            place = f"{self.split}[{number}]"
-            record = named(self.task, dict(row), features)
+            row_id = f"{self.split}[{number}]"
+            record = resolve_class_id(self.task, dict(row), features)
             try:
                 unpacked = self.task.unpack(record) if self.task.unpack else (record,)
                 for each in unpacked:
                     yield (
-                        place,
+                        row_id,
                         each if isinstance(each, RowError) else renamed(self.task, dict(each)),
                     )
             except RowError as error:
-                yield place, error
+                yield row_id, error
 
 
 def make_examples(task: Task, rows: Located, identity: str) -> Dataset:
@@ -253,20 +253,20 @@ def make_examples(task: Task, rows: Located, identity: str) -> Dataset:
 
 def examples_of(task: Task, rows: Located) -> Iterator[dict[str, Any]]:
     """An example per row; where a row gives none, an empty one with the reason as `problem`."""
-    for place, row in rows:
-        yield example_row(task, place, row)
+    for row_id, row in rows:
+        yield example_row(task, row_id, row)
 
 
-def example_row(task: Task, place: str, row: RawRow | RowError) -> dict[str, Any]:
+def example_row(task: Task, row_id: str, row: RawRow | RowError) -> dict[str, Any]:
     """The example of one row."""
     try:
         if isinstance(row, RowError):
             raise row
         example = example_of(task, row)
-        problem = f"{place}: {UNLABELLED}" if example is None else ""
+        problem = f"{row_id}: {UNLABELLED}" if example is None else ""
         by_id = example is not None and is_class_id(task, row)
     except RowError as error:
-        example, problem, by_id = None, f"{place}: {error}", False
+        example, problem, by_id = None, f"{row_id}: {error}", False
     empty = {"source": "", "target": "", "references": [], "group": ""}
     return {**(example or empty), "problem": problem, "is_class_id": by_id}
 

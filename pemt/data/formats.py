@@ -120,11 +120,11 @@ def each_line(path: Path) -> Iterator[Located]:
 def parsed_lines(name: str, lines: Iterable[tuple[int, str | RowError]]) -> Iterator[Located]:
     """The objects of numbered lines, each with its place in the file of that name."""
     for number, line in lines:
-        place = f"{name}:{number}"
+        row_id = f"{name}:{number}"
         if isinstance(line, RowError):
-            yield place, line
+            yield row_id, line
         elif line.strip():
-            yield place, parsed(line)
+            yield row_id, parsed(line)
 
 
 def parsed(line: str) -> RawRow | RowError:

@@ -184,7 +184,7 @@ def best_of(folder: Path, word: str, paths: Sequence[Path]) -> list[Path]:
         named = [path for path in named if not path.is_dir() or any(map(is_data, entries(path)))]
         found = [path for path in named if extension_of(path) != "txt"] or named
         if variant == SHARD and found:
-            return whole(found)
+            return check_shards(found)
         if len(found) > 1:
             several = ", ".join(path.name for path in found)
             raise DataError(f"data_dir: {folder} has several files for {word}: {several}; keep one")
@@ -201,10 +201,10 @@ def parts_of(folder: Path) -> list[Path]:
         raise DataError(
             f"data_dir: {folder} has files of several kinds: {several:.300}; keep one kind"
         )
-    return whole(files)
+    return check_shards(files)
 
 
-def whole(files: list[Path]) -> list[Path]:
+def check_shards(files: list[Path]) -> list[Path]:
     """The files, if none of the shards that their names count is missing or there twice."""
     shards = [re.search(r"-(\d{5})-of-(\d{5})", path.name) for path in files]
     numbers = [match.groups() for match in shards if match]
@@ -232,15 +232,15 @@ def columns_of(task: Task) -> Columns:
 def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, RawRow | RowError]]:
     """The rows of published or plain files with the hub's fields, each with its place."""
     for path in paths:
-        for place, record in read_records(path, columns_of(task)):
+        for row_id, record in read_records(path, columns_of(task)):
             if isinstance(record, RowError):
-                yield place, record
+                yield row_id, record
                 continue
             try:
                 for row in task.unpack(record) if task.unpack else (record,):
-                    yield place, row if isinstance(row, RowError) else renamed(task, dict(row))
+                    yield row_id, row if isinstance(row, RowError) else renamed(task, dict(row))
             except RowError as error:
-                yield place, error
+                yield row_id, error
 
 
 def renamed(task: Task, row: RawRow) -> RawRow:

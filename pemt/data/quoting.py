@@ -93,7 +93,7 @@ class Evidence:
         return bool(self.spanning or self.doubled or (self.commas and not self.bare_commas))
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """The decision in words; empty where there was none to make."""
         if self.is_quoted:
             made = (

@@ -34,13 +34,13 @@ def read_inputs(task: Task, file: str) -> list[str]:
     if file != STDIN and not Path(file).is_file():
         raise DataError(f"input_file: no file {file}; give a jsonl file, or - for stdin")
     sources: list[str] = []
-    for place, record in located(task, file):
+    for row_id, record in located(task, file):
         try:
             if isinstance(record, RowError):
                 raise record
             sources += sources_of(task, record)
         except RowError as error:
-            raise DataError(f"{place}: {error}") from None
+            raise DataError(f"{row_id}: {error}") from None
     if not sources:
         raise DataError(f"{'stdin' if file == STDIN else file}: no row in it; give one or more")
     return sources

@@ -115,7 +115,7 @@ def shut_down() -> None:
     """End the process group, all ranks together: a rank that leaves early may abort the others."""
     if torch.distributed.is_initialized():
         waiting = waiting_of_job()
-        waiting.meet()
+        waiting.barrier()
         waiting.stop()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

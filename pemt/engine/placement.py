@@ -85,7 +85,7 @@ class ShardedInit(deepspeed.zero.Init):
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
         parameters = list(param_list)
         self._convert([each for each in parameters if not each.requires_grad])
-        waiting_of_job().meet()  # a rank's disk may be slow, and what follows is sent
+        waiting_of_job().barrier()  # a rank's disk may be slow, and what follows is sent
         self._convert([each for each in parameters if each.requires_grad])
 
     def _convert(self, parameters: list[nn.Parameter]) -> None:

@@ -63,7 +63,7 @@ class StopSignals:
                 signal.signal(number, handler)
             if self._before:
                 signal.set_wakeup_fd(self._fd_before)
-                os.close(self._told)
+                os.close(self._wakeup_fd)
                 self._hearing.join()  # it has read the end of what was told
 
     def reason(self) -> str | None:
@@ -79,9 +79,9 @@ class StopSignals:
 
     def _watch_second(self) -> None:
         """Hear of every signal in a thread: handlers run in the main thread, which may be waiting for a dead rank."""
-        heard, self._told = os.pipe()
-        os.set_blocking(self._told, False)
-        self._fd_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        heard, self._wakeup_fd = os.pipe()
+        os.set_blocking(self._wakeup_fd, False)
+        self._fd_before = signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
         self._hearing = threading.Thread(target=self._hear, args=(heard,), daemon=True)
         self._hearing.start()
 

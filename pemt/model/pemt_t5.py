@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.model.decoding import fast_generate
 from pemt.model.context import PassContext, SiteRecord
+from pemt.model.decoding import fast_generate
 from pemt.model.experts import (
     ExpertSource,
     ModelError,

@@ -50,15 +50,15 @@ def git_state(folder: Path) -> dict[str, str]:
         return {}
     changed = _git(folder, "status", "--porcelain")
     if changed is None:
-        told = "unknown, git took too long"
+        changes = "unknown, git took too long"
     else:
         files = changed.splitlines()
         more = [f"and {len(files) - MOST_FILES} more"] if len(files) > MOST_FILES else []
-        told = ", ".join(line.strip() for line in [*files[:MOST_FILES], *more]) or "none"
+        changes = ", ".join(line.strip() for line in [*files[:MOST_FILES], *more]) or "none"
     return {
         "git commit": commit.strip(),
         "git branch": (_git(folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip(),
-        "git changes": told,
+        "git changes": changes,
     }
 
 

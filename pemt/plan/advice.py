@@ -43,11 +43,11 @@ def largest_batch(job: Job, zero: Zero, cluster: Cluster) -> int:
 def scaling(job: Job, zero: Zero, cluster: Cluster) -> dict[int, tuple[float, float]]:
     """Nodes -> (seconds of a step, share of one GPU's throughput that each keeps)."""
     alone = step_time(job, zero, replace(cluster, nodes=1, gpus_per_node=1)).total
-    told = {}
+    by_nodes = {}
     for nodes in sorted({*NODES, cluster.nodes}):
         seconds = step_time(job, zero, replace(cluster, nodes=nodes)).total
-        told[nodes] = (seconds, min(1.0, alone / seconds))
-    return told
+        by_nodes[nodes] = (seconds, min(1.0, alone / seconds))
+    return by_nodes
 
 
 def advise(job: Job, cluster: Cluster, folder: Path, given: Zero) -> Advice:

@@ -173,7 +173,7 @@ def _expert_of(source: ExpertSource, folder: str | Path, shape: Mapping[str, Any
             f"{folder}: has the ranks {', '.join(map(str, sorted(ranks)))} on its layers; "
             "only an expert of one rank can be trained further"
         )
-    modules = [Site.named(site, shape).module for site in sites]
+    modules = [Site.from_name(site, shape).module for site in sites]
     return ExpertConfig(rank=source.rank, alpha=source.alpha, target_modules=modules)
 
 

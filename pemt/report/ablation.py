@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from statistics import mean
 
-from pemt.config import flat
+from pemt.config import flatten
 from pemt.report.record import RunRecord
 
 SCORE = "test_average_metrics"
@@ -62,7 +62,7 @@ def left_out(records: Sequence[RunRecord]) -> list[LeftOut]:
 
 def _alike(one: RunRecord, other: RunRecord) -> bool:
     ours, theirs = (
-        {key: value for key, value in flat(record.config).items() if key not in FREE}
+        {key: value for key, value in flatten(record.config).items() if key not in FREE}
         for record in (one, other)
     )
     return ours == theirs

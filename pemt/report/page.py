@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from pemt.config import flat
+from pemt.config import flatten
 from pemt.report import findings
 from pemt.report.ablation import left_out
 from pemt.report.charts import Series, line_chart
@@ -154,7 +154,7 @@ def comparison(records: Sequence[RunRecord]) -> dict[str, list[tuple[str, list[s
     """Rows of a table with a column a run: what they score, cost, and differ in."""
     scores = [scores_of(record) for record in records]
     costs = [findings.costs(record) for record in records]
-    fields = [flat(record.config) for record in records]
+    fields = [flatten(record.config) for record in records]
     names = dict.fromkeys(name for each in fields for name in each)
     differing = [
         name

@@ -63,10 +63,10 @@ class Built:
             )
         counts = {name: sum(name in present for present in sites.values()) for name in names}
         if len({tuple(present) for present in sites.values()}) > 1:
-            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             found.append(
-                f"the experts are on different layers (of {len(sites)} with an expert: {told}); each gate weighs those "
-                "that are on its layer"
+                f"the experts are on different layers (of {len(sites)} with an expert: {listed}); each gate weighs "
+                "those that are on its layer"
             )
         if (weights := self.gate_names.weights) > MOST_TAGS:
             found.append(

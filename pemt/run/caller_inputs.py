@@ -94,8 +94,8 @@ def with_caller_inputs(
     chosen, notes = _task(config, task, data)
     # A known task is what its name says. Pickles of equal tasks may differ, so the text comes first.
     own = None if task is None else task_text(task) or Hasher.hash(task)
-    said = json.dumps([own, {} if data is None else data.digests], sort_keys=True)
-    fingerprint = hashlib.sha256(said.encode()).hexdigest()
+    content = json.dumps([own, {} if data is None else data.digests], sort_keys=True)
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
     given = replace(given, task=chosen, data=data, notes=notes, fingerprint=fingerprint)
     return replace(config, data_fingerprint=fingerprint), given
 

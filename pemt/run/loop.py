@@ -19,7 +19,7 @@ from pemt.monitor import Monitor
 from pemt.run.build import Built
 from pemt.run.callbacks import Callbacks
 from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.meter import Meter, shares
+from pemt.run.meter import Meter, micro_batch_weights
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.prepare import (
     Setup,
@@ -34,7 +34,7 @@ from pemt.run.prepare import (
 from pemt.run.running import Run
 from pemt.run.session import Session
 from pemt.storage import TensorFile
-from pemt.tasks import told_once
+from pemt.tasks import without_redundant_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +177,16 @@ def _take_step(
     """One optimizer step over this rank's micro-batches: its learning rate and gradient norm, and their losses."""
     engine = setup.engine
     assert isinstance(engine.module, TrainedT5)
-    weight, losses = engine.module.sparsity_loss_weight, []
+    sparsity_weight, losses = engine.module.sparsity_loss_weight, []
     batches = [_batch(setup, indices) for indices in micro_batches]
-    for number, (batch, share) in enumerate(zip(batches, shares(engine, batches), strict=True)):
+    for number, (batch, weight) in enumerate(
+        zip(batches, micro_batch_weights(engine, batches), strict=True)
+    ):
         batch = to_device(batch, engine.device)
         out = engine.model(**batch)
-        step_loss = share.of_loss(out, weight)
+        step_loss = weight.of_loss(out, sparsity_weight)
         engine.backward(step_loss, last=number == len(batches) - 1)
-        meter.add(out, batch, share, step_loss)
+        meter.add(out, batch, weight, step_loss)
         losses.append(out.loss.detach())
     learning_rate = float(schedule.get_last_lr()[0])
     grad_norm = engine.step()
@@ -227,7 +229,7 @@ def _evaluate_and_save(run: Run, state: TrainState) -> TrainState:
     """Validate and save where it is due; save and exit where a rank was told to stop."""
     _log_saves(run)
     try:
-        run.session.check()
+        run.session.raise_if_stopped()
         if run.should_evaluate(state.step):
             state = _evaluate(run, state)
     except Interrupted:
@@ -252,7 +254,7 @@ def _evaluate(run: Run, state: TrainState) -> TrainState:
         config=run.config,
         metrics=setup.given.metrics,
         description="validating",
-        on_batch_end=run.session.check,
+        on_batch_end=run.session.raise_if_stopped,
     )
     scores = {**validated.metrics, "loss": validated.loss}
     run.monitor.log(
@@ -262,7 +264,9 @@ def _evaluate(run: Run, state: TrainState) -> TrainState:
         setup.engine.on_rank0(
             lambda: run.monitor.log_mixture(state.step, *seen), "drawing gates and prompts"
         )
-    listed = ", ".join(f"{metric} {value:.4g}" for metric, value in told_once(scores).items())
+    listed = ", ".join(
+        f"{metric} {value:.4g}" for metric, value in without_redundant_mean(scores).items()
+    )
     run.monitor.message(f"step {state.step}: validation of {name}: {listed}")
     # with the best one before this: that is what they compare with
     run.callbacks.call(

@@ -35,7 +35,7 @@ from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.loop import Fitted, fit, gates_and_similarity
 from pemt.run.outcome import RunResults, SourceResults
 from pemt.run.prepare import Setup
-from pemt.run.results import results_block, results_of, write_predictions, write_results
+from pemt.run.results import final_results, results_block, write_predictions, write_results
 from pemt.run.session import Session
 from pemt.run.staging import staged
 from pemt.tasks import Metric, Task, check_metrics
@@ -245,9 +245,9 @@ def _fit_and_test(
 ) -> tuple[Fitted, Evaluation]:
     """Train, and score the best weights on the test set (all ranks call)."""
     engine = setup.engine
-    session.check()  # it may have been told to stop before it began
+    session.raise_if_stopped()  # it may have been told to stop before it began
     fitted = fit(config, setup, built, session)
-    engine.trained.overwrite_weights(fitted.weights)
+    engine.optimizer_state.overwrite_weights(fitted.weights)
     tested = evaluate(
         engine,
         setup.data.test,
@@ -256,7 +256,7 @@ def _fit_and_test(
         config=config,
         metrics=setup.given.metrics,
         description="testing",
-        on_batch_end=session.check,
+        on_batch_end=session.raise_if_stopped,
     )
     return fitted, tested
 
@@ -282,7 +282,7 @@ def _write_results(
 ) -> dict[str, Any]:
     """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
     engine = setup.engine
-    results = results_of(
+    results = final_results(
         tested,
         state=fitted.state,
         epoch=fitted.epoch,

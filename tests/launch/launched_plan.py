@@ -178,7 +178,9 @@ def gradient_bytes(engine: Engine) -> int:
     if engine.zero_stage in (1, 2):
         kept = optimizer.averaged_gradients.values()
         return storage_bytes([tensor for group in kept for tensor in group])
-    return storage_bytes([p.grad for _, p in engine.trained.parameters if p.grad is not None])
+    return storage_bytes(
+        [p.grad for _, p in engine.optimizer_state.parameters if p.grad is not None]
+    )
 
 
 def optimizer_bytes(engine: Engine) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from pemt.model import decoding
-from pemt.model.decoding import fast_generate
 from pemt.model.baselines import FullT5
+from pemt.model.decoding import fast_generate
 from tests.support.tiny_t5 import (
     ffn_sites,
     on_sites,

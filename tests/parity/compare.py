@@ -61,7 +61,9 @@ def compare_outputs(
         "encoder_last_hidden_state": out.encoder_last_hidden_state,
     }
     if out.gates_BLK is not None:
-        ours |= {f"gate.{i}": gates_BK[:, None] for i, gates_BK in enumerate(out.gates_BLK.unbind(dim=1))}
+        ours |= {
+            f"gate.{i}": gates_BK[:, None] for i, gates_BK in enumerate(out.gates_BLK.unbind(dim=1))
+        }
     return _differences(ours, golden.under(f"{stage}.out.")), out.loss
 
 
