@@ -20,7 +20,7 @@ from pemt.engine import launcher_began
 from pemt.storage import StorageError, read_manifest
 
 Config = TypeVar("Config", bound=RunConfig)
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torch's launcher tells each rank
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torch's launcher sets it for each rank
 
 
 class WorldSizeError(PemtError):

@@ -1,4 +1,4 @@
-"""A run's fields on the command lines of others: told from their own options, completed by shells."""
+"""A run's fields on the command lines of others: kept apart from their own options, completed by shells."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def _recipe_batch(options: argparse.Namespace) -> int:
 
 
 def _beside_recipe(options: argparse.Namespace, division: Division) -> str:
-    """What else to tell of the global batch: that it is not the recipe's, or that it leaves GPUs idle."""
+    """Notes on the global batch: that it is not the recipe's, or that it leaves GPUs idle."""
     recipe = _recipe_batch(options)
     if division.global_batch != recipe:
         return f"; the recipe's is {recipe}"

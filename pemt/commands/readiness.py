@@ -189,7 +189,7 @@ def precision() -> Iterator[Finding]:
 
     try:
         from pemt.engine import bf16_is_native
-    except ImportError:  # a package is missing, which has been told
+    except ImportError:  # a package is missing, which has been reported
         return
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]

@@ -123,8 +123,8 @@ def described(kind: type[Any], prefix: str = "") -> Iterator[Described]:
     """Every field, those of sections with dots, in the dataclass's order."""
     about: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
-        told = docstring_parser.parse(parent.__dict__.get("__doc__") or "")
-        about |= {each.arg_name: " ".join((each.description or "").split()) for each in told.params}
+        parsed = docstring_parser.parse(parent.__dict__.get("__doc__") or "")
+        about |= {each.arg_name: " ".join((each.description or "").split()) for each in parsed.params}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         section: Any = field.default_factory
@@ -166,9 +166,9 @@ def _required(field: Described) -> bool:
 
 
 def _values(field: Described, recipe: Mapping[str, Any]) -> str:
-    told = [f"recipe: {_yaml(recipe[field.key])}"] if field.key in recipe else []
+    notes = [f"recipe: {_yaml(recipe[field.key])}"] if field.key in recipe else []
     return ", ".join(
-        [*told, "required" if _required(field) else f"default: {_yaml(field.default)}"]
+        [*notes, "required" if _required(field) else f"default: {_yaml(field.default)}"]
     )
 
 

@@ -107,7 +107,7 @@ class TrainBatches:
         """None: the position to resume from follows from the number of steps."""
 
     def notes(self, *, at_end: bool = True) -> list[str]:
-        """Nothing: what was left out was told before the first step."""
+        """Nothing: what was left out was logged before the first step."""
         return []
 
     def in_order(self, epoch: int, noise: float) -> list[np.ndarray]:

@@ -32,7 +32,7 @@ from pemt.tasks import (
 )
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
-# that what was left out can be told again when the cache is used.
+# that what was left out can be logged again when the cache is used.
 UNLABELLED = "no gold label"
 EXAMPLE = Features(
     {
@@ -173,7 +173,7 @@ def hub_name(hub: HubSource, split: str) -> str:
 
 
 def local_examples(task: Task, paths: tuple[Path, ...]) -> Dataset:
-    """One split of local files, which are told apart by their path, for messages, and by what they hold."""
+    """One split of local files, which are identified by path, in messages, and by content."""
     contents = [(str(path.resolve()), _digest(path)) for path in paths]
     return make_examples(task, LocalRows(task, paths), Hasher.hash(contents))
 

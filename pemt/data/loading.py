@@ -177,7 +177,7 @@ def origin_with_limit(origin: str, split: str, examples: Dataset, config: RunCon
 
 
 def order_note(task: Task) -> list[str]:
-    """What to tell where labels are the numbers of other classes: ["1", "0"]."""
+    """A note where labels are the numbers of other classes: ["1", "0"]."""
     ids = [str(i) for i in range(len(task.labels))]
     if list(task.labels) == ids or sorted(task.labels) != sorted(ids):
         return []

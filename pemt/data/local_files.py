@@ -64,7 +64,7 @@ def own_files(task: Task) -> dict[str, list[Path]]:
 
 
 def find_files(task: Task, data_dir: str | Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The files of each split in a folder, by the names told in WORDS and VARIANTS, and in one line
+    """The files of each split in a folder, by the names in WORDS and VARIANTS, and in one line
     each what else was decided: files that look like a split and are not read, names that were guessed.
 
     A split without a file is left out. Raises DataError, which tells the names looked for, where

@@ -1,5 +1,5 @@
 """Tables as people write them: csv, tsv and their like. What separates columns and whether quotes
-are syntax or text is decided by what the file shows, and told.
+are syntax or text is decided by what the file shows, and logged.
 """
 
 from __future__ import annotations

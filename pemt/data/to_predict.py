@@ -29,7 +29,7 @@ def read_inputs(task: Task, file: str) -> list[str]:
         file: jsonl, or another kind of file that a task may be read from; `-` is stdin, as jsonl.
 
     Raises:
-        DataError: no such file, no row in it, or a malformed row, told with file and line.
+        DataError: no such file, no row in it, or a malformed row, with file and line.
     """
     if file != STDIN and not Path(file).is_file():
         raise DataError(f"input_file: no file {file}; give a jsonl file, or - for stdin")

@@ -152,7 +152,7 @@ class EncodingStats:
                 self._first[flag] = text_at(int(where[0]), flag.partition("_")[0])
 
     def notes(self) -> list[str]:
-        """What there is to tell, in one line each."""
+        """Notes, one line each."""
         longest_source, longest_target = self._lengths
         texts = {
             "source_cut": f"sources are longer than {longest_source} tokens and were cut",

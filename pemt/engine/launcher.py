@@ -81,7 +81,7 @@ def _answer(launchers: torch.distributed.TCPStore, met: threading.Event) -> None
 
 
 def process_group_kwargs(config: RunConfig) -> dict[str, Any]:
-    """What accelerate's state must be told to open the process group."""
+    """What accelerate's state needs to open the process group."""
     if "LOCAL_RANK" not in os.environ:
         return {}
     return InitProcessGroupKwargs(

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGUSR1 (SLURM's warning), SIGINT (Ctrl-C), or a launcher that is gone."""
+"""Requests to stop: SIGTERM, SIGUSR1 (SLURM's warning), SIGINT (Ctrl-C), or a launcher that is gone."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StopSignals:
             if self._before:
                 signal.set_wakeup_fd(self._fd_before)
                 os.close(self._wakeup_fd)
-                self._hearing.join()  # it has read the end of what was told
+                self._hearing.join()  # it has read the pipe's end
 
     def reason(self) -> str | None:
         """What tells this process to stop; None while nothing does."""

@@ -74,7 +74,7 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
 
 
 def use_writable_caches() -> None:
-    """Send libraries' caches that cannot be written, as in a read-only home, to a temporary folder; told once.
+    """Send libraries' caches that cannot be written, as in a read-only home, to a temporary folder; reported once.
 
     Before these libraries are imported: they read the variables then. A cache of downloads or of compiled kernels that
     is there already stays, since it can be read.

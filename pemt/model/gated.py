@@ -1,5 +1,11 @@
 """What linear layers with experts share: what a gate reads, generating a token at a time, LoRA experts laid out.
 
+    class             in the place of          experts      target adapter, sparsity loss
+    LoraMixture       an FFN's output          LoRA         both
+    BottleneckMixture an FFN's output          bottleneck   both
+    AdapterProjection an FFN's output          none         the adapter
+    SiteMixture       another linear layer     LoRA         none
+
 Shapes: B batch, S tokens, F input width, D output width, K experts, N ranks of all, C width of the gate's context.
 """
 

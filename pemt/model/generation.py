@@ -29,7 +29,7 @@ NEUTRAL: dict[str, Any] = {
     "top_k": 50,
     "use_cache": True,
 }
-# A model's own fields, and bookkeeping; the ids are the same or told below.
+# A model's own fields, and bookkeeping; the ids are the same or listed below.
 NO_SETTINGS = (
     "bos_token_id",
     "output_attentions",

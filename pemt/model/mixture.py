@@ -83,7 +83,7 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
     ) -> None:
         super().__init__(site, adapter)
         self.add_gate(site, sources, context, gate)
-        self.ranks = [source.rank for source in sources]
+        self.add_experts(site, sources)
 
     def forward(self, x_BSF: Tensor) -> Tensor:
         """z [B,S,D]; gates [B,K] and sparsity loss go to the pass's context, as it asks for them."""
@@ -100,6 +100,10 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
             context.record(gates_BK, loss)
         return z_BSD
 
+    @abstractmethod
+    def add_experts(self, site: LinearSite, sources: Sequence[ExpertSource]) -> None:
+        """Lay the experts of the sources, all of which are on the layer, side by side."""
+
     @property
     def token_weights_BS(self) -> Tensor | None:
         """What each token counts in this stack's sparsity losses; None where all count alike."""
@@ -115,18 +119,6 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
 
 class LoraMixture(LoraExperts, MixtureProjection):
     """LoRA experts; mixture, target adapter and sparsity loss are one op."""
-
-    def __init__(
-        self,
-        site: LinearSite,
-        sources: Sequence[ExpertSource],
-        adapter: AdapterConfig,
-        context: PassContext,
-        *,
-        gate: GateKind = "learned",
-    ) -> None:
-        super().__init__(site, sources, adapter, context, gate=gate)
-        self.add_experts(site, sources)
 
     @property
     def external_parameters(self) -> tuple[Tensor, ...]:
@@ -152,16 +144,8 @@ class LoraMixture(LoraExperts, MixtureProjection):
 class BottleneckMixture(MixtureProjection):
     """Bottleneck experts. Their residual is of full rank: each one's output [B,S,D] is made."""
 
-    def __init__(
-        self,
-        site: LinearSite,
-        sources: Sequence[ExpertSource],
-        adapter: AdapterConfig,
-        context: PassContext,
-        *,
-        gate: GateKind = "learned",
-    ) -> None:
-        super().__init__(site, sources, adapter, context, gate=gate)
+    def add_experts(self, site: LinearSite, sources: Sequence[ExpertSource]) -> None:
+        self.ranks = [source.rank for source in sources]
         self.down = packed(sources, f"{site.name}.down.weight", self.weight, dim=0)
         self.down_bias = packed(sources, f"{site.name}.down.bias", self.weight, dim=0)
         self.up = packed(sources, f"{site.name}.up.weight", self.weight, dim=1)

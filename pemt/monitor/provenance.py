@@ -27,8 +27,8 @@ def environment_text(facts: Mapping[str, str], *, folder: Path) -> str:
     """What the run stands on, as Markdown.
 
     Args:
-        facts: what else to tell, such as ranks and device.
-        folder: of which git's state is told.
+        facts: what else to record, such as ranks and device.
+        folder: whose git state is recorded.
     """
     lines = {
         **facts,
@@ -43,7 +43,7 @@ def environment_text(facts: Mapping[str, str], *, folder: Path) -> str:
 def git_state(folder: Path) -> dict[str, str]:
     """Commit, branch and changed files of the repository around a folder; {} where there is none.
 
-    Neither remotes nor differences are told: they can hold tokens.
+    Neither remotes nor differences are recorded: they can hold tokens.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:

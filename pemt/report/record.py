@@ -19,7 +19,7 @@ class ReportError(PemtError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run as its folder tells it; a run that is not finished has no results and no predictions.
+    """A run as its folder has it; a run that is not finished has no results and no predictions.
 
     Args:
         name: the folder's, long enough to tell it from the others.
@@ -30,7 +30,7 @@ class RunRecord:
         results: what all_results.json holds; empty without one.
         predictions: the lines of predictions.jsonl, an example of the test set each.
         checkpoint_bytes: size of the best checkpoint; None where there is none.
-        trained: number of trained parameters; None where no checkpoint tells it.
+        trained: number of trained parameters; None where there is no checkpoint.
     """
 
     name: str

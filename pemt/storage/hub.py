@@ -30,7 +30,7 @@ from huggingface_hub.utils import (
 
 from pemt.config import PemtError
 
-# How long a hub that does not answer is waited for before that is told.
+# How long a hub that does not answer is waited for before that is logged.
 ANSWER_SECONDS = 10.0
 
 
@@ -42,7 +42,7 @@ class HubError(PemtError):
 def check_hub(name: str, *, file: str) -> None:
     """Say that a model is loaded from the hub, and find out at once whether it can be: once a process.
 
-    Libraries try a hub out of reach again and again, for half a minute, and tell nothing meanwhile.
+    Libraries try a hub out of reach again and again, for half a minute, and print nothing meanwhile.
 
     Args:
         name: a hub id; of a folder nothing is said.
