@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pemt.checkpoint.choose import (
-    FORMAT,
-    Checkpoint,
-    CheckpointChooser,
-    CheckpointError,
-)
+from pemt.checkpoint.choose import FORMAT, Checkpoint, CheckpointChooser, CheckpointError
 from pemt.checkpoint.folder import plain_values
 from pemt.checkpoint.names import checkpoint_folders, step_of
 from pemt.checkpoint.train_state import MOMENTS, RANDOM, WEIGHTS, TrainState

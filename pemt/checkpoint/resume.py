@@ -7,12 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from pemt.checkpoint.folder import (
-    finished_results,
-    holds_run,
-    saved_config,
-    was_written_since,
-)
+from pemt.checkpoint.folder import finished_results, holds_run, saved_config, was_written_since
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.checkpoint.status import saved_checkpoint
 from pemt.config import PemtError, RunConfig

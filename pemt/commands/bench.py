@@ -15,7 +15,7 @@ from pemt.plan import CHIPS, KNOWN
 # Sizes of `pemt bench step` by name.
 # lorahub: the T5 and the layers of LoraHub's adapters, and as many as its paper composes.
 ROWS: dict[str, dict[str, Any]] = {
-    "lorahub": {"size": "flan-t5-large", "sites": ["q", "v"], "rank": 16, "experts": 20},
+    "lorahub": {"size": "flan-t5-large", "sites": ["q", "v"], "rank": 16, "experts": 20}
 }
 OP = """
     loop     the reference: a loop over experts, again for the cosines, autograd's own backward

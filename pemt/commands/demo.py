@@ -47,9 +47,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="(runs/demo)")
     parser.add_argument(
-        "--cache_dir",
-        type=Path,
-        help="keeps the base model it has pre-trained (~/.cache/pemt)",
+        "--cache_dir", type=Path, help="keeps the base model it has pre-trained (~/.cache/pemt)"
     )
     parser.add_argument("--quick", action="store_true", help="one target and one seed")
     parser.add_argument(

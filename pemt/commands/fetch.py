@@ -7,14 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pemt.commands.plan_batch import STAGES
-from pemt.config import (
-    AdaptConfig,
-    ConfigError,
-    Parser,
-    RunConfig,
-    command_parser,
-    parse_config,
-)
+from pemt.config import AdaptConfig, ConfigError, Parser, RunConfig, command_parser, parse_config
 from pemt.engine import LIBRARIES, show_status
 
 # What says where the libraries look, besides HF_HOME.

@@ -5,14 +5,7 @@ from __future__ import annotations
 import typing
 from typing import Any, Literal
 
-from pemt.config import (
-    AdaptConfig,
-    Parser,
-    RunConfig,
-    SourceConfig,
-    command_parser,
-    field_keys,
-)
+from pemt.config import AdaptConfig, Parser, RunConfig, SourceConfig, command_parser, field_keys
 from pemt.engine import LIBRARIES, StopSignals, show_status
 
 FILES = {"task_file", "peft_config"}

@@ -285,11 +285,7 @@ def _bank(bank_dir: str) -> dict[str, Any]:
         ranks.append(manifest.rank)
         places.append({site: shapes[f"{site}.down"][0] for site in site_names(shapes)})
         prompts += shapes[PROMPT][0]
-    return {
-        "ranks": tuple(ranks),
-        "ranks_by_site": tuple(places),
-        "source_prompt_tokens": prompts,
-    }
+    return {"ranks": tuple(ranks), "ranks_by_site": tuple(places), "source_prompt_tokens": prompts}
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:

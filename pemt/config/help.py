@@ -124,7 +124,9 @@ def described(kind: type[Any], prefix: str = "") -> Iterator[Described]:
     about: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
         parsed = docstring_parser.parse(parent.__dict__.get("__doc__") or "")
-        about |= {each.arg_name: " ".join((each.description or "").split()) for each in parsed.params}
+        about |= {
+            each.arg_name: " ".join((each.description or "").split()) for each in parsed.params
+        }
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         section: Any = field.default_factory

@@ -189,11 +189,7 @@ def _with_sources(
 
 @cache
 def _parser(kind: Any, prog: str) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
-        prog=prog,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile)
     parser.add_class_arguments(kind)
     return parser

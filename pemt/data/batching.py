@@ -173,12 +173,7 @@ class EvalBatches:
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        *,
-        batch_size: int,
-        world_size: int,
-        rank: int,
+        self, lengths: Sequence[int] | np.ndarray, *, batch_size: int, world_size: int, rank: int
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         order = np.argsort(-np.asarray(lengths), kind="stable").tolist()

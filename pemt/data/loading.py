@@ -20,11 +20,7 @@ from pemt.data.errors import DataError
 from pemt.data.examples import DataLocation, locate_data
 from pemt.data.in_memory import MemoryData
 from pemt.data.streaming import TrainStream
-from pemt.data.vocabulary import (
-    FLAGS,
-    MOST_MEASURED,
-    encode_targets,
-)
+from pemt.data.vocabulary import FLAGS, MOST_MEASURED, encode_targets
 from pemt.tasks import DEFAULT_TARGET_LENGTH, Task
 
 
@@ -263,10 +259,7 @@ def streamed(
         )
     stream.hold_out(first)
     (test,) = parts.values()
-    return stream, {
-        "validation": Dataset.from_list(first, features=test.features),
-        "test": test,
-    }
+    return stream, {"validation": Dataset.from_list(first, features=test.features), "test": test}
 
 
 def stream_origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset]) -> dict[str, str]:

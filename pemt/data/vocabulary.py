@@ -130,11 +130,7 @@ class EncodingStats:
     """
 
     def __init__(
-        self,
-        task: Task,
-        split: str,
-        tokenizer: PreTrainedTokenizerBase,
-        lengths: tuple[int, int],
+        self, task: Task, split: str, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, int]
     ) -> None:
         self._name, self._tokenizer, self._lengths = f"{task.name}, {split}", tokenizer, lengths
         self._total = self._longest = 0

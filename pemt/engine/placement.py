@@ -50,11 +50,7 @@ def materialize_on_device(
 
 
 def zero3_init(
-    model: nn.Module,
-    deepspeed_config: dict[str, Any],
-    *,
-    read_lazy: ReadLazy,
-    device: torch.device,
+    model: nn.Module, deepspeed_config: dict[str, Any], *, read_lazy: ReadLazy, device: torch.device
 ) -> None:
     """Partition the parameters as ZeRO-3 wants them, reading one at a time: no rank ever holds the model.
 

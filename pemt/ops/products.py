@@ -121,9 +121,7 @@ def onednn(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 def ways(product: Product, few_rows: Way | None) -> dict[str, Way]:
     """What can multiply, by name; each takes x [N, I] and the weight as it lies."""
-    found: dict[str, Way] = {
-        BLAS: lambda x, w: torch.mm(x, w.t() if product.transposed else w),
-    }
+    found: dict[str, Way] = {BLAS: lambda x, w: torch.mm(x, w.t() if product.transposed else w)}
     if has_onednn():
         found[ONEDNN] = lambda x, w: onednn(x, w if product.transposed else w.t())
     if few_rows is not None:

@@ -85,14 +85,7 @@ def advise(job: Job, cluster: Cluster, folder: Path, given: Zero) -> Advice:
 
 def _candidates(folder: Path, given: Zero) -> list[Zero]:
     """The JSONs there are, the simplest first; zero3_quantized, not run yet, only where it was asked about."""
-    order = (
-        "zero2",
-        "zero1",
-        "zero0",
-        "zero3",
-        "zero2_offload",
-        "zero3_offload",
-    )
+    order = ("zero2", "zero1", "zero0", "zero3", "zero2_offload", "zero3_offload")
     paths = [folder / f"{name}.json" for name in order]
     found = [read_zero(path) for path in paths if path.is_file()]
     return found if any(zero.name == given.name for zero in found) else [*found, given]

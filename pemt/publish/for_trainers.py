@@ -221,11 +221,7 @@ def target_model(
     prompt_PD = description_prompt(reader, model, sentence)
     experts, _ = top_sources(prompt_PD, experts, mixture.top_sources)
     pemt = PemtT5.target(
-        model,
-        sources=experts,
-        mixture=mixture,
-        adapter=adapter,
-        prompt_PD=prompt_PD,
+        model, sources=experts, mixture=mixture, adapter=adapter, prompt_PD=prompt_PD
     )
     return TargetModel(
         pemt, experts=experts, adapter=adapter, base_name=name, tokenizer=reader,

@@ -136,10 +136,7 @@ def build_ops(config: RunConfig, engine: Engine) -> None:
 
 
 def _target_model(
-    config: AdaptConfig,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    description: str,
+    config: AdaptConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str
 ) -> tuple[PemtT5, list[str], list[str]]:
     """PEMT, or its target adapter without experts; the experts' names, and of those that are left out."""
     sources = []
@@ -154,20 +151,13 @@ def _target_model(
     prompt_PD = description_prompt(tokenizer, base, description)
     mixed, left_out = top_sources(prompt_PD, sources, config.mixture.top_sources)
     model = PemtT5.target(
-        base,
-        sources=mixed,
-        mixture=config.mixture,
-        adapter=config.adapter,
-        prompt_PD=prompt_PD,
+        base, sources=mixed, mixture=config.mixture, adapter=config.adapter, prompt_PD=prompt_PD
     )
     return model, [source.name for source in mixed], left_out
 
 
 def _peft_model(
-    config: AdaptConfig,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    description: str,
+    config: AdaptConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str
 ) -> PeftT5:
     settings = peft_settings(config.method, config.peft_config)
     if not starts_from_text(settings, config.peft_config):

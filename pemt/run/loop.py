@@ -217,9 +217,7 @@ def _log_step(run: Run, meter: Meter, step: int, step_scalars: dict[str, float])
     run.monitor.log(step, {**scalars, **step_scalars, **epoch, **gates})
     run.callbacks.log({**scalars, **step_scalars, **epoch, **gates})
     run.monitor.advance(
-        step,
-        loss=scalars["train/loss"],
-        samples_per_second=scalars["train/samples_per_second"],
+        step, loss=scalars["train/loss"], samples_per_second=scalars["train/samples_per_second"]
     )
     for line in run.batches.notes(at_end=step == run.total_steps):
         run.monitor.message(line)

@@ -273,10 +273,7 @@ def _unknown(
 
 
 def _unknown_in(
-    path: Path,
-    levels: Mapping[str, Mapping[str, Any]],
-    kind: type[RunConfig],
-    own: tuple[str, ...],
+    path: Path, levels: Mapping[str, Mapping[str, Any]], kind: type[RunConfig], own: tuple[str, ...]
 ) -> Iterator[str]:
     keys = field_keys(kind)
     known = [key for key in keys if key not in own]

@@ -14,15 +14,7 @@ from typing import Any, Literal, TypedDict
 
 from pemt.config import PemtError
 from pemt.tasks.metric_kinds import METRIC_KINDS
-from pemt.tasks.values import (
-    RowError,
-    class_of,
-    encodable,
-    is_one_of,
-    number_of,
-    plain,
-    written,
-)
+from pemt.tasks.values import RowError, class_of, encodable, is_one_of, number_of, plain, written
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
