@@ -53,9 +53,8 @@ class Checkpoints:
         self._limit = config.save_total_limit
         self._stops = config.save_errors == "stop"
         self._writer = BackgroundWriter()
-        self.saved: int | None = (
-            None  # step of the newest one that is whole on the disk; rank 0 knows
-        )
+        # step of the newest one that is whole on the disk; rank 0 knows
+        self.saved: int | None = None
         self._chooser = CheckpointChooser(
             output_dir=output_dir,
             config=plain_values(config),

@@ -30,9 +30,8 @@ class Evidence:
     delimiter: str
     malformed_as_text: int = 0
     malformed_as_syntax: int = 0
-    fields: int = (
-        0  # in quotes: of them, over several lines, with doubled quotes or a CR, with commas
-    )
+    # in quotes: of them, over several lines, with doubled quotes or a CR, with commas
+    fields: int = 0
     spanning: int = 0
     doubled: int = 0
     commas: int = 0

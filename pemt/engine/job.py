@@ -104,9 +104,8 @@ class Job:
                 outcome = error
         outcome = self.broadcast_object(outcome)
         if isinstance(outcome, PemtError):
-            if (
-                self._hosts is not None
-            ):  # rank 0 may leave with it, and takes along the store at which others wait
+            # rank 0 may leave with it, and takes along the store at which others wait
+            if self._hosts is not None:
                 torch.distributed.barrier(group=self._hosts)
             raise outcome
         return cast("T", outcome)

@@ -27,7 +27,7 @@ from pemt.config import PemtError
 from pemt.engine.process import start_ticks
 from pemt.engine.signals import Interrupted, StopSignals
 from pemt.engine.status_lines import is_due, print_line
-from pemt.engine.watchdog import DEATH_SECONDS, FAILED_STATUS, Beat, connected
+from pemt.engine.watchdog import DEATH_SECONDS, FAILED_STATUS, Heartbeat, connected
 
 BEAT_SECONDS = 1.0
 WAITING = "waiting"  # the status of a rank at a barrier
@@ -57,7 +57,7 @@ class Waiting:
         self.store_server: TCPStore | None = None  # on rank 0
         self._keys = [str(each) for each in range(world_size)]
         pid = os.getpid()
-        self._me = Beat(
+        self._me = Heartbeat(
             number=0,
             progress=0,
             step=0,
@@ -147,7 +147,7 @@ class Waiting:
 
     def _is_waited_for(self) -> bool:
         self._read_beats()
-        return any(beat.is_here() and beat.status == WAITING for beat in self._beats)
+        return any(beat.is_on_this_host() and beat.status == WAITING for beat in self._beats)
 
     def _read_beats(self) -> None:
         """Read the ranks' heartbeats; what was read before stays where the store does not answer."""
@@ -161,7 +161,7 @@ class Waiting:
                 with contextlib.suppress(RuntimeError):
                     self._store = connected(self._port, seconds=BEAT_SECONDS)
                 return
-        self._beats = [Beat(**json.loads(text)) for text in texts]
+        self._beats = [Heartbeat(**json.loads(text)) for text in texts]
 
     def _wait(self, ranks: Iterable[int], progress: int) -> None:
         """Return when these ranks have reached this barrier."""
@@ -204,7 +204,8 @@ class Waiting:
         return [
             rank
             for rank, beat in enumerate(self._beats)
-            if rank == self._rank or (beat.status == WAITING and (beat.is_here() or not on_host))
+            if rank == self._rank
+            or (beat.status == WAITING and (beat.is_on_this_host() or not on_host))
         ]
 
     def _check_alive(self) -> None:
@@ -214,8 +215,8 @@ class Waiting:
             if self._last_change.get(rank, (-1, now))[0] != beat.number:
                 self._last_change[rank] = (beat.number, now)
             silent = now - self._last_change[rank][1]
-            limit = max(self.timeout, SILENT_SECONDS) if beat.is_here() else SILENT_SECONDS
-            if beat.left or (beat.is_here() and not beat.is_alive_here()):
+            limit = max(self.timeout, SILENT_SECONDS) if beat.is_on_this_host() else SILENT_SECONDS
+            if beat.left or (beat.is_on_this_host() and not beat.is_alive()):
                 self._end(rank, "has died")
             elif silent > limit and rank != self._rank:
                 self._end(rank, f"has shown no sign of life for {silent:.0f} s")

@@ -30,7 +30,7 @@ FAILED_STATUS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
+class Heartbeat:
     """A rank's heartbeat, as the others read it.
 
     Args:
@@ -51,13 +51,13 @@ class Beat:
     left: bool = False
     status: str = ""
 
-    def is_here(self) -> bool:
+    def is_on_this_host(self) -> bool:
         """Whether its process is on this host."""
         return self.host == socket.gethostname()
 
-    def is_alive_here(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether its process is on this host and still the one that started."""
-        return self.is_here() and start_ticks(self.pid) == self.started
+        return self.is_on_this_host() and start_ticks(self.pid) == self.started
 
 
 class Watchdog:
@@ -77,7 +77,7 @@ class Watchdog:
         self._patience = timeout - 3 * self._interval  # so that the end comes within the timeout
         self._step = self._progress = 0
         self._stopped = threading.Event()
-        self._beats: dict[int, Beat] = {}
+        self._beats: dict[int, Heartbeat] = {}
         self._last_exchange = time.monotonic()
 
     def start(self, name: str, barrier: Callable[[], None]) -> None:
@@ -119,7 +119,7 @@ class Watchdog:
 
     def _publish(self, number: int, *, left: bool = False) -> None:
         pid = os.getpid()
-        beat = Beat(
+        beat = Heartbeat(
             number=number,
             progress=self._progress,
             step=self._step,
@@ -138,7 +138,9 @@ class Watchdog:
             try:
                 self._publish(number)
                 texts = self._store.multi_get(keys)
-                self._beats = {rank: Beat(**json.loads(text)) for rank, text in enumerate(texts)}
+                self._beats = {
+                    rank: Heartbeat(**json.loads(text)) for rank, text in enumerate(texts)
+                }
                 self._last_exchange = time.monotonic()
             except RuntimeError:
                 # It may be a cable; `_check_ranks` minds how long it lasts. Of the old connection a late answer could
@@ -160,7 +162,7 @@ class Watchdog:
                     alive[rank] = (beat.number, now)
                 if moved.get(rank, (-1, now))[0] != beat.progress:
                     moved[rank] = (beat.progress, now)
-                if beat.is_here() and not beat.is_alive_here():
+                if beat.is_on_this_host() and not beat.is_alive():
                     died.setdefault(rank, now)
             if lost := [rank for rank, since in died.items() if now - since > DEATH_SECONDS]:
                 self._end(lost, "has died")
@@ -181,7 +183,7 @@ class Watchdog:
     def _ranks_beside_store(self) -> list[int]:
         """The ranks of rank 0's machine, where the store is; seen from there, rank 0 alone."""
         first = self._beats.get(0)
-        if first is None or first.is_here():
+        if first is None or first.is_on_this_host():
             return [0]
         return [rank for rank, beat in self._beats.items() if beat.host == first.host]
 
@@ -203,7 +205,7 @@ class Watchdog:
         for rank in ranks:
             beat = self._beats.get(rank)
             # A stopped process would hold the launcher up for another half a minute.
-            if rank != self._rank and beat and beat.is_alive_here():
+            if rank != self._rank and beat and beat.is_alive():
                 os.kill(beat.pid, signal.SIGKILL)
         os._exit(FAILED_STATUS)
 

@@ -23,7 +23,7 @@ FREE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class LeaveOneOut:
     """One source's part in the score, by runs with and without it.
 
     Args:
@@ -39,7 +39,7 @@ class LeftOut:
     pairs: int
 
 
-def left_out(records: Sequence[RunRecord]) -> list[LeftOut]:
+def left_out(records: Sequence[RunRecord]) -> list[LeaveOneOut]:
     """What every source adds where there are finished runs with and without it, the most helpful first."""
     scored = [record for record in records if SCORE in record.results and record.sources]
     found = defaultdict(list)
@@ -48,7 +48,7 @@ def left_out(records: Sequence[RunRecord]) -> list[LeftOut]:
         if len(missing) == 1 and set(other.sources) < set(one.sources) and _alike(one, other):
             found[one.task, missing.pop()].append((one.results[SCORE], other.results[SCORE]))
     parts = [
-        LeftOut(
+        LeaveOneOut(
             task=task,
             source=source,
             score=mean(score for score, _ in pairs),

@@ -26,7 +26,7 @@ from pemt.ops import OpsError, select
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BuiltModel:
     """A run's model, untrained.
 
     Args:
@@ -87,7 +87,7 @@ def build_model(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     description: str,
-) -> Built:
+) -> BuiltModel:
     """The model that a configuration describes.
 
     Args:
@@ -102,7 +102,7 @@ def build_model(
     if isinstance(config, SourceConfig):
         prompt_PD = description_prompt(tokenizer, base, description)
         source = PemtT5.source(base, expert=config.expert, prompt_PD=prompt_PD)
-        return Built(model=source, stage="source", source_names=[])
+        return BuiltModel(model=source, stage="source", source_names=[])
     assert isinstance(config, AdaptConfig)
     model: TrainedT5
     names: list[str] = []
@@ -115,7 +115,7 @@ def build_model(
         model = _peft_model(config, base, tokenizer, description)
     else:
         model, names, left_out = _target_model(config, base, tokenizer, description)
-    return Built(model=model, stage="adapt", source_names=names, left_out=tuple(left_out))
+    return BuiltModel(model=model, stage="adapt", source_names=names, left_out=tuple(left_out))
 
 
 def build_ops(config: RunConfig, engine: Engine) -> None:

@@ -16,7 +16,7 @@ from pemt.data import TrainStream, collate, to_device
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5
 from pemt.monitor import Monitor
-from pemt.run.build import Built
+from pemt.run.build import BuiltModel
 from pemt.run.callbacks import Callbacks
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.meter import Meter, micro_batch_weights
@@ -38,7 +38,7 @@ from pemt.tasks import without_redundant_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class FitResult:
     """What training leaves.
 
     Args:
@@ -52,7 +52,7 @@ class Fitted:
     epoch: float
 
 
-def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitted:
+def fit(config: RunConfig, setup: Setup, built: BuiltModel, session: Session) -> FitResult:
     """Train, validate and save until the configured end (all ranks call).
 
     `open_run` finds the checkpoint, `prepare` loads its weights, `restore` its optimizer, `_train` takes the steps.
@@ -71,7 +71,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     batches = train_batches(config, setup, resumed.state.position if resumed else None)
     total_steps = total_steps_of(config, batches)
     schedule = prepare(config, setup.engine, built.model, resumed, total_steps=total_steps)
-    callbacks = Callbacks(setup.given.callbacks, config, setup.engine, setup.tokenizer)
+    callbacks = Callbacks(setup.caller.callbacks, config, setup.engine, setup.tokenizer)
     state = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(state.step)
     with (
@@ -101,7 +101,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
         _log_config(run, resumed)
         state = _train(run, schedule, state)
     best = checkpoints.best_weights(state)
-    return Fitted(weights=best, state=state, epoch=batches.epochs_at(state.step))
+    return FitResult(weights=best, state=state, epoch=batches.epochs_at(state.step))
 
 
 def _log_config(run: Run, resumed: Checkpoint | None) -> None:
@@ -111,7 +111,7 @@ def _log_config(run: Run, resumed: Checkpoint | None) -> None:
     with engine.together("opening the logs"):  # rank 0 alone has some
         monitor.log_config(run.config, {"job": size, "device": str(engine.device)})
     warmup = warmup_notes(run.config, run.total_steps)
-    notes = (*run.setup.given.notes, *run.setup.data.notes)
+    notes = (*run.setup.caller.notes, *run.setup.data.notes)
     for line in (size, *(resumed.notes if resumed else ()), *notes, *warmup):
         monitor.message(spell_fields(line))
     if resumed:
@@ -250,7 +250,7 @@ def _evaluate(run: Run, state: TrainState) -> TrainState:
         task=setup.task,
         tokenizer=setup.tokenizer,
         config=run.config,
-        metrics=setup.given.metrics,
+        metrics=setup.caller.metrics,
         description="validating",
         on_batch_end=run.session.raise_if_stopped,
     )

@@ -24,14 +24,14 @@ def final_results(
     epoch: float,
     gates: GateNames,
     data: TaskData,
-    given: Sequence[str] = (),
+    custom_metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The final report under its published names, with the sources that `moe_weight_k` speaks of.
 
     It also tells what was scored (`split`, `examples`, `split_origin`) and how the checkpoint was chosen: by the mean
-    of the metrics that are `given` by a caller, else of the task's.
+    of the metrics of a Python caller (`custom_metrics`), else of the task's.
     """
-    first, *others = given or metrics_of(tested.metrics)
+    first, *others = custom_metrics or metrics_of(tested.metrics)
     return {
         "epoch": epoch,
         **named_scores(tested, gates, split="test"),

@@ -51,9 +51,8 @@ class Session:
         )
         self._watched = StopSignals()
         self._checkpoints: Checkpoints | None = None
-        self.saved_before: int | None = (
-            None  # the checkpoint that the run has left here; rank 0 knows
-        )
+        # the checkpoint that the run has left here; rank 0 knows
+        self.saved_before: int | None = None
         # What status.json says of a run that is finished, until this one writes into its folder.
         self._finished_before: str | None = None
         self._step, self._status_written = 0, time.monotonic()
@@ -97,9 +96,8 @@ class Session:
     def attach_checkpoints(self, checkpoints: Checkpoints) -> None:
         """Record in status.json what is saved from now on; a save that fails may end the run from now on."""
         self._checkpoints, self._finished_before = checkpoints, None
-        if (
-            self._engine.is_main
-        ):  # an overwritten run's are not waited for if this one is killed now
+        # an overwritten run's are not waited for if this one is killed now
+        if self._engine.is_main:
             self._write_status("running")
 
     def raise_if_stopped(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pemt.report.ablation import LeftOut, left_out
+from pemt.report.ablation import LeaveOneOut, left_out
 from pemt.report.page import content_of, environment
 from pemt.report.record import RunRecord
 
@@ -36,9 +36,9 @@ RUNS = [
     run(["mnli", "qnli", "cola"], None),  # not finished
 ]
 FOUND = [
-    LeftOut(task="cb", source="mnli", score=85.0, without=67.0, pairs=2),
-    LeftOut(task="cb", source="qnli", score=90.0, without=89.0, pairs=1),
-    LeftOut(task="cb", source="rte", score=5.0, without=89.0, pairs=1),
+    LeaveOneOut(task="cb", source="mnli", score=85.0, without=67.0, pairs=2),
+    LeaveOneOut(task="cb", source="qnli", score=90.0, without=89.0, pairs=1),
+    LeaveOneOut(task="cb", source="rte", score=5.0, without=89.0, pairs=1),
 ]
 
 
