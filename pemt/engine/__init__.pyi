@@ -1,4 +1,10 @@
 from .engine import Engine as Engine
+from .environment import (
+    leave_working_folder as leave_working_folder,
+    open_streams as open_streams,
+    own_cache as own_cache,
+    use_writable_caches as use_writable_caches,
+)
 from .exit import finish as finish, run_and_exit as run_and_exit
 from .job import Job as Job
 from .launcher import (
@@ -22,11 +28,5 @@ from .signals import (
     is_interactive as is_interactive,
 )
 from .status_lines import LIBRARIES as LIBRARIES, show_status as show_status
-from .surroundings import (
-    leave_working_folder as leave_working_folder,
-    open_streams as open_streams,
-    own_cache as own_cache,
-    use_writable_caches as use_writable_caches,
-)
 from .trackers import Tracker as Tracker, open_trackers as open_trackers
 from .watchdog import Watchdog as Watchdog

@@ -1,4 +1,4 @@
-"""What a command finds around it: a working folder full of modules, closed or narrow streams, a home it cannot write.
+"""A command's environment: a working folder full of modules, closed or narrow streams, a home it cannot write.
 
 Nothing but `os` and `sys` is imported with it: a file of the user's may have any other module's name.
 """
