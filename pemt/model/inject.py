@@ -43,12 +43,12 @@ class LinearSite:
     """One linear layer of a base model, which can be replaced.
 
     Args:
-        site: which.
+        spec: which, by name.
         owner: the attention or FFN that has it as a child.
         encoder_width: of the encoder's states.
     """
 
-    site: Site
+    spec: Site
     owner: Any
     encoder_width: int
 

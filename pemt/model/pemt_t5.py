@@ -63,7 +63,7 @@ class PemtT5(TrainedT5):
         self.base = base
         self.source_names = list(source_names)
         self._gate_sites = {
-            each.site.tag: each.module.source_names
+            each.spec.tag: each.module.source_names
             for each in linear_sites(base)
             if isinstance(each.module, GatedLinear)
         }
