@@ -110,20 +110,18 @@ def origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset], seed: int
         given, made: what `split` got and gave.
         seed: the same.
     """
-    origin_of = {}
+    found = {}
     for name, dataset in made.items():
         whole = next((each for each in given if given[each] is dataset), None)
         if whole is not None:
-            origin_of[name] = f"the official {whole} set"
+            found[name] = f"the official {whole} set"
         elif name == "train":
-            origin_of[name] = (
-                f"the official train set without what validation got, data_seed {seed}"
-            )
+            found[name] = f"the official train set without what validation got, data_seed {seed}"
         elif made["train"] is given["train"]:
-            origin_of[name] = f"half of the official validation set, data_seed {seed}"
+            found[name] = f"half of the official validation set, data_seed {seed}"
         else:
-            origin_of[name] = f"held out of the official train set, data_seed {seed}"
-    return origin_of
+            found[name] = f"held out of the official train set, data_seed {seed}"
+    return found
 
 
 def check_splits(task: Task, found: Collection[str], validation_split: float | None = None) -> None:
