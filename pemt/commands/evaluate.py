@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> None:
 
 
 def make_parser() -> Parser:
+    """The command line of `pemt evaluate`, less the run's fields."""
     from pemt.tasks import SPLITS
 
     parser = command_parser(

@@ -83,6 +83,7 @@ def _made(name: str) -> Path:
 
 
 def make_parser() -> Parser:
+    """The command line of `pemt fetch`, less the run's fields."""
     parser = command_parser(
         "fetch",
         "Bring what a run reads here while there is a network: base model, tokenizer, data, experts; and say where\n"

@@ -39,6 +39,7 @@ def run(arguments: list[str]) -> None:
 
 
 def make_parser() -> Parser:
+    """The command line of `pemt predict`, less the run's fields."""
     parser = command_parser(
         "predict",
         "Answer inputs with a finished run: a line of JSON each, in their order, with `input`, `prediction` and\n"

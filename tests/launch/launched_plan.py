@@ -97,7 +97,7 @@ def sources_of(
 ) -> list[ExpertSource]:
     """Random experts such as a job plans with, for a base model of this `base_shape`."""
     prompt = job.source_prompt_tokens // len(job.ranks)
-    sites = [[Site.named(name, shape) for name in each] for each in job.ranks_by_site] or None
+    sites = [[Site.from_name(name, shape) for name in each] for each in job.ranks_by_site] or None
     return random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, names=names, sites=sites)
 
 

@@ -48,7 +48,7 @@ def test_the_sites_are_the_linear_layers_of_the_blocks(family: str) -> None:
         if isinstance(module, nn.Linear) and not name.startswith("lm_head")
     }
     assert {site.module: site.widths(shape)[::-1] for site in sites_of(shape)} == found
-    assert [Site.named(site.name, shape) for site in sites_of(shape)] == sites_of(shape)
+    assert [Site.from_name(site.name, shape) for site in sites_of(shape)] == sites_of(shape)
 
 
 def names(target_modules: Any) -> list[str]:
