@@ -21,22 +21,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("gradient_checkpointing", "torch_compile"),
     ),
     "data": (
-        *(
-            "task_name",
-            "task_file",
-            "data_dir",
-            "validation_split",
-            "few_shot",
-            "max_source_length",
-        ),
-        *(
-            "max_target_length",
-            "max_train_samples",
-            "max_eval_samples",
-            "data_seed",
-            "skip_bad_rows",
-        ),
-        *("streaming", "shuffle_buffer_size", "preprocessing_num_workers", "data_fingerprint"),
+        *("task_name", "task_file", "data_dir", "validation_split", "few_shot"),
+        *("max_source_length", "max_target_length", "max_train_samples", "max_eval_samples"),
+        *("data_seed", "skip_bad_rows", "streaming", "shuffle_buffer_size"),
+        *("preprocessing_num_workers", "data_fingerprint"),
     ),
     "batch": (
         *("per_device_train_batch_size", "per_device_eval_batch_size"),
