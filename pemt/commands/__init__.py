@@ -12,7 +12,6 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from pemt.commands.fields import add_fields
 from pemt.config import Parser, flags_in_messages
 
 
@@ -38,7 +37,13 @@ class Command:
     def make_parser(self) -> Parser:
         """Its command line, with the fields that it takes."""
         parser: Parser = self._module().make_parser()
-        return add_fields(parser) if self.takes_fields else parser
+        if self.takes_fields:
+            from pemt.commands.fields import (
+                add_fields,
+            )  # not at the top: `pemt doctor` runs without its libraries
+
+            add_fields(parser)
+        return parser
 
     def _module(self) -> Any:
         return importlib.import_module(f"pemt.commands.{self.name}")
