@@ -1,4 +1,4 @@
-// y = x w^T for few rows of x, in float: what generating a token at a time consists of. Each weight
+// y = x w^T for few rows of x, in float: what answering a token at a time consists of. Each weight
 // is read once, as it lies.
 //
 // A tile is kRows rows of x by kOutputs rows of w, its sums stay in registers. Every output is the
