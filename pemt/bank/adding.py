@@ -118,14 +118,12 @@ def add_peft(
     ]
     writers: dict[Path, Callable[[Path], None]] = {}
     added = []
-    for adapter, folder, (source, lora, description, prompt) in zip(
-        adapters, folders, read, strict=True
-    ):
+    for adapter, folder, (source, lora, text, prompt) in zip(adapters, folders, read, strict=True):
         folder, writers[folder] = entry_writer(
             bank_dir,
             source,
             base={"name": base_name, **shape},
-            description=description,
+            description=text,
             metrics={},
             origin=adapter.origin(folder),
             licence=licence_in(folder),
