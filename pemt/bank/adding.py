@@ -118,15 +118,15 @@ def add_peft(
     ]
     writers: dict[Path, Callable[[Path], None]] = {}
     added = []
-    for adapter, folder, (source, lora, text, prompt) in zip(adapters, folders, read, strict=True):
+    for adapter, path, (source, lora, text, prompt) in zip(adapters, folders, read, strict=True):
         folder, writers[folder] = entry_writer(
             bank_dir,
             source,
             base={"name": base_name, **shape},
             description=text,
             metrics={},
-            origin=adapter.origin(folder),
-            licence=licence_in(folder),
+            origin=adapter.origin(path),
+            licence=licence_in(path),
         )
         added.append(Added(folder=folder, base_name=base_name, lora=lora, prompt=prompt))
     write_folders(writers)
