@@ -38,9 +38,8 @@ class Command:
         """Its command line, with the fields that it takes."""
         parser: Parser = self._module().make_parser()
         if self.takes_fields:
-            from pemt.commands.fields import (
-                add_fields,
-            )  # not at the top: `pemt doctor` runs without its libraries
+            # not at the top: `pemt doctor` runs without its libraries
+            from pemt.commands.fields import add_fields
 
             add_fields(parser)
         return parser
