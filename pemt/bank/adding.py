@@ -118,15 +118,15 @@ def add_peft(
     ]
     writers: dict[Path, Callable[[Path], None]] = {}
     added = []
-    for adapter, place, (source, lora, said, prompt) in zip(adapters, folders, read, strict=True):
+    for adapter, path, (source, lora, text, prompt) in zip(adapters, folders, read, strict=True):
         folder, writers[folder] = entry_writer(
             bank_dir,
             source,
             base={"name": base_name, **shape},
-            description=said,
+            description=text,
             metrics={},
-            origin=adapter.origin(place),
-            licence=licence_in(place),
+            origin=adapter.origin(path),
+            licence=licence_in(path),
         )
         added.append(Added(folder=folder, base_name=base_name, lora=lora, prompt=prompt))
     write_folders(writers)
@@ -166,12 +166,12 @@ def _read(
     adapter: Adapter, lora: PeftLora, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ExpertSource, PeftLora, str | None, str]:
     """The expert, its adapter, its description and what its prompt is made of."""
-    said = adapter.sentence()
+    description = adapter.sentence()
     prompt_PD, origin = lora.prompt_PD, "its own"
     if prompt_PD is None:
-        if said is None:
+        if description is None:
             raise _no_description(adapter)
-        prompt_PD, origin = description_prompt(tokenizer, base, said), said
+        prompt_PD, origin = description_prompt(tokenizer, base, description), description
     source = ExpertSource(
         name=adapter.entry,
         kind="lora",
@@ -181,7 +181,7 @@ def _read(
         prompt_PD=prompt_PD,
         base_sha256=base_digest(checked_base(base)),
     )
-    return source, lora, said, origin
+    return source, lora, description, origin
 
 
 def _common_base(folders: Sequence[Path]) -> str:

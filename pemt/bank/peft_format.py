@@ -150,7 +150,9 @@ def write_peft(
     tensors = {}
     for key, tensor in source.weights.items():
         site, _, factor = key.rpartition(".")
-        name = f"base_model.model.{Site.named(site, shape).module}.lora_{letters[factor]}.weight"
+        name = (
+            f"base_model.model.{Site.from_name(site, shape).module}.lora_{letters[factor]}.weight"
+        )
         tensors[name] = tensor.float().contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ def _lora_settings(source: ExpertSource, shape: Mapping[str, Any]) -> dict[str, 
     """An adapter_config.json but for the base model's name."""
     factors = (key.rpartition(".") for key in source.weights)
     ranks = {
-        Site.named(site, shape): len(source.weights[f"{site}.down"])
+        Site.from_name(site, shape): len(source.weights[f"{site}.down"])
         for site, _, factor in factors
         if factor == "down"
     }

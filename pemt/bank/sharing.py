@@ -34,7 +34,7 @@ class Changes:
         """Those that go over."""
         return sorted([*self.new, *self.replaced])
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """In a line: `added mnli, qnli; replaced rte; there already: cola`."""
         parts = {"added ": self.new, "replaced ": self.replaced, "there already: ": self.same}
         return "; ".join(f"{what}{', '.join(names)}" for what, names in parts.items() if names)

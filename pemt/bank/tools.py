@@ -18,13 +18,9 @@ from pemt.bank.manifests import (
     entry_names,
     manifests_in,
 )
-from pemt.bank.peft_format import (
-    write_peft,
-)
+from pemt.bank.peft_format import write_peft
 from pemt.config import PemtError
-from pemt.model import (
-    ExpertSource,
-)
+from pemt.model import ExpertSource
 from pemt.storage import MANIFEST, TEMPORARY, write_folders
 
 

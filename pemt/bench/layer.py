@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity, gelu, linear
 
 from pemt import ops
 from pemt.ops import products, reference
-from pemt.ops.linear import answer_mixture
+from pemt.ops.linear import mixture_step
 from pemt.plan import KNOWN
 
 EXPERTS, RANK, ADAPTER_REDUCTION, SPARSITY_WEIGHT = 6, 64, 16, 0.1
@@ -130,7 +130,7 @@ def forward_ops(layer: Layer) -> tuple[Tensor, Tensor | None]:
     """One FFN and its loss with the fused op; without gradients, what `generate` calls for a token."""
     if layer.bench.forward_only:
         frozen = (layer.weight, layer.down, layer.up)
-        return layer.adapt(answer_mixture(layer.x, *frozen, layer.factors)), None
+        return layer.adapt(mixture_step(layer.x, *frozen, layer.factors)), None
     return ops.ffn_output(
         layer.x, layer.stacked, layer.up, layer.gates, layer.scales, layer.ranks,
         adapter=layer.adapter,

@@ -129,7 +129,7 @@ def table(result: dict[str, object]) -> str:
     rows += [f"  {name:<15} {value:8.3f}" for name, value in ratios.items()]
     products = result["floor_products"]
     assert isinstance(products, dict)
-    told = ", ".join(f"{count} by {library}" for library, count in products.items())
+    by_library = ", ".join(f"{count} by {library}" for library, count in products.items())
     return "\n".join(
-        [head, *rows, f"  floor at {result['floor_tflops']:.3f} TFLOP/s: products {told}"]
+        [head, *rows, f"  floor at {result['floor_tflops']:.3f} TFLOP/s: products {by_library}"]
     )

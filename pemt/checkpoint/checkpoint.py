@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pemt.checkpoint.choose import (
-    FORMAT,
-    Checkpoint,
-    CheckpointChooser,
-    CheckpointError,
-)
+from pemt.checkpoint.choose import FORMAT, Checkpoint, CheckpointChooser, CheckpointError
 from pemt.checkpoint.folder import plain_values
 from pemt.checkpoint.names import checkpoint_folders, step_of
 from pemt.checkpoint.train_state import MOMENTS, RANDOM, WEIGHTS, TrainState
@@ -58,9 +53,8 @@ class Checkpoints:
         self._limit = config.save_total_limit
         self._stops = config.save_errors == "stop"
         self._writer = BackgroundWriter()
-        self.saved: int | None = (
-            None  # step of the newest one that is whole on the disk; rank 0 knows
-        )
+        # step of the newest one that is whole on the disk; rank 0 knows
+        self.saved: int | None = None
         self._chooser = CheckpointChooser(
             output_dir=output_dir,
             config=plain_values(config),
@@ -90,8 +84,8 @@ class Checkpoints:
         began = time.perf_counter()
         self._engine.on_rank0(self._writer.wait, "writing the previous checkpoint")
         files = {
-            WEIGHTS: self._engine.trained.weights(),
-            MOMENTS: self._engine.trained.moments(),
+            WEIGHTS: self._engine.optimizer_state.weights(),
+            MOMENTS: self._engine.optimizer_state.moments(),
             RANDOM: self._engine.random_states(),
         }
         self._check_ranks_agree(state, {**files[WEIGHTS], **files[MOMENTS]})

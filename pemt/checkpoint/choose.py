@@ -51,7 +51,7 @@ class CheckpointChooser:
 
     Args:
         output_dir: the run's folder.
-        config: the run's configuration, as `plain_values` gives it; what has changed is told.
+        config: the run's configuration, as `plain_values` gives it; what has changed is noted.
         identity: what a checkpoint's manifest must say under `run`.
     """
 

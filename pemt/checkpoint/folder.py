@@ -19,7 +19,7 @@ from pemt.config import (
     PemtError,
     RunConfig,
     field_keys,
-    flat,
+    flatten,
     load_yaml,
 )
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
@@ -78,12 +78,12 @@ def _differences(config: RunConfig, folder: Path) -> str:
     if theirs is None:
         return f", whose {CONFIG} cannot be read"
     keys = field_keys(type(config))  # so that a mapping of the user's own is compared whole
-    ours = flat(plain_values(config), keys)
+    ours = flatten(plain_values(config), keys)
     # A field that was not there when the run began had the default.
     defaults = {each.name: each.default for each in fields(config)} | _section_defaults(config)
     theirs = {
         **{name: defaults.get(name, value) for name, value in ours.items()},
-        **flat(theirs, keys),
+        **flatten(theirs, keys),
     }
     if None in (ours["bf16"], theirs["bf16"]):  # left to the device, which is asked later
         ours["bf16"] = theirs["bf16"]

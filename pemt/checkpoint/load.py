@@ -42,10 +42,7 @@ def copy_weights(
 
 
 def _check_shapes(
-    shapes: Mapping[str, tuple[int, ...]],
-    trained: Mapping[str, torch.nn.Parameter],
-    *,
-    where: str,
+    shapes: Mapping[str, tuple[int, ...]], trained: Mapping[str, torch.nn.Parameter], *, where: str
 ) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     for name in sorted(shapes.keys() ^ wanted.keys()) or [

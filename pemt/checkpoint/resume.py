@@ -7,12 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from pemt.checkpoint.folder import (
-    finished_results,
-    holds_run,
-    saved_config,
-    was_written_since,
-)
+from pemt.checkpoint.folder import finished_results, holds_run, saved_config, was_written_since
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.checkpoint.status import saved_checkpoint
 from pemt.config import PemtError, RunConfig
@@ -20,7 +15,7 @@ from pemt.engine import launcher_began
 from pemt.storage import StorageError, read_manifest
 
 Config = TypeVar("Config", bound=RunConfig)
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torch's launcher tells each rank
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torch's launcher sets it for each rank
 
 
 class WorldSizeError(PemtError):

@@ -38,7 +38,7 @@ def write_status(
 
 
 def finished_status(folder: Path) -> str | None:
-    """What `status.json` holds, where it tells of a finished run."""
+    """What `status.json` holds of a finished run."""
     try:
         text = (folder / STATUS).read_text(encoding="utf-8")
         return text if json.loads(text)["state"] == "finished" else None

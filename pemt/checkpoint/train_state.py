@@ -81,7 +81,7 @@ def _or_worst(value: float) -> float:
 
 
 def train_state_of(manifest: dict[str, Any]) -> TrainState:
-    """The state that a checkpoint's manifest tells.
+    """The state in a checkpoint's manifest.
 
     Raises:
         StorageError: a field is missing, unknown or of another kind.

@@ -22,10 +22,12 @@ class Command:
     Args:
         name: as it is typed, and its file's name.
         about: what it does, for the overview, in at most 26 characters: two of them stand side by side.
+        takes_fields: whether any field of a run may stand behind it, beside its own options.
     """
 
     name: str
     about: str
+    takes_fields: bool = False
 
     def __call__(self, arguments: list[str]) -> None:
         """Run it on the command line behind its name; its errors name fields as they are typed."""
@@ -33,8 +35,13 @@ class Command:
             self._module().run(arguments)
 
     def make_parser(self) -> Parser:
-        """Its command line."""
+        """Its command line, with the fields that it takes."""
         parser: Parser = self._module().make_parser()
+        if self.takes_fields:
+            # not at the top: `pemt doctor` runs without its libraries
+            from pemt.commands.fields import add_fields
+
+            add_fields(parser)
         return parser
 
     def _module(self) -> Any:
@@ -47,8 +54,8 @@ COMMANDS = {
     for each in (
         Command("source", "an expert, into a bank"),
         Command("adapt", "a target task over a bank"),
-        Command("evaluate", "score a finished run"),
-        Command("predict", "answer a jsonl or stdin"),
+        Command("evaluate", "score a finished run", takes_fields=True),
+        Command("predict", "answer a jsonl or stdin", takes_fields=True),
         Command("report", "a page about runs"),
         Command("sweep", "methods, tasks, seeds"),
         Command("bank", "list, add, export experts"),
@@ -58,7 +65,7 @@ COMMANDS = {
         Command("pull", "an export from the hub"),
         Command("tasks", "the tasks there are"),
         Command("plan", "memory, traffic, time"),
-        Command("fetch", "all for offline nodes"),
+        Command("fetch", "all for offline nodes", takes_fields=True),
         Command("doctor", "is this machine ready"),
         Command("ops", "build the fused op"),
         Command("bench", "time op, step, answers"),

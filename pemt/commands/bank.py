@@ -217,10 +217,10 @@ def _add(
     nothing = [None] * len(peft)
     adapters = map(Adapter, peft, task or nothing, description or nothing)
     for added in add_peft(list(adapters), **options):
-        _tell_added(added)
+        _print_added(added)
 
 
-def _tell_added(added: Added) -> None:
+def _print_added(added: Added) -> None:
     from pemt.model import projections_of
 
     prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
@@ -240,7 +240,7 @@ def _push(*, repo_id: str, bank_dir: str, **options: Any) -> None:
     from pemt.publish import push_bank
 
     pushed = push_bank(bank_dir, repo_id, **options)
-    print(f"{repo_id}: {pushed.changes.told()}")
+    print(f"{repo_id}: {pushed.changes.summary()}")
     print(pushed.address or "nothing to push")
     if Path(pushed.base_model).is_dir():
         print(
@@ -253,7 +253,7 @@ def _push(*, repo_id: str, bank_dir: str, **options: Any) -> None:
 def _pull(*, repo_id: str, bank_dir: str, **options: Any) -> None:
     from pemt.publish import pull_bank
 
-    print(f"{bank_dir}: {pull_bank(repo_id, bank_dir, **options).told()}")
+    print(f"{bank_dir}: {pull_bank(repo_id, bank_dir, **options).summary()}")
 
 
 def _export(*, bank_dir: str, peft: str, tasks: list[str] | None) -> None:

@@ -17,10 +17,10 @@ def list_entries(*, bank_dir: str) -> None:
     width = max(len(entry.task) for entry, _ in entries)
     for entry, raw in entries:
         score = entry.metrics.get("average_metrics")
-        told = "" if score is None else f", test score {score:.1f}"
+        score_text = "" if score is None else f", test score {score:.1f}"
         print(
             f"{entry.task:<{width}}  {entry.kind} on {_layers(listed_tensors(raw))}, rank {entry.rank}, "
-            f"alpha {entry.alpha:g}, on {entry.base['name']}{told}"
+            f"alpha {entry.alpha:g}, on {entry.base['name']}{score_text}"
         )
 
 

@@ -15,7 +15,7 @@ from pemt.plan import CHIPS, KNOWN
 # Sizes of `pemt bench step` by name.
 # lorahub: the T5 and the layers of LoraHub's adapters, and as many as its paper composes.
 ROWS: dict[str, dict[str, Any]] = {
-    "lorahub": {"size": "flan-t5-large", "sites": ["q", "v"], "rank": 16, "experts": 20},
+    "lorahub": {"size": "flan-t5-large", "sites": ["q", "v"], "rank": 16, "experts": 20}
 }
 OP = """
     loop     the reference: a loop over experts, again for the cosines, autograd's own backward
@@ -82,7 +82,7 @@ def make_parser() -> Parser:
     )
     step.add_argument("--experts", type=count, help="how many")
     step.add_argument("--rank", type=count, help="of each expert")
-    step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {_told_rows()}")
+    step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {_rows_text()}")
     step.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
     step.add_argument("--json", action="store_true", help="one JSON object")
     generate = _verb(
@@ -97,7 +97,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _told_rows() -> str:
+def _rows_text() -> str:
     rows = (
         f"{name} is --size {row['size']} --sites {' '.join(row['sites'])} --rank {row['rank']} "
         f"--experts {row['experts']}"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pemt.config import Parser, PemtError, command_parser
-from pemt.engine import LIBRARIES, StopSignals, own_cache, telling
+from pemt.engine import LIBRARIES, StopSignals, own_cache, show_status
 
 EVIDENCE_WORLDS = (2, 3, 4, 5)
 
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
     with StopSignals():
         if os.environ.get("RANK", "0") == "0":
             print(f"--- {LIBRARIES}", flush=True)
-        with telling(LIBRARIES):
+        with show_status(LIBRARIES):
             from pemt.demo import run_demo, run_evidence
 
         if options.evidence:
@@ -47,9 +47,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="(runs/demo)")
     parser.add_argument(
-        "--cache_dir",
-        type=Path,
-        help="keeps the base model it has pre-trained (~/.cache/pemt)",
+        "--cache_dir", type=Path, help="keeps the base model it has pre-trained (~/.cache/pemt)"
     )
     parser.add_argument("--quick", action="store_true", help="one target and one seed")
     parser.add_argument(

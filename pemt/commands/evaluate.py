@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pemt.commands.fields import add_fields, split_fields
+from pemt.commands.fields import split_fields
 from pemt.config import Parser, command_parser
 
 FIELDS = (
@@ -13,7 +13,7 @@ FIELDS = (
 
 def run(arguments: list[str]) -> None:
     """`pemt evaluate`."""
-    options, overrides = split_fields(_own_parser(), arguments)
+    options, overrides = split_fields(make_parser(), arguments)
     from pemt.run import check_finished
 
     check_finished(options["run_dir"], overrides)
@@ -24,11 +24,7 @@ def run(arguments: list[str]) -> None:
 
 
 def make_parser() -> Parser:
-    """Its own options and the run's fields: what a shell can complete behind it."""
-    return add_fields(_own_parser())
-
-
-def _own_parser() -> Parser:
+    """The command line of `pemt evaluate`, less the run's fields."""
     from pemt.tasks import SPLITS
 
     parser = command_parser(

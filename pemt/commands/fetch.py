@@ -6,17 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pemt.commands.fields import add_fields
 from pemt.commands.plan_batch import STAGES
-from pemt.config import (
-    AdaptConfig,
-    ConfigError,
-    Parser,
-    RunConfig,
-    command_parser,
-    parse_config,
-)
-from pemt.engine import LIBRARIES, telling
+from pemt.config import AdaptConfig, ConfigError, Parser, RunConfig, command_parser, parse_config
+from pemt.engine import LIBRARIES, show_status
 
 # What says where the libraries look, besides HF_HOME.
 PLACES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE")
@@ -27,7 +19,7 @@ def run(arguments: list[str]) -> None:
     stage = "adapt"
     if arguments[:1] and arguments[0] in STAGES:
         stage, arguments = arguments[0], arguments[1:]
-    options, fields = _own_parser().parse_known_args(arguments)
+    options, fields = make_parser().parse_known_args(arguments)
     if not any(field.split("=")[0] == "--output_dir" for field in fields):
         fields += ["--output_dir", "runs"]  # which a run needs and this does not
     config = parse_config(STAGES[stage], fields, prog="pemt fetch")
@@ -43,7 +35,7 @@ def run(arguments: list[str]) -> None:
     from pemt.run import check_inputs
 
     check_inputs(config)
-    with telling(LIBRARIES):
+    with show_status(LIBRARIES):
         from pemt.run import FETCHED, fetch_all
     for line in fetch_all(config):
         print(line, flush=True)
@@ -67,7 +59,7 @@ def _bring_experts(config: RunConfig, *, peft: list[str] | None, bank: str | Non
     from pemt.storage import hub_is_asked
 
     if bank and hub_is_asked():  # else it is enough that what is here can be used
-        yield f"{'pulled:':<11}{bank}: {pull_bank(bank, bank_dir).told()}"
+        yield f"{'pulled:':<11}{bank}: {pull_bank(bank, bank_dir).summary()}"
     missing = [each for each in map(Adapter, peft or ()) if not is_made_of(bank_dir, each)]
     if missing:
         add_peft(
@@ -91,11 +83,7 @@ def _made(name: str) -> Path:
 
 
 def make_parser() -> Parser:
-    """Its own options and the run's fields: what a shell can complete behind it."""
-    return add_fields(_own_parser())
-
-
-def _own_parser() -> Parser:
+    """The command line of `pemt fetch`, less the run's fields."""
     parser = command_parser(
         "fetch",
         "Bring what a run reads here while there is a network: base model, tokenizer, data, experts; and say where\n"

@@ -1,19 +1,12 @@
-"""A run's fields on the command lines of others: told from their own options, completed by shells."""
+"""A run's fields on the command lines of others: kept apart from their own options, completed by shells."""
 
 from __future__ import annotations
 
 import typing
 from typing import Any, Literal
 
-from pemt.config import (
-    AdaptConfig,
-    Parser,
-    RunConfig,
-    SourceConfig,
-    command_parser,
-    field_keys,
-)
-from pemt.engine import LIBRARIES, StopSignals, telling
+from pemt.config import AdaptConfig, Parser, RunConfig, SourceConfig, command_parser, field_keys
+from pemt.engine import LIBRARIES, StopSignals, show_status
 
 FILES = {"task_file", "peft_config"}
 FOLDERS = {"data_dir", "output_dir", "bank_dir", "model_name_or_path", "tokenizer_name"}
@@ -53,7 +46,7 @@ def run_stage(kind: type[RunConfig], name: str, arguments: list[str]) -> None:
         from pemt.run import check_early
 
         check_early(config)
-        with telling(LIBRARIES):
+        with show_status(LIBRARIES):
             from pemt.run import run_adapt, run_source
 
         if isinstance(config, SourceConfig):

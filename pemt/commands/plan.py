@@ -210,7 +210,7 @@ def _recipe_batch(options: argparse.Namespace) -> int:
 
 
 def _beside_recipe(options: argparse.Namespace, division: Division) -> str:
-    """What else to tell of the global batch: that it is not the recipe's, or that it leaves GPUs idle."""
+    """Notes on the global batch: that it is not the recipe's, or that it leaves GPUs idle."""
     recipe = _recipe_batch(options)
     if division.global_batch != recipe:
         return f"; the recipe's is {recipe}"
@@ -285,11 +285,7 @@ def _bank(bank_dir: str) -> dict[str, Any]:
         ranks.append(manifest.rank)
         places.append({site: shapes[f"{site}.down"][0] for site in site_names(shapes)})
         prompts += shapes[PROMPT][0]
-    return {
-        "ranks": tuple(ranks),
-        "ranks_by_site": tuple(places),
-        "source_prompt_tokens": prompts,
-    }
+    return {"ranks": tuple(ranks), "ranks_by_site": tuple(places), "source_prompt_tokens": prompts}
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:

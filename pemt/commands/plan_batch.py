@@ -58,7 +58,7 @@ def make_parser() -> Parser:
         "Keep a recipe's global batch on a cluster: prints ranks a node, micro-batch and accumulation.\n"
         "The global batch is per_device_train_batch_size x gradient_accumulation_steps of the files behind\n"
         "--config, which are for one rank. Ranks take smaller micro-batches; where there are more ranks than\n"
-        "examples fewer of them are used, which is told; what is typed stays, or is refused with the numbers.",
+        "examples fewer of them are used, which is logged; what is typed stays, or is refused with the numbers.",
         "pemt plan batch adapt --num_nodes 4 --ranks_per_node 8 --config adapt \\",
         "      --task_name superglue-cb --output_dir runs/cb --bank_dir bank",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pemt.commands.evaluate import FIELDS
-from pemt.commands.fields import add_fields, split_fields
+from pemt.commands.fields import split_fields
 from pemt.config import Parser, PemtError, command_parser, count
 
 # Fields of the run, under the names that generation goes by.
@@ -17,7 +17,7 @@ GENERATION = ("max_new_tokens", "num_beams")
 
 def run(arguments: list[str]) -> None:
     """`pemt predict`."""
-    options, overrides = split_fields(_own_parser(), arguments)
+    options, overrides = split_fields(make_parser(), arguments)
     asked = options.pop("constrain_labels")
     constrain = None if asked is None else asked == "true"
     generating = [name for name in GENERATION if options[name] is not None]
@@ -39,11 +39,7 @@ def run(arguments: list[str]) -> None:
 
 
 def make_parser() -> Parser:
-    """Its own options and the run's fields: what a shell can complete behind it."""
-    return add_fields(_own_parser())
-
-
-def _own_parser() -> Parser:
+    """The command line of `pemt predict`, less the run's fields."""
     parser = command_parser(
         "predict",
         "Answer inputs with a finished run: a line of JSON each, in their order, with `input`, `prediction` and\n"

@@ -16,9 +16,7 @@ def run(arguments: list[str]) -> None:
 def make_parser() -> Parser:
     """The command line of `pemt pull`."""
     parser = command_parser(
-        "pull",
-        "Fetch what was pushed into a folder.",
-        "pemt pull me/flan-t5-base-cb cb-adapter",
+        "pull", "Fetch what was pushed into a folder.", "pemt pull me/flan-t5-base-cb cb-adapter"
     )
     parser.add_argument("repo", metavar="OWNER/NAME")
     parser.add_argument("folder", metavar="DIR", help="new or empty")

@@ -189,7 +189,7 @@ def precision() -> Iterator[Finding]:
 
     try:
         from pemt.engine import bf16_is_native
-    except ImportError:  # a package is missing, which has been told
+    except ImportError:  # a package is missing, which has been reported
         return
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
@@ -281,9 +281,9 @@ def deepspeed_runs() -> Finding:
                 advice="the ranks do not find each other: look at the firewall, NCCL_SOCKET_IFNAME and "
                 "GLOO_SOCKET_IFNAME",
             )
-    told = re.search(r"^probe: (.*)$", done.stdout, flags=re.MULTILINE)
-    if done.returncode == 0 and told:
-        return Finding(what="deepspeed runs", state="ok", found=f"yes: {told[1]}")
+    probed = re.search(r"^probe: (.*)$", done.stdout, flags=re.MULTILINE)
+    if done.returncode == 0 and probed:
+        return Finding(what="deepspeed runs", state="ok", found=f"yes: {probed[1]}")
     return Finding(
         what="deepspeed runs",
         state="missing",

@@ -43,13 +43,13 @@ def shown(task: Task) -> str:
 
 def answers(task: Task) -> str:
     """The target texts, with what each is called; or what else is answered."""
-    from pemt.tasks import class_name
+    from pemt.tasks import label_with_name
 
     if task.score_step is not None:
         return f"numbers, in steps of {task.score_step:g}"
     if not task.labels:
         return "text"
-    return ", ".join(class_name(task, label) for label in task.labels)
+    return ", ".join(label_with_name(task, label) for label in task.labels)
 
 
 def make_parser() -> Parser:

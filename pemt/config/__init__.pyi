@@ -25,7 +25,7 @@ from .errors import (
 )
 from .parse import (
     field_keys as field_keys,
-    flat as flat,
+    flatten as flatten,
     make_config as make_config,
     parse_config as parse_config,
     read_recipe as read_recipe,

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         raise PemtError(f"{self.prog}: {message}; `{self.prog} --help` tells what it takes")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but an unknown option is told with the nearest known ones."""
+        """As argparse's, but the error about an unknown option names the nearest known ones."""
         options, rest = self.parse_known_args(args, namespace)
         if rest:
             self.refuse(rest[0])

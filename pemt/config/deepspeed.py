@@ -177,7 +177,7 @@ def fill_deepspeed_json(
         *parents, last = key.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
-        if value is None:  # bf16, before the ranks have told what their devices compute in
+        if value is None:  # bf16, before the ranks know what their devices compute in
             continue
         found = section.get(last, "auto")
         if found not in ("auto", value):

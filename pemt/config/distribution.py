@@ -22,12 +22,12 @@ def installed_version() -> str | None:
 def version_line() -> str:
     """One line: version and distribution, and where the running package lies and came from."""
     version, source = installed_version(), _git_source()
-    told = (
+    version = (
         f"{version} (distribution {DISTRIBUTION}"
         if version
         else f"(not installed as {DISTRIBUTION}"
     )
-    return f"pemt {told}, running from {Path(__file__).parents[1]}{f', from {source}' if source else ''})"
+    return f"pemt {version}, running from {Path(__file__).parents[1]}{f', from {source}' if source else ''})"
 
 
 def other_distribution() -> str | None:

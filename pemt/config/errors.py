@@ -50,7 +50,7 @@ class PemtError(ValueError):
     What was found may be anything that a file can hold: it is made printable here, and a long one is cut.
 
     Args:
-        faults: one line each; more than one where many can be told at once.
+        faults: one line each; more than one where many can be reported at once.
     """
 
     def __init__(self, *faults: str) -> None:

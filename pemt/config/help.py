@@ -21,22 +21,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("gradient_checkpointing", "torch_compile"),
     ),
     "data": (
-        *(
-            "task_name",
-            "task_file",
-            "data_dir",
-            "validation_split",
-            "few_shot",
-            "max_source_length",
-        ),
-        *(
-            "max_target_length",
-            "max_train_samples",
-            "max_eval_samples",
-            "data_seed",
-            "skip_bad_rows",
-        ),
-        *("streaming", "shuffle_buffer_size", "preprocessing_num_workers", "data_fingerprint"),
+        *("task_name", "task_file", "data_dir", "validation_split", "few_shot"),
+        *("max_source_length", "max_target_length", "max_train_samples", "max_eval_samples"),
+        *("data_seed", "skip_bad_rows", "streaming", "shuffle_buffer_size"),
+        *("preprocessing_num_workers", "data_fingerprint"),
     ),
     "batch": (
         *("per_device_train_batch_size", "per_device_eval_batch_size"),
@@ -123,8 +111,10 @@ def described(kind: type[Any], prefix: str = "") -> Iterator[Described]:
     """Every field, those of sections with dots, in the dataclass's order."""
     about: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
-        told = docstring_parser.parse(parent.__dict__.get("__doc__") or "")
-        about |= {each.arg_name: " ".join((each.description or "").split()) for each in told.params}
+        parsed = docstring_parser.parse(parent.__dict__.get("__doc__") or "")
+        about |= {
+            each.arg_name: " ".join((each.description or "").split()) for each in parsed.params
+        }
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         section: Any = field.default_factory
@@ -166,9 +156,9 @@ def _required(field: Described) -> bool:
 
 
 def _values(field: Described, recipe: Mapping[str, Any]) -> str:
-    told = [f"recipe: {_yaml(recipe[field.key])}"] if field.key in recipe else []
+    notes = [f"recipe: {_yaml(recipe[field.key])}"] if field.key in recipe else []
     return ", ".join(
-        [*told, "required" if _required(field) else f"default: {_yaml(field.default)}"]
+        [*notes, "required" if _required(field) else f"default: {_yaml(field.default)}"]
     )
 
 

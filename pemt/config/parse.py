@@ -97,7 +97,7 @@ def _read_arguments(kind: type[Any], arguments: list[str]) -> tuple[_FileValues,
 def _read_files(files: list[Path], keys: list[str]) -> _FileValues:
     from_files: _FileValues = {}
     for file in files:
-        for key, value in flat(read_yaml_mapping(file), keys).items():
+        for key, value in flatten(read_yaml_mapping(file), keys).items():
             _add(from_files, key, value, file, keys)
     return from_files
 
@@ -112,7 +112,7 @@ def _add(from_files: _FileValues, key: str, value: Any, file: Path | None, keys:
         raise ConfigError(f"{where}{key}: found `{value}`, expected `key: value` lines")
 
 
-def flat(values: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, Any]:
     """Nested mappings as one, its keys joined by dots.
 
     Args:
@@ -124,7 +124,7 @@ def flat(values: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, 
         if isinstance(value, dict) and value and (keys is None or is_section(key, keys)):
             dotted = f"{key}."
             inner = keys and [each.removeprefix(dotted) for each in keys if each.startswith(dotted)]
-            unfolded |= {f"{key}.{name}": each for name, each in flat(value, inner).items()}
+            unfolded |= {f"{key}.{name}": each for name, each in flatten(value, inner).items()}
         else:
             unfolded[str(key)] = value
     return unfolded
@@ -190,11 +190,7 @@ def _with_sources(
 @cache
 @cache  # 50 ms each, and a sweep has hundreds of configurations
 def _parser(kind: Any, prog: str) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
-        prog=prog,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile)
     parser.add_class_arguments(kind)
     return parser
@@ -203,7 +199,7 @@ def _parser(kind: Any, prog: str) -> jsonargparse.ArgumentParser:
 def _recipe_values(kind: type[Any], prog: str) -> dict[str, Any]:
     """The values of the command's own recipe, by their keys on the command line; empty where it has none."""
     name = prog.rpartition(" ")[2]
-    return flat(read_recipe(name), field_keys(kind)) if name in recipe_names() else {}
+    return flatten(read_recipe(name), field_keys(kind)) if name in recipe_names() else {}
 
 
 def recipe_names() -> list[str]:

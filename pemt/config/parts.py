@@ -9,17 +9,8 @@ TENSORBOARD = "tensorboard"
 TRACKER_RUNS = "trackers.json"  # in a run's folder: tracker -> the run that it has opened there
 # What accelerate has trackers for.
 TRACKERS = (
-    *(
-        TENSORBOARD,
-        "wandb",
-        "mlflow",
-        "trackio",
-        "comet_ml",
-        "aim",
-        "clearml",
-        "dvclive",
-        "swanlab",
-    ),
+    *(TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml"),
+    *("aim", "clearml", "dvclive", "swanlab"),
 )
 
 

@@ -83,7 +83,7 @@ class RunConfig:
         max_skipped_steps: stop after this many steps in a row with a non-finite loss or gradient on some
             rank. Such a step changes no weight and no moment; schedule and data advance. fp16 needs up to 17
             to find its loss scale.
-        warmup_steps: steps of linear warm-up; where the run has no more than these, that is told.
+        warmup_steps: steps of linear warm-up; where the run has no more than these, that is logged.
         lr_scheduler_type: a schedule of `transformers.get_scheduler`.
         eval_strategy: when to validate: each epoch, every eval_steps, or never.
         eval_steps: validation interval in steps for `eval_strategy: steps`.

@@ -30,7 +30,7 @@ def check_types(config: Any, prefix: str = "") -> None:
         if plain is not value:
             object.__setattr__(config, each.name, plain)
         if not _is(plain, hint):
-            wanted = _told(hint)
+            wanted = _allowed_text(hint)
             if "list" in wanted:
                 wanted += ", written like [a,b]"
             raise ConfigError(f"{prefix}{each.name}: found `{plain!r}`, expected {wanted}")
@@ -96,10 +96,10 @@ def _is_one(value: Any, hint: Any) -> bool:
     return isinstance(value, int | float) if hint is float else isinstance(value, hint)
 
 
-def _told(hint: Any) -> str:
+def _allowed_text(hint: Any) -> str:
     """A type as the command line's errors have it."""
     if len(_choices(hint)) > 1:
-        return f"[{', '.join(map(_told, _choices(hint)))}]"
+        return f"[{', '.join(map(_allowed_text, _choices(hint)))}]"
     if hint is type(None):
         return "null"
     if typing.get_origin(hint) is Literal:

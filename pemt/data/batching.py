@@ -76,7 +76,7 @@ class TrainBatches:
             if noise and self.waste(first) > limit:
                 break
             chosen = float(noise)
-            if companions_kept(first, second) <= MAX_KEPT:
+            if share_kept_together(first, second) <= MAX_KEPT:
                 break
         return chosen
 
@@ -107,7 +107,7 @@ class TrainBatches:
         """None: the position to resume from follows from the number of steps."""
 
     def notes(self, *, at_end: bool = True) -> list[str]:
-        """Nothing: what was left out was told before the first step."""
+        """Nothing: what was left out was logged before the first step."""
         return []
 
     def in_order(self, epoch: int, noise: float) -> list[np.ndarray]:
@@ -115,8 +115,8 @@ class TrainBatches:
         rng = np.random.default_rng([self.seed, epoch, 0])
         # The permutation decides between equal lengths, and who is shown twice.
         order = np.resize(rng.permutation(len(self.lengths)), self.sizes_M.sum())
-        places = self.lengths[order] + rng.uniform(-noise, noise, size=len(order))
-        order = order[np.argsort(places, kind="stable")]
+        noisy_lengths = self.lengths[order] + rng.uniform(-noise, noise, size=len(order))
+        order = order[np.argsort(noisy_lengths, kind="stable")]
         return np.split(order, np.cumsum(self.sizes_M)[:-1])
 
     def waste(self, micro_batches: Sequence[Sequence[int] | np.ndarray]) -> float:
@@ -141,19 +141,19 @@ def sizes_of(examples: int, batch_size: int, count: int) -> np.ndarray:
     return batch_size - taken_M[::-1]
 
 
-def companions_kept(
+def share_kept_together(
     before: Sequence[Sequence[int] | np.ndarray], after: Sequence[Sequence[int] | np.ndarray]
 ) -> float:
     """Of the pairs that share a micro-batch of one epoch, the share that does so in another."""
     indices = np.concatenate(before)
-    place = np.empty(indices.max() + 1, dtype=np.int64)
-    place[np.concatenate(after)] = places_of(after)
-    both = places_of(before) * len(after) + place[indices]
-    pairs, kept = (pairs_within(each) for each in (places_of(before), both))
+    number_after = np.empty(indices.max() + 1, dtype=np.int64)
+    number_after[np.concatenate(after)] = batch_numbers(after)
+    both = batch_numbers(before) * len(after) + number_after[indices]
+    pairs, kept = (pairs_within(each) for each in (batch_numbers(before), both))
     return kept / pairs if pairs else 0.0
 
 
-def places_of(micro_batches: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+def batch_numbers(micro_batches: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
     """For every index in these, in their order, the number of its micro-batch."""
     return np.repeat(np.arange(len(micro_batches)), [len(each) for each in micro_batches])
 
@@ -173,12 +173,7 @@ class EvalBatches:
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        *,
-        batch_size: int,
-        world_size: int,
-        rank: int,
+        self, lengths: Sequence[int] | np.ndarray, *, batch_size: int, world_size: int, rank: int
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         order = np.argsort(-np.asarray(lengths), kind="stable").tolist()

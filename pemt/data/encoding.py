@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from pemt.config import RunConfig
 from pemt.data.vocabulary import (
     MOST_MEASURED,
-    Tally,
+    EncodingStats,
     check_labels,
     comparable,
     encode_targets,
     encode_texts,
-    is_lost,
+    is_changed,
+    round_trip,
     unknown,
-    written_back,
 )
 from pemt.tasks import Task, longest_target
 
@@ -68,9 +68,9 @@ class Encoder:
             "open_answers": self.task.kind == "answer",
         }
 
-    def tally(self, split: str) -> Tally:
+    def stats(self, split: str) -> EncodingStats:
         """Counts what is wrong with the examples of a split."""
-        return Tally(self.task, split, self.tokenizer, self.lengths)
+        return EncodingStats(self.task, split, self.tokenizer, self.lengths)
 
     @cached_property
     def identity(self) -> str:
@@ -100,7 +100,7 @@ def encode_batch(
     sources, cut = encode_sources(columns["source"], tokenizer, max_length=lengths[0])
     targets, target_lengths = encode_targets(columns["target"], tokenizer, max_length=lengths[1])
     different = list(dict.fromkeys(columns["target"]))
-    backs = dict(zip(different, written_back(different, tokenizer), strict=True))
+    backs = dict(zip(different, round_trip(different, tokenizer), strict=True))
     if open_answers:
         columns["references"] = comparable(columns["references"], tokenizer)
     return {
@@ -111,7 +111,7 @@ def encode_batch(
         "source_cut": cut,
         "source_unknown": unknown(sources, tokenizer),
         "target_cut": [length > lengths[1] for length in target_lengths],
-        "target_lost": [is_lost(text, backs[text]) for text in columns["target"]],
+        "target_lost": [is_changed(text, backs[text]) for text in columns["target"]],
         "target_length": target_lengths,
     }
 

@@ -18,7 +18,7 @@ from pemt.data.errors import DataError
 from pemt.data.formats import note_on
 from pemt.data.in_memory import MemoryData, Rows
 from pemt.data.local_files import columns_of, read_rows, renamed, task_files
-from pemt.data.tables import Record
+from pemt.data.tables import RawRow
 from pemt.tasks import (
     SPLITS,
     ClassId,
@@ -32,7 +32,7 @@ from pemt.tasks import (
 )
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
-# that what was left out can be told again when the cache is used.
+# that what was left out can be logged again when the cache is used.
 UNLABELLED = "no gold label"
 EXAMPLE = Features(
     {
@@ -46,7 +46,7 @@ EXAMPLE = Features(
     }
 )
 
-Located = Iterable[tuple[str, Record | RowError]]
+Located = Iterable[tuple[str, RawRow | RowError]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def locate_data(task: Task, data_dir: str | None, memory: MemoryData | None = No
     return DataLocation(task=task, files=files, notes=tuple(notes))
 
 
-def is_labelled(task: Task, row: Record | RowError) -> bool:
+def is_labelled(task: Task, row: RawRow | RowError) -> bool:
     """Whether a row can be read and has a label."""
     return not isinstance(row, RowError) and has_label(task, row)
 
@@ -153,7 +153,7 @@ def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
     return make_examples(task, HubRows(task, rows, hub_name(hub, split)), rows._fingerprint)
 
 
-def named(task: Task, row: Record, features: Features | None) -> Record:
+def resolve_class_id(task: Task, row: RawRow, features: Features | None) -> RawRow:
     """A row in which a class id of the data set's own is the name that it has there, or is known to be an id.
 
     A data set on the hub may number its classes in another order than the task's labels.
@@ -173,7 +173,7 @@ def hub_name(hub: HubSource, split: str) -> str:
 
 
 def local_examples(task: Task, paths: tuple[Path, ...]) -> Dataset:
-    """One split of local files, which are told apart by their path, for messages, and by what they hold."""
+    """One split of local files, which are identified by path, in messages, and by content."""
     contents = [(str(path.resolve()), _digest(path)) for path in paths]
     return make_examples(task, LocalRows(task, paths), Hasher.hash(contents))
 
@@ -196,9 +196,9 @@ class HubRows:
     def __init__(self, task: Task, rows: Dataset, name: str) -> None:
         self.task, self.rows, self.name = task, rows, name
 
-    def __iter__(self) -> Iterator[tuple[str, Record]]:
+    def __iter__(self) -> Iterator[tuple[str, RawRow]]:
         for number, row in enumerate(self.rows, start=1):
-            yield f"{self.name}: row {number}", named(self.task, row, self.rows.features)
+            yield f"{self.name}: row {number}", resolve_class_id(self.task, row, self.rows.features)
 
 
 class LocalRows:
@@ -207,7 +207,7 @@ class LocalRows:
     def __init__(self, task: Task, paths: tuple[Path, ...]) -> None:
         self.task, self.paths = task, paths
 
-    def __iter__(self) -> Iterator[tuple[str, Record | RowError]]:
+    def __iter__(self) -> Iterator[tuple[str, RawRow | RowError]]:
         return read_rows(self.task, self.paths)
 
 
@@ -218,20 +218,20 @@ class MemoryRows:
         self.task, self.split = task, split
         self.rows = rows.with_format(None) if isinstance(rows, Dataset) else rows
 
-    def __iter__(self) -> Iterator[tuple[str, Record | RowError]]:
+    def __iter__(self) -> Iterator[tuple[str, RawRow | RowError]]:
         features = self.rows.features if isinstance(self.rows, Dataset) else None
         for number, row in enumerate(self.rows):
-            place = f"{self.split}[{number}]"
-            record = named(self.task, dict(row), features)
+            row_id = f"{self.split}[{number}]"
+            record = resolve_class_id(self.task, dict(row), features)
             try:
                 unpacked = self.task.unpack(record) if self.task.unpack else (record,)
                 for each in unpacked:
                     yield (
-                        place,
+                        row_id,
                         each if isinstance(each, RowError) else renamed(self.task, dict(each)),
                     )
             except RowError as error:
-                yield place, error
+                yield row_id, error
 
 
 def make_examples(task: Task, rows: Located, identity: str) -> Dataset:
@@ -253,20 +253,20 @@ def make_examples(task: Task, rows: Located, identity: str) -> Dataset:
 
 def examples_of(task: Task, rows: Located) -> Iterator[dict[str, Any]]:
     """An example per row; where a row gives none, an empty one with the reason as `problem`."""
-    for place, row in rows:
-        yield example_row(task, place, row)
+    for row_id, row in rows:
+        yield example_row(task, row_id, row)
 
 
-def example_row(task: Task, place: str, row: Record | RowError) -> dict[str, Any]:
+def example_row(task: Task, row_id: str, row: RawRow | RowError) -> dict[str, Any]:
     """The example of one row."""
     try:
         if isinstance(row, RowError):
             raise row
         example = example_of(task, row)
-        problem = f"{place}: {UNLABELLED}" if example is None else ""
+        problem = f"{row_id}: {UNLABELLED}" if example is None else ""
         by_id = example is not None and is_class_id(task, row)
     except RowError as error:
-        example, problem, by_id = None, f"{place}: {error}", False
+        example, problem, by_id = None, f"{row_id}: {error}", False
     empty = {"source": "", "target": "", "references": [], "group": ""}
     return {**(example or empty), "problem": problem, "is_class_id": by_id}
 

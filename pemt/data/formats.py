@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pemt.data.errors import DataError
-from pemt.data.tables import Columns, Located, Record, layout_of, read_table
+from pemt.data.tables import Columns, Located, RawRow, layout_of, read_table
 from pemt.data.text import open_bytes, text_lines
 from pemt.tasks import RowError
 
@@ -25,7 +25,7 @@ DELIMITERS = {"csv": ",", "tsv": "\t", "txt": "\t"}  # as the extension says
 GAP = re.compile(r"[\s,:]*")
 
 
-def once_each(pairs: list[tuple[str, Any]]) -> Record | RowError:
+def once_each(pairs: list[tuple[str, Any]]) -> RawRow | RowError:
     """An object of JSON; one that has a key twice is malformed, as a table's header is."""
     record = dict(pairs)
     if len(record) < len(pairs):
@@ -120,14 +120,14 @@ def each_line(path: Path) -> Iterator[Located]:
 def parsed_lines(name: str, lines: Iterable[tuple[int, str | RowError]]) -> Iterator[Located]:
     """The objects of numbered lines, each with its place in the file of that name."""
     for number, line in lines:
-        place = f"{name}:{number}"
+        row_id = f"{name}:{number}"
         if isinstance(line, RowError):
-            yield place, line
+            yield row_id, line
         elif line.strip():
-            yield place, parsed(line)
+            yield row_id, parsed(line)
 
 
-def parsed(line: str) -> Record | RowError:
+def parsed(line: str) -> RawRow | RowError:
     """The object of a line of JSON."""
     try:
         return checked(DECODER.decode(line))
@@ -143,7 +143,7 @@ def unreadable(error: ValueError | RecursionError) -> RowError:
     return RowError(f"JSON that is not read: {'nested too deep' if is_deep else error}")
 
 
-def checked(value: Any) -> Record | RowError:
+def checked(value: Any) -> RawRow | RowError:
     """The value, if it is an object."""
     return (
         value if isinstance(value, dict | RowError) else RowError(f"no JSON object: {value!r:.60}")
@@ -176,7 +176,7 @@ def read_json(path: Path) -> Iterator[Located]:
         yield f"{path}:{line}: entry {number}", entry
 
 
-def entries_of(text: str) -> list[tuple[int, Record | RowError]]:
+def entries_of(text: str) -> list[tuple[int, RawRow | RowError]]:
     """The objects of well-formed JSON, each with the offset that it begins at.
 
     One that Python does not take is the last: where it ends is not known.
@@ -194,7 +194,7 @@ def entries_of(text: str) -> list[tuple[int, Record | RowError]]:
     ]
 
 
-def rows_of_columns(columns: Record) -> list[Record]:
+def rows_of_columns(columns: RawRow) -> list[RawRow]:
     """The rows of an object that holds columns, as lists (datasets) or as {"0": value, ...} (pandas).
 
     An object with plain values is one row. Any other has none.

@@ -1,4 +1,4 @@
-"""Rows that a Python caller holds in memory, told apart by what they say: as files are by their bytes."""
+"""Rows that a Python caller holds in memory, identified by content, as files are by their bytes."""
 
 from __future__ import annotations
 

@@ -20,11 +20,7 @@ from pemt.data.errors import DataError
 from pemt.data.examples import DataLocation, locate_data
 from pemt.data.in_memory import MemoryData
 from pemt.data.streaming import TrainStream
-from pemt.data.vocabulary import (
-    FLAGS,
-    MOST_MEASURED,
-    encode_targets,
-)
+from pemt.data.vocabulary import FLAGS, MOST_MEASURED, encode_targets
 from pemt.tasks import DEFAULT_TARGET_LENGTH, Task
 
 
@@ -92,7 +88,7 @@ def load_task_data(
         task, note = measured(task, parts, tokenizer)
         notes.append(note)
     encoder = Encoder(task, config, tokenizer)
-    sets, parts, origins = divided(location, config, encoder, parts, share)
+    sets, parts, origins = make_splits(location, config, encoder, parts, share)
     if share:
         sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
         notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
@@ -102,7 +98,7 @@ def load_task_data(
         origins["train"] = f"few_shot {config.few_shot} of {origins['train']}"
     for name, examples in parts.items():
         sets[name], cut = encode(examples, name, encoder, config)
-        origins[name] = drawn(origins[name], name, examples, config)
+        origins[name] = origin_with_limit(origins[name], name, examples, config)
         notes += cut
     return TaskData(
         origins=origins,
@@ -131,16 +127,16 @@ def load_split(
     location = locate_data(task, config.data_dir, memory)
     share = config.validation_split or task.validation_split
     is_drawn = split == "train" and config.few_shot is not None
-    if is_drawn or not stands_alone(split, location.splits, share):
+    if is_drawn or not is_given_as_is(split, location.splits, share):
         data = load_task_data(task, config, tokenizer, memory)
         return getattr(data, split), data.notes, data.origins[split]
     examples, left_out = well_formed(location, split, config)
     encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
-    told = drawn(f"the official {split} set", split, examples, config)
-    return encoded, (*location.notes, *left_out, *cut), told
+    origin = origin_with_limit(f"the official {split} set", split, examples, config)
+    return encoded, (*location.notes, *left_out, *cut), origin
 
 
-def stands_alone(split: str, there: Collection[str], validation_split: float | None) -> bool:
+def is_given_as_is(split: str, there: Collection[str], validation_split: float | None) -> bool:
     """Whether a split is one that is there, unchanged by the split rule."""
     if validation_split and "train" in there:
         return split == "test" and "test" in there
@@ -148,7 +144,7 @@ def stands_alone(split: str, there: Collection[str], validation_split: float | N
     return split in there and (split == "test" or not has_rule)
 
 
-def divided(
+def make_splits(
     location: DataLocation,
     config: RunConfig,
     encoder: Encoder,
@@ -167,7 +163,7 @@ def divided(
     return {}, parts, splits.origins(given, parts, seed)
 
 
-def drawn(origin: str, split: str, examples: Dataset, config: RunConfig) -> str:
+def origin_with_limit(origin: str, split: str, examples: Dataset, config: RunConfig) -> str:
     """A set's origin, with how much of it `max_train_samples` or `max_eval_samples` keeps."""
     field = "max_train_samples" if split == "train" else "max_eval_samples"
     maximum = getattr(config, field)
@@ -177,7 +173,7 @@ def drawn(origin: str, split: str, examples: Dataset, config: RunConfig) -> str:
 
 
 def order_note(task: Task) -> list[str]:
-    """What to tell where labels are the numbers of other classes: ["1", "0"]."""
+    """A note where labels are the numbers of other classes: ["1", "0"]."""
     ids = [str(i) for i in range(len(task.labels))]
     if list(task.labels) == ids or sorted(task.labels) != sorted(ids):
         return []
@@ -222,14 +218,14 @@ def encode(
     """A split with token ids, no larger than the configuration wants it, and notes on what is wrong with them."""
     task, is_train = encoder.task, split == "train"
     maximum = config.max_train_samples if is_train else config.max_eval_samples
-    chosen = splits.at_most(task, examples, maximum, config.effective_data_seed)
+    chosen = splits.limit_examples(task, examples, maximum, config.effective_data_seed)
     encoded = encoder.encode(chosen, every_answer=is_train and task.train_on_every_answer)
     columns = [*FLAGS, "target_length"]
-    tally = encoder.tally(split)
-    tally.add(
+    stats = encoder.stats(split)
+    stats.add(
         {name: encoded[name][:] for name in columns}, lambda number, name: encoded[number][name]
     )
-    return encoded.remove_columns(columns), tally.notes()
+    return encoded.remove_columns(columns), stats.notes()
 
 
 def streamed(
@@ -245,7 +241,7 @@ def streamed(
         location,
         encode=partial(encode_batch, **encoder.settings(every_answer=task.train_on_every_answer)),
         skip_bad_rows=config.skip_bad_rows,
-        tally=encoder.tally("train"),
+        stats=encoder.stats("train"),
     )
     if len(parts) == 2:
         return stream, dict(parts)
@@ -263,10 +259,7 @@ def streamed(
         )
     stream.hold_out(first)
     (test,) = parts.values()
-    return stream, {
-        "validation": Dataset.from_list(first, features=test.features),
-        "test": test,
-    }
+    return stream, {"validation": Dataset.from_list(first, features=test.features), "test": test}
 
 
 def stream_origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pemt.data.errors import DataError
-from pemt.data.formats import EXTENSIONS, Record, extension_of, read_records
+from pemt.data.formats import EXTENSIONS, RawRow, extension_of, read_records
 from pemt.data.tables import Columns
 from pemt.tasks import RowError, Task
 
@@ -64,7 +64,7 @@ def own_files(task: Task) -> dict[str, list[Path]]:
 
 
 def find_files(task: Task, data_dir: str | Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The files of each split in a folder, by the names told in WORDS and VARIANTS, and in one line
+    """The files of each split in a folder, by the names in WORDS and VARIANTS, and in one line
     each what else was decided: files that look like a split and are not read, names that were guessed.
 
     A split without a file is left out. Raises DataError, which tells the names looked for, where
@@ -184,7 +184,7 @@ def best_of(folder: Path, word: str, paths: Sequence[Path]) -> list[Path]:
         named = [path for path in named if not path.is_dir() or any(map(is_data, entries(path)))]
         found = [path for path in named if extension_of(path) != "txt"] or named
         if variant == SHARD and found:
-            return whole(found)
+            return check_shards(found)
         if len(found) > 1:
             several = ", ".join(path.name for path in found)
             raise DataError(f"data_dir: {folder} has several files for {word}: {several}; keep one")
@@ -201,10 +201,10 @@ def parts_of(folder: Path) -> list[Path]:
         raise DataError(
             f"data_dir: {folder} has files of several kinds: {several:.300}; keep one kind"
         )
-    return whole(files)
+    return check_shards(files)
 
 
-def whole(files: list[Path]) -> list[Path]:
+def check_shards(files: list[Path]) -> list[Path]:
     """The files, if none of the shards that their names count is missing or there twice."""
     shards = [re.search(r"-(\d{5})-of-(\d{5})", path.name) for path in files]
     numbers = [match.groups() for match in shards if match]
@@ -229,21 +229,21 @@ def columns_of(task: Task) -> Columns:
     )
 
 
-def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, Record | RowError]]:
+def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, RawRow | RowError]]:
     """The rows of published or plain files with the hub's fields, each with its place."""
     for path in paths:
-        for place, record in read_records(path, columns_of(task)):
+        for row_id, record in read_records(path, columns_of(task)):
             if isinstance(record, RowError):
-                yield place, record
+                yield row_id, record
                 continue
             try:
                 for row in task.unpack(record) if task.unpack else (record,):
-                    yield place, row if isinstance(row, RowError) else renamed(task, dict(row))
+                    yield row_id, row if isinstance(row, RowError) else renamed(task, dict(row))
             except RowError as error:
-                yield place, error
+                yield row_id, error
 
 
-def renamed(task: Task, row: Record) -> Record:
+def renamed(task: Task, row: RawRow) -> RawRow:
     """The row with the fields of published files under the hub's names as well."""
     for field, published in task.aliases:
         if field not in row and published in row:

@@ -30,9 +30,8 @@ class Evidence:
     delimiter: str
     malformed_as_text: int = 0
     malformed_as_syntax: int = 0
-    fields: int = (
-        0  # in quotes: of them, over several lines, with doubled quotes or a CR, with commas
-    )
+    # in quotes: of them, over several lines, with doubled quotes or a CR, with commas
+    fields: int = 0
     spanning: int = 0
     doubled: int = 0
     commas: int = 0
@@ -93,7 +92,7 @@ class Evidence:
         return bool(self.spanning or self.doubled or (self.commas and not self.bare_commas))
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """The decision in words; empty where there was none to make."""
         if self.is_quoted:
             made = (

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from pemt.data.errors import DataError
 from pemt.data.examples import UNLABELLED
-from pemt.tasks import SPLITS, Task, class_name
+from pemt.tasks import SPLITS, Task, label_with_name
 
 SMALL = 10_000  # training examples (questions, in MultiRC) below which validation is halved
 HELD_OUT = 1_000  # training examples that become validation in larger tasks
@@ -84,10 +84,12 @@ def split(
     """
     check_splits(task, parts, validation_split)
     if validation_split:
-        kept, held_out = divided(task, parts["train"], 1 - validation_split, seed, stratified=True)
+        kept, held_out = split_in_two(
+            task, parts["train"], 1 - validation_split, seed, stratified=True
+        )
         if "test" in parts:
             return {"train": kept, "validation": held_out, "test": parts["test"]}
-        first, second = divided(task, held_out, 0.5, seed, stratified=True)
+        first, second = split_in_two(task, held_out, 0.5, seed, stratified=True)
         return {"train": kept, "validation": first, "test": second}
     train, validation, test = (parts.get(name) for name in SPLITS)
     assert train is not None
@@ -95,9 +97,9 @@ def split(
         return {"train": train, "validation": validation, "test": test}
     number = int(unit_ids(task, train).max()) + 1
     if validation is not None and number < SMALL:
-        first, second = divided(task, validation, 0.5, seed)
+        first, second = split_in_two(task, validation, 0.5, seed)
         return {"train": train, "validation": first, "test": second}
-    kept, held_out = divided(task, train, 1 - min(HELD_OUT / number, 0.1), seed)
+    kept, held_out = split_in_two(task, train, 1 - min(HELD_OUT / number, 0.1), seed)
     return {"train": kept, "validation": held_out, "test": test if test is not None else validation}
 
 
@@ -108,18 +110,18 @@ def origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset], seed: int
         given, made: what `split` got and gave.
         seed: the same.
     """
-    told = {}
+    found = {}
     for name, dataset in made.items():
         whole = next((each for each in given if given[each] is dataset), None)
         if whole is not None:
-            told[name] = f"the official {whole} set"
+            found[name] = f"the official {whole} set"
         elif name == "train":
-            told[name] = f"the official train set without what validation got, data_seed {seed}"
+            found[name] = f"the official train set without what validation got, data_seed {seed}"
         elif made["train"] is given["train"]:
-            told[name] = f"half of the official validation set, data_seed {seed}"
+            found[name] = f"half of the official validation set, data_seed {seed}"
         else:
-            told[name] = f"held out of the official train set, data_seed {seed}"
-    return told
+            found[name] = f"held out of the official train set, data_seed {seed}"
+    return found
 
 
 def check_splits(task: Task, found: Collection[str], validation_split: float | None = None) -> None:
@@ -149,7 +151,7 @@ def unit_ids(task: Task, dataset: Dataset) -> np.ndarray:
     return np.unique(column(dataset, "group"), return_inverse=True)[1]
 
 
-def divided(
+def split_in_two(
     task: Task, dataset: Dataset, share: float, seed: int, *, stratified: bool = False
 ) -> tuple[Dataset, Dataset]:
     """Two disjoint parts, the first with `share` of the units, both in the data set's order.
@@ -190,7 +192,7 @@ def few_shot(task: Task, train: Dataset, k: int, seed: int) -> tuple[Dataset, li
     chosen, notes = [], []
     for label in classes:
         members = np.arange(len(train)) if label is None else np.flatnonzero(targets == label)
-        which = "all of train" if label is None else f"class {class_name(task, label)}"
+        which = "all of train" if label is None else f"class {label_with_name(task, label)}"
         if not len(members):
             raise DataError(
                 f"few_shot: found {k}, but {which} of task {task.name} has no training example; add some, or "
@@ -205,7 +207,7 @@ def few_shot(task: Task, train: Dataset, k: int, seed: int) -> tuple[Dataset, li
     return train.select(np.sort(np.concatenate(chosen))), notes
 
 
-def at_most(task: Task, dataset: Dataset, maximum: int | None, seed: int) -> Dataset:
+def limit_examples(task: Task, dataset: Dataset, maximum: int | None, seed: int) -> Dataset:
     """A random part of at most that many examples, whole groups only."""
     if maximum is None or len(dataset) <= maximum:
         return dataset

@@ -25,9 +25,9 @@ from pemt.data.examples import (
     hub_name,
     hub_of,
     load_hub,
-    named,
+    resolve_class_id,
 )
-from pemt.data.vocabulary import FLAGS, Tally
+from pemt.data.vocabulary import FLAGS, EncodingStats
 from pemt.tasks import Task
 
 Row = dict[str, Any]
@@ -42,7 +42,7 @@ class TrainStream:
         location: where the rows are, as for a set that is loaded whole.
         encode: adds token ids and `length` to columns of examples.
         skip_bad_rows: leave malformed rows out instead of stopping at the first.
-        tally: counts what was cut or cannot be written in the examples that are read.
+        stats: counts what was cut or cannot be written in the examples that are read.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class TrainStream:
         *,
         encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
         skip_bad_rows: bool,
-        tally: Tally,
+        stats: EncodingStats,
     ) -> None:
-        self.tally = tally
+        self.stats = stats
         self.task = location.task
         self.dataset = open_stream(location)
         self.bad_rows: list[str] = []  # those left out, each with its place
@@ -100,7 +100,7 @@ class TrainStream:
         """Rows with token ids; one for each accepted answer where a task trains on all."""
         columns = self._encode({name: [row[name] for row in rows] for name in rows[0]})
         flags = {name: columns.pop(name) for name in (*FLAGS, "target_length")}
-        self.tally.add(flags, lambda number, name: columns[name][number])
+        self.stats.add(flags, lambda number, name: columns[name][number])
         every = zip(*columns.values(), strict=True)
         return [dict(zip(columns, values, strict=True)) for values in every]
 
@@ -114,10 +114,12 @@ def open_stream(location: DataLocation) -> IterableDataset:
         return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
     hub = hub_of(task)
     rows = load_hub(task, hub, hub.train, streaming=True)
-    place, features = hub_name(hub, hub.train), rows.features
+    rows_name, features = hub_name(hub, hub.train), rows.features
 
     def example(row: Row, number: int) -> Row:
-        return example_row(task, f"{place}: row {number + 1}", named(task, row, features))
+        return example_row(
+            task, f"{rows_name}: row {number + 1}", resolve_class_id(task, row, features)
+        )
 
     return rows.map(example, with_indices=True, remove_columns=rows.column_names, features=EXAMPLE)
 
@@ -177,7 +179,7 @@ class StreamBatches:
 
     def notes(self, *, at_end: bool = True) -> list[str]:
         """What was left out or cut, in a line each: at the end all of it, before that once, when it is first seen."""
-        found = self._stream.tally.notes()
+        found = self._stream.stats.notes()
         if not at_end:
             is_new, self._has_told = (
                 bool(found) and not self._has_told,

@@ -1,5 +1,5 @@
 """Tables as people write them: csv, tsv and their like. What separates columns and whether quotes
-are syntax or text is decided by what the file shows, and told.
+are syntax or text is decided by what the file shows, and logged.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pemt.tasks import RowError
 DELIMITERS = (",", ";", "\t", "|")
 SAMPLE = 50  # rows that are compared where several delimiters would do
 
-Record = dict[str, Any]
-Located = tuple[str, Record | RowError]
+RawRow = dict[str, Any]
+Located = tuple[str, RawRow | RowError]
 Numbered = tuple[int, list[str] | RowError]  # the line a row begins at, and its fields
 
 
@@ -73,19 +73,19 @@ def _layout_of(path: Path, usual: str, quoting: str | None, changed: tuple[int, 
     sample = [(n, line) for n, line in islice(lines, SAMPLE + 2) if line]
     if not sample:
         return Layout(delimiter=usual, is_quoted=True, begins=1, skips_blanks=False, note="")
-    told = re.fullmatch(r'"?sep=(.)"?', sample[0][1], re.IGNORECASE)
-    if told:  # a line for Excel
+    excel_line = re.fullmatch(r'"?sep=(.)"?', sample[0][1], re.IGNORECASE)
+    if excel_line:
         del sample[0]
     begins, header = sample[0] if sample else (2, "")
     if "\0" in header:
         raise DataError(f"{path}:{begins}: bytes of 0 in the first line; save it as UTF-8")
-    delimiter = told[1] if told else delimiter_of([line for _, line in sample], usual)
+    delimiter = excel_line[1] if excel_line else delimiter_of([line for _, line in sample], usual)
     notes = [] if delimiter == usual else [f"columns are separated by {delimiter!r}"]
     is_quoted = quoting != "none"
     if quoting is None and delimiter == "\t":
         evidence = evidence_of(path, begins, header, delimiter)
         is_quoted = evidence.is_quoted
-        notes += [evidence.told] if evidence.told else []
+        notes += [evidence.summary] if evidence.summary else []
     names = header.split(delimiter)[1:]
     return Layout(
         delimiter=delimiter,
@@ -165,36 +165,36 @@ def named_rows(path: Path, rows: Iterable[Numbered], columns: Columns) -> Iterat
     """The rows behind the header under its names; rows without any text are passed over."""
     header: list[str] | None = None
     for number, values in rows:
-        place = f"{path}:{number}"
+        row_id = f"{path}:{number}"
         if isinstance(values, RowError):
-            yield place, values
+            yield row_id, values
         elif not any(values):
             continue
         elif header is None:
             names = [name.strip() for name in values]
             if columns.names and not set(names) & columns.known:
                 header = list(columns.names[: len(values)])
-                yield place, row_of(header, values)
+                yield row_id, row_of(header, values)
             else:
-                header = checked_header(place, names)
+                header = checked_header(row_id, names)
         else:
-            yield place, row_of(header, values)
+            yield row_id, row_of(header, values)
 
 
-def checked_header(place: str, names: list[str]) -> list[str]:
+def checked_header(row_id: str, names: list[str]) -> list[str]:
     """A header's names."""
     twice = [name for name, count in Counter(names).items() if name and count > 1]
     if twice:
         raise DataError(
-            f"{place}: the header has column {twice[0]!r} {names.count(twice[0])} times; give each a "
+            f"{row_id}: the header has column {twice[0]!r} {names.count(twice[0])} times; give each a "
             "name of its own"
         )
     if not is_utf8(names):
-        raise DataError(f"{place}: the header is no UTF-8; save the file as UTF-8")
+        raise DataError(f"{row_id}: the header is no UTF-8; save the file as UTF-8")
     return names
 
 
-def row_of(header: Sequence[str], values: Sequence[str]) -> Record | RowError:
+def row_of(header: Sequence[str], values: Sequence[str]) -> RawRow | RowError:
     """A line's values under their names.
 
     A column without a name is an index where it is the first (pandas), otherwise it must be empty.
@@ -225,14 +225,14 @@ def without_halves(rows: Iterable[Located]) -> Iterator[Located]:
     quotes leaves a short row beside one that looks whole."""
     before: Located | None = None
     short = ""
-    for place, row in rows:
-        cause = f"{place}: {row}" if isinstance(row, ShortRow) else ""
+    for row_id, row in rows:
+        cause = f"{row_id}: {row}" if isinstance(row, ShortRow) else ""
         if before and cause and isinstance(before[1], dict):
             before = before[0], RowError(f"it may be half of a row, as its neighbour is: {cause}")
         if before:
             yield before
         if short and isinstance(row, dict):
             row = RowError(f"it may be half of a row, as its neighbour is: {short}")
-        before, short = (place, row), cause
+        before, short = (row_id, row), cause
     if before:
         yield before

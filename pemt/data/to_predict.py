@@ -10,7 +10,7 @@ from typing import Any
 from pemt.data.errors import DataError
 from pemt.data.formats import lines_of, note_on, parsed_lines, read_records
 from pemt.data.local_files import columns_of, renamed
-from pemt.data.tables import Record
+from pemt.data.tables import RawRow
 from pemt.data.text import as_utf8
 from pemt.tasks import RowError, Task, encodable, source_of
 
@@ -29,18 +29,18 @@ def read_inputs(task: Task, file: str) -> list[str]:
         file: jsonl, or another kind of file that a task may be read from; `-` is stdin, as jsonl.
 
     Raises:
-        DataError: no such file, no row in it, or a malformed row, told with file and line.
+        DataError: no such file, no row in it, or a malformed row, with file and line.
     """
     if file != STDIN and not Path(file).is_file():
         raise DataError(f"input_file: no file {file}; give a jsonl file, or - for stdin")
     sources: list[str] = []
-    for place, record in located(task, file):
+    for row_id, record in located(task, file):
         try:
             if isinstance(record, RowError):
                 raise record
             sources += sources_of(task, record)
         except RowError as error:
-            raise DataError(f"{place}: {error}") from None
+            raise DataError(f"{row_id}: {error}") from None
     if not sources:
         raise DataError(f"{'stdin' if file == STDIN else file}: no row in it; give one or more")
     return sources
@@ -51,7 +51,7 @@ def note_on_inputs(task: Task, file: str) -> str:
     return "" if file == STDIN else note_on(Path(file), columns_of(task))
 
 
-def located(task: Task, file: str) -> Iterable[tuple[str, Record | RowError]]:
+def located(task: Task, file: str) -> Iterable[tuple[str, RawRow | RowError]]:
     """Records with their places."""
     if file == STDIN:
         return parsed_lines("stdin", lines_of(as_utf8(sys.stdin.buffer, "stdin")))

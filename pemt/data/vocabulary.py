@@ -51,7 +51,7 @@ def _cut(ids: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     return [*ids[: max_length - len(end)], *end]
 
 
-def written_back(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def round_trip(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Each text as an answer that has its token ids reads."""
     if not texts:
         return []
@@ -59,7 +59,7 @@ def written_back(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def is_lost(text: str, back: str) -> bool:
+def is_changed(text: str, back: str) -> bool:
     """Whether a text is another one once it is decoded; blanks at its ends aside, which no metric counts."""
     return text.strip() != back.strip()
 
@@ -71,7 +71,7 @@ def comparable(
 
     One of which nothing would be left stays as it is: an empty answer must not be right.
     """
-    backs = iter(written_back([text for texts in references for text in texts], tokenizer))
+    backs = iter(round_trip([text for texts in references for text in texts], tokenizer))
     return [
         list(
             dict.fromkeys(
@@ -97,7 +97,7 @@ def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
     Raises:
         DataError: one is too long, or decodes to another text, which another label may decode to as well.
     """
-    backs = written_back(task.labels, tokenizer)
+    backs = round_trip(task.labels, tokenizer)
     _, lengths = encode_targets(task.labels, tokenizer, max_length=max_length)
     for label, back, length in zip(task.labels, backs, lengths, strict=True):
         if length > max_length:
@@ -120,7 +120,7 @@ def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
         )
 
 
-class Tally:
+class EncodingStats:
     """Counts what was cut or cannot be written in a split, over any number of batches.
 
     Args:
@@ -130,11 +130,7 @@ class Tally:
     """
 
     def __init__(
-        self,
-        task: Task,
-        split: str,
-        tokenizer: PreTrainedTokenizerBase,
-        lengths: tuple[int, int],
+        self, task: Task, split: str, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, int]
     ) -> None:
         self._name, self._tokenizer, self._lengths = f"{task.name}, {split}", tokenizer, lengths
         self._total = self._longest = 0
@@ -152,9 +148,9 @@ class Tally:
                 self._first[flag] = text_at(int(where[0]), flag.partition("_")[0])
 
     def notes(self) -> list[str]:
-        """What there is to tell, in one line each."""
+        """Notes, one line each."""
         longest_source, longest_target = self._lengths
-        said = {
+        texts = {
             "source_cut": f"sources are longer than {longest_source} tokens and were cut",
             "source_unknown": "sources contain pieces unknown to this vocabulary; the first: {first}",
             "target_cut": f"targets are longer than {longest_target} tokens and were cut; the longest has "
@@ -163,14 +159,14 @@ class Tally:
         }
         return [
             f"{self._name}: {self._counts[flag]:,} of {self._total:,} {text.replace('{first}', self._shown(flag))}"
-            for flag, text in said.items()
+            for flag, text in texts.items()
             if self._counts[flag]
         ]
 
     def _shown(self, flag: str) -> str:
         """The first example of a kind, around the first character that is not there any more."""
         text = self._first[flag]
-        (back,) = written_back([text], self._tokenizer)
+        (back,) = round_trip([text], self._tokenizer)
         pairs = enumerate(zip(text, back, strict=False))
         at = next((i for i, (ours, theirs) in pairs if ours != theirs), len(back))
         start = max(0, min(at, len(text)) - SHOWN // 3)

@@ -7,7 +7,8 @@ is then trained with all seeds: the same number of runs for each row. All in one
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,28 +79,10 @@ class Evidence:
         self.demo = demo
 
     def train(self, row: str) -> list[Run]:
-        """The runs of all seeds, each target's with the learning rate of its best trial.
-
-        Raises:
-            SweepError: a run failed, or every trial of a target: one that diverges is out of the choice.
-        """
-        trials = [
-            self._run(row, target, rate, SEEDS[0]) for target in TARGETS for rate in LEARNING_RATES
-        ]
-        failed = None
-        try:
-            run_sweep(self._sweep(row, trials))
-        except SweepError as error:
-            failed = error
-        finished = [run for run in trials if run.finished]
-        if failed is not None and {run.task for run in finished} != set(TARGETS):
-            raise failed
-        runs = []
-        for target in TARGETS:
-            best = best_of([run for run in finished if run.task == target])
-            runs += [self._run(row, target, best.config.learning_rate, seed) for seed in SEEDS]
-        run_sweep(self._sweep(row, [*finished, *(run for run in runs if run not in finished)]))
-        return runs
+        """The runs of all seeds, each target's with the learning rate of its best trial."""
+        return train_tuned(
+            TARGETS, LEARNING_RATES, SEEDS, partial(self._run, row), partial(self._sweep, row)
+        )
 
     def _sweep(self, row: str, runs: list[Run]) -> Sweep:
         return Sweep(
@@ -147,6 +130,39 @@ class Evidence:
             **fields,
         )
         return Run(method=_name(rate), task=target, seed=seed, config=config)
+
+
+def train_tuned(
+    targets: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    run_of: Callable[[str, float, int], Run],
+    sweep_of: Callable[[list[Run]], Sweep],
+) -> list[Run]:
+    """Try each learning rate with the first seed, target by target; train all seeds with the best one.
+
+    Args:
+        run_of: the run of a target, a rate and a seed.
+        sweep_of: these runs as a sweep.
+
+    Raises:
+        SweepError: a run failed, or every trial of a target: one that diverges is out of the choice.
+    """
+    trials = [run_of(target, rate, seeds[0]) for target in targets for rate in rates]
+    failed = None
+    try:
+        run_sweep(sweep_of(trials))
+    except SweepError as error:
+        failed = error
+    finished = [run for run in trials if run.finished]
+    if failed is not None and {run.task for run in finished} != set(targets):
+        raise failed
+    runs = []
+    for target in targets:
+        best = best_of([run for run in finished if run.task == target])
+        runs += [run_of(target, best.config.learning_rate, seed) for seed in seeds]
+    run_sweep(sweep_of([*finished, *(run for run in runs if run not in finished)]))
+    return runs
 
 
 def best_of(runs: Sequence[Run]) -> Run:

@@ -76,14 +76,14 @@ class Pretraining:
         with StopSignals() as signals:
             for step, rows in enumerate(self._batches(first), start=first + 1):
                 try:
-                    loss, told = self._take_step(rows, step, told=signals.reason() is not None)
+                    loss, stop = self._take_step(rows, step, stop=signals.reason() is not None)
                 except RuntimeError:
-                    engine.waiting.name_the_dead()
+                    engine.waiting.report_dead_ranks()
                     raise
                 lines.add(step, loss)
-                if told or step % STEPS_A_SAVE == 0:
+                if stop or step % STEPS_A_SAVE == 0:
                     self._save(state, step)
-                if told:
+                if stop:
                     if engine.is_main:
                         progress_logger().info(
                             f"stopped in pre-training after step {step}; its state is saved, and the same command "
@@ -93,7 +93,7 @@ class Pretraining:
         lines.close()
         return self.model
 
-    def _take_step(self, rows: list[Row], step: int, *, told: bool) -> tuple[float, bool]:
+    def _take_step(self, rows: list[Row], step: int, *, stop: bool) -> tuple[float, bool]:
         """One optimizer step: its loss per token, and whether any rank was told to stop."""
         engine = self._engine
         for group in self._optimizer.param_groups:
@@ -106,7 +106,7 @@ class Pretraining:
         loss = self.model(**batch).loss * share
         loss.backward()
         gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
-        flags = torch.tensor([float(told)], device=engine.device)
+        flags = torch.tensor([float(stop)], device=engine.device)
         summed_G = engine.sum(
             torch.cat([parameters_to_vector(gradients), loss.detach()[None], flags])
         )

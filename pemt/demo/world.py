@@ -99,12 +99,12 @@ class World:
         while True:
             kind = draw.choice(list(FACTS))
             name = draw.choice(self.names[kind])
-            text = [self._told(kind, name, draw) for _ in range(2)]
+            text = [self._sentence(kind, name, draw) for _ in range(2)]
             if draw.random() < TALK_SHARE:
                 text[draw.randint(0, 1)] = draw.choice(TALK).format(person=draw.choice(PEOPLE))
             yield " ".join(text)
 
-    def _told(self, kind: str, name: str, draw: random.Random) -> str:
+    def _sentence(self, kind: str, name: str, draw: random.Random) -> str:
         fact = draw.choice(list(FACTS[kind]))
         word = draw.choice(FACTS[kind][fact][self.facts[fact][name]])
         return draw.choice(TELLING[fact]).format(name=name, word=word, person=draw.choice(PEOPLE))

@@ -1,4 +1,10 @@
 from .engine import Engine as Engine
+from .environment import (
+    leave_working_folder as leave_working_folder,
+    open_streams as open_streams,
+    own_cache as own_cache,
+    use_writable_caches as use_writable_caches,
+)
 from .exit import finish as finish, run_and_exit as run_and_exit
 from .job import Job as Job
 from .launcher import (
@@ -6,6 +12,7 @@ from .launcher import (
     check_world_size as check_world_size,
     shut_down as shut_down,
 )
+from .optimizer_state import MOMENTS as MOMENTS, full_size as full_size
 from .precision import bf16_is_native as bf16_is_native
 from .process import (
     launcher_began as launcher_began,
@@ -13,7 +20,6 @@ from .process import (
     start_ticks as start_ticks,
     watch_peak as watch_peak,
 )
-from .sign_of_life import LIBRARIES as LIBRARIES, telling as telling
 from .signals import (
     INTERRUPTED_STATUS as INTERRUPTED_STATUS,
     KILLED_STATUS as KILLED_STATUS,
@@ -21,12 +27,6 @@ from .signals import (
     StopSignals as StopSignals,
     is_interactive as is_interactive,
 )
-from .surroundings import (
-    leave_working_folder as leave_working_folder,
-    open_streams as open_streams,
-    own_cache as own_cache,
-    use_writable_caches as use_writable_caches,
-)
+from .status_lines import LIBRARIES as LIBRARIES, show_status as show_status
 from .trackers import Tracker as Tracker, open_trackers as open_trackers
-from .trained_state import MOMENTS as MOMENTS, full_size as full_size
 from .watchdog import Watchdog as Watchdog

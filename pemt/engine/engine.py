@@ -14,7 +14,6 @@ import contextlib
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,10 +25,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from pemt.config import RunConfig
 from pemt.engine.job import Job
 from pemt.engine.launcher import EngineError, bf16_is_native_everywhere, deepspeed_plugin
+from pemt.engine.optimizer_state import OptimizerState
 from pemt.engine.placement import ReadLazy, materialize_on_device, skip_frozen_broadcast, zero3_init
 from pemt.engine.precision import precision_text, resolve_precision, warn_of_emulation
 from pemt.engine.trackers import Tracker
-from pemt.engine.trained_state import TrainedState
 
 # One line per collective otherwise, from inside DeepSpeed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -101,7 +100,7 @@ class Engine(Job):
         if self.zero_stage is not None:
             # Where moments are offloaded, accelerate has put DeepSpeed's CPU Adam in its place.
             self.base_optimizer = self.model.basic_optimizer
-        self.trained = TrainedState(
+        self.optimizer_state = OptimizerState(
             model,
             self.base_optimizer,
             getattr(self.model, "optimizer", None),
@@ -179,7 +178,7 @@ class Engine(Job):
         """
         if self.zero_stage is None:
             limit = self.config.max_grad_norm or float("inf")
-            trained = [parameter for _, parameter in self.trained.parameters]
+            trained = [parameter for _, parameter in self.optimizer_state.parameters]
             norm = float(self._accelerator.clip_grad_norm_(trained, limit))
             # fp16's loss scaler skips the step itself, and lowers its scale
             if math.isfinite(norm) or self._accelerator.scaler is not None:
@@ -192,12 +191,11 @@ class Engine(Job):
         # Stage 1 to 3 and half precision check for themselves, and all ranks come to the same result.
         if self.model.optimizer.overflow:
             return math.nan
-        told: Any = self.model.get_global_grad_norm()
-        return float(told)
+        return float(self.model.get_global_grad_norm())
 
     def _plain_deepspeed_step(self) -> float:
         """At stage 0 in fp32 DeepSpeed tells no norm and checks nothing; gradients are whole there, and unclipped."""
-        gradients = [p.grad for _, p in self.trained.parameters if p.grad is not None]
+        gradients = [p.grad for _, p in self.optimizer_state.parameters if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             self.model.zero_grad()
@@ -237,7 +235,7 @@ class Engine(Job):
             )
         for group, rate in zip(self.base_optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self.trained.restore(weights, moments, step=step)
+        self.optimizer_state.restore(weights, moments, step=step)
 
     def random_states(self) -> dict[str, Tensor]:
         """Every rank's generators, one row a rank (all ranks call)."""

@@ -1,4 +1,4 @@
-"""The ranks of a job, and what they tell one another; there is no model in it yet."""
+"""The ranks of a job and their collectives; there is no model in it yet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pemt.engine.launcher import (
     shut_down,
 )
 from pemt.engine.process import memory_in_use
-from pemt.engine.sign_of_life import telling
+from pemt.engine.status_lines import show_status
 from pemt.engine.waiting import waiting_of_job
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Job:
 
     def __init__(self, config: RunConfig) -> None:
         # DeepSpeed compiles something of its own the first time.
-        with re_rendezvous(), telling("opening the process group"):
+        with re_rendezvous(), show_status("opening the process group"):
             state = PartialState(
                 cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_kwargs(config)
             )
@@ -82,49 +82,48 @@ class Job:
         return dict(zip(used, rows.amax(dim=0).tolist(), strict=True))
 
     # Outside of the training loop ranks may come late, by as long as their work takes; they are waited for
-    # outside of collectives (waiting.py), and `doing` says what for.
+    # outside of collectives (waiting.py), and `description` says what for.
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank (all ranks call)."""
-        self.waiting.meet()
+        self.waiting.barrier()
         return broadcast_object_list([value])[0]
 
-    def on_rank0(self, function: Callable[[], T], doing: str) -> T:
+    def on_rank0(self, function: Callable[[], T], description: str) -> T:
         """What a function gives on rank 0, on every rank; so is an error for the user, which all raise.
 
         Args:
-            doing: what it does, for those who wait: "reading the checkpoint".
+            description: what it does, for those who wait: "reading the checkpoint".
         """
         outcome: T | PemtError | None = None
         if self.is_main:
             try:
-                with self.waiting.doing(doing):
+                with self.waiting.status(description):
                     outcome = function()
             except PemtError as error:
                 outcome = error
         outcome = self.broadcast_object(outcome)
         if isinstance(outcome, PemtError):
-            if (
-                self._hosts is not None
-            ):  # rank 0 may leave with it, and takes along the store at which others wait
+            # rank 0 may leave with it, and takes along the store at which others wait
+            if self._hosts is not None:
                 torch.distributed.barrier(group=self._hosts)
             raise outcome
         return cast("T", outcome)
 
     @contextlib.contextmanager
-    def together(self, doing: str) -> Iterator[None]:
+    def together(self, description: str) -> Iterator[None]:
         """What every rank does, each as fast as it can; who is done waits for the others (all ranks call)."""
-        with self.waiting.doing(doing):
+        with self.waiting.status(description):
             yield
         self.barrier()
 
-    def local_first(self, doing: str) -> contextlib.AbstractContextManager[None]:
+    def local_first(self, description: str) -> contextlib.AbstractContextManager[None]:
         """One rank a machine runs the block first; the others then find what it built (all ranks call)."""
-        return self.waiting.local_first(doing)
+        return self.waiting.local_first(description)
 
     def barrier(self) -> None:
         """Wait until every rank is here, outside of collectives."""
-        self.waiting.meet()
+        self.waiting.barrier()
 
     def all_reduce_max(self, value: int) -> int:
         """The highest of all ranks' values; from host to host, so that no device is waited for."""

@@ -81,7 +81,7 @@ def _answer(launchers: torch.distributed.TCPStore, met: threading.Event) -> None
 
 
 def process_group_kwargs(config: RunConfig) -> dict[str, Any]:
-    """What accelerate's state must be told to open the process group."""
+    """What accelerate's state needs to open the process group."""
     if "LOCAL_RANK" not in os.environ:
         return {}
     return InitProcessGroupKwargs(
@@ -115,7 +115,7 @@ def shut_down() -> None:
     """End the process group, all ranks together: a rank that leaves early may abort the others."""
     if torch.distributed.is_initialized():
         waiting = waiting_of_job()
-        waiting.meet()
+        waiting.barrier()
         waiting.stop()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -50,11 +50,7 @@ def materialize_on_device(
 
 
 def zero3_init(
-    model: nn.Module,
-    deepspeed_config: dict[str, Any],
-    *,
-    read_lazy: ReadLazy,
-    device: torch.device,
+    model: nn.Module, deepspeed_config: dict[str, Any], *, read_lazy: ReadLazy, device: torch.device
 ) -> None:
     """Partition the parameters as ZeRO-3 wants them, reading one at a time: no rank ever holds the model.
 
@@ -85,7 +81,7 @@ class ShardedInit(deepspeed.zero.Init):
     def _convert_to_zero_parameters(self, param_list: Iterable[nn.Parameter]) -> None:
         parameters = list(param_list)
         self._convert([each for each in parameters if not each.requires_grad])
-        waiting_of_job().meet()  # a rank's disk may be slow, and what follows is sent
+        waiting_of_job().barrier()  # a rank's disk may be slow, and what follows is sent
         self._convert([each for each in parameters if each.requires_grad])
 
     def _convert(self, parameters: list[nn.Parameter]) -> None:

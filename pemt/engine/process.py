@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if (
-    TYPE_CHECKING
-):  # who asks when a process began has no torch yet; imported below where a GPU is asked
+# who asks when a process began has no torch yet; imported below where a GPU is asked
+if TYPE_CHECKING:
     import torch
 
 

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGUSR1 (SLURM's warning), SIGINT (Ctrl-C), or a launcher that is gone."""
+"""Requests to stop: SIGTERM, SIGUSR1 (SLURM's warning), SIGINT (Ctrl-C), or a launcher that is gone."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class StopSignals:
                 signal.signal(number, handler)
             if self._before:
                 signal.set_wakeup_fd(self._fd_before)
-                os.close(self._told)
-                self._hearing.join()  # it has read the end of what was told
+                os.close(self._wakeup_fd)
+                self._listener.join()  # it has read the pipe's end
 
     def reason(self) -> str | None:
         """What tells this process to stop; None while nothing does."""
@@ -79,30 +79,34 @@ class StopSignals:
 
     def _watch_second(self) -> None:
         """Hear of every signal in a thread: handlers run in the main thread, which may be waiting for a dead rank."""
-        heard, self._told = os.pipe()
-        os.set_blocking(self._told, False)
-        self._fd_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
-        self._hearing = threading.Thread(target=self._hear, args=(heard,), daemon=True)
-        self._hearing.start()
+        reader, self._wakeup_fd = os.pipe()
+        os.set_blocking(self._wakeup_fd, False)
+        self._fd_before = signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
+        self._listener.start()
 
-    def _hear(self, heard: int) -> None:
+    def _listen(self, reader: int) -> None:
         ending, apart, first = {signal.SIGINT}, 0.0, 0.0
         if self._launcher is not None:
             ending, apart = {signal.SIGINT, signal.SIGTERM}, SAME_SECONDS
         if is_interactive():
             ending = set()  # what is in memory is somebody's work
-        with open(heard, "rb", buffering=0) as signals:
+        with open(reader, "rb", buffering=0) as signals:
             while number := signals.read(1):
                 now = time.monotonic()
                 if not first and number[0] == signal.SIGINT:
                     first = now
-                    _say("stopping after this step, with a checkpoint; a second one stops at once")
+                    _print_line(
+                        "stopping after this step, with a checkpoint; a second one stops at once"
+                    )
                 elif first and number[0] in ending and now - first > apart:
-                    _say("stopped at once; the same command resumes from the newest checkpoint")
+                    _print_line(
+                        "stopped at once; the same command resumes from the newest checkpoint"
+                    )
                     os._exit(KILLED_STATUS)
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             print(f"pemt: SIGINT: {text}", file=sys.stderr, flush=True)
@@ -110,9 +114,8 @@ def _say(text: str) -> None:
 
 def _hold_signals() -> None:
     _held.before = None
-    if (
-        StopSignals._outermost is not None
-    ):  # Python's own handler of SIGINT must not run within these hooks
+    # Python's own handler of SIGINT must not run within these hooks
+    if StopSignals._outermost is not None:
         _held.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 

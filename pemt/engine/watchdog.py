@@ -1,6 +1,6 @@
 """Ends a job in which a rank hangs or has died, and names it.
 
-The ranks of a job tell one another every second that they live and how far they are, through the
+The ranks of a job send one another a heartbeat every second, with how far they are, through the
 store at which the launcher brought them together. Collective calls would wait for a rank that is
 stopped; DeepSpeed's do so whatever timeout their process group was given.
 """
@@ -30,34 +30,34 @@ FAILED_STATUS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
+class Heartbeat:
     """A rank's heartbeat, as the others read it.
 
     Args:
         number: beats so far; constant while the process is stopped.
-        place: heartbeats of the main thread so far; constant in a hanging call.
+        progress: of the main thread, heartbeats (here) or barriers (waiting.py) so far; constant in a hanging call.
         step: optimizer steps done.
         started: as in `lock.Holder`.
         left: it has left the run; its silence is no failure.
-        doing: what it works at, while others may wait for it.
+        status: what it works at, while others may wait for it.
     """
 
     number: int
-    place: int
+    progress: int
     step: int
     host: str
     pid: int
     started: int
     left: bool = False
-    doing: str = ""
+    status: str = ""
 
-    def is_here(self) -> bool:
+    def is_on_this_host(self) -> bool:
         """Whether its process is on this host."""
         return self.host == socket.gethostname()
 
-    def is_alive_here(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether its process is on this host and still the one that started."""
-        return self.is_here() and start_ticks(self.pid) == self.started
+        return self.is_on_this_host() and start_ticks(self.pid) == self.started
 
 
 class Watchdog:
@@ -66,19 +66,19 @@ class Watchdog:
     Args:
         rank, world_size: which this is, and of how many.
         timeout: seconds after which a rank without a heartbeat ends the job.
-        ended: called with the reason before this process ends, on one rank.
+        on_failure: called before this process ends, on one rank.
     """
 
     def __init__(
-        self, *, rank: int, world_size: int, timeout: float, ended: Callable[[], None]
+        self, *, rank: int, world_size: int, timeout: float, on_failure: Callable[[], None]
     ) -> None:
-        self._rank, self._world_size, self._ended = rank, world_size, ended
+        self._rank, self._world_size, self._on_failure = rank, world_size, on_failure
         self._interval = min(1.0, timeout / 20)
         self._patience = timeout - 3 * self._interval  # so that the end comes within the timeout
-        self._step = self._place = 0
+        self._step = self._progress = 0
         self._stopped = threading.Event()
-        self._beats: dict[int, Beat] = {}
-        self._talked = time.monotonic()
+        self._beats: dict[int, Heartbeat] = {}
+        self._last_exchange = time.monotonic()
 
     def start(self, name: str, barrier: Callable[[], None]) -> None:
         """Begin to watch (all ranks call).
@@ -92,19 +92,19 @@ class Watchdog:
             return
         self._prefix = f"pemt/{name}"
         self._store = connected()
-        self._tell(0)
+        self._publish(0)
         barrier()  # from now on every rank has a beat to be read
-        for work in (self._talk, self._judge):
+        for work in (self._exchange, self._check_ranks):
             threading.Thread(target=work, name=f"watchdog-{work.__name__}", daemon=True).start()
 
     def heartbeat(self, step: int) -> None:
-        """Tell that the main thread is alive."""
-        self._step, self._place = step, self._place + 1
+        """Count a heartbeat of the main thread."""
+        self._step, self._progress = step, self._progress + 1
 
-    def waits(self) -> None:
-        """Tell that the main thread is alive and waits for another's work; not before its first heartbeat."""
-        if self._place:
-            self._place += 1
+    def heartbeat_while_waiting(self) -> None:
+        """The same while the main thread waits for another's work; not before its first heartbeat."""
+        if self._progress:
+            self._progress += 1
 
     def stop(self, *, together: bool) -> None:
         """End the watch.
@@ -115,13 +115,13 @@ class Watchdog:
         self._stopped.set()
         if together and hasattr(self, "_store"):
             with contextlib.suppress(RuntimeError):
-                self._tell(-1, left=True)
+                self._publish(-1, left=True)
 
-    def _tell(self, number: int, *, left: bool = False) -> None:
+    def _publish(self, number: int, *, left: bool = False) -> None:
         pid = os.getpid()
-        beat = Beat(
+        beat = Heartbeat(
             number=number,
-            place=self._place,
+            progress=self._progress,
             step=self._step,
             host=socket.gethostname(),
             pid=pid,
@@ -130,24 +130,26 @@ class Watchdog:
         )
         self._store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(beat)))
 
-    def _talk(self) -> None:
+    def _exchange(self) -> None:
         keys = [f"{self._prefix}/{rank}" for rank in range(self._world_size)]
         number = 0
         while not self._stopped.wait(self._interval):
             number += 1
             try:
-                self._tell(number)
-                told = self._store.multi_get(keys)
-                self._beats = {rank: Beat(**json.loads(text)) for rank, text in enumerate(told)}
-                self._talked = time.monotonic()
+                self._publish(number)
+                texts = self._store.multi_get(keys)
+                self._beats = {
+                    rank: Heartbeat(**json.loads(text)) for rank, text in enumerate(texts)
+                }
+                self._last_exchange = time.monotonic()
             except RuntimeError:
-                # It may be a cable; `_judge` minds how long it lasts. Of the old connection a late answer could
+                # It may be a cable; `_check_ranks` minds how long it lasts. Of the old connection a late answer could
                 # be taken for the next one's.
                 with contextlib.suppress(RuntimeError):
                     self._store = connected()
 
-    def _judge(self) -> None:
-        """Compare what the ranks tell with what they told before."""
+    def _check_ranks(self) -> None:
+        """Compare the ranks' heartbeats with those before."""
         alive: dict[int, tuple[int, float]] = {}
         moved: dict[int, tuple[int, float]] = {}
         died: dict[int, float] = {}
@@ -158,30 +160,30 @@ class Watchdog:
                     return  # the run is over
                 if alive.get(rank, (-1, now))[0] != beat.number:
                     alive[rank] = (beat.number, now)
-                if moved.get(rank, (-1, now))[0] != beat.place:
-                    moved[rank] = (beat.place, now)
-                if beat.is_here() and not beat.is_alive_here():
+                if moved.get(rank, (-1, now))[0] != beat.progress:
+                    moved[rank] = (beat.progress, now)
+                if beat.is_on_this_host() and not beat.is_alive():
                     died.setdefault(rank, now)
             if lost := [rank for rank, since in died.items() if now - since > DEATH_SECONDS]:
                 self._end(lost, "has died")
-            if now - self._talked > self._patience:
+            if now - self._last_exchange > self._patience:
                 self._end(
-                    self._beside_the_store(),
+                    self._ranks_beside_store(),
                     "cannot be reached: the rendezvous store on that machine has not answered "
                     f"for {self._patience:.0f} s",
                 )
             if silent := [r for r, (_, since) in alive.items() if now - since > self._patience]:
                 self._end(silent, f"has sent no heartbeat for {self._patience:.0f} s")
-            begun = [(place, since) for place, since in moved.values() if place > 0]
+            begun = [(progress, since) for progress, since in moved.values() if progress > 0]
             if begun and all(now - since > self._patience for _, since in moved.values()):
-                last = min(place for place, _ in moved.values())
-                hanging = [rank for rank, (place, _) in moved.items() if place == last]
+                last = min(progress for progress, _ in moved.values())
+                hanging = [rank for rank, (progress, _) in moved.items() if progress == last]
                 self._end(hanging, f"hangs: no progress for {self._patience:.0f} s")
 
-    def _beside_the_store(self) -> list[int]:
+    def _ranks_beside_store(self) -> list[int]:
         """The ranks of rank 0's machine, where the store is; seen from there, rank 0 alone."""
         first = self._beats.get(0)
-        if first is None or first.is_here():
+        if first is None or first.is_on_this_host():
             return [0]
         return [rank for rank, beat in self._beats.items() if beat.host == first.host]
 
@@ -190,7 +192,7 @@ class Watchdog:
             return
         others = [rank for rank in range(self._world_size) if rank not in ranks] or ranks
         if self._rank != others[0]:
-            time.sleep(3)  # one tells for all
+            time.sleep(3)  # one prints for all
             os._exit(FAILED_STATUS)
         named = ", ".join(self._name(rank) for rank in ranks)
         print(
@@ -199,11 +201,11 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        self._ended()
+        self._on_failure()
         for rank in ranks:
             beat = self._beats.get(rank)
             # A stopped process would hold the launcher up for another half a minute.
-            if rank != self._rank and beat and beat.is_alive_here():
+            if rank != self._rank and beat and beat.is_alive():
                 os.kill(beat.pid, signal.SIGKILL)
         os._exit(FAILED_STATUS)
 

@@ -23,7 +23,7 @@ from transformers import (
 from pemt.config import PemtError, RunConfig
 from pemt.model.base_files import WeightFileError, lazy_base, refusal, weight_files
 from pemt.model.families import FAMILIES, STACKS, UNFIT, family_of, stack_size
-from pemt.model.generation import clean_generation_config, set_aside, use_clean_generation
+from pemt.model.generation import clean_generation_config, ignored_settings, use_clean_generation
 from pemt.model.shape import base_shape
 from pemt.model.tokenizer import load_tokenizer
 
@@ -113,7 +113,7 @@ def load_pretrained(
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from None
     use_clean_generation(base, tokenizer)
-    _tell_set_aside(name, base)
+    _report_ignored_settings(name, base)
     return base, tokenizer
 
 
@@ -123,12 +123,12 @@ def _embedded(config: PreTrainedConfig) -> int:
     return min(stack_size(shape, stack, "vocab_size") for stack in STACKS)
 
 
-def _tell_set_aside(name: str, base: PreTrainedModel) -> None:
+def _report_ignored_settings(name: str, base: PreTrainedModel) -> None:
     """Once a process and base model, on rank 0."""
     if name in _told_of or os.environ.get("RANK", "0") != "0":
         return
     _told_of.add(name)
-    if settings := set_aside(name, base.generation_config):
+    if settings := ignored_settings(name, base.generation_config):
         print(
             f"pemt: generation settings of {name} are not used: {', '.join(settings)}; answers and scores are by "
             "num_beams and max_target_length alone",

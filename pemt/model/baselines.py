@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pemt.model.answering import fast_generate
+from pemt.model.decoding import fast_generate
 from pemt.model.inject import Base, checked_base, norm_class, stack_of
 from pemt.model.likelihood import decoder_of, log_likelihoods
 from pemt.model.trainable import Trainable

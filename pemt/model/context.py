@@ -16,7 +16,7 @@ from pemt.ops import prompt_mean, token_weights
 
 
 @dataclass(frozen=True)
-class Record:
+class SiteRecord:
     """What a site's mixture reports: its gates, and at an FFN's output its task sparsity loss, a scalar."""
 
     gates_BK: Tensor
@@ -40,13 +40,13 @@ class PassContext:
     encoder_prompt_BD: Tensor | None = None
     encoder_weights_BS: Tensor | None = None
     decoder_weights_BS: Tensor | None = None
-    _records: list[Record] | None = field(default=None, repr=False)
-    _answers: list[Tensor] | None = field(default=None, repr=False)
+    _records: list[SiteRecord] | None = field(default=None, repr=False)
+    _generate_gates: list[Tensor] | None = field(default=None, repr=False)
 
     @contextmanager
     def recording(
         self, *, encoder_mask_BS: Tensor | None = None, decoder_mask_BS: Tensor | None = None
-    ) -> Iterator[list[Record]]:
+    ) -> Iterator[list[SiteRecord]]:
         """Collect every site's record, in the order in which the pass comes to them.
 
         The weights outlive the block, for the recompute of this pass: with masks and checkpointing,
@@ -54,7 +54,7 @@ class PassContext:
         """
         self.encoder_weights_BS = token_weights(encoder_mask_BS)
         self.decoder_weights_BS = token_weights(decoder_mask_BS)
-        records: list[Record] = []
+        records: list[SiteRecord] = []
         self._records = records
         try:
             yield records
@@ -63,27 +63,27 @@ class PassContext:
             self.encoder_prompt_BD = None
 
     @contextmanager
-    def answering(self) -> Iterator[list[Tensor]]:
+    def generating(self) -> Iterator[list[Tensor]]:
         """One `generate`: what is constant over its steps is computed at the first.
 
         Gives every site's gates [B,K], in the order of a pass; a decoder's rows are repeated for beams.
         """
         gates: list[Tensor] = []
-        self.encoder_prompt_BD, self._answers = None, gates
+        self.encoder_prompt_BD, self._generate_gates = None, gates
         try:
             yield gates
         finally:
-            self.encoder_prompt_BD, self._answers = None, None
+            self.encoder_prompt_BD, self._generate_gates = None, None
 
     @property
-    def is_answering(self) -> bool:
-        """Inside `answering`."""
-        return self._answers is not None
+    def is_generating(self) -> bool:
+        """Inside `generating`."""
+        return self._generate_gates is not None
 
     def keep_encoder_prompt(self, states_BSD: Tensor) -> Tensor:
         """Take the mean over the prompt of the encoder's last states; returns the states unchanged."""
         kept_BD = self.encoder_prompt_BD
-        if not (self.is_answering and kept_BD is not None and len(kept_BD) == len(states_BSD)):
+        if not (self.is_generating and kept_BD is not None and len(kept_BD) == len(states_BSD)):
             states_BSD, self.encoder_prompt_BD = prompt_mean(states_BSD, self.prompt_length)
         return states_BSD
 
@@ -96,10 +96,10 @@ class PassContext:
         finally:
             self.encoder_prompt_BD = newer_BD
 
-    def record_answer(self, gates_BK: Tensor) -> None:
+    def record_generate_gates(self, gates_BK: Tensor) -> None:
         """Keep what one site's gates were in this `generate`."""
-        assert self._answers is not None
-        self._answers.append(gates_BK)
+        assert self._generate_gates is not None
+        self._generate_gates.append(gates_BK)
 
     @property
     def wants_sparsity(self) -> bool:
@@ -109,4 +109,4 @@ class PassContext:
     def record(self, gates_BK: Tensor, sparsity_loss: Tensor | None) -> None:
         """Keep a record of the forward pass proper; a recompute's is dropped: each counts once."""
         if self._records is not None:
-            self._records.append(Record(gates_BK.detach(), sparsity_loss))
+            self._records.append(SiteRecord(gates_BK.detach(), sparsity_loss))

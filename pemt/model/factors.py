@@ -63,7 +63,7 @@ def side_by_side(site: str, sources: Sequence[ExpertSource]) -> Factors:
 def rank_factors(
     gates_BK: Tensor, scales: Sequence[float], ranks: Sequence[int], *, like: Tensor
 ) -> Tensor:
-    """g_k s_k of every sample, once per rank [B,1,N], in this dtype: what answering a token at a time needs."""
+    """g_k s_k of every sample, once per rank [B,1,N], in this dtype: what generating a token at a time needs."""
     experts = zip(gates_BK.split(1, dim=1), scales, ranks, strict=True)
     factors_BN = torch.cat(
         [(gate_B1 * scale).expand(-1, rank) for gate_B1, scale, rank in experts], dim=1

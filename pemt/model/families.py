@@ -191,7 +191,7 @@ FAMILIES: dict[str, Family] = {
 }
 # Encoder-decoders near to these that no row fits, and why.
 UNFIT: dict[str, str] = {
-    "t5gemma2": "its decoder has one attention over both its own tokens and the encoder's",
+    "t5gemma2": "its decoder has one attention over both its own tokens and the encoder's"
 }
 
 

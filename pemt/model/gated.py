@@ -1,4 +1,10 @@
-"""What linear layers with experts share: what a gate reads, answering a token at a time, LoRA experts laid out.
+"""What linear layers with experts share: what a gate reads, generating a token at a time, LoRA experts laid out.
+
+    class             in the place of          experts      target adapter, sparsity loss
+    LoraMixture       an FFN's output          LoRA         both
+    BottleneckMixture an FFN's output          bottleneck   both
+    AdapterProjection an FFN's output          none         the adapter
+    SiteMixture       another linear layer     LoRA         none
 
 Shapes: B batch, S tokens, F input width, D output width, K experts, N ranks of all, C width of the gate's context.
 """
@@ -20,7 +26,7 @@ from pemt.model.gate import GateKind, make_gate
 from pemt.model.inject import LinearSite
 from pemt.model.lazy import is_lazy, lazy_parameter, value_of
 from pemt.ops import prompt_mean
-from pemt.ops.linear import answer_mixture
+from pemt.ops.linear import mixture_step
 
 
 class GatedLinear(nn.Module, ABC):
@@ -44,7 +50,7 @@ class GatedLinear(nn.Module, ABC):
         self.gate = make_gate(kind, site.gate_width, len(sources), like=self.weight)
         self.source_names = [source.name for source in sources]
         self.context = context
-        self._answered: tuple[Tensor, Any] | None = None
+        self._prepared: tuple[Tensor, Any] | None = None
 
     def _gate_context(self, x_BSF: Tensor) -> tuple[Tensor, Tensor]:
         """x, and what its gates are computed from; see `prompt_mean`."""
@@ -53,21 +59,21 @@ class GatedLinear(nn.Module, ABC):
         assert self.context.encoder_prompt_BD is not None, "the hook on the decoder has not run"
         return x_BSF, self.context.encoder_prompt_BD
 
-    def _answer(self, x_BSF: Tensor) -> Tensor:
+    def _generate_step(self, x_BSF: Tensor) -> Tensor:
         """One step of `generate` in the decoder: y [B,S,D], with the gates of its first step."""
         _, prompt_BD = self._gate_context(x_BSF)
-        if self._answered is None or self._answered[0] is not prompt_BD:
+        if self._prepared is None or self._prepared[0] is not prompt_BD:
             gates_BK = self.gate(prompt_BD)
-            self.context.record_answer(gates_BK)
-            self._answered = prompt_BD, self.prepare_answer(gates_BK)
-        return self.answer(x_BSF, self._answered[1])
+            self.context.record_generate_gates(gates_BK)
+            self._prepared = prompt_BD, self.prepare_step(gates_BK)
+        return self.generate_step(x_BSF, self._prepared[1])
 
     @abstractmethod
-    def prepare_answer(self, gates_BK: Tensor) -> Any:
-        """What `answer` needs of the gates; once for all steps of a `generate`."""
+    def prepare_step(self, gates_BK: Tensor) -> Any:
+        """What `generate_step` needs of the gates; once for all steps of a `generate`."""
 
     @abstractmethod
-    def answer(self, x_BSF: Tensor, prepared: Any) -> Tensor:
+    def generate_step(self, x_BSF: Tensor, prepared: Any) -> Tensor:
         """y [B,S,D], for one step after another with the same gates."""
 
 
@@ -88,15 +94,15 @@ class LoraExperts(GatedLinear):
         self.weight = frozen((sum(self.sizes), inputs), stacked, like=own)
         self.up = frozen(self.sizes, factors.up, like=own)
 
-    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
+    def prepare_step(self, gates_BK: Tensor) -> Tensor:
         """g_k s_k of every sample, once per rank [B,1,N]."""
         return rank_factors(gates_BK, self.scales, self.ranks, like=self.weight)
 
-    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+    def generate_step(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
         """y [B,S,D]; `prepared` is [B,1,N]."""
         # Not folded into a weight of each sample: see docs/serving.md.
         weight_DF, down_NF = self.weight.split(self.sizes)
-        return answer_mixture(x_BSF, weight_DF, down_NF, self.up, prepared)
+        return mixture_step(x_BSF, weight_DF, down_NF, self.up, prepared)
 
 
 def _stacked(weight_DF: nn.Parameter, downs: Callable[[], Tensor]) -> Tensor:

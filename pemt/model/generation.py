@@ -29,7 +29,7 @@ NEUTRAL: dict[str, Any] = {
     "top_k": 50,
     "use_cache": True,
 }
-# A model's own fields, and bookkeeping; the ids are the same or told below.
+# A model's own fields, and bookkeeping; the ids are the same or listed below.
 NO_SETTINGS = (
     "bos_token_id",
     "output_attentions",
@@ -65,23 +65,23 @@ def use_clean_generation(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         vars(base.config).pop(name, None)
 
 
-def set_aside(name: str, ours: GenerationConfig) -> list[str]:
+def ignored_settings(name: str, ours: GenerationConfig) -> list[str]:
     """What a base model's files say of generation and `ours` does not, as `name value`.
 
     Args:
         name: hub id or folder.
     """
     found = dict(_settings(name, ours))
-    return [f"{key} {_shown(value)}" for key, value in sorted(found.items())]
+    return [f"{key} {_short(value)}" for key, value in sorted(found.items())]
 
 
 def _settings(name: str, ours: GenerationConfig) -> Iterator[tuple[str, Any]]:
     from_config, _ = PreTrainedConfig.get_config_dict(name)
     known = {key for key in vars(GenerationConfig()) if not key.startswith("_")}
     for key in (known | set(ONLY_IN_CONFIG)) & from_config.keys():
-        yield from _told(key, from_config[key], ours)
+        yield from _if_ignored(key, from_config[key], ours)
     for key, value in _own_file(name).items():
-        yield from _told(key, value, ours)
+        yield from _if_ignored(key, value, ours)
 
 
 def _own_file(name: str) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _own_file(name: str) -> dict[str, Any]:
     return own if isinstance(own, dict) else {}
 
 
-def _told(key: str, value: Any, ours: GenerationConfig) -> Iterator[tuple[str, Any]]:
+def _if_ignored(key: str, value: Any, ours: GenerationConfig) -> Iterator[tuple[str, Any]]:
     is_id = key.endswith("_id")  # of which 0 is one like another
     if key.startswith("_") or key in NO_SETTINGS or value is None:
         return
@@ -107,7 +107,7 @@ def _told(key: str, value: Any, ours: GenerationConfig) -> Iterator[tuple[str, A
     yield key, value
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, dict):
         return f"({', '.join(map(str, value))})"

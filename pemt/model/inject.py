@@ -43,29 +43,29 @@ class LinearSite:
     """One linear layer of a base model, which can be replaced.
 
     Args:
-        site: which.
+        spec: which, by name.
         owner: the attention or FFN that has it as a child.
         encoder_width: of the encoder's states.
     """
 
-    site: Site
+    spec: Site
     owner: Any
     encoder_width: int
 
     @property
     def name(self) -> str:
         """As the experts' tensors begin: see `Site`."""
-        return self.site.name
+        return self.spec.name
 
     @property
     def in_decoder(self) -> bool:
         """Whether it is one of the decoder's."""
-        return self.site.in_decoder
+        return self.spec.in_decoder
 
     @property
     def attribute(self) -> str:
         """What its owner calls it."""
-        return self.site.module.rpartition(".")[2]
+        return self.spec.module.rpartition(".")[2]
 
     @property
     def module(self) -> Any:

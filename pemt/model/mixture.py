@@ -83,22 +83,26 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
     ) -> None:
         super().__init__(site, adapter)
         self.add_gate(site, sources, context, gate)
-        self.ranks = [source.rank for source in sources]
+        self.add_experts(site, sources)
 
     def forward(self, x_BSF: Tensor) -> Tensor:
         """z [B,S,D]; gates [B,K] and sparsity loss go to the pass's context, as it asks for them."""
-        if self.in_decoder and self.context.is_answering:
-            return self.adapter(self._answer(x_BSF))
+        if self.in_decoder and self.context.is_generating:
+            return self.adapter(self._generate_step(x_BSF))
         x_BSF, prompt_BC = self._gate_context(x_BSF)
         gates_BK = self.gate(prompt_BC)
         context = self.context
-        if context.is_answering:
-            context.record_answer(gates_BK)
-            return self.adapter(self.answer(x_BSF, self.prepare_answer(gates_BK)))
+        if context.is_generating:
+            context.record_generate_gates(gates_BK)
+            return self.adapter(self.generate_step(x_BSF, self.prepare_step(gates_BK)))
         z_BSD, loss = self.mix(x_BSF, gates_BK, sparsity=context.wants_sparsity)
         if loss is not None:
             context.record(gates_BK, loss)
         return z_BSD
+
+    @abstractmethod
+    def add_experts(self, site: LinearSite, sources: Sequence[ExpertSource]) -> None:
+        """Lay the experts of the sources, all of which are on the layer, side by side."""
 
     @property
     def token_weights_BS(self) -> Tensor | None:
@@ -115,18 +119,6 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
 
 class LoraMixture(LoraExperts, MixtureProjection):
     """LoRA experts; mixture, target adapter and sparsity loss are one op."""
-
-    def __init__(
-        self,
-        site: LinearSite,
-        sources: Sequence[ExpertSource],
-        adapter: AdapterConfig,
-        context: PassContext,
-        *,
-        gate: GateKind = "learned",
-    ) -> None:
-        super().__init__(site, sources, adapter, context, gate=gate)
-        self.add_experts(site, sources)
 
     @property
     def external_parameters(self) -> tuple[Tensor, ...]:
@@ -152,16 +144,8 @@ class LoraMixture(LoraExperts, MixtureProjection):
 class BottleneckMixture(MixtureProjection):
     """Bottleneck experts. Their residual is of full rank: each one's output [B,S,D] is made."""
 
-    def __init__(
-        self,
-        site: LinearSite,
-        sources: Sequence[ExpertSource],
-        adapter: AdapterConfig,
-        context: PassContext,
-        *,
-        gate: GateKind = "learned",
-    ) -> None:
-        super().__init__(site, sources, adapter, context, gate=gate)
+    def add_experts(self, site: LinearSite, sources: Sequence[ExpertSource]) -> None:
+        self.ranks = [source.rank for source in sources]
         self.down = packed(sources, f"{site.name}.down.weight", self.weight, dim=0)
         self.down_bias = packed(sources, f"{site.name}.down.bias", self.weight, dim=0)
         self.up = packed(sources, f"{site.name}.up.weight", self.weight, dim=1)
@@ -175,10 +159,10 @@ class BottleneckMixture(MixtureProjection):
         z_BSD = self.adapter(y_BSD)
         return z_BSD, self._sparsity(z_BSD, outputs, gates_BK) if sparsity else None
 
-    def prepare_answer(self, gates_BK: Tensor) -> Tensor:
+    def prepare_step(self, gates_BK: Tensor) -> Tensor:
         return gates_BK
 
-    def answer(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+    def generate_step(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
         return self._outputs(x_BSF, prepared)[0]
 
     def _outputs(self, x_BSF: Tensor, gates_BK: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -129,7 +129,7 @@ class PeftT5(BaselineT5):
             self.peft = get_peft_model(base, settings)
             self._try()
             if kind in PREFIXES:
-                self._try_answer()
+                self._try_generate()
         except Exception as error:  # whatever peft raises
             raise PeftError(
                 f"peft_config: {kind} cannot be put into this base model: {_first_line(error)}"
@@ -148,7 +148,7 @@ class PeftT5(BaselineT5):
             self(input_ids=token, attention_mask=torch.ones_like(token), labels=token)
 
     @torch.no_grad()
-    def _try_answer(self) -> None:
+    def _try_generate(self) -> None:
         """One token of an answer: a prefix reaches `generate` by its name for a cache, which has changed."""
         modes = [(module, module.training) for module in self.modules()]
         self.eval()

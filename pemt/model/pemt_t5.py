@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.model.answering import fast_generate
-from pemt.model.context import PassContext, Record
+from pemt.model.context import PassContext, SiteRecord
+from pemt.model.decoding import fast_generate
 from pemt.model.experts import (
     ExpertSource,
     ModelError,
@@ -63,7 +63,7 @@ class PemtT5(TrainedT5):
         self.base = base
         self.source_names = list(source_names)
         self._gate_sites = {
-            each.site.tag: each.module.source_names
+            each.spec.tag: each.module.source_names
             for each in linear_sites(base)
             if isinstance(each.module, GatedLinear)
         }
@@ -89,7 +89,7 @@ class PemtT5(TrainedT5):
             check_bottleneck(shape)
         chosen = target_sites(expert.target_modules, shape)
         for site in linear_sites(base):
-            if site.site in chosen:
+            if site.spec in chosen:
                 site.replace(SourceProjection(site.weight, expert))
                 if expert.kind == "bottleneck":
                     site.pass_ffn_input()
@@ -195,13 +195,13 @@ class PemtT5(TrainedT5):
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         base: Any = self.base  # the union of the three has no common type for `generate`
         given = {**self.generation_cache(), **generation_kwargs}
-        with self.context.answering() as gates, fast_generate(base):
+        with self.context.generating() as gates, fast_generate(base):
             tokens_BT = base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **given)
         if not gates:
             return tokens_BT, None
         # In the decoder every sample stands there once per beam.
         batch = len(input_ids)
-        return tokens_BT, self._all_gates([each[:: len(each) // batch] for each in gates], dim=1)
+        return tokens_BT, self._all_gates([each[:: len(each) // batch] for each in gates])
 
     @torch.no_grad()
     def label_log_likelihoods(
@@ -210,11 +210,11 @@ class PemtT5(TrainedT5):
         embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
         base: Any = self.base
         # As `generate`: the decoder's gates are computed for the first label, and serve all.
-        with self.context.answering() as gates, fast_generate(base):
+        with self.context.generating() as gates, fast_generate(base):
             encoder = stack_of(self.base, "encoder")
             states = encoder(inputs_embeds=embeds_BSD, attention_mask=mask_BS)
             likely_BC = log_likelihoods(decoder_of(base, states, mask_BS), labels, input_ids)
-        return likely_BC, self._all_gates(gates, dim=1) if gates else None
+        return likely_BC, self._all_gates(gates) if gates else None
 
     def export_expert(
         self, name: str, *, state: Mapping[str, Tensor] | None = None
@@ -277,11 +277,11 @@ class PemtT5(TrainedT5):
         return embeds_BSD, torch.cat([ones_BP, attention_mask], dim=1)
 
     def _with_sparsity(
-        self, ce_loss: Tensor | None, records: list[Record]
+        self, ce_loss: Tensor | None, records: list[SiteRecord]
     ) -> dict[str, Tensor | None]:
         if self.mixture is None or not records:
             return {"loss": ce_loss}
-        gates = {"gates_LBK": self._all_gates([record.gates_BK for record in records], dim=0)}
+        gates = {"gates_BLK": self._all_gates([record.gates_BK for record in records])}
         losses = [each.sparsity_loss for each in records if each.sparsity_loss is not None]
         if not losses:  # no expert on an FFN's output
             return {"loss": ce_loss, **gates}
@@ -289,11 +289,11 @@ class PemtT5(TrainedT5):
         loss = None if ce_loss is None else ce_loss + self.sparsity_loss_weight * sparsity_loss
         return {"loss": loss, "sparsity_loss": sparsity_loss, **gates}
 
-    def _all_gates(self, gates: Sequence[Tensor], *, dim: int) -> Tensor:
-        """Every site's gates [B,K of the site] as one tensor with the sites at `dim`: 0 for sources not on a site."""
+    def _all_gates(self, gates: Sequence[Tensor]) -> Tensor:
+        """Every site's gates [B,K of the site] as one tensor [B,L,K]: 0 for sources not on a site."""
         sites = self.gate_sites.values()
         whole = [self._of_all(each, names) for each, names in zip(gates, sites, strict=True)]
-        return torch.stack(whole, dim=dim)
+        return torch.stack(whole, dim=1)
 
     def _of_all(self, gates_BK: Tensor, names: list[str]) -> Tensor:
         if names == self.source_names:

@@ -41,12 +41,12 @@ class SiteMixture(LoraExperts):
     def forward(self, x_BSF: Tensor) -> Tensor:
         """y [B,S,D]; the gates [B,K] go to the pass's context, as it asks for them."""
         context = self.context
-        if self.in_decoder and context.is_answering:
-            return self._answer(x_BSF)
+        if self.in_decoder and context.is_generating:
+            return self._generate_step(x_BSF)
         x_BSF, prompt_BC = self._gate_context(x_BSF)
         gates_BK = self.gate(prompt_BC)
-        if context.is_answering:
-            context.record_answer(gates_BK)
+        if context.is_generating:
+            context.record_generate_gates(gates_BK)
         else:
             context.record(gates_BK, None)
         return expert_mixture(x_BSF, self.weight, self.up, gates_BK, self.scales, self.ranks)
@@ -60,7 +60,7 @@ def mix_at(
     context: PassContext,
 ) -> None:
     """Put the sources that are on a layer into it; at an FFN's output there is a target adapter in any case."""
-    if not site.site.is_ffn_output:
+    if not site.spec.is_ffn_output:
         if sources:
             site.replace(SiteMixture(site, sources, context, gate=mixture.gate))
         return

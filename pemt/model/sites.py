@@ -38,7 +38,7 @@ class Site:
     module: str
 
     @classmethod
-    def named(cls, name: str, shape: Mapping[str, Any]) -> Site:
+    def from_name(cls, name: str, shape: Mapping[str, Any]) -> Site:
         """The site of this name in a base model of this `base_shape`."""
         stack, layer, *rest = name.split(".")
         part, projection = rest or ("ffn", OUTPUT)
@@ -163,7 +163,7 @@ def projections_of(names: Sequence[str]) -> str:
 
 def absent_sites(names: Sequence[str], shape: Mapping[str, Any]) -> list[str]:
     """Sites of the same kinds as these that are not among them, as with PEFT's `layers_to_transform`."""
-    found = [Site.named(name, shape) for name in names]
+    found = [Site.from_name(name, shape) for name in names]
     kinds = {(site.part, site.projection) for site in found}
     return [
         site.name

@@ -34,7 +34,7 @@ class PemtOutput(ModelOutput):
         sparsity_loss: mean task sparsity loss over the FFNs that mix experts, fp32; None where none do.
         logits: [B,T,V].
         encoder_last_hidden_state: [B,P+S,D].
-        gates_LBK: every gate's weights in the order of `gate_sites`, 0 for a source that has no expert there, fp32,
+        gates_BLK: every example's gates in the order of `gate_sites`, 0 for a source that has no expert there, fp32,
             detached; None where no gates are.
     """
 
@@ -43,7 +43,7 @@ class PemtOutput(ModelOutput):
     sparsity_loss: Tensor | None = None
     logits: Tensor | None = None
     encoder_last_hidden_state: Tensor | None = None
-    gates_LBK: Tensor | None = None
+    gates_BLK: Tensor | None = None
 
 
 class TrainedT5(nn.Module, ABC):

@@ -19,4 +19,4 @@ from .log_file import (
     read_log as read_log,
 )
 from .monitor import Monitor as Monitor
-from .progress import progress_logger as progress_logger
+from .progress import log_on_stderr as log_on_stderr, progress_logger as progress_logger

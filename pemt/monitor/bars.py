@@ -103,7 +103,7 @@ class EvaluationBar:
 
     def __init__(self, *, total: int, description: str, shown: bool) -> None:
         self._description, self._shown = description, shown
-        self._told = time.monotonic()
+        self._last_line = time.monotonic()
         self._bar = bar_class()(
             total=total,
             desc=description,
@@ -114,7 +114,7 @@ class EvaluationBar:
             leave=False,
             delay=0.5,  # a short one would only flicker
         )
-        self._started, self._done, self._total = self._told, 0, total
+        self._started, self._done, self._total = self._last_line, 0, total
 
     def advance(self, count: int) -> None:
         """`count` more examples are done; the last batch may hold some twice."""
@@ -122,8 +122,8 @@ class EvaluationBar:
         self._done += count
         self._bar.update(count)
         now = time.monotonic()
-        if self._bar.disable and self._shown and now - self._told >= SECONDS_A_LINE:
-            self._told = now
+        if self._bar.disable and self._shown and now - self._last_line >= SECONDS_A_LINE:
+            self._last_line = now
             rate = self._done / (now - self._started)
             left = tqdm.format_interval((self._total - self._done) / rate)
             with contextlib.suppress(OSError):  # on a full disk; one rank alone must not end here

@@ -72,7 +72,7 @@ class TensorBoardWriter:
             return  # the first, before which none has taken time, is always drawn
         from pemt.monitor import figures
 
-        named = self._gates.named(gates_NLK.mean(dim=0))
+        named = self._gates.by_site(gates_NLK.mean(dim=0))
         for stack in STACKS:
             if not (of_one := of_stack(named, stack)):
                 continue

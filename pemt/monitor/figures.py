@@ -29,7 +29,7 @@ MOST_NUMBERS = 64  # cells of a map that has numbers in it: text takes most of t
 
 
 def gate_map(gates: NamedGates, *, title: str, sources: Sequence[str] = ()) -> np.ndarray:
-    """Mean gates of every layer (rows) and source (columns); white, and told so, where a source has no expert.
+    """Mean gates of every layer (rows) and source (columns); white, and marked so, where a source has no expert.
 
     Args:
         gates: by site; a layer's sites are averaged.

@@ -38,13 +38,13 @@ class GateNames:
         sites = self.sites.items()
         return any(source in present for site, present in sites if site.startswith(f"{stack}/"))
 
-    def named(self, gates_LK: Tensor) -> NamedGates:
+    def by_site(self, gates_LK: Tensor) -> NamedGates:
         """Each gate under its site and source; a source that has no expert at a site is not there."""
-        named = {}
+        found = {}
         for (site, present), gates_K in zip(self.sites.items(), gates_LK.tolist(), strict=True):
             weights = zip(self.sources, gates_K, strict=True)
-            named[site] = {source: weight for source, weight in weights if source in present}
-        return named
+            found[site] = {source: weight for source, weight in weights if source in present}
+        return found
 
     def over_sites(self, gates_NLK: Tensor) -> Tensor:
         """Each source's weight [..., K], averaged over the sites that have it."""
@@ -58,14 +58,14 @@ class GateNames:
 
     def scalars(self, gates_LK: Tensor) -> dict[str, float]:
         """`gate/<site>/<source>`, of more than MOST_TAGS each layer's mean; and `gate_mean/<source>` over all sites."""
-        named = self.named(gates_LK)
-        logged = by_layer(named) if self.weights > MOST_TAGS else named
+        found = self.by_site(gates_LK)
+        logged = by_layer(found) if self.weights > MOST_TAGS else found
         each = {
             f"gate/{site}/{source}": weight
             for site, weights in logged.items()
             for source, weight in weights.items()
         }
-        means = mean_by_source(named)
+        means = mean_by_source(found)
         return each | {f"gate_mean/{source}": weight for source, weight in means.items()}
 
     def by_stack(self, gates_LK: Tensor, *, dim: int = 0) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-from pemt.config import AdaptConfig, RunConfig, SourceConfig, field_keys, flat
+from pemt.config import AdaptConfig, RunConfig, SourceConfig, field_keys, flatten
 
 # Where files lie and how often something is written do not tell two runs apart.
 LEFT_OUT = frozenset(
@@ -87,7 +87,7 @@ def columns() -> list[tuple[str, int]]:
 
 def values(config: RunConfig) -> dict[str, Any]:
     """What this run has in those columns, but for what is null."""
-    found = flat(asdict(config), field_keys(type(config)))
+    found = flatten(asdict(config), field_keys(type(config)))
     return {
         name: value for name, value in found.items() if value is not None and name not in LEFT_OUT
     }
@@ -95,7 +95,7 @@ def values(config: RunConfig) -> dict[str, Any]:
 
 def plain_fields(config: RunConfig) -> dict[str, str | int | float | bool]:
     """All that is set of a configuration, sections by dots, as trackers take it: no lists, no mappings."""
-    found = flat(asdict(config), field_keys(type(config)))
+    found = flatten(asdict(config), field_keys(type(config)))
     return {
         name: value if isinstance(value, str | int | float) else json.dumps(value)
         for name, value in found.items()

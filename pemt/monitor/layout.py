@@ -18,7 +18,7 @@ def layout(task: str, gates: GateNames) -> Layout:
             f"validation loss of {task}": _lines(f"eval/{re.escape(task)}/loss"),
             "gradient norm": _lines("train/grad_norm"),
             "learning rate": _lines("train/learning_rate"),
-        },
+        }
     }
     if gates.sources:
         charts["2 which sources"] = {

@@ -33,7 +33,7 @@ class Monitor:
     """Scalars, pictures and progress of one run; use it in a `with` block.
 
     Every rank may call every method; on ranks other than the main one nothing is written. A disk that
-    is full while the run is under way does not end it: what is lost is told, once.
+    is full while the run is under way does not end it: what is lost is reported, once.
 
     Args:
         output_dir: the run's folder; `tensorboard/` and `log.jsonl` are made in it.
@@ -113,7 +113,7 @@ class Monitor:
                 self._to_trackers(lambda tracker: tracker.finish())
 
     def _to_trackers(self, record: Callable[[Any], None]) -> None:
-        """Have each tracker record something; one that fails, whatever it says, is told once and left alone then."""
+        """Have each tracker record something; one that fails, whatever it says, is reported once, then left alone."""
         for tracker in list(self._trackers):
             try:
                 record(tracker)
@@ -141,7 +141,7 @@ class Monitor:
 
         Args:
             config: the run's.
-            facts: what else to tell, such as ranks and device.
+            facts: what else to record, such as ranks and device.
         """
         if self._is_main:
             environment = environment_text(facts, folder=Path.cwd())

@@ -27,8 +27,8 @@ def environment_text(facts: Mapping[str, str], *, folder: Path) -> str:
     """What the run stands on, as Markdown.
 
     Args:
-        facts: what else to tell, such as ranks and device.
-        folder: of which git's state is told.
+        facts: what else to record, such as ranks and device.
+        folder: whose git state is recorded.
     """
     lines = {
         **facts,
@@ -43,22 +43,22 @@ def environment_text(facts: Mapping[str, str], *, folder: Path) -> str:
 def git_state(folder: Path) -> dict[str, str]:
     """Commit, branch and changed files of the repository around a folder; {} where there is none.
 
-    Neither remotes nor differences are told: they can hold tokens.
+    Neither remotes nor differences are recorded: they can hold tokens.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return {}
     changed = _git(folder, "status", "--porcelain")
     if changed is None:
-        told = "unknown, git took too long"
+        changes = "unknown, git took too long"
     else:
         files = changed.splitlines()
         more = [f"and {len(files) - MOST_FILES} more"] if len(files) > MOST_FILES else []
-        told = ", ".join(line.strip() for line in [*files[:MOST_FILES], *more]) or "none"
+        changes = ", ".join(line.strip() for line in [*files[:MOST_FILES], *more]) or "none"
     return {
         "git commit": commit.strip(),
         "git branch": (_git(folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip(),
-        "git changes": told,
+        "git changes": changes,
     }
 
 

@@ -1,4 +1,4 @@
-"""What `pemt ops build` and `pemt ops info` do: compile ahead of a run, and tell what would run."""
+"""What `pemt ops build` and `pemt ops info` do: compile ahead of a run, and show what would run."""
 
 from __future__ import annotations
 

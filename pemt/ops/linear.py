@@ -1,6 +1,6 @@
 """A linear layer's product where no gradient is wanted: on a CPU in float32 faster than `F.linear`.
 
-By oneDNN, the BLAS behind `F.linear`, or for few rows, as when answering a token at a time, a kernel of our own:
+By oneDNN, the BLAS behind `F.linear`, or for few rows, as when generating a token at a time, a kernel of our own:
 whichever is the fastest on this machine (`products`).
 
 Shapes: I input width, O output width.
@@ -45,7 +45,7 @@ def add_linear(y: Tensor, x: Tensor, weight_OI: Tensor) -> Tensor:
     return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight_OI.t()).view_as(y)
 
 
-def answer_mixture(
+def mixture_step(
     x: Tensor, weight_OI: Tensor, down_TI: Tensor, up_OT: Tensor, factors: Tensor
 ) -> Tensor:
     """A linear layer and the experts' mixture [B, S, O] of one step of `generate`, whose gates are known.

@@ -94,19 +94,19 @@ def choose_libraries(kernels: Kernels, x: Tensor, *weights: tuple[int, int, bool
     """Tell compiled kernels which library multiplies x [B, S, ...] with weights of these I, O and `transposed`."""
     if kernels.choose_onednn is not None and x.dtype == torch.float32 and x.numel() > 0:
         rows = rows_like(x.shape[0] * x.shape[1])
-        _tell_choices(kernels.choose_onednn, rows, torch.get_num_threads(), weights)
+        _pass_choices(kernels.choose_onednn, rows, torch.get_num_threads(), weights)
 
 
 @functools.cache
-def _tell_choices(
-    tell: Callable[[list[int], bool], None],
+def _pass_choices(
+    pass_choice: Callable[[list[int], bool], None],
     rows: int,
     threads: int,
     weights: tuple[tuple[int, int, bool], ...],
 ) -> None:
     for inputs, outputs, transposed in weights:
         way = choose(rows, inputs, outputs, transposed=transposed)
-        tell([rows, inputs, outputs, int(transposed), threads], way == ONEDNN)
+        pass_choice([rows, inputs, outputs, int(transposed), threads], way == ONEDNN)
 
 
 def has_onednn() -> bool:
@@ -121,9 +121,7 @@ def onednn(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 def ways(product: Product, few_rows: Way | None) -> dict[str, Way]:
     """What can multiply, by name; each takes x [N, I] and the weight as it lies."""
-    found: dict[str, Way] = {
-        BLAS: lambda x, w: torch.mm(x, w.t() if product.transposed else w),
-    }
+    found: dict[str, Way] = {BLAS: lambda x, w: torch.mm(x, w.t() if product.transposed else w)}
     if has_onednn():
         found[ONEDNN] = lambda x, w: onednn(x, w if product.transposed else w.t())
     if few_rows is not None:
@@ -152,8 +150,8 @@ def describe() -> list[str]:
         return [f"products: none measured yet; the first use does, into {cache_file()}"]
     lines = [f"products: {len(found)} measured, in {cache_file()}"]
     for name, times in found.items():
-        told = ", ".join(f"{way} {value:.3g} ms" for way, value in times.items())
-        lines.append(f"  {name}: {_fastest(times)} ({told})")
+        times_text = ", ".join(f"{way} {value:.3g} ms" for way, value in times.items())
+        lines.append(f"  {name}: {_fastest(times)} ({times_text})")
     return lines
 
 

@@ -33,11 +33,7 @@ def products(stacked: Tensor, up: Tensor, *, adapted: bool) -> tuple[tuple[int, 
     """I, O and `transposed` of the frozen weights that the op multiplies with, forward and backward."""
     (rows, d_ff), (d_model, total) = stacked.shape, up.shape
     forward, back = ([rows], rows) if adapted else ([d_model, total], d_model)
-    return (
-        *((d_ff, each, True) for each in forward),
-        (d_model, total, False),
-        (back, d_ff, False),
-    )
+    return (*((d_ff, each, True) for each in forward), (d_model, total, False), (back, d_ff, False))
 
 
 def _forward(x: Tensor, stacked: Tensor, up: Tensor, *rest: Any) -> Any:
@@ -52,10 +48,7 @@ def _backward(dz: Tensor | None, dloss: Tensor | None, z: Tensor, mixed: Tensor,
         return kernels_for(mixed).ffn_output_backward(dz, dloss, z, mixed, *rest)
 
 
-_BODIES: dict[str, Callable[..., Any]] = {
-    "ffn_output": _forward,
-    "ffn_output_backward": _backward,
-}
+_BODIES: dict[str, Callable[..., Any]] = {"ffn_output": _forward, "ffn_output_backward": _backward}
 for _name, _body in _BODIES.items():
     torch.library.define(f"pemt::{_name}", _SCHEMAS[_name], tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"pemt::{_name}", "default", _body)

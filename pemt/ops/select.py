@@ -20,7 +20,7 @@ from .checks import OpsError
 class Kernels:
     """The bodies of `schema`'s two ops, with the signatures of `packed`; compiled ones have `prompt_mean` besides.
 
-    Compiled for a CPU they have the product of `linear` too, and are told by `products` which library multiplies.
+    Compiled for a CPU they have the product of `linear` too, and `products` chooses which library multiplies.
     """
 
     ffn_output: Callable[..., tuple[Tensor, ...]]

@@ -49,11 +49,11 @@ def largest_batch(job: Job, zero: Zero, cluster: Cluster) -> int:
 def scaling(job: Job, zero: Zero, cluster: Cluster) -> dict[int, tuple[float, float]]:
     """Nodes -> (seconds of a step, share of one GPU's throughput that each keeps)."""
     alone = step_time(job, zero, replace(cluster, nodes=1, gpus_per_node=1)).total
-    told = {}
+    by_nodes = {}
     for nodes in sorted({*NODES, cluster.nodes}):
         seconds = step_time(job, zero, replace(cluster, nodes=nodes)).total
-        told[nodes] = (seconds, min(1.0, alone / seconds))
-    return told
+        by_nodes[nodes] = (seconds, min(1.0, alone / seconds))
+    return by_nodes
 
 
 def advise(job: Job, cluster: Cluster, folder: Path, given: Zero) -> Advice:
@@ -91,14 +91,7 @@ def advise(job: Job, cluster: Cluster, folder: Path, given: Zero) -> Advice:
 
 def _candidates(folder: Path, given: Zero) -> list[Zero]:
     """The JSONs there are, the simplest first; zero3_quantized, not run yet, only where it was asked about."""
-    order = (
-        "zero2",
-        "zero1",
-        "zero0",
-        "zero3",
-        "zero2_offload",
-        "zero3_offload",
-    )
+    order = ("zero2", "zero1", "zero0", "zero3", "zero2_offload", "zero3_offload")
     paths = [folder / f"{name}.json" for name in order]
     found = [read_zero(path) for path in paths if path.is_file()]
     return found if any(zero.name == given.name for zero in found) else [*found, given]

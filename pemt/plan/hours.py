@@ -107,7 +107,7 @@ class _Step(NamedTuple):
 
 
 def _step(run: PlannedRun, zero: Zero, cluster: Cluster) -> _Step:
-    division = divided(run.job, cluster)
+    division = default_division(run.job, cluster)
     used = replace(cluster, gpus_per_node=division.ranks_per_node)
     job = replace(run.job, batch=division.micro_batch, accumulation=division.accumulation)
     return _Step(
@@ -134,7 +134,7 @@ def _of_one(run: PlannedRun, step: _Step, least: float) -> Hours:
     )
 
 
-def divided(job: Job, cluster: Cluster) -> Division:
+def default_division(job: Job, cluster: Cluster) -> Division:
     """The global batch over a cluster's GPUs; fewer of them where it does not divide."""
     wanted = Wanted(global_batch=job.batch, most=job.batch)
     return divide(wanted, nodes=cluster.nodes, ranks_per_node=cluster.gpus_per_node)

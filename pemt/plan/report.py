@@ -125,12 +125,12 @@ def _time(found: dict[str, Any], cluster: Cluster) -> str:
         ),
         _row("  samples an hour", f"{found['samples_per_hour']:,.0f}", ""),
     ]
-    for nodes, told in found["nodes"].items():
+    for nodes, at_nodes in found["nodes"].items():
         here = "  <- this job" if nodes == cluster.nodes else ""
         samples = found["global_batch_size"] // cluster.nodes * nodes
-        each = f"{told['efficiency']:.0%} of a GPU alone, {samples:,} samples a step{here}"
+        each = f"{at_nodes['efficiency']:.0%} of a GPU alone, {samples:,} samples a step{here}"
         name = f"  {nodes} node{'s' if nodes > 1 else ''} of {cluster.gpus_per_node}"
-        lines.append(_row(name, f"{told['step_seconds']:.3f} s", each))
+        lines.append(_row(name, f"{at_nodes['step_seconds']:.3f} s", each))
     return "\n".join(lines)
 
 

@@ -67,9 +67,7 @@ def step_time(job: Job, zero: Zero, cluster: Cluster) -> StepTime:
     if zero.offload_param:
         hidden += 2 * memory(job, zero, cluster).host / 25e9  # over PCIe, in both passes
     return StepTime(
-        compute=compute,
-        exposed=exposed + max(0.0, hidden - HIDDEN * compute),
-        optimizer=optimizer,
+        compute=compute, exposed=exposed + max(0.0, hidden - HIDDEN * compute), optimizer=optimizer
     )
 
 

@@ -11,7 +11,7 @@ from pemt.bank import Manifest, listed_tensors, site_names
 from pemt.config import how_to_install
 from pemt.model import projections_of
 from pemt.publish.card import is_hub_id
-from pemt.tasks import told_once
+from pemt.tasks import without_redundant_mean
 
 COLUMNS = (
     "task",
@@ -83,7 +83,9 @@ def bank_card(
 def _row(
     manifest: Manifest, raw: dict[str, Any], base_model: str, licence: str | None
 ) -> tuple[str, ...]:
-    scores = (f"{name} {value:.1f}" for name, value in told_once(manifest.metrics).items())
+    scores = (
+        f"{name} {value:.1f}" for name, value in without_redundant_mean(manifest.metrics).items()
+    )
     own = licence if manifest.origin is None else None
     return (
         manifest.task,

@@ -24,14 +24,7 @@ from pemt.bank import (
 from pemt.config import PemtError
 from pemt.publish.bank_card import bank_card
 from pemt.publish.card import base_licence
-from pemt.storage import (
-    MANIFEST,
-    HubError,
-    commit_files,
-    commit_of,
-    fetch_files,
-    make_repository,
-)
+from pemt.storage import MANIFEST, HubError, commit_files, commit_of, fetch_files, make_repository
 
 README = "README.md"
 MANIFESTS = f"*/{MANIFEST}"

@@ -14,9 +14,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from pemt.config import PEFT_METHODS, AdaptConfig, how_to_install
 from pemt.monitor import NamedGates, gates_in, mean_by_source
-from pemt.run import chosen_text, scored_text
+from pemt.run import checkpoint_line, split_line
 from pemt.storage import HubError, licence_in, local_folder
-from pemt.tasks import Task, label_name, told_once
+from pemt.tasks import Task, without_redundant_mean
 
 GATES = "gates.png"
 _PAPER = "[PEMT](https://arxiv.org/abs/2402.15082)"
@@ -77,10 +77,10 @@ class Card:
         """Test metrics in percent."""
         names = (*self.task.metrics, "average_metrics")
         found = (name for name in names if f"test_{name}" in self.results)
-        return told_once({name: self.results[f"test_{name}"] for name in found})
+        return without_redundant_mean({name: self.results[f"test_{name}"] for name in found})
 
     @property
-    def tells_origin(self) -> bool:
+    def has_origin(self) -> bool:
         """Whether the results say what was scored; those of older runs do not."""
         return "split_origin" in self.results
 
@@ -143,7 +143,7 @@ def _front_matter(card: Card, name: str) -> ModelCardData:
 
 def _scored(card: Card) -> dict[str, Any]:
     """What was scored, as fields of an `EvalResult`: the official split, and what was taken of it."""
-    if not card.tells_origin:
+    if not card.has_origin:
         return {}
     official = re.search(r"official (\w+) set", card.results["split_origin"])
     taken = {name: card.results[name] for name in ("split", "examples", "split_origin")}
@@ -160,8 +160,11 @@ def _use(card: Card) -> str:
     )
     asked = f"An input is `{card.task.template}` with the fields filled in"
     if card.task.labels:
-        names = ((label, label_name(card.task, label)) for label in card.task.labels)
-        shown = (f"`{label}` ({name})" if name else f"`{label}`" for label, name in names)
+        named = card.task.name_of_label.items()
+        shown = (
+            f"`{label}` ({name})" if card.task.label_names else f"`{label}`"
+            for label, name in named
+        )
         asked += f"; the answers are {', '.join(shown)}"
     return f"## Use\n\n{own if lines is _OWN else ''}```python\n{code}\n```\n\n{asked}."
 
@@ -170,12 +173,12 @@ def _scores(card: Card) -> str:
     if not card.metrics:
         return "## Scores\n\nThe run was not scored."
     rows = [f"| {name} | {value:.2f} |" for name, value in card.metrics.items()]
-    told = (
-        f"{scored_text(card.results)}; in percent."
-        if card.tells_origin
+    intro = (
+        f"{split_line(card.results)}; in percent."
+        if card.has_origin
         else "On the test split, in percent."
     )
-    return "\n".join(["## Scores", "", told, "", "| metric | score |",
+    return "\n".join(["## Scores", "", intro, "", "| metric | score |",
                       "|---|---|", *rows])  # fmt: skip
 
 
@@ -196,7 +199,9 @@ def _training(card: Card) -> str:
     steps = (
         f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs} epochs"
     )
-    chosen = chosen_text(card.results) if card.tells_origin else "The best checkpoint on validation"
+    chosen = (
+        checkpoint_line(card.results) if card.has_origin else "The best checkpoint on validation"
+    )
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return (
         f"## Training\n\nUp to {steps}{few}; AdamW, learning rate {config.learning_rate:g}, "
@@ -207,12 +212,12 @@ def _training(card: Card) -> str:
 
 
 def _licence(card: Card) -> str:
-    told = (
+    intro = (
         f"It is `{card.licence}`."
         if card.licence
         else "It is not known here: look it up before you pass this on."
     )
-    return f"## Licence\n\nThe base model's licence also binds what was trained on it. {told}"
+    return f"## Licence\n\nThe base model's licence also binds what was trained on it. {intro}"
 
 
 def is_hub_id(name: str) -> bool:

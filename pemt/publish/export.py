@@ -70,7 +70,7 @@ def export_run(
             "`pemt bank export BANK --peft FOLDER` writes that for others"
         )
     name = base_model or config.model_name_or_path
-    with _whole(target) as temporary:
+    with _new_folder(target) as temporary:
         _write_model(temporary, finished, config, name, dtype)
         card = Card(
             base_model=name,
@@ -166,7 +166,7 @@ def _results(run_dir: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
+def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name when that has gone well, and else goes."""
     temporary = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
     try:

@@ -173,7 +173,7 @@ def _expert_of(source: ExpertSource, folder: str | Path, shape: Mapping[str, Any
             f"{folder}: has the ranks {', '.join(map(str, sorted(ranks)))} on its layers; "
             "only an expert of one rank can be trained further"
         )
-    modules = [Site.named(site, shape).module for site in sites]
+    modules = [Site.from_name(site, shape).module for site in sites]
     return ExpertConfig(rank=source.rank, alpha=source.alpha, target_modules=modules)
 
 
@@ -221,11 +221,7 @@ def target_model(
     prompt_PD = description_prompt(reader, model, sentence)
     experts, _ = top_sources(prompt_PD, experts, mixture.top_sources)
     pemt = PemtT5.target(
-        model,
-        sources=experts,
-        mixture=mixture,
-        adapter=adapter,
-        prompt_PD=prompt_PD,
+        model, sources=experts, mixture=mixture, adapter=adapter, prompt_PD=prompt_PD
     )
     return TargetModel(
         pemt, experts=experts, adapter=adapter, base_name=name, tokenizer=reader,

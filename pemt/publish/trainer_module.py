@@ -36,9 +36,8 @@ class PemtModule(nn.Module, ABC):
         task: what it is to learn, where one was named.
     """
 
-    accepts_loss_kwargs = (
-        False  # the loss is a mean over the batch: Trainer divides by the accumulation
-    )
+    # the loss is a mean over the batch: Trainer divides by the accumulation
+    accepts_loss_kwargs = False
     main_input_name = "input_ids"
 
     def __init__(

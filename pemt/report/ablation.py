@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import permutations
 from statistics import mean
 
-from pemt.config import flat
-from pemt.report.record import Record
+from pemt.config import flatten
+from pemt.report.record import RunRecord
 
 SCORE = "test_average_metrics"
 # What runs of one comparison may differ in: where they are, and which experts they mix.
@@ -23,7 +23,7 @@ FREE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class LeaveOneOut:
     """One source's part in the score, by runs with and without it.
 
     Args:
@@ -39,7 +39,7 @@ class LeftOut:
     pairs: int
 
 
-def left_out(records: Sequence[Record]) -> list[LeftOut]:
+def left_out(records: Sequence[RunRecord]) -> list[LeaveOneOut]:
     """What every source adds where there are finished runs with and without it, the most helpful first."""
     scored = [record for record in records if SCORE in record.results and record.sources]
     found = defaultdict(list)
@@ -48,7 +48,7 @@ def left_out(records: Sequence[Record]) -> list[LeftOut]:
         if len(missing) == 1 and set(other.sources) < set(one.sources) and _alike(one, other):
             found[one.task, missing.pop()].append((one.results[SCORE], other.results[SCORE]))
     parts = [
-        LeftOut(
+        LeaveOneOut(
             task=task,
             source=source,
             score=mean(score for score, _ in pairs),
@@ -60,9 +60,9 @@ def left_out(records: Sequence[Record]) -> list[LeftOut]:
     return sorted(parts, key=lambda part: part.without - part.score)
 
 
-def _alike(one: Record, other: Record) -> bool:
+def _alike(one: RunRecord, other: RunRecord) -> bool:
     ours, theirs = (
-        {key: value for key, value in flat(record.config).items() if key not in FREE}
+        {key: value for key, value in flatten(record.config).items() if key not in FREE}
         for record in (one, other)
     )
     return ours == theirs

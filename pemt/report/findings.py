@@ -12,7 +12,7 @@ from statistics import mean, median
 from typing import Any
 
 from pemt.monitor import mean_by_source
-from pemt.report.record import Record
+from pemt.report.record import RunRecord
 
 MOST_CLASSES = 20
 MOST_SOURCES = 12  # columns of a table of gates
@@ -53,7 +53,7 @@ class SourceUse:
     score: float | None
 
 
-def gate_matrices(record: Record) -> list[Matrix]:
+def gate_matrices(record: RunRecord) -> list[Matrix]:
     """Mean gates, a matrix a stack and kind of site: layers × `columns_of`."""
     columns = columns_of(record)
     kinds: dict[str, dict[str, dict[str, float]]] = {}
@@ -73,7 +73,7 @@ def gate_matrices(record: Record) -> list[Matrix]:
     ]
 
 
-def columns_of(record: Record) -> dict[str, list[str]]:
+def columns_of(record: RunRecord) -> dict[str, list[str]]:
     """A column for each source; of more than MOST_SOURCES one for each with a large mean gate, and one for the rest."""
     names = record.sources
     if len(names) <= MOST_SOURCES:
@@ -106,7 +106,7 @@ def _summed(weights: Mapping[str, float], names: Sequence[str]) -> float | None:
     return sum(found) if found else None
 
 
-def source_uses(record: Record) -> list[SourceUse]:
+def source_uses(record: RunRecord) -> list[SourceUse]:
     """Which source helped where, the most used first."""
     gates = record.gates
     means = mean_by_source(gates)
@@ -132,7 +132,7 @@ def source_uses(record: Record) -> list[SourceUse]:
     return sorted(found, key=lambda use: -use.mean_gate)
 
 
-def gates_by_class(record: Record) -> Matrix | None:
+def gates_by_class(record: RunRecord) -> Matrix | None:
     """The mean gates, by `columns_of`, over the test examples of each class; None without classes or gates."""
     classes = classes_of(record)
     with_gates = [line for line in record.predictions if line.get("gates")]
@@ -153,14 +153,14 @@ def gates_by_class(record: Record) -> Matrix | None:
     return Matrix(title="class", rows=classes, columns=list(columns), values=values)
 
 
-def classes_of(record: Record) -> list[str]:
+def classes_of(record: RunRecord) -> list[str]:
     """The targets, where they are few and each example is right or wrong; else none."""
     targets = Counter(str(line["target"]) for line in record.predictions)
     decided = all("accuracy" in (line.get("scores") or {}) for line in record.predictions)
     return sorted(targets) if decided and 0 < len(targets) <= MOST_CLASSES else []
 
 
-def confusion(record: Record) -> tuple[list[str], list[str], list[list[int]]] | None:
+def confusion(record: RunRecord) -> tuple[list[str], list[str], list[list[int]]] | None:
     """Counts of gold class (rows) and predicted class (columns); None where there are no classes."""
     classes = classes_of(record)
     if not classes:
@@ -187,7 +187,7 @@ def score_of(line: dict[str, Any]) -> float | None:
         return None
 
 
-def worst_and_best(record: Record) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def worst_and_best(record: RunRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A few examples of each, of as many kinds as there are: of one confusion, of one class."""
     scored = [(score, line) for line in record.predictions if (score := score_of(line)) is not None]
     if not scored:
@@ -220,7 +220,7 @@ def _of_every_kind(
     return chosen[:EXAMPLES]
 
 
-def costs(record: Record) -> dict[str, str]:
+def costs(record: RunRecord) -> dict[str, str]:
     """Time, throughput, memory and size, as words; what is not known is left out."""
     steps = [line["step"] for line in record.log]
     seconds = max((float(line.get("elapsed", 0)) for line in record.log), default=0.0)
@@ -241,12 +241,12 @@ def costs(record: Record) -> dict[str, str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _middle(record: Record, tag: str, form: str) -> str | None:
+def _middle(record: RunRecord, tag: str, form: str) -> str | None:
     values = record.series(tag)[1]
     return form.format(median(values)) if values else None
 
 
-def _peak(record: Record, tag: str) -> str | None:
+def _peak(record: RunRecord, tag: str) -> str | None:
     values = record.series(tag)[1]
     return f"{max(values):.2f} GB" if values else None
 

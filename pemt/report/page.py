@@ -15,11 +15,11 @@ import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from pemt.config import flat
+from pemt.config import flatten
 from pemt.report import findings
 from pemt.report.ablation import left_out
 from pemt.report.charts import Series, line_chart
-from pemt.report.record import Record, read_records
+from pemt.report.record import RunRecord, read_runs
 from pemt.storage import write_text
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -40,7 +40,7 @@ def write_report(folders: Sequence[Path], output_dir: Path) -> tuple[Path, Path]
         ReportError: a folder holds no run, or a file in it is damaged.
         OSError: the files cannot be written.
     """
-    content = content_of(read_records(folders))
+    content = content_of(read_runs(folders))
     output_dir.mkdir(parents=True, exist_ok=True)
     pages = output_dir / HTML, output_dir / MARKDOWN
     write_text(pages[0], environment(markdown=False).get_template(HTML).render(content))
@@ -71,7 +71,7 @@ def environment(*, markdown: bool) -> Environment:
     return made
 
 
-def content_of(records: Sequence[Record]) -> dict[str, Any]:
+def content_of(records: Sequence[RunRecord]) -> dict[str, Any]:
     """What the templates show."""
     return {
         "title": " · ".join(record.name for record in records),
@@ -82,7 +82,7 @@ def content_of(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def run_content(record: Record) -> dict[str, Any]:
+def run_content(record: RunRecord) -> dict[str, Any]:
     """One run's part of the page."""
     worst, best = findings.worst_and_best(record)
     shown = [name for name, sources in findings.columns_of(record).items() if name in sources]
@@ -116,7 +116,7 @@ def run_content(record: Record) -> dict[str, Any]:
     }
 
 
-def scores_of(record: Record) -> dict[str, float]:
+def scores_of(record: RunRecord) -> dict[str, float]:
     """The test's metrics by name, their mean last, and the loss."""
     skipped = ("test_moe_weight_", "test_runtime", "test_samples_per_second")
     return {
@@ -131,7 +131,7 @@ def score_text(name: str, value: float) -> str:
     return f"{value:.3f}" if name == "loss" else f"{value:.1f}"
 
 
-def charts_of(records: Sequence[Record]) -> list[Markup]:
+def charts_of(records: Sequence[RunRecord]) -> list[Markup]:
     """Curves of all runs in one chart each."""
 
     def curves(tag: str) -> dict[str, Series]:
@@ -150,11 +150,11 @@ def charts_of(records: Sequence[Record]) -> list[Markup]:
     return [Markup(svg) for svg in drawn if svg is not None]
 
 
-def comparison(records: Sequence[Record]) -> dict[str, list[tuple[str, list[str]]]]:
+def comparison(records: Sequence[RunRecord]) -> dict[str, list[tuple[str, list[str]]]]:
     """Rows of a table with a column a run: what they score, cost, and differ in."""
     scores = [scores_of(record) for record in records]
     costs = [findings.costs(record) for record in records]
-    fields = [flat(record.config) for record in records]
+    fields = [flatten(record.config) for record in records]
     names = dict.fromkeys(name for each in fields for name in each)
     differing = [
         name

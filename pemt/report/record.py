@@ -18,8 +18,8 @@ class ReportError(PemtError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """A run as its folder tells it; a run that is not finished has no results and no predictions.
+class RunRecord:
+    """A run as its folder has it; a run that is not finished has no results and no predictions.
 
     Args:
         name: the folder's, long enough to tell it from the others.
@@ -30,7 +30,7 @@ class Record:
         results: what all_results.json holds; empty without one.
         predictions: the lines of predictions.jsonl, an example of the test set each.
         checkpoint_bytes: size of the best checkpoint; None where there is none.
-        trained: number of trained parameters; None where no checkpoint tells it.
+        trained: number of trained parameters; None where there is no checkpoint.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Record:
         return [step for step, _ in found], [float(value) for _, value in found]
 
 
-def read_records(folders: Sequence[Path]) -> list[Record]:
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """The runs in these folders.
 
     Raises:
@@ -108,7 +108,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(folder: Path, name: str) -> Record:
+def _read(folder: Path, name: str) -> RunRecord:
     if not (folder / CONFIG).is_file():
         raise ReportError(
             f"{folder}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
@@ -116,7 +116,7 @@ def _read(folder: Path, name: str) -> Record:
     config = read_yaml_mapping(folder / CONFIG)
     results = _json_object(folder / RESULTS) if (folder / RESULTS).is_file() else {}
     checkpoint = _checkpoint(folder, results)
-    return Record(
+    return RunRecord(
         name=name,
         folder=folder,
         config=config,

@@ -10,5 +10,5 @@ from .finished import LoadedRun as LoadedRun, load_finished as load_finished
 from .finished_config import check_finished as check_finished
 from .outcome import RunResults as RunResults, SourceResults as SourceResults
 from .predict import Predictor as Predictor, predict_file as predict_file
-from .results import chosen_text as chosen_text, scored_text as scored_text
+from .results import checkpoint_line as checkpoint_line, split_line as split_line
 from .train import run_adapt as run_adapt, run_source as run_source

@@ -26,7 +26,7 @@ from pemt.ops import OpsError, select
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BuiltModel:
     """A run's model, untrained.
 
     Args:
@@ -63,10 +63,10 @@ class Built:
             )
         counts = {name: sum(name in present for present in sites.values()) for name in names}
         if len({tuple(present) for present in sites.values()}) > 1:
-            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             found.append(
-                f"the experts are on different layers (of {len(sites)} with an expert: {told}); each gate weighs those "
-                "that are on its layer"
+                f"the experts are on different layers (of {len(sites)} with an expert: {listed}); each gate weighs "
+                "those that are on its layer"
             )
         if (weights := self.gate_names.weights) > MOST_TAGS:
             found.append(
@@ -87,7 +87,7 @@ def build_model(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     description: str,
-) -> Built:
+) -> BuiltModel:
     """The model that a configuration describes.
 
     Args:
@@ -102,7 +102,7 @@ def build_model(
     if isinstance(config, SourceConfig):
         prompt_PD = description_prompt(tokenizer, base, description)
         source = PemtT5.source(base, expert=config.expert, prompt_PD=prompt_PD)
-        return Built(model=source, stage="source", source_names=[])
+        return BuiltModel(model=source, stage="source", source_names=[])
     assert isinstance(config, AdaptConfig)
     model: TrainedT5
     names: list[str] = []
@@ -115,7 +115,7 @@ def build_model(
         model = _peft_model(config, base, tokenizer, description)
     else:
         model, names, left_out = _target_model(config, base, tokenizer, description)
-    return Built(model=model, stage="adapt", source_names=names, left_out=tuple(left_out))
+    return BuiltModel(model=model, stage="adapt", source_names=names, left_out=tuple(left_out))
 
 
 def build_ops(config: RunConfig, engine: Engine) -> None:
@@ -136,10 +136,7 @@ def build_ops(config: RunConfig, engine: Engine) -> None:
 
 
 def _target_model(
-    config: AdaptConfig,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    description: str,
+    config: AdaptConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str
 ) -> tuple[PemtT5, list[str], list[str]]:
     """PEMT, or its target adapter without experts; the experts' names, and of those that are left out."""
     sources = []
@@ -154,20 +151,13 @@ def _target_model(
     prompt_PD = description_prompt(tokenizer, base, description)
     mixed, left_out = top_sources(prompt_PD, sources, config.mixture.top_sources)
     model = PemtT5.target(
-        base,
-        sources=mixed,
-        mixture=config.mixture,
-        adapter=config.adapter,
-        prompt_PD=prompt_PD,
+        base, sources=mixed, mixture=config.mixture, adapter=config.adapter, prompt_PD=prompt_PD
     )
     return model, [source.name for source in mixed], left_out
 
 
 def _peft_model(
-    config: AdaptConfig,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    description: str,
+    config: AdaptConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str
 ) -> PeftT5:
     settings = peft_settings(config.method, config.peft_config)
     if not starts_from_text(settings, config.peft_config):

@@ -92,7 +92,7 @@ class Callbacks:
         )
         self.at(train_state, epoch)
         if engine.is_main:
-            self._tell_unserved()
+            self._warn_of_unsupported()
         self.call("on_train_begin")
 
     def at(self, train_state: TrainState, epoch: float) -> None:
@@ -150,7 +150,7 @@ class Callbacks:
         for flag, count in zip(_FLAGS, wanted, strict=True):
             setattr(control, flag, count > 0)
 
-    def _tell_unserved(self) -> None:
+    def _warn_of_unsupported(self) -> None:
         known = [name for name in vars(TrainerCallback) if name.startswith("on_")]
         for each in self._callbacks:
             own = {
@@ -159,9 +159,9 @@ class Callbacks:
                 if kind is not TrainerCallback
                 for name in vars(kind)
             }
-            unserved = [name for name in known if name in own and name not in EVENTS]
-            if unserved:
+            unsupported = [name for name in known if name in own and name not in EVENTS]
+            if unsupported:
                 progress_logger().info(
-                    f"callbacks: {type(each).__name__}.{', '.join(unserved)} are not called; called are "
+                    f"callbacks: {type(each).__name__}.{', '.join(unsupported)} are not called; called are "
                     f"{', '.join(EVENTS)}"
                 )

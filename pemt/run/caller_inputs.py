@@ -85,29 +85,29 @@ def with_caller_inputs(
         TaskError: the task is another than the configuration names.
     """
     data = memory_data(train, validation, test)
-    given = CallerInputs(metrics=dict(metrics or {}), callbacks=checked_callbacks(callbacks))
+    caller = CallerInputs(metrics=dict(metrics or {}), callbacks=checked_callbacks(callbacks))
     if data is None and task is None:
         check_nothing_given(config)
-        return config, given
+        return config, caller
     if data is not None:
         _check_alone(config)
     chosen, notes = _task(config, task, data)
     # A known task is what its name says. Pickles of equal tasks may differ, so the text comes first.
     own = None if task is None else task_text(task) or Hasher.hash(task)
-    said = json.dumps([own, {} if data is None else data.digests], sort_keys=True)
-    fingerprint = hashlib.sha256(said.encode()).hexdigest()
-    given = replace(given, task=chosen, data=data, notes=notes, fingerprint=fingerprint)
-    return replace(config, data_fingerprint=fingerprint), given
+    content = json.dumps([own, {} if data is None else data.digests], sort_keys=True)
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    caller = replace(caller, task=chosen, data=data, notes=notes, fingerprint=fingerprint)
+    return replace(config, data_fingerprint=fingerprint), caller
 
 
-def check_same_on_all(given: CallerInputs, engine: Engine) -> None:
+def check_same_on_all(caller: CallerInputs, engine: Engine) -> None:
     """Refuse ranks that were given different data (all ranks call).
 
     Raises:
         DataError: they were.
     """
     # Not the configuration's: that is rank 0's on every rank.
-    found = engine.all_gather_object(given.fingerprint)
+    found = engine.all_gather_object(caller.fingerprint)
     other = [rank for rank, each in enumerate(found) if each != found[0]]
     if other:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What is wrong with a run as far as it shows without torch: told within a second, not after ten of imports.
+"""What is wrong with a run as far as it shows without torch: reported within a second, not after ten of imports.
 
 Whoever trains or evaluates looks again, on all ranks and with everything loaded.
 """

@@ -218,8 +218,8 @@ def _measure(
         measured |= score_labels(engine, batch, labels)
     counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
     measured |= {"loss": loss_BT.sum(dim=1), "target_tokens": counted_B}
-    if out.gates_LBK is not None:  # in place of the generation's
-        measured["gates"] = out.gates_LBK.float().transpose(0, 1)
+    if out.gates_BLK is not None:  # in place of the generation's
+        measured["gates"] = out.gates_BLK.float()
     return measured
 
 

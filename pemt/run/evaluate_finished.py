@@ -13,7 +13,7 @@ from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.finished import LoadedRun, finished_config, load_on_all, prepare_finished
-from pemt.run.results import results_block, scores_of, write_results
+from pemt.run.results import named_scores, results_block, write_results
 from pemt.tasks import SPLITS, Metric, Task, check_metrics
 
 
@@ -88,7 +88,7 @@ def _results(finished: LoadedRun, scored: Evaluation, *, split: str, origin: str
         "split": split,
         "examples": len(scored.predictions),
         "split_origin": origin,
-        **scores_of(scored, finished.gate_names, split=split),
+        **named_scores(scored, finished.gate_names, split=split),
     }
 
 

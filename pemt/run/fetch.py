@@ -15,9 +15,7 @@ from pemt.data import TaskData, load_task_data, task_files
 from pemt.model import base_shape, fetch_base, load_base
 from pemt.tasks import Task, get_task
 
-FETCHED = (
-    "pemt-fetched.txt"  # in an offline folder, so that a copy of it can be told from an older one
-)
+FETCHED = "pemt-fetched.txt"  # in an offline folder, so that a copy of it can be distinguished from an older one
 OFFLINE = "HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1"
 
 

@@ -8,27 +8,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pemt.checkpoint import (
-    WEIGHTS,
-    TrainState,
-    copy_weights,
-)
+from pemt.checkpoint import WEIGHTS, TrainState, copy_weights
 from pemt.config import AdaptConfig, RunConfig
 from pemt.engine import Engine
 from pemt.model import base_digest, checked_base, fetch_base, load_base, read_lazy
-from pemt.run.build import Built, build_model, build_ops
-from pemt.run.finished_config import (
-    FinishedError,
-    best_checkpoint,
-    finished_config,
-    task_of_run,
-)
+from pemt.run.build import BuiltModel, build_model, build_ops
+from pemt.run.finished_config import FinishedError, best_checkpoint, finished_config, task_of_run
 from pemt.storage import read_manifest, read_tensors
 from pemt.tasks import Task, longest_target
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedRun(Built):
+class LoadedRun(BuiltModel):
     """A run with its best weights; its model is on the CPU, fp32, in evaluation mode, not prepared.
 
     Args:

@@ -16,10 +16,10 @@ from pemt.data import TrainStream, collate, to_device
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5
 from pemt.monitor import Monitor
-from pemt.run.build import Built
+from pemt.run.build import BuiltModel
 from pemt.run.callbacks import Callbacks
 from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.meter import Meter, shares
+from pemt.run.meter import Meter, micro_batch_weights
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.prepare import (
     Setup,
@@ -34,11 +34,11 @@ from pemt.run.prepare import (
 from pemt.run.running import Run
 from pemt.run.session import Session
 from pemt.storage import TensorFile
-from pemt.tasks import told_once
+from pemt.tasks import without_redundant_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class FitResult:
     """What training leaves.
 
     Args:
@@ -52,7 +52,7 @@ class Fitted:
     epoch: float
 
 
-def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitted:
+def fit(config: RunConfig, setup: Setup, built: BuiltModel, session: Session) -> FitResult:
     """Train, validate and save until the configured end (all ranks call).
 
     `open_run` finds the checkpoint, `prepare` loads its weights, `restore` its optimizer, `_train` takes the steps.
@@ -71,7 +71,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
     batches = train_batches(config, setup, resumed.state.position if resumed else None)
     total_steps = total_steps_of(config, batches)
     schedule = prepare(config, setup.engine, built.model, resumed, total_steps=total_steps)
-    callbacks = Callbacks(setup.given.callbacks, config, setup.engine, setup.tokenizer)
+    callbacks = Callbacks(setup.caller.callbacks, config, setup.engine, setup.tokenizer)
     state = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(state.step)
     with (
@@ -101,7 +101,7 @@ def fit(config: RunConfig, setup: Setup, built: Built, session: Session) -> Fitt
         _log_config(run, resumed)
         state = _train(run, schedule, state)
     best = checkpoints.best_weights(state)
-    return Fitted(weights=best, state=state, epoch=batches.epochs_at(state.step))
+    return FitResult(weights=best, state=state, epoch=batches.epochs_at(state.step))
 
 
 def _log_config(run: Run, resumed: Checkpoint | None) -> None:
@@ -111,7 +111,7 @@ def _log_config(run: Run, resumed: Checkpoint | None) -> None:
     with engine.together("opening the logs"):  # rank 0 alone has some
         monitor.log_config(run.config, {"job": size, "device": str(engine.device)})
     warmup = warmup_notes(run.config, run.total_steps)
-    notes = (*run.setup.given.notes, *run.setup.data.notes)
+    notes = (*run.setup.caller.notes, *run.setup.data.notes)
     for line in (size, *(resumed.notes if resumed else ()), *notes, *warmup):
         monitor.message(spell_fields(line))
     if resumed:
@@ -177,14 +177,16 @@ def _take_step(
     """One optimizer step over this rank's micro-batches: its learning rate and gradient norm, and their losses."""
     engine = setup.engine
     assert isinstance(engine.module, TrainedT5)
-    weight, losses = engine.module.sparsity_loss_weight, []
+    sparsity_weight, losses = engine.module.sparsity_loss_weight, []
     batches = [_batch(setup, indices) for indices in micro_batches]
-    for number, (batch, share) in enumerate(zip(batches, shares(engine, batches), strict=True)):
+    for number, (batch, weight) in enumerate(
+        zip(batches, micro_batch_weights(engine, batches), strict=True)
+    ):
         batch = to_device(batch, engine.device)
         out = engine.model(**batch)
-        step_loss = share.of_loss(out, weight)
+        step_loss = weight.of_loss(out, sparsity_weight)
         engine.backward(step_loss, last=number == len(batches) - 1)
-        meter.add(out, batch, share, step_loss)
+        meter.add(out, batch, weight, step_loss)
         losses.append(out.loss.detach())
     learning_rate = float(schedule.get_last_lr()[0])
     grad_norm = engine.step()
@@ -215,9 +217,7 @@ def _log_step(run: Run, meter: Meter, step: int, step_scalars: dict[str, float])
     run.monitor.log(step, {**scalars, **step_scalars, **epoch, **gates})
     run.callbacks.log({**scalars, **step_scalars, **epoch, **gates})
     run.monitor.advance(
-        step,
-        loss=scalars["train/loss"],
-        samples_per_second=scalars["train/samples_per_second"],
+        step, loss=scalars["train/loss"], samples_per_second=scalars["train/samples_per_second"]
     )
     for line in run.batches.notes(at_end=step == run.total_steps):
         run.monitor.message(line)
@@ -227,7 +227,7 @@ def _evaluate_and_save(run: Run, state: TrainState) -> TrainState:
     """Validate and save where it is due; save and exit where a rank was told to stop."""
     _log_saves(run)
     try:
-        run.session.check()
+        run.session.raise_if_stopped()
         if run.should_evaluate(state.step):
             state = _evaluate(run, state)
     except Interrupted:
@@ -250,9 +250,9 @@ def _evaluate(run: Run, state: TrainState) -> TrainState:
         task=setup.task,
         tokenizer=setup.tokenizer,
         config=run.config,
-        metrics=setup.given.metrics,
+        metrics=setup.caller.metrics,
         description="validating",
-        on_batch_end=run.session.check,
+        on_batch_end=run.session.raise_if_stopped,
     )
     scores = {**validated.metrics, "loss": validated.loss}
     run.monitor.log(
@@ -262,7 +262,9 @@ def _evaluate(run: Run, state: TrainState) -> TrainState:
         setup.engine.on_rank0(
             lambda: run.monitor.log_mixture(state.step, *seen), "drawing gates and prompts"
         )
-    listed = ", ".join(f"{metric} {value:.4g}" for metric, value in told_once(scores).items())
+    listed = ", ".join(
+        f"{metric} {value:.4g}" for metric, value in without_redundant_mean(scores).items()
+    )
     run.monitor.message(f"step {state.step}: validation of {name}: {listed}")
     # with the best one before this: that is what they compare with
     run.callbacks.call(

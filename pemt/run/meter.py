@@ -16,7 +16,7 @@ from pemt.model import PemtOutput
 
 
 @dataclass(frozen=True)
-class Share:
+class MicroBatchWeight:
     """What a micro-batch is of its step, times the step's micro-batches on all ranks: 1 where all are alike.
 
     So a mean over micro-batches and ranks, which is what engine and meter take, is one over the step's target
@@ -42,7 +42,9 @@ class Share:
         return loss + sparsity_weight * out.sparsity_loss * (self.samples - self.tokens)
 
 
-def shares(engine: Engine, batches: Sequence[Mapping[str, Tensor]]) -> list[Share]:
+def micro_batch_weights(
+    engine: Engine, batches: Sequence[Mapping[str, Tensor]]
+) -> list[MicroBatchWeight]:
     """Of each of this rank's micro-batches of one step (all ranks call, each with as many).
 
     Args:
@@ -54,7 +56,7 @@ def shares(engine: Engine, batches: Sequence[Mapping[str, Tensor]]) -> list[Shar
     micro_batches = len(batches) * engine.world_size
     tokens, samples = engine.totals([sum(column) for column in zip(*counts, strict=True)])
     return [
-        Share(micro_batches * own / max(tokens, 1), micro_batches * rows / samples)
+        MicroBatchWeight(micro_batches * own / max(tokens, 1), micro_batches * rows / samples)
         for own, rows in counts
     ]
 
@@ -76,28 +78,32 @@ class Meter:
         self._gates_LK: Tensor | None = None
         self._samples = torch.zeros((), device=self._engine.device)
         self._tokens = torch.zeros((), device=self._engine.device)
-        self._real, self._places = torch.zeros((), device=self._engine.device), 0
+        self._real, self._positions = torch.zeros((), device=self._engine.device), 0
 
     def add(
-        self, out: PemtOutput, batch: Mapping[str, Tensor], share: Share, step_loss: Tensor
+        self,
+        out: PemtOutput,
+        batch: Mapping[str, Tensor],
+        weight: MicroBatchWeight,
+        step_loss: Tensor,
     ) -> None:
         """Count one micro-batch of this rank, and what was taken the gradient of."""
         self._micro_batches += 1
         self._sum("loss", step_loss, 1.0)
-        self._sum("ce_loss", out.ce_loss, share.tokens)
-        self._sum("sparsity_loss", out.sparsity_loss, share.samples)
-        if out.gates_LBK is not None:
-            gates_LK = out.gates_LBK.float().mean(dim=1) * share.samples
+        self._sum("ce_loss", out.ce_loss, weight.tokens)
+        self._sum("sparsity_loss", out.sparsity_loss, weight.samples)
+        if out.gates_BLK is not None:
+            gates_LK = out.gates_BLK.float().mean(dim=0) * weight.samples
             self._gates_LK = gates_LK if self._gates_LK is None else self._gates_LK + gates_LK
         self._samples += len(batch["input_ids"])
         real = batch["attention_mask"].sum()
         self._tokens += real + (batch["labels"] != IGNORED_LABEL).sum()
         self._real += real
-        self._places += batch["attention_mask"].numel()
+        self._positions += batch["attention_mask"].numel()
 
-    def _sum(self, name: str, value: Tensor | None, share: float) -> None:
+    def _sum(self, name: str, value: Tensor | None, weight: float) -> None:
         if value is not None:
-            self._losses[name] = self._losses.get(name, 0.0) + value.detach().float() * share
+            self._losses[name] = self._losses.get(name, 0.0) + value.detach().float() * weight
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -116,8 +122,8 @@ class Meter:
         means = self._engine.mean(
             torch.stack([self._losses[name] for name in names]) / self._micro_batches
         )
-        places = torch.full_like(self._real, self._places)
-        counts = self._engine.sum(torch.stack([self._samples, self._tokens, self._real, places]))
+        positions = torch.full_like(self._real, self._positions)
+        counts = self._engine.sum(torch.stack([self._samples, self._tokens, self._real, positions]))
         seconds = time.perf_counter() - self._started
         scalars = {f"train/{name}": float(mean) for name, mean in zip(names, means, strict=True)}
         scalars["train/samples_per_second"] = float(counts[0]) / seconds

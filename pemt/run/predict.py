@@ -33,7 +33,7 @@ from pemt.data import (
     unknown,
 )
 from pemt.engine import Engine
-from pemt.monitor import NamedGates, quiet_libraries
+from pemt.monitor import NamedGates, log_on_stderr, progress_logger, quiet_libraries
 from pemt.run.evaluate import generate_batch, map_over_ranks, score_labels
 from pemt.run.finished import (
     LoadedRun,
@@ -44,7 +44,7 @@ from pemt.run.finished import (
     task_of_run,
 )
 from pemt.storage import replacing
-from pemt.tasks import Task, label_called, longest_target
+from pemt.tasks import Task, longest_target
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
 BATCHES = 32
@@ -97,7 +97,7 @@ class Predictor:
     def __init__(self, finished: LoadedRun, engine: Engine | None = None) -> None:
         self.finished = finished
         self.engine = engine or Engine(finished.config)
-        self._told = False
+        self._warned = False
         prepare_finished(finished, self.engine)
 
     @classmethod
@@ -146,7 +146,7 @@ class Predictor:
         )
         named: list[NamedGates] = [{} for _ in texts]
         if "gates" in columns:
-            named = [self.finished.gate_names.named(each) for each in columns["gates"]]
+            named = [self.finished.gate_names.by_site(each) for each in columns["gates"]]
         return [
             Prediction(input=text, **answer, gates=weights)
             for text, answer, weights in zip(
@@ -161,8 +161,9 @@ class Predictor:
             texts = self.finished.tokenizer.batch_decode(
                 columns["tokens"], skip_special_tokens=True
             )
-            return [{"prediction": text, "label": label_called(task, text)} for text in texts]
-        names = [label_called(task, label) for label in task.labels]
+            name_of = task.name_of_label
+            return [{"prediction": text, "label": name_of.get(text.strip())} for text in texts]
+        names = list(task.name_of_label.values())
         return [
             {
                 "prediction": task.labels[likely_C.argmax()],
@@ -172,24 +173,24 @@ class Predictor:
             for likely_C in columns["log_likelihoods"]
         ]
 
-    def tell_cuts(self, texts: Sequence[str]) -> None:
-        """Say on stderr how many of the inputs are cut, or not known to the vocabulary; calls say it no more."""
+    def warn_of_cuts(self, texts: Sequence[str]) -> None:
+        """Log how many of the inputs are cut, or not known to the vocabulary; calls log it no more."""
         self._encoded(texts)
-        self._told = True
+        self._warned = True
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids; the first call that has something to tell of them tells it."""
+        """Token ids; the first call with inputs that are cut or not known logs how many."""
         tokenizer, longest = self.finished.tokenizer, self.finished.config.max_source_length
         ids, cut = encode_sources(list(texts), tokenizer, max_length=longest)
         strange = unknown(ids, tokenizer)
-        for flags, told in (
+        for flags, problem in (
             (cut, f"are longer than max_source_length, {longest} tokens, and are cut"),
             (strange, "contain pieces unknown to this vocabulary"),
         ):
-            if any(flags) and not self._told and self.engine.is_main:
+            if any(flags) and not self._warned and self.engine.is_main:
                 first = f"; the first: {texts[flags.index(True)]!r:.60}" if flags is strange else ""
-                print(f"{sum(flags)} of {len(flags)} inputs {told}{first}", file=sys.stderr)
-        self._told = self._told or any(cut) or any(strange)
+                progress_logger().warning(f"{sum(flags)} of {len(flags)} inputs {problem}{first}")
+        self._warned = self._warned or any(cut) or any(strange)
         return ids
 
     def _measure(
@@ -231,6 +232,7 @@ def _constrains(task: Task, asked: bool | None, *, generating: bool) -> bool:
     return bool(task.labels) and not generating if asked is None else asked
 
 
+@log_on_stderr()
 def predict_file(
     run_dir: str | Path,
     *,
@@ -260,7 +262,7 @@ def predict_file(
         lambda: _read(run_dir, config, input_file, output_file), "reading the input"
     )
     predictor = Predictor(load_on_all(run_dir, config, engine), engine)
-    engine.on_rank0(lambda: predictor.tell_cuts(texts), "measuring the input")
+    engine.on_rank0(lambda: predictor.warn_of_cuts(texts), "measuring the input")
     with _opened(output_file if engine.is_main else None) as file:
         beside_bar = output_file is None and sys.stdout.isatty()
         for predictions in _chunks(predictor, texts, constrain_labels, shown=not beside_bar):
@@ -283,7 +285,7 @@ def _read(
     task = task_of_run(run_dir, config)
     texts = read_inputs(task, input_file)
     if note := note_on_inputs(task, input_file):
-        print(note, file=sys.stderr)
+        progress_logger().info(note)
     return texts
 
 

@@ -26,7 +26,7 @@ from pemt.data import StreamBatches, TaskData, TrainBatches, TrainStream, length
 from pemt.engine import Engine, Tracker, open_trackers
 from pemt.model import TrainedT5, base_digest, checked_base, read_lazy
 from pemt.monitor import progress_logger
-from pemt.run.build import Built
+from pemt.run.build import BuiltModel
 from pemt.run.caller_inputs import CallerInputs
 from pemt.run.session import Session
 from pemt.tasks import Task
@@ -44,11 +44,11 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     base: PreTrainedModel
     data: TaskData
-    given: CallerInputs
+    caller: CallerInputs
 
 
 def open_run(
-    config: RunConfig, setup: Setup, built: Built, session: Session
+    config: RunConfig, setup: Setup, built: BuiltModel, session: Session
 ) -> tuple[Checkpoints, Checkpoint | None]:
     """The run's folder, ready to be written, and the checkpoint to resume from."""
     engine, start, resumed = setup.engine, setup.start, None
@@ -63,7 +63,7 @@ def open_run(
     session.attach_checkpoints(checkpoints)
     engine.on_rank0(
         lambda: start_run_folder(
-            config, fresh=isinstance(start, Fresh), task=setup.given.own_task_text()
+            config, fresh=isinstance(start, Fresh), task=setup.caller.own_task_text()
         ),
         "writing the run's configuration",
     )
@@ -89,7 +89,7 @@ def open_all_trackers(config: RunConfig, engine: Engine) -> list[Tracker]:
     return engine.trackers
 
 
-def _identity(setup: Setup, built: Built) -> dict[str, Any]:
+def _identity(setup: Setup, built: BuiltModel) -> dict[str, Any]:
     """What a checkpoint of this run belongs to, besides what the configuration tells."""
     train, data = setup.data.train, setup.data
     # What a finished run answers with: its data may be gone by then.
@@ -97,7 +97,7 @@ def _identity(setup: Setup, built: Built) -> dict[str, Any]:
     return {
         **measured,
         # What has chosen the best checkpoint so far, where it is not the task's own.
-        "metrics": sorted(setup.given.metrics) or None,
+        "metrics": sorted(setup.caller.metrics) or None,
         "stage": built.stage,
         "sources": built.source_names,
         "train_examples": None if isinstance(train, TrainStream) else len(train),

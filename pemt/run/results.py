@@ -14,27 +14,27 @@ from pemt.data import TaskData
 from pemt.monitor import GateNames
 from pemt.run.evaluate import Evaluation
 from pemt.storage import write_text
-from pemt.tasks import Task, example_scores, metrics_of, told_once
+from pemt.tasks import Task, example_scores, metrics_of, without_redundant_mean
 
 
-def results_of(
+def final_results(
     tested: Evaluation,
     *,
     state: TrainState,
     epoch: float,
     gates: GateNames,
     data: TaskData,
-    given: Sequence[str] = (),
+    custom_metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The final report under its published names, with the sources that `moe_weight_k` speaks of.
 
     It also tells what was scored (`split`, `examples`, `split_origin`) and how the checkpoint was chosen: by the mean
-    of the metrics that are `given` by a caller, else of the task's.
+    of the metrics of a Python caller (`custom_metrics`), else of the task's.
     """
-    first, *others = given or metrics_of(tested.metrics)
+    first, *others = custom_metrics or metrics_of(tested.metrics)
     return {
         "epoch": epoch,
-        **scores_of(tested, gates, split="test"),
+        **named_scores(tested, gates, split="test"),
         "split": "test",
         "examples": len(tested.predictions),
         "split_origin": data.origins["test"],
@@ -48,7 +48,7 @@ def results_of(
     }
 
 
-def scores_of(scored: Evaluation, gates: GateNames, *, split: str) -> dict[str, Any]:
+def named_scores(scored: Evaluation, gates: GateNames, *, split: str) -> dict[str, Any]:
     """An evaluation under the published names, which begin with the split's.
 
     What is not said to be by likelihood is by generation, as published. `moe_weight_k` is a source's gate, averaged
@@ -68,7 +68,7 @@ def scores_of(scored: Evaluation, gates: GateNames, *, split: str) -> dict[str, 
     return {
         **{f"{split}_{name}": value for name, value in scores.items()},
         "sources": list(gates.sources),
-        "gates": {} if gates_LK is None else gates.named(gates_LK),
+        "gates": {} if gates_LK is None else gates.by_site(gates_LK),
     }
 
 
@@ -113,12 +113,12 @@ def write_predictions(
     _write(path, "".join(lines))
 
 
-def scored_text(results: dict[str, Any]) -> str:
+def split_line(results: dict[str, Any]) -> str:
     """What was scored: `test: 28 examples, half of ...`."""
     return f"{results['split']}: {results['examples']} examples, {results['split_origin']}"
 
 
-def chosen_text(results: dict[str, Any]) -> str:
+def checkpoint_line(results: dict[str, Any]) -> str:
     """Which checkpoint a run's report is about, and how it was chosen."""
     best, validated = results["best_checkpoint"], results["checkpoints_validated"]
     if results["best_validation_average_metrics"] is None:
@@ -136,7 +136,7 @@ def results_block(results: dict[str, Any], files: Mapping[str, Path]) -> str:
     Below it what was scored, how the checkpoint was chosen, and where the files lie.
 
     Args:
-        results: what `results_of`, or `pemt evaluate`, gives.
+        results: what `final_results`, or `pemt evaluate`, gives.
         files: paths by what lies there.
     """
     split = results["split"]
@@ -145,7 +145,7 @@ def results_block(results: dict[str, Any], files: Mapping[str, Path]) -> str:
     scores = {
         name.removeprefix(prefix): results[name] for name in results if name.startswith(prefix)
     }
-    rows = {f"{prefix}{name}": value for name, value in told_once(scores).items()}
+    rows = {f"{prefix}{name}": value for name, value in without_redundant_mean(scores).items()}
     rows = {"epoch": results["epoch"], **rows} if "epoch" in results else rows
     texts = {
         name: f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -156,11 +156,11 @@ def results_block(results: dict[str, Any], files: Mapping[str, Path]) -> str:
         f"  {name:<{name_width}} = {text:>{value_width}}{f'  {sources[name]}' if name in sources else ''}"
         for name, text in texts.items()
     ]
-    told = [scored_text(results)]
+    notes = [split_line(results)]
     if "best_checkpoint" in results:
-        told.append(chosen_text(results))
+        notes.append(checkpoint_line(results))
     places = [f"{what}: {path}" for what, path in files.items()]
-    return "\n".join([f"***** {split} metrics *****", *lines, *told, *places])
+    return "\n".join([f"***** {split} metrics *****", *lines, *notes, *places])
 
 
 def _write(path: Path, text: str) -> None:

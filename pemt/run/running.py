@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pemt.checkpoint import Checkpoints
 from pemt.config import RunConfig
 from pemt.monitor import Monitor
-from pemt.run.build import Built
+from pemt.run.build import BuiltModel
 from pemt.run.callbacks import Callbacks
 from pemt.run.prepare import Batches, Setup
 from pemt.run.session import Session
@@ -19,7 +19,7 @@ class Run:
 
     config: RunConfig
     setup: Setup
-    built: Built
+    built: BuiltModel
     session: Session
     checkpoints: Checkpoints
     monitor: Monitor

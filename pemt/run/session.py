@@ -47,16 +47,15 @@ class Session:
             rank=engine.rank,
             world_size=engine.world_size,
             timeout=config.ddp_timeout,
-            ended=lambda: self._write_status("failed"),
+            on_failure=lambda: self._write_status("failed"),
         )
         self._watched = StopSignals()
         self._checkpoints: Checkpoints | None = None
-        self.saved_before: int | None = (
-            None  # the checkpoint that the run has left here; rank 0 knows
-        )
+        # the checkpoint that the run has left here; rank 0 knows
+        self.saved_before: int | None = None
         # What status.json says of a run that is finished, until this one writes into its folder.
         self._finished_before: str | None = None
-        self._step, self._told = 0, time.monotonic()
+        self._step, self._status_written = 0, time.monotonic()
 
     def __enter__(self) -> Session:
         self._engine.on_rank0(self._begin, "locking the run's folder")
@@ -64,7 +63,7 @@ class Session:
         # Chosen by one rank: machines may count the launcher's restarts differently.
         self._watchdog.start(self._engine.broadcast_object(uuid4().hex), self._engine.barrier)
         # Waiting counts as progress, and from here on the watchdog reports dead ranks.
-        self._engine.waiting.while_waiting = self._watchdog.waits
+        self._engine.waiting.on_wait = self._watchdog.heartbeat_while_waiting
         return self
 
     def _begin(self) -> None:
@@ -81,8 +80,8 @@ class Session:
     def set_step(self, step: int) -> None:
         """Note how many optimizer steps are done."""
         self._step = step
-        if self._engine.is_main and time.monotonic() > self._told + STATUS_SECONDS:
-            self._told = time.monotonic()
+        if self._engine.is_main and time.monotonic() > self._status_written + STATUS_SECONDS:
+            self._status_written = time.monotonic()
             self._write_status("running")
 
     def _write_status(self, state: RunStatus) -> None:
@@ -95,14 +94,13 @@ class Session:
             write_status(self._folder, state, step=self._step, checkpoint=saved)
 
     def attach_checkpoints(self, checkpoints: Checkpoints) -> None:
-        """Record in status.json what is saved from now on; let `check` end the run for a save that failed."""
+        """Record in status.json what is saved from now on; a save that fails may end the run from now on."""
         self._checkpoints, self._finished_before = checkpoints, None
-        if (
-            self._engine.is_main
-        ):  # an overwritten run's are not waited for if this one is killed now
+        # an overwritten run's are not waited for if this one is killed now
+        if self._engine.is_main:
             self._write_status("running")
 
-    def check(self) -> None:
+    def raise_if_stopped(self) -> None:
         """End the run if any rank has been told to stop, or if it must end (all ranks call, and raise together).
 
         Raises:
@@ -113,11 +111,13 @@ class Session:
         engine, reason = self._engine, self._signals.reason()
         self._watchdog.heartbeat(self._step)
         failed = engine.is_main and self._failure() is not None
-        told = engine.all_reduce_max(_FAILED if failed else -1 if reason is None else engine.rank)
-        if told == _FAILED:
+        highest = engine.all_reduce_max(
+            _FAILED if failed else -1 if reason is None else engine.rank
+        )
+        if highest == _FAILED:
             engine.on_rank0(self._fail, "reporting why the run must stop")
-        if told >= 0:
-            raise Interrupted(reason or f"rank {told} was told to stop")
+        if highest >= 0:
+            raise Interrupted(reason or f"rank {highest} was told to stop")
 
     def _fail(self) -> None:
         if error := self._failure():
@@ -135,7 +135,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         # An error may be this rank's alone; then its death is to be seen.
-        self._engine.waiting.while_waiting = None
+        self._engine.waiting.on_wait = None
         self._watchdog.stop(together=kind is None or isinstance(error, Interrupted))
         self._watched.__exit__()
         if not self._engine.is_main:

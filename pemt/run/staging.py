@@ -18,6 +18,7 @@ from typing import Any
 from pemt.checkpoint import Config
 from pemt.config import PemtError
 from pemt.engine import Engine
+from pemt.monitor import progress_logger
 
 STAGE_DIR = "PEMT_STAGE_DIR"
 STAGED = ("model_name_or_path", "tokenizer_name", "data_dir")
@@ -84,8 +85,8 @@ def copy_of(folder: Path, place: Path, *, unread: tuple[str, ...] = ()) -> Path:
                 except BaseException:
                     shutil.rmtree(part, ignore_errors=True)
                     raise
-                told = f"{folder} is copied to {copy} ({size / 1e9:.3g} GB)"
-                print(f"pemt: {socket.gethostname()}: {told}", flush=True)
+                message = f"{folder} is copied to {copy} ({size / 1e9:.3g} GB)"
+                progress_logger().info(f"{socket.gethostname()}: {message}")
     except OSError as error:
         # copytree tells of all files that it could not copy
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror

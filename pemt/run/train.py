@@ -28,14 +28,14 @@ from pemt.data import Rows, load_task_data
 from pemt.engine import Engine, Interrupted, Job, is_interactive
 from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
 from pemt.monitor import progress_logger, quiet_libraries, record_outcome
-from pemt.run.build import Built, build_model, build_ops
+from pemt.run.build import BuiltModel, build_model, build_ops
 from pemt.run.caller_inputs import CallerInputs, check_same_on_all, with_caller_inputs
 from pemt.run.early import check_base_place, check_method, check_trackers
 from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.loop import Fitted, fit, gates_and_similarity
+from pemt.run.loop import FitResult, fit, gates_and_similarity
 from pemt.run.outcome import RunResults, SourceResults
 from pemt.run.prepare import Setup
-from pemt.run.results import results_block, results_of, write_predictions, write_results
+from pemt.run.results import final_results, results_block, write_predictions, write_results
 from pemt.run.session import Session
 from pemt.run.staging import staged
 from pemt.tasks import Metric, Task, check_metrics
@@ -63,17 +63,17 @@ def run_source(
     """
     # refuses a name now, not after training
     entry = entry_folder(config.bank_dir, config.task_name)
-    config, given = with_caller_inputs(
+    config, caller = with_caller_inputs(
         config, train=train, validation=validation, test=test, task=task, metrics=metrics,
         callbacks=callbacks,
     )  # fmt: skip
     start = resolve_on_all(config, product=entry)
     if isinstance(start, Finished):
-        given.check_results(config, start.results)
+        caller.check_results(config, start.results)
         return SourceResults(start.results, config.output_dir, entry)
     config, engine = _make_engine(start)
     with usable_after_interrupt(engine):
-        setup = set_up(config, engine, start, given)
+        setup = set_up(config, engine, start, caller)
         built = _build(config, setup)
         with Session(config, engine) as session:
             fitted, tested = _fit_and_test(config, setup, built, session)
@@ -115,18 +115,18 @@ def run_adapt(
         PemtError: anything the user can mend; raised before anything is written.
         Interrupted: the run was told to stop; a checkpoint is saved. In an interactive Python: KeyboardInterrupt.
     """
-    config, given = with_caller_inputs(
+    config, caller = with_caller_inputs(
         config, train=train, validation=validation, test=test, task=task, metrics=metrics,
         callbacks=callbacks,
     )  # fmt: skip
     start = resolve_on_all(config)
     if isinstance(start, Finished):
-        given.check_results(config, start.results)
+        caller.check_results(config, start.results)
         return RunResults(start.results, config.output_dir)
     config, engine = _make_engine(start)  # from here on the configuration is final
     check_method(config)
     with usable_after_interrupt(engine):
-        setup = set_up(config, engine, start, given)
+        setup = set_up(config, engine, start, caller)
         built = _build(config, setup)
         with Session(config, engine) as session:
             fitted, tested = _fit_and_test(config, setup, built, session)
@@ -184,10 +184,10 @@ def usable_after_interrupt(engine: Engine) -> Iterator[None]:
 
 
 def set_up(
-    config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any], given: CallerInputs
+    config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any], caller: CallerInputs
 ) -> Setup:
     """Check and load everything a run reads; nothing is written (all ranks call)."""
-    check_same_on_all(given, engine)
+    check_same_on_all(caller, engine)
     quiet_libraries(engine.is_main)
     engine.on_rank0(
         lambda: check_lock(Path(config.output_dir)),
@@ -195,8 +195,8 @@ def set_up(
     )
     engine.on_rank0(lambda: check_base_place(config), f"looking for {config.model_name_or_path}")
     engine.on_rank0(lambda: check_trackers(config), "looking for the trackers")
-    task = given.task_of(config)
-    check_metrics(task, given.metrics)
+    task = caller.task_of(config)
+    check_metrics(task, caller.metrics)
     build_ops(config, engine)
     read = staged(config, engine)
     with engine.local_first(f"fetching {config.model_name_or_path}"):
@@ -206,7 +206,7 @@ def set_up(
     if (warning := precision_warning(config, base)) and engine.is_main:
         print(f"pemt: {warning}", file=sys.stderr, flush=True)
     with engine.local_first(f"preparing the examples of {task.name}"):
-        data = load_task_data(task, read, tokenizer, given.data)
+        data = load_task_data(task, read, tokenizer, caller.data)
     if data.is_measured:
         task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
@@ -217,11 +217,11 @@ def set_up(
         tokenizer=tokenizer,
         base=base,
         data=data,
-        given=given,
+        caller=caller,
     )
 
 
-def _build(config: SourceConfig | AdaptConfig, setup: Setup) -> Built:
+def _build(config: SourceConfig | AdaptConfig, setup: Setup) -> BuiltModel:
     """The model, with its notes logged (all ranks call)."""
     with setup.engine.together("building the model"):
         built = build_model(
@@ -241,28 +241,28 @@ def _build(config: SourceConfig | AdaptConfig, setup: Setup) -> Built:
 
 
 def _fit_and_test(
-    config: RunConfig, setup: Setup, built: Built, session: Session
-) -> tuple[Fitted, Evaluation]:
+    config: RunConfig, setup: Setup, built: BuiltModel, session: Session
+) -> tuple[FitResult, Evaluation]:
     """Train, and score the best weights on the test set (all ranks call)."""
     engine = setup.engine
-    session.check()  # it may have been told to stop before it began
+    session.raise_if_stopped()  # it may have been told to stop before it began
     fitted = fit(config, setup, built, session)
-    engine.trained.overwrite_weights(fitted.weights)
+    engine.optimizer_state.overwrite_weights(fitted.weights)
     tested = evaluate(
         engine,
         setup.data.test,
         task=setup.task,
         tokenizer=setup.tokenizer,
         config=config,
-        metrics=setup.given.metrics,
+        metrics=setup.caller.metrics,
         description="testing",
-        on_batch_end=session.check,
+        on_batch_end=session.raise_if_stopped,
     )
     return fitted, tested
 
 
 def _write_entry(
-    config: SourceConfig, setup: Setup, built: Built, fitted: Fitted, tested: Evaluation
+    config: SourceConfig, setup: Setup, built: BuiltModel, fitted: FitResult, tested: Evaluation
 ) -> None:
     model = built.model
     assert isinstance(model, PemtT5)
@@ -278,17 +278,17 @@ def _write_entry(
 
 
 def _write_results(
-    config: RunConfig, setup: Setup, built: Built, fitted: Fitted, tested: Evaluation
+    config: RunConfig, setup: Setup, built: BuiltModel, fitted: FitResult, tested: Evaluation
 ) -> dict[str, Any]:
     """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
     engine = setup.engine
-    results = results_of(
+    results = final_results(
         tested,
         state=fitted.state,
         epoch=fitted.epoch,
         gates=built.gate_names,
         data=setup.data,
-        given=list(setup.given.metrics),
+        custom_metrics=list(setup.caller.metrics),
     )
     mixture = gates_and_similarity(engine, tested)
 

@@ -30,7 +30,7 @@ from huggingface_hub.utils import (
 
 from pemt.config import PemtError
 
-# How long a hub that does not answer is waited for before that is told.
+# How long a hub that does not answer is waited for before that is logged.
 ANSWER_SECONDS = 10.0
 
 
@@ -42,7 +42,7 @@ class HubError(PemtError):
 def check_hub(name: str, *, file: str) -> None:
     """Say that a model is loaded from the hub, and find out at once whether it can be: once a process.
 
-    Libraries try a hub out of reach again and again, for half a minute, and tell nothing meanwhile.
+    Libraries try a hub out of reach again and again, for half a minute, and print nothing meanwhile.
 
     Args:
         name: a hub id; of a folder nothing is said.
@@ -120,7 +120,7 @@ def download(repo_id: str, folder: Path, *, revision: str | None = None) -> Path
     commit = commit_of(repo_id, revision=revision)
     # by the commit, so that files of two repositories or two revisions never mix
     unfinished = folder.absolute().with_name(f".fetching-{folder.name}-{commit}")
-    with _telling(repo_id, _NOT_FETCHED):
+    with _hub_errors(repo_id, _NOT_FETCHED):
         snapshot_download(repo_id, local_dir=unfinished, revision=commit, tqdm_class=_Bar)
         unfinished.replace(folder)
     return folder
@@ -132,7 +132,7 @@ def commit_of(repo_id: str, *, revision: str | None = None) -> str:
     Raises:
         HubError: there is no such repository or revision, or the hub is out of reach.
     """
-    with _telling(repo_id, _NOT_FETCHED):
+    with _hub_errors(repo_id, _NOT_FETCHED):
         return str(HfApi().model_info(repo_id, revision=revision).sha)
 
 
@@ -146,7 +146,7 @@ def fetch_files(repo_id: str, folder: Path, *, files: Sequence[str], commit: str
     Raises:
         HubError: as `commit_of`.
     """
-    with _telling(repo_id, _NOT_FETCHED):
+    with _hub_errors(repo_id, _NOT_FETCHED):
         snapshot_download(
             repo_id, local_dir=folder, revision=commit, allow_patterns=list(files), tqdm_class=_Bar
         )
@@ -172,7 +172,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, message: str) -> str:
         HubError: the hub is out of reach, or refuses name or token.
     """
     api = HfApi()
-    with _telling(repo_id, _NOT_PUSHED), _bars_on_terminals_alone():
+    with _hub_errors(repo_id, _NOT_PUSHED), _bars_on_terminals_alone():
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
     return str(commit.commit_url)
@@ -184,7 +184,7 @@ def make_repository(repo_id: str, *, private: bool) -> str:
     Raises:
         HubError: as `upload`.
     """
-    with _telling(repo_id, _NOT_PUSHED):
+    with _hub_errors(repo_id, _NOT_PUSHED):
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
         return str(HfApi().model_info(repo_id).sha)
 
@@ -205,7 +205,7 @@ def commit_files(
         HubError: as `upload`.
     """
     added = [CommitOperationAdd(name, content) for name, content in files.items()]
-    with _telling(repo_id, _NOT_PUSHED), _bars_on_terminals_alone():
+    with _hub_errors(repo_id, _NOT_PUSHED), _bars_on_terminals_alone():
         commit = HfApi().create_commit(repo_id, added, commit_message=message, parent_commit=parent)
     return str(commit.commit_url)
 
@@ -238,7 +238,7 @@ _NOT_PUSHED = ("pushed to", "check the name, the connection, and `hf auth login`
 
 
 @contextmanager
-def _telling(repo_id: str, what: tuple[str, str]) -> Iterator[None]:
+def _hub_errors(repo_id: str, what: tuple[str, str]) -> Iterator[None]:
     """What goes wrong with the hub, in one line."""
     done, advice = what
     try:

@@ -77,11 +77,7 @@ def _parsed(path: Path) -> tuple[Any, str]:
 
 def listed_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a manifest says of one written file."""
-    return {
-        "bytes": path.stat().st_size,
-        "sha256": sha256(path),
-        "tensors": described(tensors),
-    }
+    return {"bytes": path.stat().st_size, "sha256": sha256(path), "tensors": described(tensors)}
 
 
 def check_file(path: Path, listed: Any) -> None:

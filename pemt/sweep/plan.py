@@ -17,7 +17,7 @@ from pemt.config import (
     RunConfig,
     SourceConfig,
     field_keys,
-    flat,
+    flatten,
     make_config,
     nearest,
     read_yaml_mapping,
@@ -273,15 +273,12 @@ def _unknown(
 
 
 def _unknown_in(
-    path: Path,
-    levels: Mapping[str, Mapping[str, Any]],
-    kind: type[RunConfig],
-    own: tuple[str, ...],
+    path: Path, levels: Mapping[str, Mapping[str, Any]], kind: type[RunConfig], own: tuple[str, ...]
 ) -> Iterator[str]:
     keys = field_keys(kind)
     known = [key for key in keys if key not in own]
     for level, fields in levels.items():
-        for key in flat(fields, keys):
+        for key in flatten(fields, keys):
             if key == "task_name" and level.startswith(("tasks.", "sources.")):
                 continue
             if key in own:
@@ -301,7 +298,7 @@ def _config(
     known = field_keys(kind)
     given: dict[str, Any] = dict(default)
     for fields in reversed(list(levels.values())):
-        given |= flat(fields, known)
+        given |= flatten(fields, known)
     given.pop("recipe", None)
     config = make_config(kind, {**given, **own}, recipe=recipe, prog="pemt sweep")
     get_task(config.task_name, config.task_file)
@@ -312,7 +309,7 @@ def _placed(message: str, levels: Mapping[str, Mapping[str, Any]], where: str) -
     """A complaint about a run, with the place in the sweep that it comes from; else with the run."""
     key = message.removeprefix("--").split(":")[0].split(" ")[0]
     for level, fields in levels.items():
-        if key in flat(fields, field_keys(AdaptConfig)) or key.split(".")[0] in fields:
+        if key in flatten(fields, field_keys(AdaptConfig)) or key.split(".")[0] in fields:
             return f"{level}.{message.removeprefix('--')}"
     if key == "method":
         where = where.rpartition(", ")[2]

@@ -119,8 +119,8 @@ def _on_rank0(sweep: Sweep, look: Callable[[], list[int]], *, alone: bool) -> li
 
 def _record(folder: Path, error: Exception) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    told = "" if isinstance(error, PemtError) else "".join(traceback.format_exception(error))
-    write_text(folder / ERROR, f"{_line(error)}\n{told}")
+    trace = "" if isinstance(error, PemtError) else "".join(traceback.format_exception(error))
+    write_text(folder / ERROR, f"{_line(error)}\n{trace}")
 
 
 def _line(error: Exception) -> str:

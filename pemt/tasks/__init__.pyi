@@ -5,7 +5,7 @@ from .scoring import (
     example_scores as example_scores,
     metrics_of as metrics_of,
     score as score,
-    told_once as told_once,
+    without_redundant_mean as without_redundant_mean,
 )
 from .task import (
     DEFAULT_TARGET_LENGTH as DEFAULT_TARGET_LENGTH,
@@ -13,12 +13,10 @@ from .task import (
     HubSource as HubSource,
     Task as Task,
     TaskError as TaskError,
-    class_name as class_name,
     example_of as example_of,
     has_label as has_label,
     is_class_id as is_class_id,
-    label_called as label_called,
-    label_name as label_name,
+    label_with_name as label_with_name,
     longest_target as longest_target,
     source_of as source_of,
 )

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from pemt.tasks.published import (
-    answers_drop,
-    answers_squad,
-    answers_trivia_qa,
-    unpack_questions,
-)
+from pemt.tasks.published import answers_drop, answers_squad, answers_trivia_qa, unpack_questions
 from pemt.tasks.task import HubSource, Task
 
 
@@ -38,9 +33,7 @@ ANSWER_TASKS = (
         prepare_label=answers_squad,
     ),
     mrqa_task(
-        "newsqa",
-        "Answer a question about a news article with a span of it.",
-        "lucadiliello/newsqa",
+        "newsqa", "Answer a question about a news article with a span of it.", "lucadiliello/newsqa"
     ),
     mrqa_task(
         "searchqa",

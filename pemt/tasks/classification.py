@@ -24,11 +24,7 @@ CLASSIFICATION_TASKS = (
         no_label=("-1", "-"),
         metrics=("accuracy",),
         hub=HubSource(path="nyu-mll/multi_nli", validation="validation_matched"),
-        aliases=(
-            ("premise", "sentence1"),
-            ("hypothesis", "sentence2"),
-            ("label", "gold_label"),
-        ),
+        aliases=(("premise", "sentence1"), ("hypothesis", "sentence2"), ("label", "gold_label")),
     ),
     Task(
         name="snli",
@@ -39,11 +35,7 @@ CLASSIFICATION_TASKS = (
         no_label=("-1", "-"),
         metrics=("accuracy",),
         hub=HubSource(path="stanfordnlp/snli", test="test"),
-        aliases=(
-            ("premise", "sentence1"),
-            ("hypothesis", "sentence2"),
-            ("label", "gold_label"),
-        ),
+        aliases=(("premise", "sentence1"), ("hypothesis", "sentence2"), ("label", "gold_label")),
     ),
     Task(
         name="scitail",
@@ -54,11 +46,7 @@ CLASSIFICATION_TASKS = (
         label_names=("entailment", "neutral"),
         metrics=("accuracy",),
         hub=HubSource(path="allenai/scitail", config="snli_format", test="test"),
-        aliases=(
-            ("sentence1", "premise"),
-            ("sentence2", "hypothesis"),
-            ("gold_label", "label"),
-        ),
+        aliases=(("sentence1", "premise"), ("sentence2", "hypothesis"), ("gold_label", "label")),
         # The tsv_format, and with a fourth column the dgem_format.
         tsv_columns=("premise", "hypothesis", "label", "hypothesis_graph_structure"),
         prepare_label=label_scitail,

@@ -3,7 +3,7 @@
 Every metric compares texts. `predictions` are generated texts, `references` lists of accepted
 texts per example (the first is the gold label where there is only one right answer), `groups` the
 question an example belongs to. Empty input, constant input and text that is no number give the
-defined values told below, never NaN and never a warning. `metric_kinds.py`
+defined values given below, never NaN and never a warning. `metric_kinds.py`
 says which tasks each can score.
 """
 

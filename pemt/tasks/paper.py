@@ -32,10 +32,7 @@ def answer_winogrande(row: Row) -> Row:
 DIFFERENT: dict[str, dict[str, Any]] = {
     "mnli": {
         "hub": HubSource(
-            path=GLUE,
-            config="mnli",
-            validation="validation_mismatched",
-            test="validation_matched",
+            path=GLUE, config="mnli", validation="validation_mismatched", test="validation_matched"
         )
     },
     "qnli": {},
@@ -55,11 +52,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
         "template": "record query: {query} entities: {entities} passage: {passage}"
     },
     "scitail": {},
-    "winogrande": {
-        "labels": (),
-        "prepare_label": answer_winogrande,
-        "max_target_length": 16,
-    },
+    "winogrande": {"labels": (), "prepare_label": answer_winogrande, "max_target_length": 16},
 }
 
 

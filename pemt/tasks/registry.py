@@ -13,13 +13,7 @@ from pemt.tasks.task import Task, TaskError
 
 _TASKS: dict[str, Task] = {
     task.name: task
-    for task in (
-        *ANSWER_TASKS,
-        *GLUE_TASKS,
-        *SUPERGLUE_TASKS,
-        *CLASSIFICATION_TASKS,
-        *PAPER_TASKS,
-    )
+    for task in (*ANSWER_TASKS, *GLUE_TASKS, *SUPERGLUE_TASKS, *CLASSIFICATION_TASKS, *PAPER_TASKS)
 }
 
 

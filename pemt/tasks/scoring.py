@@ -19,7 +19,7 @@ def score(
     task: Task,
     predictions: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
-    given: Mapping[str, Metric] | None = None,
+    custom: Mapping[str, Metric] | None = None,
 ) -> dict[str, float]:
     """The task's metrics in percent, plus `average_metrics`, the mean of their values.
 
@@ -27,7 +27,7 @@ def score(
         task: names the metrics.
         predictions: generated texts, one per row.
         rows: the examples they belong to, with `references` and `group`.
-        given: a caller's own metrics, by name. They stand beside the task's, and `average_metrics` is theirs alone.
+        custom: a caller's own metrics, by name. They stand beside the task's, and `average_metrics` is theirs alone.
 
     Raises TaskError where the numbers of predictions and rows differ, or where one of the caller's fails or gives no
     finite number.
@@ -37,21 +37,21 @@ def score(
     references = [list(row["references"]) for row in rows]
     groups = [str(row["group"]) for row in rows]
     scores = compute(task.metrics, task.labels, list(predictions), references, groups)
-    if not given:
+    if not custom:
         return scores
     single = all(len(each) == 1 for each in references)
     right = [each[0] for each in references] if single else references
-    own = {name: _given_score(name, given[name], list(predictions), right) for name in given}
+    own = {name: _custom_score(name, custom[name], list(predictions), right) for name in custom}
     return {**scores, **own, "average_metrics": sum(own.values()) / len(own)}
 
 
-def check_metrics(task: Task, given: Mapping[str, Metric]) -> None:
+def check_metrics(task: Task, custom: Mapping[str, Metric]) -> None:
     """Refuse a caller's metric that nothing can call, or whose name a score of the task has already.
 
     Raises TaskError.
     """
     taken = {*compute(task.metrics, task.labels, [], [], []), *_NO_METRICS, "examples"}
-    for name, metric in given.items():
+    for name, metric in custom.items():
         if not callable(metric):
             raise TaskError(
                 f"metrics: {name}: found {metric!r:.60}, a function of (predictions, references) is needed"
@@ -63,7 +63,7 @@ def check_metrics(task: Task, given: Mapping[str, Metric]) -> None:
             )
 
 
-def _given_score(name: str, metric: Metric, predictions: list[str], references: Any) -> float:
+def _custom_score(name: str, metric: Metric, predictions: list[str], references: Any) -> float:
     try:
         value = metric(predictions, references)
         number = float(value)
@@ -77,7 +77,7 @@ def _given_score(name: str, metric: Metric, predictions: list[str], references: 
     return number
 
 
-def told_once(scores: Mapping[str, float]) -> dict[str, float]:
+def without_redundant_mean(scores: Mapping[str, float]) -> dict[str, float]:
     """Scores to be read by people: without `average_metrics` where it is the mean of one metric."""
     several = len(metrics_of(scores)) != 1
     return {name: value for name, value in scores.items() if name != "average_metrics" or several}

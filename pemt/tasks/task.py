@@ -14,15 +14,7 @@ from typing import Any, Literal, TypedDict
 
 from pemt.config import PemtError
 from pemt.tasks.metric_kinds import METRIC_KINDS
-from pemt.tasks.values import (
-    RowError,
-    class_of,
-    encodable,
-    is_one_of,
-    number_of,
-    plain,
-    written,
-)
+from pemt.tasks.values import RowError, class_of, encodable, is_one_of, number_of, plain, written
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
@@ -129,8 +121,8 @@ class Task:
         for name in self.metrics:
             if name not in fitting:
                 metric = METRIC_KINDS[name]
-                needed = told(metric.kind, metric.label_count, by_group=metric.by_group)
-                found = told(self.kind, labels, by_group=grouped)
+                needed = kind_text(metric.kind, metric.label_count, by_group=metric.by_group)
+                found = kind_text(self.kind, labels, by_group=grouped)
                 raise TaskError(
                     f"task {self.name}: metrics: {name} scores {needed}, found {found}; "
                     f"allowed here: {', '.join(fitting)}"
@@ -169,6 +161,11 @@ class Task:
         return "answer" if self.score_step is None else "regression"
 
     @property
+    def name_of_label(self) -> dict[str, str]:
+        """Each class by its target text: its name, or that text itself where classes have no names."""
+        return dict(zip(self.labels, self.label_names or self.labels, strict=True))
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """The fields that the template names."""
         try:
@@ -190,7 +187,7 @@ def longest_target(task: Task, given: int | None) -> int:
     return given or task.max_target_length or DEFAULT_TARGET_LENGTH
 
 
-def told(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
+def kind_text(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
     """A kind of task in words."""
     if kind != "classification":
         return "a regression (score_step)" if kind == "regression" else "open answers"
@@ -198,20 +195,9 @@ def told(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
     return f"a classification{labels}{' and a group' if by_group else ''}"
 
 
-def label_name(task: Task, answer: str) -> str | None:
-    """What a class is called whose target text this is; None for any other text, and where classes have no names."""
-    return dict(zip(task.labels, task.label_names, strict=False)).get(answer.strip())
-
-
-def label_called(task: Task, answer: str) -> str | None:
-    """A class by its name, or by its target text where it has none; None for an answer that is no class."""
-    return label_name(task, answer) or (answer.strip() if answer.strip() in task.labels else None)
-
-
-def class_name(task: Task, label: str) -> str:
+def label_with_name(task: Task, label: str) -> str:
     """A label with its name, where it has one: `0 (entailment)`."""
-    name = label_name(task, label)
-    return label if name is None else f"{label} ({name})"
+    return f"{label} ({task.name_of_label[label]})" if task.label_names else label
 
 
 def example_of(task: Task, row: Row) -> Example | None:

@@ -18,8 +18,8 @@ class RowError(ValueError):
     What it tells is one line of UTF-8, whatever stands in the row.
     """
 
-    def __init__(self, told: str) -> None:
-        line = " ".join(told.encode("utf-8", errors="backslashreplace").decode("utf-8").split())
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.encode("utf-8", errors="backslashreplace").decode("utf-8").split())
         super().__init__(line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}…")
 
 
@@ -101,17 +101,17 @@ def class_of(value: Any, labels: Sequence[str], names: Sequence[str] = ()) -> tu
     if not same and number is not None:
         same = {i for name, i in known if number_of(name) == number}
     by_place: set[int] = set()
-    said: set[int] = set()
+    by_truth: set[int] = set()
     if not same and number is not None:
         if number in range(len(labels)) and not has_numbers(labels, names):
             by_place = {int(number)}
-            said = says(number == 1, known) if number in (0, 1) else set()
-            same = by_place if isinstance(value, ClassId) else by_place | said
+            by_truth = classes_of_truth(number == 1, known) if number in (0, 1) else set()
+            same = by_place if isinstance(value, ClassId) else by_place | by_truth
     elif not same and truth is not None:
-        same = says(truth, known)
+        same = classes_of_truth(truth, known)
     if len(same) == 1:
         (found,) = same
-        return found, same == by_place and same != said
+        return found, same == by_place and same != by_truth
     if same:
         meant = " or ".join(repr(labels[i]) for i in sorted(same))
         raise RowError(
@@ -135,7 +135,7 @@ def truth_of(text: str) -> bool | None:
     return {"true": True, "false": False}.get(text.casefold())
 
 
-def says(truth: bool, known: Sequence[tuple[str, int]]) -> set[int]:
+def classes_of_truth(truth: bool, known: Sequence[tuple[str, int]]) -> set[int]:
     """The classes whose label or name says true (or false): by that very word, or by one of a pair that is there."""
     words: dict[str, set[int]] = {}
     for name, i in known:

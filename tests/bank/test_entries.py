@@ -71,7 +71,7 @@ def test_from_stage_one_to_stage_two(tmp_path: Path) -> None:
     put(tmp_path, source_model().export_expert("rte"))
     (source,) = read(tmp_path, base_name="a-copy/of-it")
     out = target_model([source])(**tiny_batch())
-    assert out.gates_LBK.shape[-1] == 1
+    assert out.gates_BLK.shape[-1] == 1
     assert target_model([source], base=tiny_base().bfloat16()).base_sha256 == source.base_sha256
     with pytest.raises(ModelError, match="source `rte`: trained on a base model with other weigh"):
         target_model([source], base=tiny_base(seed=1))

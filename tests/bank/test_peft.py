@@ -172,7 +172,7 @@ def test_ranks_differ_within_a_bank(base: Path, tmp_path: Path) -> None:
     )
     ids = torch.randint(3, 9, (2, 4))
     out = model(ids, torch.ones_like(ids), ids)
-    assert out.gates_LBK is not None
+    assert out.gates_BLK is not None
     assert torch.isfinite(out.loss)
 
 

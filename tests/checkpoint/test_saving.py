@@ -227,7 +227,7 @@ def test_weights_that_are_not_finite_are_not_saved(
         if (
             float(engine.base_optimizer.param_groups[0]["lr"]) < 0.007
         ):  # from the third step of four on
-            engine.trained.parameters[-1][1].data.view(-1)[0] = math.inf
+            engine.optimizer_state.parameters[-1][1].data.view(-1)[0] = math.inf
         return norm
 
     monkeypatch.setattr(Engine, "step", overflow)

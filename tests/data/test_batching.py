@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from pemt.data import EvalBatches, TrainBatches, collate
-from pemt.data.batching import MAX_KEPT, MAX_OVER_LEAST, MAX_WASTE, companions_kept
+from pemt.data.batching import MAX_KEPT, MAX_OVER_LEAST, MAX_WASTE, share_kept_together
 
 lengths_lists = st.lists(st.integers(1, 256), min_size=1, max_size=120)
 small = st.integers(1, 5)
@@ -107,7 +107,7 @@ def test_companions_change_from_epoch_to_epoch_as_far_as_padding_allows(
     lengths = np.random.default_rng(1).lognormal(4, 0.6, examples).astype(int).clip(1, 256)
     train = batches(lengths, batch_size=batch_size, accumulation=micro)
     epochs = [micro_batches(train, epoch) for epoch in (1, 2, 3)]
-    assert max(companions_kept(*epochs[i : i + 2]) for i in (0, 1)) < most_kept + 0.05
+    assert max(share_kept_together(*epochs[i : i + 2]) for i in (0, 1)) < most_kept + 0.05
     least = train.waste(train.in_order(0, 0.0))
     limit = MAX_WASTE if least <= MAX_WASTE else MAX_OVER_LEAST * least
     assert max(map(train.waste, epochs)) < limit + 0.01
@@ -115,15 +115,15 @@ def test_companions_change_from_epoch_to_epoch_as_far_as_padding_allows(
 
 def test_texts_of_one_length_are_shuffled_freely():
     train = batches([20] * 640, batch_size=32)
-    assert companions_kept(micro_batches(train, 0), micro_batches(train, 1)) < 0.08  # 31 / 639
+    assert share_kept_together(micro_batches(train, 0), micro_batches(train, 1)) < 0.08  # 31 / 639
     assert train.waste(micro_batches(train, 0)) == 0
 
 
 def test_companions_by_hand():
     before = [[0, 1], [2, 3, 4]]
-    assert companions_kept(before, [[0, 1], [2], [3], [4]]) == 2 / 8
-    assert companions_kept(before, [[4, 0, 1], [3, 2]]) == 4 / 8
-    assert companions_kept([[i] for i in range(5)], before) == 0
+    assert share_kept_together(before, [[0, 1], [2], [3], [4]]) == 2 / 8
+    assert share_kept_together(before, [[4, 0, 1], [3, 2]]) == 4 / 8
+    assert share_kept_together([[i] for i in range(5)], before) == 0
 
 
 def test_waste_counts_padding_and_examples_shown_twice():

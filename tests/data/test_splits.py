@@ -114,11 +114,11 @@ def test_few_shot_takes_all_of_a_class_that_is_too_small_and_tells_it():
 
 
 def test_maxima_keep_a_random_part_and_whole_questions():
-    assert len(splits.at_most(RTE, examples(100), None, seed=1)) == 100
-    part = splits.at_most(RTE, examples(100), 30, seed=1)
+    assert len(splits.limit_examples(RTE, examples(100), None, seed=1)) == 100
+    part = splits.limit_examples(RTE, examples(100), 30, seed=1)
     assert len(part) == len(sources(part)) == 30
-    assert sources(part) != sources(splits.at_most(RTE, examples(100), 30, seed=2))
-    grouped = splits.at_most(MULTIRC, examples(100, group=7), 30, seed=1)
+    assert sources(part) != sources(splits.limit_examples(RTE, examples(100), 30, seed=2))
+    grouped = splits.limit_examples(MULTIRC, examples(100, group=7), 30, seed=1)
     sizes = np.unique(grouped["group"][:], return_counts=True)[1]
     assert len(grouped) <= 30
     assert set(sizes) <= {7, 2}

@@ -12,7 +12,7 @@ import pytest
 
 from pemt.config.schema import AdaptConfig
 from pemt.data import DataError, StreamBatches, TrainStream, load_split, load_task_data, unknown
-from pemt.data.vocabulary import comparable, written_back
+from pemt.data.vocabulary import comparable, round_trip
 from pemt.model.tokenizer import load_tokenizer
 from pemt.tasks import HubSource, Task, get_task, longest_target, score
 
@@ -108,7 +108,7 @@ def test_answers_that_cannot_be_written_are_told_and_scored_by_what_can(tmp_path
         {"exact_match": 75, "f1": 75, "accuracy": 75, "average_metrics": 75}
     )
     assert comparable([["🙂 ok", "ok", "é"]], tokenizer) == [
-        [*written_back(["🙂 ok"], tokenizer), "ok", "é"]
+        [*round_trip(["🙂 ok"], tokenizer), "ok", "é"]
     ]
 
 

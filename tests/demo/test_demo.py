@@ -175,9 +175,9 @@ def test_a_killed_pretraining_goes_on_to_the_same_model(
     taken: list[int] = []
     real = pretraining.Pretraining._take_step
 
-    def step(self: Any, rows: Any, step: int, *, told: bool) -> tuple[float, bool]:
+    def step(self: Any, rows: Any, step: int, *, stop: bool) -> tuple[float, bool]:
         taken.append(step)
-        return real(self, rows, step, told=told)
+        return real(self, rows, step, stop=stop)
 
     def made(name: str) -> dict[str, Tensor]:
         base = tiny_t5.cached_base(world, ["a b"], tmp_path / name, seed=SEED, engine=engine)
@@ -186,10 +186,10 @@ def test_a_killed_pretraining_goes_on_to_the_same_model(
     monkeypatch.setattr(pretraining.Pretraining, "_take_step", step)
     whole = made("whole")
 
-    def killed(self: Any, rows: Any, number: int, *, told: bool) -> tuple[float, bool]:
+    def killed(self: Any, rows: Any, number: int, *, stop: bool) -> tuple[float, bool]:
         if number == 4:
             raise KeyboardInterrupt
-        return step(self, rows, number, told=told)
+        return step(self, rows, number, stop=stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(pretraining.Pretraining, "_take_step", killed)
@@ -239,7 +239,7 @@ def test_shares_of_a_batch_give_the_gradient_of_the_whole(
         for rank in range(ranks):
             one = SimpleNamespace(rank=rank, world_size=ranks, device=engine.device, sum=send)
             made = pretraining.Pretraining(T5Config(**shape), world, tokenizer, one, seed=0)
-            made._take_step(next(made._batches(0)), 1, told=False)
+            made._take_step(next(made._batches(0)), 1, stop=False)
             total = total + sent.pop()
         return total
 

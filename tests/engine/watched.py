@@ -20,7 +20,7 @@ def main(rank: int, ranks: int, timeout: float, host: str) -> None:
         rank=rank,
         world_size=ranks,
         timeout=timeout,
-        ended=lambda: print("ended", flush=True),
+        on_failure=lambda: print("ended", flush=True),
     )
 
     def barrier() -> None:
@@ -36,7 +36,7 @@ def main(rank: int, ranks: int, timeout: float, host: str) -> None:
     line = sys.stdin.readline()
     if line == "wait\n":
         while not told(0.05):
-            watchdog.waits()
+            watchdog.heartbeat_while_waiting()
     if line in ("wait\n", "work\n"):
         line = sys.stdin.readline()
     if line == "leave\n":

@@ -75,7 +75,8 @@ def two_steps(config: Any) -> dict[str, Any]:
         scalars = {**meter.read()[0], **rates}
         logged.append([scalars[tag] for tag in SCALARS])
     weights = {
-        name: tensor.flatten()[:20].tolist() for name, tensor in engine.trained.weights().items()
+        name: tensor.flatten()[:20].tolist()
+        for name, tensor in engine.optimizer_state.weights().items()
     }
     engine.release()
     return {"logged": logged, "weights": weights}

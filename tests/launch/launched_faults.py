@@ -73,7 +73,7 @@ def injected(kind: str, steps: set[int], *, micro_batch: int = 1) -> Iterator[No
     def bad_backward(engine: Engine, loss: Tensor, *, last: bool) -> None:
         hook = None
         if next(micro_batches) in bad:
-            parameter = engine.trained.parameters[-1][1]
+            parameter = engine.optimizer_state.parameters[-1][1]
             hook = parameter.register_hook(lambda gradient: gradient * math.nan)
         backward(engine, loss, last=last)
         if hook is not None:

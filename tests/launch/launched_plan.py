@@ -97,7 +97,7 @@ def sources_of(
 ) -> list[ExpertSource]:
     """Random experts such as a job plans with, for a base model of this `base_shape`."""
     prompt = job.source_prompt_tokens // len(job.ranks)
-    sites = [[Site.named(name, shape) for name in each] for each in job.ranks_by_site] or None
+    sites = [[Site.from_name(name, shape) for name in each] for each in job.ranks_by_site] or None
     return random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, names=names, sites=sites)
 
 
@@ -178,7 +178,9 @@ def gradient_bytes(engine: Engine) -> int:
     if engine.zero_stage in (1, 2):
         kept = optimizer.averaged_gradients.values()
         return storage_bytes([tensor for group in kept for tensor in group])
-    return storage_bytes([p.grad for _, p in engine.trained.parameters if p.grad is not None])
+    return storage_bytes(
+        [p.grad for _, p in engine.optimizer_state.parameters if p.grad is not None]
+    )
 
 
 def optimizer_bytes(engine: Engine) -> int:

@@ -26,7 +26,7 @@ import torch
 from pemt.config import SourceConfig
 from pemt.config.schema import ExpertConfig
 from pemt.demo import pretraining, run as demo, tasks
-from pemt.engine import Engine, shut_down, sign_of_life
+from pemt.engine import Engine, shut_down, status_lines
 from pemt.engine.exit import run_and_exit
 from pemt.engine.watchdog import Watchdog
 from pemt.run import session
@@ -111,7 +111,7 @@ def main(folder: Path, what: str) -> None:
     for task in (SOURCE, TARGET):
         tiny_task(task)
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"  # no other test fills it
-    sign_of_life.TELL_SECONDS_IN_FILE = TIMEOUT / 2
+    status_lines.LINE_SECONDS_IN_FILE = TIMEOUT / 2
     # A busy machine's slow start is a hang to the run's watchdog; that it lets those work who are waited for is
     # shown in test_watchdog.py.
     session.Watchdog = lambda **given: Watchdog(**{**given, "timeout": 60 * TIMEOUT})

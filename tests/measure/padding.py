@@ -3,7 +3,7 @@
     python -m tests.measure.padding [FOLDER OF THE REAL DATA]
 
 Prints the table of LOG.md: shares of source tokens in percent, means of three epochs; `kept` is
-`companions_kept` of two epochs. Random order is the published code's.
+`share_kept_together` of two epochs. Random order is the published code's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pemt.data import TrainBatches
-from pemt.data.batching import companions_kept
+from pemt.data.batching import share_kept_together
 from pemt.data.encoding import encode_sources
 from pemt.data.local_files import read_rows
 from pemt.model.tokenizer import load_tokenizer
@@ -65,8 +65,8 @@ def line(lengths: np.ndarray, batch_size: int, ranks: int) -> str:
         train.waste(train.in_order(0, 0.0)),
         np.mean([train.waste(epoch) for epoch in ours]),
         np.mean([in_eights(lengths, epoch) for epoch in ours]),
-        companions_kept(*random[:2]),
-        companions_kept(*ours[:2]),
+        share_kept_together(*random[:2]),
+        share_kept_together(*ours[:2]),
     ]
     return " | ".join(f"{100 * share:.1f}" for share in wasted)
 

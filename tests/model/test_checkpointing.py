@@ -99,11 +99,11 @@ def test_every_ffn_reports_once() -> None:
     with set_checkpoint_early_stop(False):  # else a recompute ends just before its report
         out = model(**tiny_batch())
     assert len(reports) == FFNS
-    assert out.gates_LBK.shape[0] == FFNS
+    assert out.gates_BLK.shape[1] == FFNS
     out.loss.backward()
     assert len(reports) == 2 * FFNS, "the recompute must compute the losses again"
-    assert out.gates_LBK.shape[0] == FFNS
-    assert model(**tiny_batch()).gates_LBK.shape[0] == FFNS
+    assert out.gates_BLK.shape[1] == FFNS
+    assert model(**tiny_batch()).gates_BLK.shape[1] == FFNS
 
 
 def test_dropout_is_drawn_alike_in_the_recompute() -> None:

@@ -62,14 +62,14 @@ def test_forward_backward_generate(family: str, kind: str) -> None:
 def test_outputs_with_and_without_experts() -> None:
     with_experts, alone, source = target_model(), target_model([]), source_model()
     out = with_experts(**tiny_batch())
-    assert out.gates_LBK.shape == (FFNS, 3, 3)
-    assert out.gates_LBK.dtype == torch.float32
-    assert not out.gates_LBK.requires_grad
-    torch.testing.assert_close(out.gates_LBK.sum(-1), torch.ones(FFNS, 3))
+    assert out.gates_BLK.shape == (3, FFNS, 3)
+    assert out.gates_BLK.dtype == torch.float32
+    assert not out.gates_BLK.requires_grad
+    torch.testing.assert_close(out.gates_BLK.sum(-1), torch.ones(3, FFNS))
     torch.testing.assert_close(out.loss, out.ce_loss + 0.1 * out.sparsity_loss)
     for model in (alone, source):
         out = model(**tiny_batch())
-        assert out.gates_LBK is None
+        assert out.gates_BLK is None
         assert out.sparsity_loss is None
         torch.testing.assert_close(out.loss, out.ce_loss)
 

@@ -110,7 +110,7 @@ def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_gates_of_an_answer_are_those_of_a_forward_pass(name: str, beams: int) -> None:
     model = MODELS[name]()
     with torch.no_grad():
-        expected = model(**tiny_batch(LENGTHS)).gates_LBK.transpose(0, 1)
+        expected = model(**tiny_batch(LENGTHS)).gates_BLK
     tokens, gates = model.generate_with_gates(**_inputs(), num_beams=beams, max_new_tokens=5)
     assert torch.equal(tokens, model.generate(**_inputs(), num_beams=beams, max_new_tokens=5))
     torch.testing.assert_close(gates, expected, rtol=1e-6, atol=1e-7)
@@ -140,5 +140,5 @@ def test_a_step_of_an_answer_is_the_op() -> None:
     gates_BK = torch.softmax(torch.randn(3, 3), dim=-1)
     with torch.no_grad():
         expected, _ = mixture.mix(x_BSF, gates_BK, sparsity=False)
-        found = mixture.adapter(mixture.answer(x_BSF, mixture.prepare_answer(gates_BK)))
+        found = mixture.adapter(mixture.generate_step(x_BSF, mixture.prepare_step(gates_BK)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

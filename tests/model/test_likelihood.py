@@ -60,8 +60,8 @@ def test_each_label_has_the_likelihood_of_a_pass_with_it(name: str) -> None:
             torch.testing.assert_close(likely_B, summed_B, rtol=1e-4, atol=1e-4)
     assert likely_BC.dtype == torch.float32
     assert (likely_BC < 0).all()
-    if out.gates_LBK is None:
+    if out.gates_BLK is None:
         assert gates_BLK is None
     else:
         assert gates_BLK is not None
-        torch.testing.assert_close(gates_BLK, out.gates_LBK.transpose(0, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gates_BLK, out.gates_BLK, rtol=1e-4, atol=1e-5)

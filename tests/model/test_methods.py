@@ -131,7 +131,7 @@ def check_step(model: TrainedT5) -> None:
     assert {key for key, value in model.named_parameters() if value.requires_grad} == set(trained)
     optimizer = torch.optim.AdamW(trained.values(), lr=0.1)
     out = model(**tiny_batch())
-    assert out.gates_LBK is None
+    assert out.gates_BLK is None
     assert out.sparsity_loss is None
     out.loss.backward()
     optimizer.step()

@@ -56,7 +56,7 @@ def test_gates_start_equal_and_follow_the_prompt_alone() -> None:
         tiny_base(), sources=tiny_sources(), mixture=MIXTURE, adapter=ADAPTER,
         prompt_PD=tiny_prompt(),
     ).eval()  # fmt: skip
-    gates = model(**tiny_batch()).gates_LBK
+    gates = model(**tiny_batch()).gates_BLK
     torch.testing.assert_close(gates, torch.full_like(gates, 1 / 3))
     first_wo = randomised(model).base.encoder.block[0].layer[1].DenseReluDense.wo
     x_BSF = torch.randn(2, 9, 48)
@@ -162,7 +162,7 @@ def test_bfloat16_base(kind: str) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     out, expected = model(**tiny_batch()), exact(**tiny_batch())
     out.loss.backward()
-    assert out.loss.dtype == out.ce_loss.dtype == out.gates_LBK.dtype == torch.float32
+    assert out.loss.dtype == out.ce_loss.dtype == out.gates_BLK.dtype == torch.float32
     torch.testing.assert_close(out.sparsity_loss, expected.sparsity_loss, rtol=0.02, atol=0)
     torch.testing.assert_close(out.ce_loss, expected.ce_loss, rtol=0.1, atol=0)
     assert all(p.grad.isfinite().all() for _, p in model.trainable_parameters())
@@ -178,7 +178,7 @@ def test_autocast(kind: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(**tiny_batch())
     out.loss.backward()
-    assert out.loss.dtype == out.gates_LBK.dtype == torch.float32
+    assert out.loss.dtype == out.gates_BLK.dtype == torch.float32
     torch.testing.assert_close(out.sparsity_loss, expected.sparsity_loss, rtol=0.02, atol=0)
     assert all(p.grad.isfinite().all() for _, p in model.trainable_parameters())
 
@@ -192,10 +192,10 @@ def test_the_fp16_layout_of_transformers() -> None:
     out = model(**tiny_batch())
     assert out.loss.isfinite()
     assert model.base.encoder.block[0].layer[1].DenseReluDense.wo.up.dtype == torch.float32
-    assert len(out.gates_LBK) == FFNS
+    assert out.gates_BLK.shape[1] == FFNS
 
 
 def test_one_source_with_a_single_token_prompt() -> None:
     out = target_model([tiny_source(prompt=1)])(**tiny_batch((1,)))
-    torch.testing.assert_close(out.gates_LBK, torch.ones(FFNS, 1, 1))
+    torch.testing.assert_close(out.gates_BLK, torch.ones(1, FFNS, 1))
     assert out.loss.isfinite()

@@ -48,7 +48,7 @@ def test_the_sites_are_the_linear_layers_of_the_blocks(family: str) -> None:
         if isinstance(module, nn.Linear) and not name.startswith("lm_head")
     }
     assert {site.module: site.widths(shape)[::-1] for site in sites_of(shape)} == found
-    assert [Site.named(site.name, shape) for site in sites_of(shape)] == sites_of(shape)
+    assert [Site.from_name(site.name, shape) for site in sites_of(shape)] == sites_of(shape)
 
 
 def names(target_modules: Any) -> list[str]:
@@ -217,9 +217,9 @@ def test_gates_and_sources_by_site() -> None:
         each.module.gate.register_forward_hook(
             lambda module, args, gates, name=name: seen.update({name: gates})
         )
-    gates_LBK = model(**tiny_batch()).gates_LBK
-    torch.testing.assert_close(gates_LBK.sum(-1), torch.ones(len(found), 3))
-    for (site, sources), gates_BK in zip(found.items(), gates_LBK, strict=True):
+    gates_BLK = model(**tiny_batch()).gates_BLK
+    torch.testing.assert_close(gates_BLK.sum(-1), torch.ones(3, len(found)))
+    for (site, sources), gates_BK in zip(found.items(), gates_BLK.unbind(dim=1), strict=True):
         columns = [model.source_names.index(name) for name in sources]
         assert torch.equal(gates_BK[:, columns], seen[site]), site
         absent = [k for k in range(4) if k not in columns]
@@ -291,19 +291,19 @@ def test_sixty_four_experts(monkeypatch: pytest.MonkeyPatch) -> None:
         model = target_model(sources)
         out = model(**tiny_batch())
         out.loss.backward()
-        found[name] = out.loss.detach(), out.gates_LBK, gradients(model)
+        found[name] = out.loss.detach(), out.gates_BLK, gradients(model)
     torch.testing.assert_close(found["op"], found["specification"], rtol=1e-4, atol=1e-5)
     sites = model.gate_sites
     counts = {site.rpartition("/")[2]: len(present) for site, present in sites.items()}
     assert counts == {"q": 32, "v": 64}
-    torch.testing.assert_close(found["op"][1].sum(-1), torch.ones(len(sites), 3))
+    torch.testing.assert_close(found["op"][1].sum(-1), torch.ones(3, len(sites)))
     batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
     monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", SiteMixture)
     tokens, gates = target_model(sources).generate_with_gates(
         **batch, num_beams=2, max_new_tokens=4
     )
     assert tokens.shape[0] == 3
-    torch.testing.assert_close(gates, found["op"][1].transpose(0, 1))
+    torch.testing.assert_close(gates, found["op"][1])
 
 
 def test_more_experts_than_can_be_mixed_are_refused() -> None:
@@ -371,7 +371,7 @@ def test_uniform_gates_are_equal_and_not_trained(family: str) -> None:
     learned = target_model(sources, tiny_base(family))
     out = model(**tiny_batch())
     counts = torch.tensor([len(sources) for sources in model.gate_sites.values()])
-    torch.testing.assert_close(out.gates_LBK.amax(dim=-1), (1 / counts)[:, None].expand(-1, 3))
+    torch.testing.assert_close(out.gates_BLK.amax(dim=-1), (1 / counts).expand(3, -1))
     trained = {name for name, _ in model.trainable_parameters()}
     assert trained == {
         n for n, _ in learned.trainable_parameters() if not n.endswith("gate.weight")
@@ -388,7 +388,7 @@ def test_uniform_gates_are_equal_and_not_trained(family: str) -> None:
     batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
     tokens, gates = model.generate_with_gates(**batch, max_new_tokens=4)
     assert torch.equal(tokens, learned.generate(**batch, max_new_tokens=4))
-    torch.testing.assert_close(gates, out.gates_LBK.transpose(0, 1))
+    torch.testing.assert_close(gates, out.gates_BLK)
 
 
 def test_a_bottleneck_is_on_the_ffns_alone(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class TestSourcesThatAreNotEverywhere:
     gates_NLK = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])
 
     def test_names(self) -> None:
-        assert self.names.named(self.gates_NLK[0]) == {
+        assert self.names.by_site(self.gates_NLK[0]) == {
             "encoder/0/self/q": {"a": 0.5, "b": 0.5},
             "encoder/0": {"a": 1.0, "c": 0.0},
             "encoder/1/self/q": {"c": 1.0},
@@ -96,7 +96,7 @@ class TestSourcesThatAreNotEverywhere:
 
     def test_means_are_over_the_sites_that_have_a_source(self) -> None:
         assert self.names.over_sites(self.gates_NLK).tolist() == [[0.75, 0.5, 0.5]]
-        named = self.names.named(self.gates_NLK[0])
+        named = self.names.by_site(self.gates_NLK[0])
         assert by_layer(named) == {
             "encoder/0": {"a": 0.75, "b": 0.5, "c": 0.0},
             "encoder/1": {"c": 1.0},

@@ -33,7 +33,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A machine on which nothing has been measured; the file of its choices."""
     compiled("cpu")  # before there is another folder to build it in
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    caches = (products._chosen, products._tell_choices)
+    caches = (products._chosen, products._pass_choices)
     for cache in caches:
         cache.cache_clear()
     yield products.cache_file()

@@ -60,8 +60,10 @@ def compare_outputs(
         "logits": out.logits,
         "encoder_last_hidden_state": out.encoder_last_hidden_state,
     }
-    if out.gates_LBK is not None:
-        ours |= {f"gate.{i}": gates_BK[:, None] for i, gates_BK in enumerate(out.gates_LBK)}
+    if out.gates_BLK is not None:
+        ours |= {
+            f"gate.{i}": gates_BK[:, None] for i, gates_BK in enumerate(out.gates_BLK.unbind(dim=1))
+        }
     return _differences(ours, golden.under(f"{stage}.out.")), out.loss
 
 

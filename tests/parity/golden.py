@@ -217,4 +217,4 @@ def _adapter_tasks(parameters: Mapping[str, Tensor], prefix: str) -> list[str]:
 def _places(base: Any) -> Iterator[tuple[Any, str]]:
     """Every FFN site with its layer's published path."""
     for site in ffn_sites(base):
-        yield site, site.site.module.removesuffix(".DenseReluDense.wo")
+        yield site, site.spec.module.removesuffix(".DenseReluDense.wo")

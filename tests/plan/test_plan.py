@@ -73,7 +73,7 @@ def modules_of(job: Job) -> list[str]:
     """What the one expert of stage 1 is on."""
     shape = job.shape.base_shape
     names = [name for each in job.ranks_by_site for name in each]
-    return [Site.named(name, shape).module for name in names] or ["wo"]
+    return [Site.from_name(name, shape).module for name in names] or ["wo"]
 
 
 def placed(job: Job, places: str) -> Job:

@@ -98,10 +98,10 @@ def test_what_is_published_answers_as_the_run_does_bit_for_bit(world: Path, meth
         theirs, ours = run.model(**batch), published.model(**batch)
     assert torch.equal(ours.logits, theirs.logits)
     if method == "pemt":
-        assert torch.equal(ours.gates_LBK, theirs.gates_LBK)
-        assert (ours.gates_LBK - 0.5).abs().max() > 1e-4, "the gates have not moved"
+        assert torch.equal(ours.gates_BLK, theirs.gates_BLK)
+        assert (ours.gates_BLK - 0.5).abs().max() > 1e-4, "the gates have not moved"
     else:
-        assert ours.gates_LBK is None
+        assert ours.gates_BLK is None
     tokens = run.model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=4)
     expected = run.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert published.generate(TEXTS) == expected

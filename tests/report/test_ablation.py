@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pemt.report.ablation import LeftOut, left_out
+from pemt.report.ablation import LeaveOneOut, left_out
 from pemt.report.page import content_of, environment
-from pemt.report.record import Record
+from pemt.report.record import RunRecord
 
 
-def run(sources: list[str], score: float | None, **config: Any) -> Record:
+def run(sources: list[str], score: float | None, **config: Any) -> RunRecord:
     name = "-".join([*sources, *map(str, config.values())])
     fields = {"task_name": "cb", "method": "pemt", "seed": 0, "output_dir": name, **config}
     gates = {"encoder/0": dict.fromkeys(sources, 1 / len(sources))}
     results = {"sources": sources, "gates": gates, "test_runtime": 1.0} | (
         {} if score is None else {"test_average_metrics": score}
     )
-    return Record(
+    return RunRecord(
         name=name, folder=Path(name), config={**fields, "source_tasks": sources}, state="finished",
         log=[], results=results, predictions=[], checkpoint_bytes=None, trained=None,
     )  # fmt: skip
@@ -36,9 +36,9 @@ RUNS = [
     run(["mnli", "qnli", "cola"], None),  # not finished
 ]
 FOUND = [
-    LeftOut(task="cb", source="mnli", score=85.0, without=67.0, pairs=2),
-    LeftOut(task="cb", source="qnli", score=90.0, without=89.0, pairs=1),
-    LeftOut(task="cb", source="rte", score=5.0, without=89.0, pairs=1),
+    LeaveOneOut(task="cb", source="mnli", score=85.0, without=67.0, pairs=2),
+    LeaveOneOut(task="cb", source="qnli", score=90.0, without=89.0, pairs=1),
+    LeaveOneOut(task="cb", source="rte", score=5.0, without=89.0, pairs=1),
 ]
 
 

@@ -17,7 +17,7 @@ from pemt.monitor.gates import NamedGates
 from pemt.report import findings
 from pemt.report.charts import line_chart
 from pemt.report.page import content_of, environment
-from pemt.report.record import Record
+from pemt.report.record import RunRecord
 
 # As long as LoraHub's; the last one is in the decoder alone.
 SOURCES = [f"flan_t5_large-wiki_qa_is_this_true_{k:02}" for k in range(64)]
@@ -46,9 +46,9 @@ def named_gates(sources: list[str] = SOURCES) -> NamedGates:
     }
 
 
-def record(sources: list[str] = SOURCES) -> Record:
+def record(sources: list[str] = SOURCES) -> RunRecord:
     means = [{f"gate_mean/{name}": 1 / len(sources) for name in sources}]
-    return Record(
+    return RunRecord(
         name="many", folder=Path("many"), config={"task_name": "cb", "method": "pemt"}, state="finished",
         log=[{"step": step, **each} for each in means for step in (1, 2)],
         results={"sources": sources, "gates": named_gates(sources), "test_runtime": 1.0},
@@ -56,7 +56,7 @@ def record(sources: list[str] = SOURCES) -> Record:
     )  # fmt: skip
 
 
-def rendered(name: str, run: Record) -> str:
+def rendered(name: str, run: RunRecord) -> str:
     return environment(markdown=name.endswith("md")).get_template(name).render(content_of([run]))
 
 

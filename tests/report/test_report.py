@@ -20,7 +20,7 @@ from pemt.config import ExpertConfig, PemtError
 from pemt.report import findings
 from pemt.report.charts import MOST_POINTS, line_chart, thinned
 from pemt.report.page import environment, in_markdown, shade, write_report
-from pemt.report.record import Record, read_records, short_names
+from pemt.report.record import RunRecord, read_runs, short_names
 from pemt.run.train import run_adapt, run_source
 from tests.support.browser import chromium
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
@@ -149,7 +149,7 @@ def test_markdown_tables_are_whole(runs: Path, tmp_path: Path) -> None:
             assert not lines[number - 2].startswith("|")
 
 
-def record(**changes: Any) -> Record:
+def record(**changes: Any) -> RunRecord:
     fields: dict[str, Any] = {
         "name": "run",
         "folder": Path("run"),
@@ -161,7 +161,7 @@ def record(**changes: Any) -> Record:
         "checkpoint_bytes": None,
         "trained": None,
     }
-    return Record(**{**fields, **changes})
+    return RunRecord(**{**fields, **changes})
 
 
 def example(target: str, prediction: str, **fields: Any) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def test_a_run_that_is_not_finished_is_told_as_far_as_it_goes(runs: Path, tmp_pa
     text = Page((tmp_path / "report.html").read_text()).text
     assert "Not finished yet (interrupted)" in text
     assert "training loss" in text
-    (unfinished,) = read_records([run])
+    (unfinished,) = read_runs([run])
     (last,) = [line for line in unfinished.log if "gate_mean/tiny-report-a" in line][-1:]
     assert f"mean over the training steps logged at step {last['step']}: how much" in text
     assert unfinished.sources == list(SOURCES)
@@ -324,17 +324,17 @@ def test_a_run_that_is_not_finished_is_told_as_far_as_it_goes(runs: Path, tmp_pa
 
 def test_what_cannot_be_reported_on_is_one_line(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(PemtError, match=r"holds no run \(config.yaml is missing\)"):
-        read_records([tmp_path])
+        read_runs([tmp_path])
     run = Path(shutil.copytree(runs / "pemt", tmp_path / "run"))
     (run / "predictions.jsonl").write_text('{"input": "x"}\n')
     with pytest.raises(PemtError, match=r"predictions.jsonl, line 1: .*target"):
-        read_records([run])
+        read_runs([run])
     (run / "all_results.json").write_text("[]")
     with pytest.raises(PemtError, match=r"all_results.json: found list"):
-        read_records([run])
+        read_runs([run])
     (run / "config.yaml").write_text(yaml.safe_dump("!!python/object:os.system {}"))
     with pytest.raises(PemtError, match=r"config.yaml: found str"):
-        read_records([run])
+        read_runs([run])
     (tmp_path / "file").write_text("")
     with pytest.raises(PemtError, match="cannot be written"):
         COMMANDS["report"]([str(runs / "pemt"), "--output_dir", str(tmp_path / "file")])

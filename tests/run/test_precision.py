@@ -70,8 +70,8 @@ def test_gates_and_sparsity_are_in_fp32(dtype: torch.dtype) -> None:
     rows, experts = len(batch["input_ids"]), 3
     gates = [kind for kind, shape in dtypes.seen["_softmax"] if shape == (rows, experts)]
     assert gates == [torch.float32] * FFNS
-    assert out.gates_LBK is not None
-    assert out.gates_LBK.dtype == out.sparsity_loss.dtype == torch.float32
+    assert out.gates_BLK is not None
+    assert out.gates_BLK.dtype == out.sparsity_loss.dtype == torch.float32
     assert out.loss.isfinite()
 
 

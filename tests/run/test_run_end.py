@@ -17,10 +17,10 @@ from pemt.commands import COMMANDS
 from pemt.config.schema import AdaptConfig
 from pemt.data import splits
 from pemt.publish.card import Card, model_card
-from pemt.run.results import chosen_text, results_block
+from pemt.run.results import checkpoint_line, results_block
 from pemt.run.train import run_adapt
 from pemt.storage import StorageError
-from pemt.tasks import get_task, told_once
+from pemt.tasks import get_task, without_redundant_mean
 from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
 
 TASK = "tiny-end"
@@ -67,8 +67,8 @@ def test_a_checkpoint_from_before_goes_on_and_its_best_wins_a_tie() -> None:
 
 def test_one_metric_is_told_once_and_two_with_their_mean() -> None:
     rest = {"average_metrics": 1.0, "loss": 2.0, "moe_weight_0": 1.0, "runtime": 3.0}
-    assert "average_metrics" not in told_once({"accuracy": 1.0, **rest})
-    assert "average_metrics" in told_once({"accuracy": 1.0, "f1": 1.0, **rest})
+    assert "average_metrics" not in without_redundant_mean({"accuracy": 1.0, **rest})
+    assert "average_metrics" in without_redundant_mean({"accuracy": 1.0, "f1": 1.0, **rest})
 
 
 def rows(count: int) -> Dataset:
@@ -199,7 +199,7 @@ def test_a_run_without_validation_says_so() -> None:
         "checkpoints_validated": 0,
         "checkpoint_metric": "accuracy",
     }
-    assert chosen_text(results) == "checkpoint-9: the last one, since none was validated"
+    assert checkpoint_line(results) == "checkpoint-9: the last one, since none was validated"
     results |= {"sources": [], "split": "test", "examples": 3, "split_origin": "x"}
     block = results_block({**results, "test_f1": 1.0}, {}).splitlines()
-    assert block[-2:] == ["test: 3 examples, x", chosen_text(results)]
+    assert block[-2:] == ["test: 3 examples, x", checkpoint_line(results)]

@@ -85,7 +85,7 @@ ADAPTER = AdapterConfig(reduction_factor=4)
 
 def ffn_sites(base: Any) -> list[LinearSite]:
     """The FFNs' output projections, encoder then decoder, each from the first layer up."""
-    return [each for each in linear_sites(base) if each.site.is_ffn_output]
+    return [each for each in linear_sites(base) if each.spec.is_ffn_output]
 
 
 def tiny_base(family: str = "t5", seed: int = 0) -> Any:

@@ -1,4 +1,4 @@
-"""The base model while it answers: the same sums, at less cost."""
+"""The base model while it generates: the same sums, at less cost."""
 
 from __future__ import annotations
 

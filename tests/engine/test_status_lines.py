@@ -10,21 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from pemt.engine import sign_of_life
-from pemt.engine.sign_of_life import is_due, say, telling
+from pemt.engine import status_lines
+from pemt.engine.status_lines import is_due, print_line, show_status
 from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sign_of_life, "TELL_SECONDS_IN_FILE", 0.0)
-    monkeypatch.setattr(sign_of_life, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(status_lines, "LINE_SECONDS_IN_FILE", 0.0)
+    monkeypatch.setattr(status_lines, "POLL_SECONDS", 0.01)
 
 
 def lines(capsys: pytest.CaptureFixture[str], seconds: float = 30.0, count: int = 2) -> list[str]:
     """What is said within a block, until there are so many lines of it or the time is over."""
     said, until = "", time.monotonic() + seconds
-    with telling("reading a library"):
+    with show_status("reading a library"):
         while said.count("\n") < count and time.monotonic() < until:
             time.sleep(0.01)
             said += capsys.readouterr().err
@@ -43,7 +43,7 @@ def test_a_block_that_lasts_is_told_of_until_it_ends(capsys: pytest.CaptureFixtu
 def test_one_that_ends_soon_is_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sign_of_life, "TELL_SECONDS_IN_FILE", 1e6)
+    monkeypatch.setattr(status_lines, "LINE_SECONDS_IN_FILE", 1e6)
     assert lines(capsys, seconds=0.2) == []
 
 
@@ -55,8 +55,8 @@ def test_other_ranks_say_nothing(
 
 
 def test_on_a_terminal_sooner_than_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sign_of_life, "TELL_SECONDS", 10.0)
-    monkeypatch.setattr(sign_of_life, "TELL_SECONDS_IN_FILE", 1e6)
+    monkeypatch.setattr(status_lines, "LINE_SECONDS", 10.0)
+    monkeypatch.setattr(status_lines, "LINE_SECONDS_IN_FILE", 1e6)
     told = time.monotonic() - 20
     for terminal in (True, False):
         monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda shown=terminal: shown))
@@ -67,22 +67,22 @@ def test_a_line_needs_no_bar_and_minds_one_that_is_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "tqdm", raising=False)
-    say("no bar")
+    print_line("no bar")
     assert capsys.readouterr().err == "pemt: no bar\n"
     above: list[str] = []
     bar = SimpleNamespace(write=lambda line, file: above.append(line))
     monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=bar))
-    say("a bar")
+    print_line("a bar")
     assert above == ["pemt: a bar"]
     # another thread is importing it
     monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace())
-    say("half a bar")
+    print_line("half a bar")
     assert capsys.readouterr().err == "pemt: half a bar\n"
 
 
 def test_it_imports_nothing_that_takes_time() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import pemt.engine.sign_of_life, sys; print(*sys.modules)"],
+        [sys.executable, "-c", "import pemt.engine.status_lines, sys; print(*sys.modules)"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -23,7 +23,7 @@ from pemt.data import DataError, load_task_data
 from pemt.data.examples import local_examples
 from pemt.data.loading import cache_faults
 from pemt.engine import Engine
-from pemt.engine.surroundings import (
+from pemt.engine.environment import (
     can_be_written,
     own_cache,
     temporary_folder,
@@ -38,7 +38,7 @@ from pemt.tasks import get_task
 from tests.conftest import ROOT
 from tests.support.tiny import adapt_config, make_base, make_tokenizer, tiny_task, write_task_files
 
-TASK = "tiny-surroundings"
+TASK = "tiny-environment"
 # Modules that pemt or its libraries import, of the standard library too.
 NAMES = ("evaluate", "tokenizers", "typing", "signal", "select", "queue", "wandb", "tensorflow")
 CACHES = (
@@ -92,7 +92,7 @@ def test_the_users_modules_are_not_imported(tmp_path: Path, path: str) -> None:
 
 IN_STREAMS = """
 import os, sys
-from pemt.engine.surroundings import open_streams
+from pemt.engine.environment import open_streams
 open_streams()
 assert [os.fstat(n) and n for n in range(3)] == [0, 1, 2]
 file = open({file!r}, "w")

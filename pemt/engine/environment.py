@@ -1,4 +1,4 @@
-"""What a command finds around it: a working folder full of modules, closed or narrow streams, a home it cannot write.
+"""A command's environment: a working folder full of modules, closed or narrow streams, a home it cannot write.
 
 Nothing but `os` and `sys` is imported with it: a file of the user's may have any other module's name.
 """
@@ -74,7 +74,7 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
 
 
 def use_writable_caches() -> None:
-    """Send libraries' caches that cannot be written, as in a read-only home, to a temporary folder; told once.
+    """Send libraries' caches that cannot be written, as in a read-only home, to a temporary folder; reported once.
 
     Before these libraries are imported: they read the variables then. A cache of downloads or of compiled kernels that
     is there already stays, since it can be read.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class TrainedState:
+class OptimizerState:
     """Weights and AdamW moments of what a prepared model trains.
 
     Args:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from pemt.model import answering
-from pemt.model.answering import fast_generate
+from pemt.model import decoding
 from pemt.model.baselines import FullT5
+from pemt.model.decoding import fast_generate
 from tests.support.tiny_t5 import (
     ffn_sites,
     on_sites,
@@ -31,13 +31,13 @@ LONG = {"max_new_tokens": 8, "min_new_tokens": 8, "no_repeat_ngram_size": 1}
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every product, by where the weight lies."""
     asked: list[int] = []
-    product = answering.linear
+    product = decoding.linear
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         asked.append(weight.data_ptr())
         return product(x, weight, bias)
 
-    for place in ("model.answering", "model.mixture", "ops.linear", "model.experts"):
+    for place in ("model.decoding", "model.mixture", "ops.linear", "model.experts"):
         monkeypatch.setattr(f"pemt.{place}.linear", counted)
     return asked
 
@@ -142,7 +142,7 @@ def test_the_encoders_keys_stay_where_they_are_while_beams_change_places(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They may: those of a sample's beams are equal, and beams keep to their sample."""
-    reorder = answering._reorder_own
+    reorder = decoding._reorder_own
     seen: list[bool] = []
 
     def watched(cache: Any, beams: Any) -> Any:
@@ -157,7 +157,7 @@ def test_the_encoders_keys_stay_where_they_are_while_beams_change_places(
         seen.append(beams.tolist() != list(range(len(beams))))
         return cache
 
-    monkeypatch.setattr(answering, "_reorder_own", watched)
+    monkeypatch.setattr(decoding, "_reorder_own", watched)
     model = target_model(tiny_sources("lora"))
     model.generate(**inputs(), **LONG, num_beams=4)
     assert any(seen), "no beam changed places"
