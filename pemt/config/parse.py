@@ -188,6 +188,7 @@ def _with_sources(
 
 
 @cache
+@cache  # 50 ms each, and a sweep has hundreds of configurations
 def _parser(kind: Any, prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pemt.plan.job import Cluster, Job, Zero, read_zero
-from pemt.plan.memory import memory
+from pemt.plan.memory import activations, memory
 from pemt.plan.speed import step_time
 
 NODES = (1, 2, 4, 8, 20)
@@ -28,12 +28,18 @@ def fits(job: Job, zero: Zero, cluster: Cluster) -> bool:
 
 def largest_batch(job: Job, zero: Zero, cluster: Cluster) -> int:
     """The largest micro-batch that fits; 0 where not even one example does."""
+    needed = memory(job, zero, cluster)
+    room = cluster.chip.memory - cluster.reserved - (needed.total - needed.activations)
+
+    def has_room(batch: int) -> bool:
+        return activations(replace(job, batch=batch), cluster) <= room
+
     fitting, too_large = 0, 1
-    while too_large <= MOST and fits(replace(job, batch=too_large), zero, cluster):
+    while too_large <= MOST and has_room(too_large):
         fitting, too_large = too_large, 2 * too_large
     while too_large - fitting > 1:
         middle = (fitting + too_large) // 2
-        if fits(replace(job, batch=middle), zero, cluster):
+        if has_room(middle):
             fitting = middle
         else:
             too_large = middle

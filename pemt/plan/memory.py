@@ -57,9 +57,15 @@ def memory(job: Job, zero: Zero, cluster: Cluster) -> Memory:
         gradients=gradient_bytes(found, zero, job, world),
         optimizer=optimizer_bytes(found, zero, job, world),
         buffers=buffers,
-        activations=saved(job, hardware) + transient(job, hardware),
+        activations=activations(job, cluster),
     )
     return _offloaded(result, zero)
+
+
+def activations(job: Job, cluster: Cluster) -> float:
+    """Of a rank's memory all that depends on the batch, bytes."""
+    hardware: Hardware = "gpu" if cluster.backend == "nccl" else "cpu"
+    return saved(job, hardware) + transient(job, hardware)
 
 
 def optimizer_bytes(found: list[Weight], zero: Zero, job: Job, world: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields
+from functools import cache
 from itertools import chain
 
 import datasets
@@ -100,6 +101,7 @@ NAMED = {
 }
 
 
+@cache  # several tests want the same
 def examples_of(shared, name, file):
     """Every row's example, None without gold label; a malformed row fails the test."""
     task = get_task(name)

@@ -90,7 +90,9 @@ def ended(processes: list[Watched]) -> list[tuple[int, str]]:
     return [process.end() for process in processes]
 
 
-@pytest.mark.parametrize("stopped", [0, 1, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "stopped", [0, *(pytest.param(rank, marks=pytest.mark.soak) for rank in (1, 2))]
+)
 def test_a_stopped_rank_is_named_in_time_and_killed(ranks: list[Watched], stopped: int) -> None:
     ranks[stopped].send_signal(signal.SIGSTOP)
     began = time.monotonic()

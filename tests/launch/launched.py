@@ -3,8 +3,8 @@
     accelerate launch ... -m tests.launch.launched WORLD FOLDER
 
 WORLD holds base models and task files, and `zero2/`, the folder of the launch that goes first. Runs
-and report.json go to FOLDER, whose name says how much is run: at ZeRO-0 and 1 what their code does otherwise than
-that of ZeRO-2, with offloading resumes alone.
+and report.json go to FOLDER, whose name says how much is run: elsewhere than at ZeRO-2 what its code does otherwise,
+with offloading resumes alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ EXPERTS = {
     SOURCES[1]: ExpertConfig(rank=4, target_modules=["q", "v", "wo"]),
 }
 RESUMED_STEP = 3
-SOME = ("zero0", "zero1")  # one source, the target on ZeRO-2's bank, a resume
+SOME = ("zero0", "zero1")  # T5 alone, and stage 1 not looked into
+FEW = (*SOME, "zero3")  # one source, the target on ZeRO-2's bank, one way of cutting batches
 BF16 = (
     "zero2",
     "zero3",
@@ -68,21 +69,21 @@ def main(world: Path, folder: Path) -> None:
         resume(world, folder, saving)
         shut_down()
         return
-    some = folder.name in SOME
-    for task in SOURCES[: 1 if some else None]:
+    some, few = folder.name in SOME, folder.name in FEW
+    for task in SOURCES[: 1 if few else None]:
         run_source(
             source_config(
                 base, world / task, folder / task, bank, task, expert=EXPERTS[task], **unseen
             )
         )
 
-    data, bank = world / TARGET, (world / "zero2" if some else folder) / "bank"
+    data, bank = world / TARGET, (world / "zero2" if few else folder) / "bank"
     results = run_adapt(adapt_config(base, data, folder / "adapt", bank, TARGET, **saving))
     resume(world, folder, saving)
     report = {
         "results": results,
         "adapt": inspect_run(adapt_config(base, data, folder / "y", bank, TARGET, **fields)),
-        "cuts": cuts(world, folder, batches=(2,) if some else (8, 4, 2, 1)),
+        "cuts": cuts(world, folder, batches=(2,) if few else (8, 4, 2, 1)),
     }
     if not some:
         t5gemma(world, folder, unseen)

@@ -3,8 +3,8 @@
     accelerate launch ... -m tests.launch.slow_places FOLDER slow
     accelerate launch ... -m tests.launch.slow_places FOLDER PLACE
 
-FOLDER has a base model and task files. `slow`: at every place of PLACES the rank named there takes three times
-`ddp_timeout`, once. A place's name: that rank dies there, of kill -9; only the part with that place is run.
+FOLDER has a base model and task files. `slow`: at every place of PLACES the rank named there takes half as long
+again as `ddp_timeout`, once. A place's name: that rank dies there, of kill -9; only the part with that place is run.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ def main(folder: Path, what: str) -> None:
     for task in (SOURCE, TARGET):
         tiny_task(task)
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"  # no other test fills it
-    status_lines.LINE_SECONDS_IN_FILE = TIMEOUT
+    status_lines.LINE_SECONDS_IN_FILE = TIMEOUT / 2
     # A busy machine's slow start is a hang to the run's watchdog; that it lets those work who are waited for is
     # shown in test_watchdog.py.
     session.Watchdog = lambda **given: Watchdog(**{**given, "timeout": 60 * TIMEOUT})
     for name in PLACES if what == "slow" else [what]:
-        hooked(name, (lambda: time.sleep(3 * TIMEOUT)) if what == "slow" else die)
+        hooked(name, (lambda: time.sleep(1.5 * TIMEOUT)) if what == "slow" else die)
     config = source_config(
         *(folder / "base", folder / SOURCE, folder / "source", folder / "bank", SOURCE),
         expert=ExpertConfig(rank=2),

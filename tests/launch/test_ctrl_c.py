@@ -157,8 +157,10 @@ def test_alone_it_saves_and_leaves_with_75(world: World, tmp_path: Path) -> None
 
 @pytest.mark.launch
 @pytest.mark.slow
-def test_behind_the_launcher_all_ranks_save(world: World) -> None:
-    job = world.start("launched", forked=False)
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.soak)])
+def test_behind_the_launcher_all_ranks_save(world: World, forked: bool) -> None:
+    """In fresh interpreters, as a user starts it, in `make soak`."""
+    job = world.start(f"launched-{forked}", forked=forked)
     with clean(job):
         job.until_step(3)
         ranks = job.ranks()

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed import run as torchrun
 
 from tests.conftest import kill_session, start_ranks
 
@@ -270,18 +271,15 @@ def test_torchrun_prints_what_would_start() -> None:
     assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 1" in run.stdout
 
 
-GRACE = """
-from torch.distributed import run
-arguments = run.get_args_parser().parse_args(["script.py"])
-config, _, _ = run.config_from_args(arguments)
-print(config.shutdown_timeout)
-"""
+GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm_common.sh"])
-def test_torch_leaves_a_save_the_time_that_slurm_gives(script: str, tmp_path: Path) -> None:
+def test_torch_leaves_a_save_the_time_that_slurm_gives(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Seconds between SIGTERM and SIGKILL; torch's own 30 lose the save behind a long step."""
-    (tmp_path / "torchrun").write_text(f"#!/usr/bin/env bash\nexec {sys.executable} -c '{GRACE}'\n")
+    (tmp_path / "torchrun").write_text(f"#!/usr/bin/env bash\necho ${GRACE}\n")
     (tmp_path / "torchrun").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     lines = {
@@ -289,10 +287,14 @@ def test_torch_leaves_a_save_the_time_that_slurm_gives(script: str, tmp_path: Pa
         "slurm_common.sh": "source launchers/slurm_common.sh; torchrun",
     }
     command = ["bash", "-c", lines[script]]
-    for given, expected in (({}, "240"), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9"}, "9")):
+    for given, expected in (({}, "240"), ({GRACE: "9"}, "9")):
         environment = {**os.environ, "PATH": path, **given}
         out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert out.stdout.splitlines()[-1:] == [expected], out.stderr
+        monkeypatch.setenv(GRACE, expected)
+        arguments = torchrun.get_args_parser().parse_args(["script.py"])
+        config, _, _ = torchrun.config_from_args(arguments)
+        assert config.shutdown_timeout == int(expected)
     for name in ("slurm_source.sbatch", "slurm_adapt.sbatch"):
         assert "#SBATCH --signal=B:USR1@300\n" in (ROOT / "launchers" / name).read_text()
 

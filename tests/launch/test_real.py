@@ -49,6 +49,7 @@ def test_sst2_to_bank_to_cb(base: Path, shared: Path, launch: Launch) -> None:
         *("--model_name_or_path", str(base), "--bf16", "false", "--logging_steps", "1"),
         *("--bank_dir", str(world / "bank"), "--max_source_length", "64", "--warmup_steps", "2"),
         *("--learning_rate", "1e-2", "--per_device_train_batch_size", "8"),
+        *("--max_eval_samples", "16"),  # under ZeRO-3 each token of an answer gathers all weights
     ]
     source = [
         "--config",
@@ -59,7 +60,7 @@ def test_sst2_to_bank_to_cb(base: Path, shared: Path, launch: Launch) -> None:
         str(shared / "data/glue/SST-2"),
     ]
     source += ["--output_dir", str(world / "sst2"), "--num_train_epochs", "1"]
-    source += ["--max_train_samples", "512", "--max_eval_samples", "64"]
+    source += ["--max_train_samples", "512"]
     launch("-m", "pemt", "source", *source, *common, zero=2)
     assert falls(world / "sst2", "train/ce_loss")
     assert sorted(path.name for path in (world / "bank" / "sst2").iterdir()) == [

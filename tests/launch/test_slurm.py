@@ -230,7 +230,7 @@ CHILD = """
 import json, pathlib, signal, sys, time
 folder, told, then = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 def stop(*_):
-    time.sleep(1)  # a checkpoint takes its time
+    time.sleep(0.3)  # a checkpoint takes its time
     if told != "nothing":
         (folder / "status.json").write_text(json.dumps({"state": told, "step": 3}))
     sys.exit(1)

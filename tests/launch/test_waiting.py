@@ -33,7 +33,7 @@ def program(launch: Launch, folder: Path, what: str, *, check: bool = True) -> t
     return done.returncode, done.output
 
 
-def test_work_of_three_timeouts_is_waited_for_wherever_one_rank_does_it(
+def test_work_longer_than_the_timeout_is_waited_for_wherever_one_rank_does_it(
     launch: Launch, folder: Path
 ) -> None:
     _, output = program(launch, folder, "slow")

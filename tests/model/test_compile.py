@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,24 @@ from tests.support.tiny import (
 )
 
 WAYS = [(False, False), (True, False), (True, True)]  # compiled, checkpointed
+COMPILE = torch.compile
 SOURCES = {"tiny-a": ["q", "v", "wo"], "tiny-b": ["wo"]}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
 def test_compiled_blocks_give_the_same_losses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
 ) -> None:
     """Batches of several widths; nothing of a block is left to Python, gates and sparsity loss included.
 
-    The experts are on attention and on the FFNs. With activation checkpointing blocks run as written.
+    The experts are on attention and on the FFNs. With activation checkpointing blocks run as written. Inductor, which
+    a run takes, compiles for a minute what the same two graphs are made of.
     """
+    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=backend))
     base, data = (
         make_base(tmp_path / "base", num_layers=1),
         write_task_files(tmp_path / "d", seed=0),

@@ -130,6 +130,7 @@ def test_custom_scalars_are_grouped_by_question(open_tab: Any) -> None:
     curves.nth(3).wait_for(state="attached", timeout=SECONDS)
 
 
+@pytest.mark.soak
 def test_images_are_pictures_of_some_size(open_tab: Any) -> None:
     page = open_tab("images", ready="tf-image-loader img")
     for tag in (
@@ -165,6 +166,7 @@ def test_texts_tell_configuration_and_environment(open_tab: Any) -> None:
     page.locator("tf-text-loader", has_text="environment").first.wait_for(timeout=SECONDS)
 
 
+@pytest.mark.soak
 def test_hparams_compare_runs(open_tab: Any, runs: Path) -> None:
     page = open_tab("hparams", ready="text=learning_rate")
     for word in ("method", "task_name", TARGET, SOURCES[0], "pemt"):

@@ -32,14 +32,8 @@ KERNELS = {  # by source: their names and how many of them there are, with all d
 
 
 @needs_nvcc
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        CUDA_ARCHITECTURES[0],
-        *(pytest.param(each, marks=pytest.mark.soak) for each in CUDA_ARCHITECTURES[1:]),
-    ],
-)
+@pytest.mark.soak  # that they compile is seen by test_planted_faults.py, in half of the time
+@pytest.mark.parametrize("architecture", CUDA_ARCHITECTURES)
 @pytest.mark.parametrize("source", KERNELS)
 def test_kernels_compile_without_register_spills(source, architecture, tmp_path):
     assert NVCC is not None

@@ -77,14 +77,17 @@ def raw_experts(kind: str, d_model: int, d_ff: int) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d_model", [96, 1024])
 @pytest.mark.parametrize(
-    "kind",
-    ["std 1e-5", "std 1e-2", "std 1", "std 10", "std 100", "cancelling ranks", "zero", "rank above d_model"],
-)  # fmt: skip
+    ("kind", "d_model"),
+    [
+        *((kind, 96) for kind in ("std 1e-5", "std 1e-2", "std 1", "std 10", "std 100")),
+        *((kind, 96) for kind in ("cancelling ranks", "zero", "rank above d_model")),
+        *(("std 1e-5", 1024), ("std 100", 1024)),  # what a width changes: sums that are larger
+    ],
+)
 def test_experts_of_any_size_and_rank(implementation, dtype, d_model, kind):
     """Held against the factors as they are in the bank: splitting anew costs nothing in half precision."""
-    if d_model == 1024 and (kind == "rank above d_model" or implementation == "cuda on the host"):
+    if d_model == 1024 and implementation == "cuda on the host":
         pytest.skip("the same as with 96, at length")
     torch.manual_seed(0)
     case = make_case(batch=16, tokens=4, d_ff=128, d_model=d_model, ranks=(1, 1, 1), inner=0)

@@ -64,6 +64,7 @@ training.close()
 """
 
 
+@pytest.mark.xdist_group("launch")  # where ranks are forked
 def test_a_bar_while_it_evaluates() -> None:
     shown = on_a_terminal(["-c", EVALUATION], columns=100)
     bars = re.findall(r"validating seen: +\d+%\|[^\r\n]*", shown)
@@ -95,6 +96,7 @@ def test_lines_while_it_evaluates_in_a_file(
     assert lines(0.0, shown=False) == lines(60.0) == []
 
 
+@pytest.mark.xdist_group("launch")
 def test_no_bar_over_the_weights_in_a_file(tmp_path: Path, launch: Launch) -> None:
     base = make_base(tmp_path / "base")
     program = (

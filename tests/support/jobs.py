@@ -34,6 +34,7 @@ FIELDS = {
     "bf16": "false",
     "per_device_train_batch_size": "4",
     "per_device_eval_batch_size": "4",
+    "max_eval_samples": "4",
     "max_source_length": "24",
     "learning_rate": "0.01",
     "num_train_epochs": "12",  # of five steps on two ranks
