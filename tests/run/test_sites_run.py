@@ -15,7 +15,7 @@ from pemt.config import ConfigError, ExpertConfig, MixtureConfig, PemtError
 from pemt.publish import PemtModel, export_run
 from pemt.report.findings import gate_matrices, source_uses
 from pemt.report.page import write_report
-from pemt.report.record import read_records
+from pemt.report.record import read_runs
 from pemt.run.finished import load_finished
 from pemt.run.train import run_adapt, run_source
 from tests.support.tiny import (
@@ -105,7 +105,7 @@ def test_what_is_unexpected_is_told(
 
 
 def test_a_report_shows_where_a_source_is_absent(world: Path, tmp_path: Path) -> None:
-    (record,) = read_records([world / "adapt"])
+    (record,) = read_runs([world / "adapt"])
     matrices = {matrix.title: matrix for matrix in gate_matrices(record)}
     assert list(matrices) == [
         "encoder/self/q", "encoder/self/v", "encoder",
