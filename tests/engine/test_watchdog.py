@@ -147,7 +147,7 @@ def test_a_machine_that_dies_with_the_store_is_named(
     status, error = ranks[2].end()
     assert TIMEOUT / 2 < time.monotonic() - began < 3 * TIMEOUT, "within TIMEOUT on an idle machine"
     assert status == 1
-    assert error.endswith("ended\n")
+    assert "\nended\n" in error  # PyTorch's store may log its own end behind it
     assert error.count("pemt: error: ") == 1
     for process in ranks[:2]:
         assert f"(host one, process {process.pid}, after step " in error
