@@ -131,4 +131,4 @@ def _backward(model: T5ForConditionalGeneration, rows: list[Row], weight: float)
     """The loss per token, whose gradient is added with this weight."""
     loss = model(**collate(rows, pad_token_id=0, device=torch.device("cpu"))).loss
     (loss * weight).backward()
-    return float(loss)
+    return loss.item()
