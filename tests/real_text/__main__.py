@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pemt.demo.evidence_report import Outcome, write_evidence
-from pemt.run import run_source
 from tests.real_text.pretraining import pretrain
-from tests.real_text.rows import ROWS, source_config, train
+from tests.real_text.rows import ROWS, train
 from tests.real_text.texts import SOURCES, TARGETS, write_task
 
 
@@ -32,9 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_task(each, options.data, folder / "data" / each.name, seed=0)
     if not (folder / "base").exists():
         pretrain(options.data, folder / "base")
-    for each in SOURCES:
-        if not (folder / "bank" / each.task.name).exists():
-            run_source(source_config(each.name, folder))
     outcomes = [Outcome.of(row, 0, run) for row in options.rows for run in train(row, folder)]
     write_evidence(outcomes, folder)
     return 0

@@ -60,8 +60,10 @@ def pretrain(data: Path, folder: Path, *, seed: int = 0) -> None:
         flush=True,
     )
     train(model, tokens, supervised, draw)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    unfinished = folder.with_name(f".{folder.name}")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def cut_tokenizer(whole: Path, texts: list[str]) -> T5Tokenizer:

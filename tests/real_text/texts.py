@@ -34,7 +34,7 @@ class RealTask:
 
     @property
     def task(self) -> Task:
-        """As pemt knows it after `register`."""
+        """As `write_task` registers it."""
         known = get_task(self.name)
         return Task(
             name=f"real-{self.name}",
@@ -136,7 +136,7 @@ def examples_of(task: Task, path: Path, longest: int | None = None) -> list[tupl
 
 
 def plain_texts(data: Path) -> list[str]:
-    """What span corruption reads: training texts alone, each once, and no target's test text."""
+    """What span corruption reads: training files alone, each text once."""
     every = [(each.name, each.train) for each in (*SOURCES, *TARGETS)]
     texts: dict[str, None] = {}
     for name, file in (*every, *SUPERVISED.items()):
