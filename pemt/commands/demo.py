@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pemt.config import Parser, PemtError, command_parser
-from pemt.engine import LIBRARIES, StopSignals, own_cache, show_status
+from pemt.engine import LIBRARIES, StopSignals, importing_libraries, own_cache
 
 EVIDENCE_WORLDS = (2, 3, 4, 5)
 
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
     with StopSignals():
         if os.environ.get("RANK", "0") == "0":
             print(f"--- {LIBRARIES}", flush=True)
-        with show_status(LIBRARIES):
+        with importing_libraries():
             from pemt.demo import run_demo, run_evidence
 
         if options.evidence:

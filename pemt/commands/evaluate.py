@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pemt.commands.fields import split_fields
 from pemt.config import Parser, command_parser
+from pemt.engine import importing_libraries
 
 FIELDS = (
     "\nAny field of the run's configuration may be given too, as on the command line of `pemt adapt`:\n"
@@ -14,11 +15,11 @@ FIELDS = (
 def run(arguments: list[str]) -> None:
     """`pemt evaluate`."""
     options, overrides = split_fields(make_parser(), arguments)
-    from pemt.run import check_finished
-
+    with importing_libraries():
+        from pemt.run import check_finished
     check_finished(options["run_dir"], overrides)
-    from pemt.run import evaluate_run  # with all the libraries
-
+    with importing_libraries():
+        from pemt.run import evaluate_run
     options["constrain_labels"] = options["constrain_labels"] == "true"
     evaluate_run(**options, overrides=overrides)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pemt.commands.plan_batch import STAGES
 from pemt.config import AdaptConfig, ConfigError, Parser, RunConfig, command_parser, parse_config
-from pemt.engine import LIBRARIES, show_status
+from pemt.engine import importing_libraries
 
 # What says where the libraries look, besides HF_HOME.
 PLACES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE")
@@ -32,10 +32,10 @@ def run(arguments: list[str]) -> None:
     for line in _bring_experts(config, peft=options.peft, bank=options.bank):
         print(line, flush=True)
         lines.append(line)
-    from pemt.run import check_inputs
-
+    with importing_libraries():
+        from pemt.run import check_inputs
     check_inputs(config)
-    with show_status(LIBRARIES):
+    with importing_libraries():
         from pemt.run import FETCHED, fetch_all
     for line in fetch_all(config):
         print(line, flush=True)

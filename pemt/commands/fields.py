@@ -6,7 +6,7 @@ import typing
 from typing import Any, Literal
 
 from pemt.config import AdaptConfig, Parser, RunConfig, SourceConfig, command_parser, field_keys
-from pemt.engine import LIBRARIES, StopSignals, show_status
+from pemt.engine import StopSignals, importing_libraries
 
 FILES = {"task_file", "peft_config"}
 FOLDERS = {"data_dir", "output_dir", "bank_dir", "model_name_or_path", "tokenizer_name"}
@@ -43,10 +43,10 @@ def run_stage(kind: type[RunConfig], name: str, arguments: list[str]) -> None:
         from pemt.config import parse_config
 
         config = parse_config(kind, arguments, prog=f"pemt {name}")
-        from pemt.run import check_early
-
+        with importing_libraries():
+            from pemt.run import check_early
         check_early(config)
-        with show_status(LIBRARIES):
+        with importing_libraries():
             from pemt.run import run_adapt, run_source
 
         if isinstance(config, SourceConfig):

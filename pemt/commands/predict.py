@@ -5,6 +5,7 @@ from __future__ import annotations
 from pemt.commands.evaluate import FIELDS
 from pemt.commands.fields import split_fields
 from pemt.config import Parser, PemtError, command_parser, count
+from pemt.engine import importing_libraries
 
 # Fields of the run, under the names that generation goes by.
 NAMES = {
@@ -30,11 +31,11 @@ def run(arguments: list[str]) -> None:
     for name, field in NAMES.items():
         value = options.pop(name)
         overrides += [] if value is None else [f"--{field}", str(value)]
-    from pemt.run import check_finished
-
+    with importing_libraries():
+        from pemt.run import check_finished
     check_finished(options["run_dir"], overrides)
-    from pemt.run import predict_file  # with all the libraries
-
+    with importing_libraries():
+        from pemt.run import predict_file
     predict_file(**options, constrain_labels=constrain, overrides=overrides)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pemt.config import Parser, command_parser, sweep_file
+from pemt.engine import importing_libraries
 
 
 def run(arguments: list[str]) -> None:
     """`pemt sweep`."""
     path = sweep_file(make_parser().parse_args(arguments).config)
-    from pemt.sweep import read_sweep
-
+    with importing_libraries():
+        from pemt.sweep import read_sweep
     sweep = read_sweep(path)
-    from pemt.sweep import run_sweep  # with all the libraries
-
+    with importing_libraries():
+        from pemt.sweep import run_sweep
     run_sweep(sweep)
 
 

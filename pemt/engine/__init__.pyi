@@ -27,6 +27,6 @@ from .signals import (
     StopSignals as StopSignals,
     is_interactive as is_interactive,
 )
-from .status_lines import LIBRARIES as LIBRARIES, show_status as show_status
+from .status_lines import LIBRARIES as LIBRARIES, importing_libraries as importing_libraries
 from .trackers import Tracker as Tracker, open_trackers as open_trackers
 from .watchdog import Watchdog as Watchdog
