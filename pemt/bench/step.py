@@ -98,15 +98,14 @@ class StepBench:
 class LoopMixture(LoraMixture):
     """The experts one after another, and once more for the cosines: what `pemt.ops` is held against."""
 
-    def mix(
-        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        gates_BK = self._gates(x_BSF)
         weight_DF, down_NF = self.weight.split(self.sizes)
         frozen = (weight_DF, down_NF, self.up)
         z_BSD, loss = reference.ffn_output(
             x_BSF, *frozen, gates_BK, self.adapter.tensors, self.scales, self.ranks, self.token_weights_BS
         )  # fmt: skip
-        return z_BSD, loss if sparsity else None
+        return z_BSD, loss if sparsity else None, gates_BK
 
 
 class Step:

@@ -80,12 +80,11 @@ class PassContext:
         """Inside `generating`."""
         return self._generate_gates is not None
 
-    def keep_encoder_prompt(self, states_BSD: Tensor) -> Tensor:
-        """Take the mean over the prompt of the encoder's last states; returns the states unchanged."""
+    def keep_encoder_prompt(self, states_BSD: Tensor) -> None:
+        """Take the mean over the prompt of the encoder's last states."""
         kept_BD = self.encoder_prompt_BD
         if not (self.is_generating and kept_BD is not None and len(kept_BD) == len(states_BSD)):
-            states_BSD, self.encoder_prompt_BD = prompt_mean(states_BSD, self.prompt_length)
-        return states_BSD
+            self.encoder_prompt_BD = prompt_mean(states_BSD, self.prompt_length)
 
     @contextmanager
     def seeing(self, encoder_prompt_BD: Tensor | None) -> Iterator[None]:

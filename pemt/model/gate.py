@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pemt.model.trainable import Trainable
+from pemt.ops import reference
 
 GateKind = Literal["learned", "uniform"]
 
 
-def make_gate(kind: GateKind, width: int, experts: int, *, like: Tensor) -> nn.Module:
+def make_gate(kind: GateKind, width: int, experts: int, *, like: Tensor) -> Gate | UniformGate:
     """A gate over K experts that reads a context of this width: see `MixtureConfig.gate`."""
     return UniformGate(experts) if kind == "uniform" else Gate(width, experts, like=like)
 
@@ -37,13 +38,14 @@ class Gate(Trainable):
         yield self.weight
 
     def forward(self, context_BC: Tensor) -> Tensor:
-        """Gates [B,K] in fp32, under autocast too: bf16 would round small preferences away."""
-        with torch.autocast(context_BC.device.type, enabled=False):
-            return torch.softmax(context_BC.float() @ self.weight.float(), dim=-1)
+        """Gates [B,K], in fp32."""
+        return reference.gates(context_BC, self.weight)
 
 
 class UniformGate(nn.Module):
     """1 / K for every expert, whatever the context: nothing is trained."""
+
+    weight = None
 
     def __init__(self, experts: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ from pemt.model.factors import rank_factors, side_by_side
 from pemt.model.gate import GateKind, make_gate
 from pemt.model.inject import LinearSite
 from pemt.model.lazy import is_lazy, lazy_parameter, value_of
-from pemt.ops import prompt_mean
+from pemt.ops import ffn_output, gated_output, prompt_mean
 from pemt.ops.linear import mixture_step
 
 
@@ -50,20 +50,29 @@ class GatedLinear(nn.Module, ABC):
         self.gate = make_gate(kind, site.gate_width, len(sources), like=self.weight)
         self.source_names = [source.name for source in sources]
         self.context = context
-        self._prepared: tuple[Tensor, Any] | None = None
+        self._prepared: tuple[Tensor | int, Any] | None = None
 
-    def _gate_context(self, x_BSF: Tensor) -> tuple[Tensor, Tensor]:
-        """x, and what its gates are computed from; see `prompt_mean`."""
+    @property
+    def _gate_context(self) -> Tensor | int:
+        """What the gate reads, as `pemt.ops.gated_output` takes it."""
         if not self.in_decoder:
-            return prompt_mean(x_BSF, self.context.prompt_length)
+            return self.context.prompt_length
         assert self.context.encoder_prompt_BD is not None, "the hook on the decoder has not run"
-        return x_BSF, self.context.encoder_prompt_BD
+        return self.context.encoder_prompt_BD
+
+    def _gates(self, x_BSF: Tensor) -> Tensor:
+        """The gates [B,K] of an input."""
+        context = self._gate_context
+        gates_BK: Tensor = self.gate(
+            prompt_mean(x_BSF, context) if isinstance(context, int) else context
+        )
+        return gates_BK
 
     def _generate_step(self, x_BSF: Tensor) -> Tensor:
         """One step of `generate` in the decoder: y [B,S,D], with the gates of its first step."""
-        _, prompt_BD = self._gate_context(x_BSF)
+        prompt_BD = self._gate_context
         if self._prepared is None or self._prepared[0] is not prompt_BD:
-            gates_BK = self.gate(prompt_BD)
+            gates_BK = self._gates(x_BSF)
             self.context.record_generate_gates(gates_BK)
             self._prepared = prompt_BD, self.prepare_step(gates_BK)
         return self.generate_step(x_BSF, self._prepared[1])
@@ -93,6 +102,21 @@ class LoraExperts(GatedLinear):
         stacked = partial(_stacked, own, factors.down)
         self.weight = frozen((sum(self.sizes), inputs), stacked, like=own)
         self.up = frozen(self.sizes, factors.up, like=own)
+
+    @property
+    def external_parameters(self) -> tuple[Tensor, ...]:
+        """What it computes with and its submodules own: ZeRO-3 must gather them with it."""
+        return () if self.gate.weight is None else (self.gate.weight,)
+
+    def _mix(self, x_BSF: Tensor, **options: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        """z [B,S,D], the loss if it is wanted, the gates [B,K]; options are those of `pemt.ops.ffn_output`."""
+        experts = (self.scales, self.ranks)
+        if self.gate.weight is None:
+            gates_BK = self._gates(x_BSF)
+            mixed = ffn_output(x_BSF, self.weight, self.up, gates_BK, *experts, **options)
+            return *mixed, gates_BK
+        gate = self.gate.weight, self._gate_context
+        return gated_output(x_BSF, self.weight, self.up, *gate, *experts, **options)
 
     def prepare_step(self, gates_BK: Tensor) -> Tensor:
         """g_k s_k of every sample, once per rank [B,1,N]."""

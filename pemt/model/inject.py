@@ -201,9 +201,8 @@ def pass_encoder_prompt(base: Base, context: PassContext) -> None:
 
     def keep_prompt_mean(
         module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        states_BSD = context.keep_encoder_prompt(kwargs[ENCODER_STATES])
-        return args, {**kwargs, ENCODER_STATES: states_BSD}
+    ) -> None:
+        context.keep_encoder_prompt(kwargs[ENCODER_STATES])
 
     stack_of(base, "decoder").register_forward_pre_hook(keep_prompt_mean, with_kwargs=True)
 

@@ -21,7 +21,6 @@ from pemt.model.gate import GateKind
 from pemt.model.gated import GatedLinear, LoraExperts, frozen
 from pemt.model.inject import LinearSite
 from pemt.model.trainable import Trainable
-from pemt.ops import ffn_output
 from pemt.ops.linear import linear
 
 
@@ -87,15 +86,14 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
 
     def forward(self, x_BSF: Tensor) -> Tensor:
         """z [B,S,D]; gates [B,K] and sparsity loss go to the pass's context, as it asks for them."""
-        if self.in_decoder and self.context.is_generating:
-            return self.adapter(self._generate_step(x_BSF))
-        x_BSF, prompt_BC = self._gate_context(x_BSF)
-        gates_BK = self.gate(prompt_BC)
         context = self.context
         if context.is_generating:
+            if self.in_decoder:
+                return self.adapter(self._generate_step(x_BSF))
+            gates_BK = self._gates(x_BSF)
             context.record_generate_gates(gates_BK)
             return self.adapter(self.generate_step(x_BSF, self.prepare_step(gates_BK)))
-        z_BSD, loss = self.mix(x_BSF, gates_BK, sparsity=context.wants_sparsity)
+        z_BSD, loss, gates_BK = self.mix(x_BSF, sparsity=context.wants_sparsity)
         if loss is not None:
             context.record(gates_BK, loss)
         return z_BSD
@@ -111,10 +109,8 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
         return context.decoder_weights_BS if self.in_decoder else context.encoder_weights_BS
 
     @abstractmethod
-    def mix(
-        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """z [B,S,D] and Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), a scalar in fp32, if it is wanted."""
+    def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """z [B,S,D]; if wanted Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), a scalar in fp32; gates [B,K]."""
 
 
 class LoraMixture(LoraExperts, MixtureProjection):
@@ -122,19 +118,11 @@ class LoraMixture(LoraExperts, MixtureProjection):
 
     @property
     def external_parameters(self) -> tuple[Tensor, ...]:
-        """What it computes with and its submodules own: ZeRO-3 must gather them with it."""
-        return self.adapter.tensors
+        return *super().external_parameters, *self.adapter.tensors
 
-    def mix(
-        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        return ffn_output(
+    def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        return self._mix(
             x_BSF,
-            self.weight,
-            self.up,
-            gates_BK,
-            self.scales,
-            self.ranks,
             adapter=self.adapter.tensors,
             sparsity=sparsity,
             token_weights=self.token_weights_BS,
@@ -152,12 +140,12 @@ class BottleneckMixture(MixtureProjection):
         self.up_bias = packed(sources, f"{site.name}.up.bias", self.weight, dim=0)
         self.ffn_input_BSD: Tensor | None = None
 
-    def mix(
-        self, x_BSF: Tensor, gates_BK: Tensor, *, sparsity: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        gates_BK = self._gates(x_BSF)
         y_BSD, outputs = self._outputs(x_BSF, gates_BK)
         z_BSD = self.adapter(y_BSD)
-        return z_BSD, self._sparsity(z_BSD, outputs, gates_BK) if sparsity else None
+        loss = self._sparsity(z_BSD, outputs, gates_BK) if sparsity else None
+        return z_BSD, loss, gates_BK
 
     def prepare_step(self, gates_BK: Tensor) -> Tensor:
         return gates_BK

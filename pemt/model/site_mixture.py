@@ -16,7 +16,6 @@ from pemt.model.gate import GateKind
 from pemt.model.gated import LoraExperts
 from pemt.model.inject import LinearSite
 from pemt.model.mixture import MIXTURES, AdapterProjection
-from pemt.ops import expert_mixture
 
 
 class SiteMixture(LoraExperts):
@@ -43,13 +42,12 @@ class SiteMixture(LoraExperts):
         context = self.context
         if self.in_decoder and context.is_generating:
             return self._generate_step(x_BSF)
-        x_BSF, prompt_BC = self._gate_context(x_BSF)
-        gates_BK = self.gate(prompt_BC)
+        y_BSD, _, gates_BK = self._mix(x_BSF, sparsity=False)
         if context.is_generating:
             context.record_generate_gates(gates_BK)
         else:
             context.record(gates_BK, None)
-        return expert_mixture(x_BSF, self.weight, self.up, gates_BK, self.scales, self.ranks)
+        return y_BSD
 
 
 def mix_at(

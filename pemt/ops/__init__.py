@@ -6,7 +6,7 @@ T the sum of the K ranks.
     down, up, scales, ranks = orthonormal_experts(down, up, scales, ranks)  # once: they are frozen
     stacked = torch.cat([weight, down])                                     # likewise
     z, loss = ffn_output(x, stacked, up, gates, scales, ranks, adapter=adapter, token_weights=token_weights(mask))
-    y = expert_mixture(x, stacked, up, gates, scales, ranks)               # the same without adapter and loss
+    z, loss, gates = gated_output(x, stacked, up, gate, context, ...)      # the gates made within
 
 Gradients reach x, the gates and the adapter. The K outputs of width D are never made, and of x only the
 latent of width T is kept for the backward pass. The package knows PyTorch alone.
@@ -34,16 +34,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import schema  # registers the ops
-from .checks import OpsError, check_output, check_prompt, compute_dtype
+from . import reference, schema  # schema registers the ops
+from .checks import OpsError, check_gate, check_gates, check_output, check_prompt, compute_dtype
 from .orthonormal import orthonormal_experts
 from .products import choose_libraries
 from .select import Kernels, kernels_for
 
 __all__ = [
     "OpsError",
-    "expert_mixture",
     "ffn_output",
+    "gated_output",
     "orthonormal_experts",
     "prompt_mean",
     "token_weights",
@@ -83,21 +83,11 @@ def ffn_output(
         OpsError: a shape, dtype or device is wrong, or stacked or up requires grad.
     """
     x, stacked, up, *adapter = _autocast(x, stacked, up, *adapter)
-    check_output(x, stacked, up, gates, adapter, scales, ranks, token_weights)
+    check_output(x, stacked, up, adapter, scales, ranks, token_weights)
+    check_gates(x, gates, len(ranks))
     given = adapter or (None,) * 4
     z, loss, *_ = _call(x, stacked, up, gates, *given, scales, ranks, token_weights, sparsity)
     return z, loss if sparsity else None
-
-
-def expert_mixture(
-    x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor,
-    scales: Sequence[float], ranks: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """Any frozen linear layer plus the gated mixture of K LoRA experts: the y [B, S, D] of `ffn_output`.
-
-    Arguments and errors are those of `ffn_output`.
-    """
-    return ffn_output(x, stacked, up, gates, scales, ranks, sparsity=False)[0]
 
 
 def token_weights(mask: Tensor | None) -> Tensor | None:
@@ -108,26 +98,52 @@ def token_weights(mask: Tensor | None) -> Tensor | None:
     return counted / counted.sum().clamp(min=1)
 
 
-def prompt_mean(x: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
-    """What a gate reads, the mean over the prompt (arXiv 2402.15082).
+def gated_output(
+    x: Tensor, stacked: Tensor, up: Tensor, gate: Tensor, context: Tensor | int,
+    scales: Sequence[float], ranks: Sequence[int], *, adapter: Sequence[Tensor] = (),
+    sparsity: bool = True, token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """`ffn_output` with the gates of a learned gate, softmax(context gate) (arXiv 2402.15082).
 
     Args:
-        x: [B, S, X], the prompt first.
-        prompt_length: P, its tokens.
+        gate: [C, K]; gates are computed in float32 (float64 for float64) whatever its dtype.
+        context: [B, C]; or a number of tokens P, for the mean of x over its first P, the prompt.
 
     Returns:
-        x [B, S, X], to be used in the argument's place and not to be written to: so compiled kernels add the
-        mean's gradient into x's, and make no tensor of x's size for it; and the mean [B, X] in float32
-        (float64 for float64).
+        z and the loss, as `ffn_output` does; the gates [B, K], to look at: no gradient comes through them.
 
     Raises:
-        OpsError: x has not 3 dimensions, or not P tokens.
+        OpsError: as `ffn_output`.
+    """
+    x, stacked, up, *adapter = _autocast(x, stacked, up, *adapter)
+    check_output(x, stacked, up, adapter, scales, ranks, token_weights)
+    check_gate(x, gate, context, len(ranks))
+    kernels = _direct(x)
+    if kernels is None or kernels.gated_output is None:
+        context = context if isinstance(context, Tensor) else prompt_mean(x, context)
+        gates = reference.gates(context, gate)
+        z, loss = ffn_output(
+            x, stacked, up, gates, scales, ranks,
+            adapter=adapter, sparsity=sparsity, token_weights=token_weights,
+        )  # fmt: skip
+        return z, loss, gates.detach()
+    choose_libraries(kernels, x, *schema.products(stacked, up, adapted=bool(adapter)))
+    read, length = (context, 0) if isinstance(context, Tensor) else (None, context)
+    z, loss, gates = kernels.gated_output(
+        x, stacked, up, gate, read, length, *(adapter or (None,) * 4), scales, ranks,
+        token_weights, sparsity,
+    )  # fmt: skip
+    return z, loss if sparsity else None, gates
+
+
+def prompt_mean(x: Tensor, prompt_length: int) -> Tensor:
+    """The mean [B, X] of x [B, S, X] over its first tokens, in float32 (float64 for float64).
+
+    Raises:
+        OpsError: x has not 3 dimensions, or not so many tokens.
     """
     check_prompt(x, prompt_length)
-    kernels = _direct(x)
-    if kernels is None or kernels.prompt_mean is None:
-        return x, x[:, :prompt_length].to(compute_dtype(x.dtype)).mean(dim=1)
-    return kernels.prompt_mean(x, prompt_length)
+    return x[:, :prompt_length].to(compute_dtype(x.dtype)).mean(dim=1)
 
 
 def _call(x: Tensor, stacked: Tensor, up: Tensor, *rest: Any) -> Any:

@@ -18,18 +18,16 @@ class OpsError(ValueError):
 
 
 def check_output(
-    x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, adapter: Sequence[Tensor],
+    x: Tensor, stacked: Tensor, up: Tensor, adapter: Sequence[Tensor],
     scales: Sequence[float], ranks: Sequence[int], token_weights: Tensor | None,
 ) -> None:  # fmt: skip
-    """Raise OpsError unless these are arguments of `ffn_output`."""
+    """Raise OpsError unless these, and gates, are arguments of `ffn_output`."""
     _check_experts(scales, ranks)
-    _check_dims(x=(x, 3), stacked=(stacked, 2), up=(up, 2), gates=(gates, 2))
+    _check_dims(x=(x, 3), stacked=(stacked, 2), up=(up, 2))
     (batch, tokens, d_ff), d_model, total = x.shape, len(up), sum(ranks)
     _check_shape("up", up, (d_model, total))
     _check_shape("stacked", stacked, (d_model + total, d_ff))
-    _check_shape("gates", gates, (batch, len(ranks)))
     _check_same("x", x, stacked=stacked, up=up)
-    _check_device("x", x, gates=gates)
     _check_frozen(stacked=stacked, up=up)
     if adapter:
         _check_adapter(x, d_model, adapter)
@@ -47,6 +45,27 @@ def _check_adapter(x: Tensor, d_model: int, adapter: Sequence[Tensor]) -> None:
     for name, tensor, shape in zip(names, adapter, shapes, strict=True):
         _check_shape(name, tensor, shape)
         _check_same("x", x, **{name: tensor})
+
+
+def check_gates(x: Tensor, gates: Tensor, experts: int) -> None:
+    """Raise OpsError unless these are the gates of so many experts for each sample of x."""
+    _check_dims(gates=(gates, 2))
+    _check_shape("gates", gates, (len(x), experts))
+    _check_device("x", x, gates=gates)
+
+
+def check_gate(x: Tensor, gate: Tensor, context: Tensor | int, experts: int) -> None:
+    """Raise OpsError unless these are a gate over so many experts and what it reads of each sample of x."""
+    _check_dims(gate=(gate, 2))
+    if isinstance(context, Tensor):
+        _check_dims(context=(context, 2))
+        _check_shape("context", context, (len(x), len(gate)))
+        _check_device("x", x, context=context)
+    else:
+        check_prompt(x, context)
+    width = len(gate) if isinstance(context, Tensor) else x.shape[2]
+    _check_shape("gate", gate, (width, experts))
+    _check_device("x", x, gate=gate)
 
 
 def check_prompt(x: Tensor, prompt_length: int) -> None:

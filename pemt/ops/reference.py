@@ -1,6 +1,7 @@
 """The specification: a loop over the experts in plain PyTorch, differentiable by autograd.
 
-B batch, S tokens, F d_ff, D d_model, K experts, R rank of one expert, T the sum of the ranks.
+B batch, S tokens, F d_ff, D d_model, K experts, R rank of one expert, T the sum of the ranks, C width of
+what a gate reads.
 
 Everything else in this package computes what these functions compute, without the outputs of
 width D per expert that they make. Run them directly for the truth; `PEMT_OPS=reference` runs their
@@ -16,6 +17,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, gelu, linear
 
 from .checks import compute_dtype
+
+
+def gates(context_BC: Tensor, gate_CK: Tensor) -> Tensor:
+    """softmax(context gate) [B, K], in float32 (float64 for float64), under autocast too.
+
+    bf16 would round small preferences away.
+    """
+    precise = compute_dtype(context_BC.dtype)
+    with torch.autocast(context_BC.device.type, enabled=False):
+        return torch.softmax(context_BC.to(precise) @ gate_CK.to(precise), dim=-1)
 
 
 def expert_mixture(

@@ -18,14 +18,14 @@ from .checks import OpsError
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The bodies of `schema`'s two ops, with the signatures of `packed`; compiled ones have `prompt_mean` besides.
+    """The bodies of `schema`'s two ops, with the signatures of `packed`; compiled ones have `gated_output` besides.
 
     Compiled for a CPU they have the product of `linear` too, and `products` chooses which library multiplies.
     """
 
     ffn_output: Callable[..., tuple[Tensor, ...]]
     ffn_output_backward: Callable[..., tuple[Tensor, ...]]
-    prompt_mean: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
+    gated_output: Callable[..., tuple[Tensor, ...]] | None = None
     few_rows: Callable[[Tensor, Tensor], Tensor] | None = None
     choose_onednn: Callable[[list[int], bool], None] | None = None
 
@@ -35,7 +35,7 @@ class Kernels:
         return cls(
             ffn_output=namespace.ffn_output,
             ffn_output_backward=namespace.ffn_output_backward,
-            prompt_mean=getattr(namespace, "prompt_mean", None),
+            gated_output=getattr(namespace, "gated_output", None),
             few_rows=getattr(namespace, "few_rows", None),
             choose_onednn=getattr(namespace, "choose_onednn", None),
         )
@@ -43,7 +43,7 @@ class Kernels:
     @property
     def differentiable(self) -> bool:
         """Compiled: they bring their own gradients (csrc/binding.cpp)."""
-        return self.prompt_mean is not None
+        return self.gated_output is not None
 
 
 def _reference_output(

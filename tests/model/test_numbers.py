@@ -62,8 +62,9 @@ def test_gates_start_equal_and_follow_the_prompt_alone() -> None:
     x_BSF = torch.randn(2, 9, 48)
     changed = x_BSF.clone()
     changed[:, 5:] += 1  # behind the 5 tokens of the prompt
-    _, prompt_BF = first_wo._gate_context(changed)
-    torch.testing.assert_close(first_wo.gate(prompt_BF), first_wo.gate(x_BSF[:, :5].mean(1)))
+    gates_BK = first_wo.gate(x_BSF[:, :5].mean(1))
+    torch.testing.assert_close(first_wo._gates(changed), gates_BK)
+    torch.testing.assert_close(first_wo.mix(changed, sparsity=False)[2], gates_BK)
 
 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])

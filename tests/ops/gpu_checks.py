@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -45,15 +46,21 @@ def an_empty_batch(device: str) -> None:
         assert all(value.isfinite().all() for value in found.values())
 
 
-def the_prompts_mean(device: str) -> None:
-    """Its gradient is added into x's, and both are autograd's."""
-    x = torch.randn(3, 7, 12, device=device, requires_grad=True)
-    gradients = []
-    for mean in (ops.prompt_mean, lambda x, length: (x, x[:, :length].mean(dim=1))):
-        same, mean_BX = mean(x, 4)
-        (gradient,) = torch.autograd.grad(same.square().sum() + mean_BX.sum(), x)
-        gradients.append(gradient)
-    torch.testing.assert_close(*gradients)
+def gates_made_within(device: str) -> None:
+    """Output and gradients are those with gates that autograd makes before the op."""
+    case = make_case(batch=3, tokens=7, dtype=torch.float32).on(device)
+    x, gate = case.x.requires_grad_(), torch.randn(24, 2, device=device, requires_grad=True)
+    experts = (case.scales, case.ranks)
+    z, loss, gates = ops.gated_output(
+        x, case.stacked, case.up, gate, 4, *experts, adapter=case.adapter
+    )
+    before = ops.reference.gates(ops.prompt_mean(x, 4), gate)
+    torch.testing.assert_close(gates, before)
+    other_z, other_loss = replace(case, mask=None).output(gates=before)
+    torch.testing.assert_close(
+        torch.autograd.grad(z.square().sum() + loss, (x, gate)),
+        torch.autograd.grad(other_z.square().sum() + other_loss, (x, gate)),
+    )
 
 
 def a_graph_captures_the_ops(device: str) -> None:
@@ -91,6 +98,6 @@ BRIEF: dict[
 CHECKS: dict[str, Check] = {
     **{f"values: {shape}, {dtype}": partial(values, shape, dtype) for shape in SHAPES for dtype in DTYPES},
     "an empty batch": an_empty_batch,
-    "the prompt's mean": the_prompts_mean,
+    "gates made within": gates_made_within,
     "a graph captures the ops": a_graph_captures_the_ops,
 }  # fmt: skip

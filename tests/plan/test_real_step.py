@@ -19,7 +19,7 @@ from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, MixtureConfig, PemtError
 from pemt.model import PemtT5, base_shape
 from pemt.model.gated import LoraExperts
-from pemt.ops import reference
+from pemt.ops import prompt_mean, reference
 from pemt.ops.checks import MAX_EXPERTS
 from pemt.plan import MOST_EXPERTS, Cluster, Job, Zero
 from pemt.plan.activations import saved
@@ -61,18 +61,18 @@ def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return *stacked.split([len(up), up.shape[1]]), up
 
     def output(
-        x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, *experts: Any,
-        adapter: tuple[Tensor, ...], sparsity: bool, token_weights: Tensor | None,
+        x: Tensor, stacked: Tensor, up: Tensor, gate: Tensor, context: Tensor | int, *experts: Any,
+        adapter: tuple[Tensor, ...] = (), sparsity: bool, token_weights: Tensor | None = None,
     ) -> Any:  # fmt: skip
-        assert sparsity
         frozen = apart(stacked, up)
-        return reference.ffn_output(x, *frozen, gates, adapter, *experts, token_weights)
+        read = prompt_mean(x, context) if isinstance(context, int) else context
+        gates = reference.gates(read, gate)
+        if not sparsity:
+            return reference.expert_mixture(x, *frozen, gates, *experts)[0], None, gates.detach()
+        mixed = reference.ffn_output(x, *frozen, gates, adapter, *experts, token_weights)
+        return *mixed, gates.detach()
 
-    def mixture(x: Tensor, stacked: Tensor, up: Tensor, *rest: Any) -> Tensor:
-        return reference.expert_mixture(x, *apart(stacked, up), *rest)[0]
-
-    monkeypatch.setattr("pemt.model.mixture.ffn_output", output)
-    monkeypatch.setattr("pemt.model.site_mixture.expert_mixture", mixture)
+    monkeypatch.setattr("pemt.model.gated.gated_output", output)
 
 
 @pytest.mark.usefixtures("plain_products")

@@ -271,8 +271,38 @@ Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dl
   return {dx, dgates.to(gates.scalar_type()), ddown, ddown_bias, dup, dup_bias};
 }
 
-std::tuple<Tensor, Tensor> prompt_mean(const Tensor& x, int64_t prompt_length) {
-  return {x, at::mean(x.narrow(1, 0, prompt_length), 1, false, real_of(x))};
+std::tuple<Tensor, Tensor> gates_of(
+    const Tensor& x, const Tensor& gate, const OptionalTensor& context, int64_t prompt_length) {
+  const auto real = real_of(x);
+  const Tensor read_BC = context.has_value()
+                             ? context->to(real)
+                             : at::mean(x.narrow(1, 0, prompt_length), 1, false, real);
+  return {read_BC, at::_softmax(at::mm(read_BC, gate.to(real)), 1, false)};
+}
+
+std::tuple<Tensor, Tensor> gates_backward(
+    const Tensor& dgates, const Tensor& gates, const Tensor& read, const Tensor& gate) {
+  const auto real = gates.scalar_type();
+  const Tensor dlogits_BK = at::_softmax_backward_data(dgates, gates, 1, real);
+  return {
+      at::mm(dlogits_BK, gate.to(real).t()), at::mm(read.t(), dlogits_BK).to(gate.scalar_type())};
+}
+
+void add_mean_gradient(const Tensor& dx, const Tensor& dmean, int64_t prompt_length) {
+  const Tensor each_BC = (dmean / prompt_length).to(dx.scalar_type());
+  dx.narrow(1, 0, prompt_length).add_(each_BC.unsqueeze(1));
+}
+
+GatedOutput gated_output(const Tensor& x, const Tensor& stacked, const Tensor& up,
+    const Tensor& gate, const OptionalTensor& gate_context, int64_t prompt_length,
+    const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
+    const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
+    bool sparsity) {
+  const Tensor gates = std::get<1>(gates_of(x, gate, gate_context, prompt_length));
+  const auto found = ffn_output(x, stacked, up, gates, adapter_down, adapter_down_bias, adapter_up,
+      adapter_up_bias, scales, ranks, token_weights, sparsity);
+  return {std::get<0>(found), std::get<1>(found), gates};
 }
 
 #ifndef PEMT_CUDA

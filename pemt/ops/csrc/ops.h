@@ -36,8 +36,26 @@ Gradients ffn_output_backward(const OptionalTensor& dz, const OptionalTensor& dl
     const OptionalTensor& adapter_up, at::ArrayRef<double> scales, at::IntArrayRef ranks,
     const OptionalTensor& token_weights, bool need_dx);
 
-// {x itself; [B,X] reals: the mean of x [B,S,X] over its first tokens}
-std::tuple<Tensor, Tensor> prompt_mean(const Tensor& x, int64_t prompt_length);
+// {what the gate reads [B,C], reals; gates [B,K] = softmax of it times gate [C,K]}; it is given as
+// context [B,C], or else the mean of x [B,S,C] over its first prompt_length tokens
+std::tuple<Tensor, Tensor> gates_of(
+    const Tensor& x, const Tensor& gate, const OptionalTensor& context, int64_t prompt_length);
+
+// {gradient of what the gate reads, dgate}
+std::tuple<Tensor, Tensor> gates_backward(
+    const Tensor& dgates, const Tensor& gates, const Tensor& read, const Tensor& gate);
+
+// Adds to dx [B,S,C] the gradient of x's mean over its first prompt_length tokens.
+void add_mean_gradient(const Tensor& dx, const Tensor& dmean, int64_t prompt_length);
+
+// {z, loss, gates}: ffn_output with the gates of gates_of
+using GatedOutput = std::tuple<Tensor, Tensor, Tensor>;
+GatedOutput gated_output(const Tensor& x, const Tensor& stacked, const Tensor& up,
+    const Tensor& gate, const OptionalTensor& gate_context, int64_t prompt_length,
+    const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
+    const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
+    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
+    bool sparsity);
 
 #ifndef PEMT_CUDA
 // Whether oneDNN multiplies, or the BLAS of at::mm: product is {rows, I, O, transposed, threads} as
