@@ -105,7 +105,7 @@ class LoopMixture(LoraMixture):
         z_BSD, loss = reference.ffn_output(
             x_BSF, *frozen, gates_BK, self.adapter.tensors, self.scales, self.ranks, self.token_weights_BS
         )  # fmt: skip
-        return z_BSD, loss if sparsity else None, gates_BK
+        return z_BSD, loss if sparsity else None, gates_BK.detach()
 
 
 class Step:

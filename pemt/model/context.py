@@ -106,6 +106,6 @@ class PassContext:
         return self._records is not None or torch.is_grad_enabled()
 
     def record(self, gates_BK: Tensor, sparsity_loss: Tensor | None) -> None:
-        """Keep a record of the forward pass proper; a recompute's is dropped: each counts once."""
+        """Keep a record, its gates detached, of the forward pass proper; a recompute's is dropped: each counts once."""
         if self._records is not None:
-            self._records.append(SiteRecord(gates_BK.detach(), sparsity_loss))
+            self._records.append(SiteRecord(gates_BK, sparsity_loss))

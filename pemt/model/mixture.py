@@ -48,7 +48,8 @@ class TargetAdapter(Trainable):
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Down [H,D], its bias [H], up [D,H], its bias [D]: as `pemt.ops` takes an adapter."""
-        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
+        down, up = self.down, self.up
+        return down.weight, down.bias, up.weight, up.bias
 
     def forward(self, y_BSD: Tensor) -> Tensor:
         """z [B,S,D]."""
@@ -110,7 +111,7 @@ class MixtureProjection(GatedLinear, AdapterProjection, ABC):
 
     @abstractmethod
     def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z [B,S,D]; if wanted Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), a scalar in fp32; gates [B,K]."""
+        """z [B,S,D]; Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), fp32, if wanted; gates [B,K], detached."""
 
 
 class LoraMixture(LoraExperts, MixtureProjection):
@@ -145,7 +146,7 @@ class BottleneckMixture(MixtureProjection):
         y_BSD, outputs = self._outputs(x_BSF, gates_BK)
         z_BSD = self.adapter(y_BSD)
         loss = self._sparsity(z_BSD, outputs, gates_BK) if sparsity else None
-        return z_BSD, loss, gates_BK
+        return z_BSD, loss, gates_BK.detach()
 
     def prepare_step(self, gates_BK: Tensor) -> Tensor:
         return gates_BK

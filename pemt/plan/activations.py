@@ -113,8 +113,6 @@ class _Kept:
         inputs, outputs = site.widths(self.shape.base_shape)
         if job.learned_gates and not site.in_decoder:
             total += 4 * inputs * job.batch
-        if job.learned_gates and value < 4:  # the gate's own weight in fp32
-            total += 4 * (self.shape.d_model if site.in_decoder else inputs) * len(ranks)
         if site.is_ffn_output:
             # z; the latents once more, against z; cosines and norms in fp32
             total += tokens * value * (outputs + sum(ranks))

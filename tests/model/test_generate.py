@@ -137,8 +137,9 @@ def test_a_step_of_an_answer_is_the_op() -> None:
     model = target_model()
     mixture = model.base.decoder.block[1].layer[-1].DenseReluDense.wo
     x_BSF = torch.randn(3, 1, mixture.weight.shape[1])
-    gates_BK = torch.softmax(torch.randn(3, 3), dim=-1)
+    mixture.context.encoder_prompt_BD = torch.randn(3, mixture.gate.weight.shape[0])
     with torch.no_grad():
-        expected, _ = mixture.mix(x_BSF, gates_BK, sparsity=False)
+        mixture.gate.weight.normal_()
+        expected, _, gates_BK = mixture.mix(x_BSF, sparsity=False)
         found = mixture.adapter(mixture.generate_step(x_BSF, mixture.prepare_step(gates_BK)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
