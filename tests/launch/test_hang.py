@@ -11,11 +11,12 @@ import pytest
 
 from tests.support.jobs import World, assert_same_end, clean, last_step
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+# Each half by itself is in `make test`: test_watchdog.py names and kills a stopped rank, test_kills.py has a restart.
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.soak]
 TIMEOUT = 20
 
 
-@pytest.mark.parametrize("frozen", [0, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("frozen", [0, 1])
 def test_a_stopped_rank_is_named_and_the_job_goes_on_by_itself(
     world: World, undisturbed: Path, frozen: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""kill -9 at a random step, and the same command again: the same bits as if nothing had happened."""
+"""kill -9 at a random step, and again by the launcher or the same command: the bits of a run undisturbed."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ def kill(job: Job, seed: int) -> None:
         assert job.end() != 0
 
 
-def test_killed_and_started_again(world: World, undisturbed: Path) -> None:
-    killed_and_started_again(world, undisturbed, seed=0)
+def test_one_rank_killed_the_job_goes_on_by_itself(world: World, undisturbed: Path) -> None:
+    job = world.start("restarted", save_steps=3, launcher=("--max_restarts", "1"))
+    with clean(job):
+        job.until_step(random.Random(0).randrange(1, 55))
+        job.ranks()[1].send_signal(signal.SIGKILL)
+        job.finish()
+    assert "resuming from step" in job.output
+    assert bytes_lost(job.run) == 0
+    assert_same_end(job.run, undisturbed)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_killed_and_started_again_many_times(world: World, undisturbed: Path, seed: int) -> None:
-    killed_and_started_again(world, undisturbed, seed)
-
-
-def killed_and_started_again(world: World, undisturbed: Path, seed: int) -> None:
+def test_killed_and_started_again(world: World, undisturbed: Path, seed: int) -> None:
     job = world.start(f"killed-{seed}", save_steps=3)
     with clean(job):
         kill(job, seed)

@@ -1,8 +1,10 @@
-"""Every baseline on the one trainer: one plain process, and two ranks under ZeRO-2 and ZeRO-3."""
+"""Every baseline on the one trainer: one plain process, and two ranks under ZeRO-3; in `make soak` ZeRO-2 too."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,22 @@ from tests.support.ranks import deepspeed_json
 from tests.support.tiny import losses, make_base, run_fields, tiny_task, write_task_files
 
 ROOT = Path(__file__).parents[2]
-PAIRS = [(name, method) for name, methods in RUN.items() for method in methods]
-SWEPT, SWEPT_METHODS = "zero2", ["bitfit", "lora"]
+SWEPT, SWEPT_METHODS = "zero3", ["bitfit", "lora"]
 ROUNDING = 2e-6  # sums over micro-batches are taken in another order
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
+FolderOf = Callable[[str, str], Path]
+
+
+def launched(name: str, *method: str) -> Any:
+    """ZeRO-2 trains these as it does PEMT, which test_launch.py has."""
+    return pytest.param(name, *method, marks=pytest.mark.soak if name == "zero2" else ())
+
+
+PAIRS = [
+    *(launched(name, method) for name, methods in RUN.items() for method in methods),
+    *((SWEPT, method) for method in SWEPT_METHODS),
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +45,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_task(TASK)
     write_task_files(folder / TASK, seed=0)
     write_sweep(folder, folder / SWEPT)
-    for name in RUN:
-        launch(folder, name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of(world: Path) -> FolderOf:
+    """A method's run in a launch, which is started when it is first asked for."""
+
+    @cache
+    def started(name: str) -> Path:
+        program = ("-m", "tests.launch.launched_methods", str(world), str(world / name))
+        launch_ranks(*program, zero=None if name == "plain" else deepspeed_json(world, name))
+        return world / name
+
+    def of(name: str, method: str) -> Path:
+        if name == SWEPT and method in SWEPT_METHODS:
+            return started(name) / "sweep" / TASK / method / f"seed-{RunConfig.seed}"
+        return started(name) / method
+
+    return of
 
 
 def write_sweep(world: Path, folder: Path) -> None:
@@ -53,14 +82,9 @@ def write_sweep(world: Path, folder: Path) -> None:
     (folder / SWEEP).write_text(yaml.safe_dump(content))
 
 
-def launch(world: Path, name: str) -> None:
-    program = ("-m", "tests.launch.launched_methods", str(world), str(world / name))
-    launch_ranks(*program, zero=None if name == "plain" else deepspeed_json(world, name))
-
-
 @pytest.mark.parametrize(("name", "method"), PAIRS)
-def test_losses_agree(world: Path, name: str, method: str) -> None:
-    ours, reference = losses(world / name / method), losses(world / "plain" / method)
+def test_losses_agree(folder_of: FolderOf, name: str, method: str) -> None:
+    ours, reference = losses(folder_of(name, method)), losses(folder_of("plain", method))
     assert len(ours) == 5
     assert len(set(ours.values())) == 5, "a loss that never changes shows nothing"
     if method == "full-bf16":  # autocast here, bf16 weights there: alike, not equal
@@ -70,46 +94,49 @@ def test_losses_agree(world: Path, name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [(name, method) for name, each in RESUMED.items() for method in each]
+    ("name", "method"),
+    [launched(name, method) for name, each in RESUMED.items() for method in each],
 )
-def test_resume_is_bit_for_bit(world: Path, name: str, method: str) -> None:
-    resumed, whole = losses(world / name / f"{method}-resumed"), losses(world / name / method)
+def test_resume_is_bit_for_bit(folder_of: FolderOf, name: str, method: str) -> None:
+    resumed, whole = losses(folder_of(name, f"{method}-resumed")), losses(folder_of(name, method))
     assert resumed == {step: whole[step] for step in (RESUMED_STEP + 1, RESUMED_STEP + 2)}
 
 
 @pytest.mark.parametrize(("name", "method"), PAIRS)
-def test_what_is_trained(world: Path, name: str, method: str) -> None:
-    manifest = json.loads((world / name / method / "checkpoint-5" / "manifest.json").read_text())
+def test_what_is_trained(folder_of: FolderOf, name: str, method: str) -> None:
+    manifest = json.loads((folder_of(name, method) / "checkpoint-5" / "manifest.json").read_text())
     listed = manifest["files"]["trained.safetensors"]["tensors"]
     trained = {name: tensor["shape"] for name, tensor in listed.items()}
     assert trained == EXPECTED[method.removesuffix("-bf16")]
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_results_and_logs_are_those_of_every_run(world: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [launched(name) for name in RUN])
+def test_results_and_logs_are_those_of_every_run(folder_of: FolderOf, name: str) -> None:
     for method in RUN[name]:
         results: dict[str, Any] = json.loads(
-            (world / name / method / "all_results.json").read_text()
+            (folder_of(name, method) / "all_results.json").read_text()
         )
         assert results["sources"] == []
         assert results["gates"] == {}
         assert not any("moe_weight" in key for key in results)
-        plain = json.loads((world / "plain" / method / "all_results.json").read_text())
+        plain = json.loads((folder_of("plain", method) / "all_results.json").read_text())
         if method != "full-bf16":
             for key in ("test_accuracy", "test_average_metrics", "test_loss"):
                 assert results[key] == pytest.approx(plain[key], rel=1e-5)
-        logged = (world / name / method / "log.jsonl").read_text()
+        logged = (folder_of(name, method) / "log.jsonl").read_text()
         assert "train/sparsity_loss" not in logged
         assert "gate/" not in logged
 
 
-def test_a_sweep_on_two_ranks_trains_its_runs_and_writes_its_table(world: Path) -> None:
-    folder = world / SWEPT / "sweep"
+def test_a_sweep_on_two_ranks_trains_its_runs_and_writes_its_table(
+    world: Path, folder_of: FolderOf
+) -> None:
+    folder = folder_of(SWEPT, SWEPT_METHODS[0]).parents[2]
     table = (folder / "sweep.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:4]] == [f"| {name}" for name in SWEPT_METHODS]
     for name in SWEPT_METHODS:
-        run = folder / TASK / name / f"seed-{RunConfig.seed}"
-        alone = losses(world / "plain" / name)
+        run = folder_of(SWEPT, name)
+        alone = losses(folder_of("plain", name))
         assert losses(run) == pytest.approx(alone, rel=ROUNDING), "not as the same run by itself"
         score = json.loads((run / "all_results.json").read_text())["test_average_metrics"]
         assert f"{score:.1f}" in table[2 + SWEPT_METHODS.index(name)]
@@ -118,8 +145,8 @@ def test_a_sweep_on_two_ranks_trains_its_runs_and_writes_its_table(world: Path) 
 
 
 @pytest.mark.parametrize("method", ["full", "bitfit", "lora", "prompt"])
-def test_a_finished_run_is_taken_up_again(world: Path, method: str) -> None:
-    finished = load_finished(world / "zero3" / method)
+def test_a_finished_run_is_taken_up_again(folder_of: FolderOf, method: str) -> None:
+    finished = load_finished(folder_of("zero3", method))
     assert isinstance(finished.config, AdaptConfig)
     assert finished.config.method == METHODS[method]["method"]
     assert finished.source_names == []

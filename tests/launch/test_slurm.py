@@ -18,6 +18,7 @@ from pemt.config.parse import parse_config
 from pemt.config.schema import SourceConfig
 from pemt.run.train import run_source
 from tests.conftest import ROOT, kill_session
+from tests.support.forked_python import forked_python
 from tests.support.tiny import losses, make_base
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
@@ -36,8 +37,11 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model, one folder of data that all three tasks can read, and the stand-in's own folder."""
-    folder = tmp_path_factory.mktemp("slurm")
+    return make_world(tmp_path_factory.mktemp("slurm"))
+
+
+def make_world(folder: Path) -> Path:
+    """A base model, one folder of data that all three tasks can read, and the stand-ins' own folders."""
     make_base(folder / "base")
     (folder / "data").mkdir()
     words = ("the", "box", "is", "red", "and", "a", "lid", "that", "was")
@@ -48,6 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         (folder / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (folder / "fake").mkdir()
+    (folder / "python").mkdir()
     # Scripts of modules and conda read variables that are not set.
     (folder / "hook.sh").write_text(
         f'echo "node ${{SLURM_NODEID:-}} $NCCL_SOCKET_IFNAME$NOT_SET" >> {folder}/hooked\n'
@@ -58,7 +63,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def submit(
     world: Path, script: str, *, arguments: tuple[str, ...] = (), **variables: str
 ) -> tuple[str, str]:
-    """`bash launchers/SCRIPT ...`, which submits itself: what sbatch printed, and what the jobs' logs hold."""
+    """`bash launchers/SCRIPT ...`, which submits itself: what sbatch printed, and what the jobs' logs hold.
+
+    With FORKED_PYTHON its `python` is no fresh interpreter.
+    """
     environment = {
         **os.environ,
         "PATH": f"{ROOT / 'tests' / 'support' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -115,19 +123,25 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def bank(world: Path) -> Path:
-    """Stage 1 as an array of two elements, one source task each, of which the second is there already."""
+def train(world: Path, source: str) -> None:
+    """Stage 1 of one task, in this process."""
     paths = {
         "model_name_or_path": "base",
         "data_dir": "data",
         "bank_dir": "bank",
-        "output_dir": "runs/there",
+        "output_dir": f"runs/{source}",
     }
-    given = {**FIELDS, "task_name": SOURCES[1], "expert.rank": 2}
+    given = {**FIELDS, "task_name": source, "expert.rank": 2}
     given |= {key: world / path for key, path in paths.items()}
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     run_source(parse_config(SourceConfig, words, prog="pemt source"))
+
+
+@pytest.mark.soak
+def test_an_array_fills_a_bank(tmp_path: Path) -> None:
+    """Two elements, one source task each, of which the second is there already; in fresh interpreters."""
+    world = make_world(tmp_path)
+    train(world, SOURCES[1])
     _, log = submit(
         world,
         "slurm_source.sbatch",
@@ -151,30 +165,30 @@ def bank(world: Path) -> Path:
     ]
     assert log.count("global batch 4, as --global_batch_size says: 1 rank on 1 node") == 1
     assert log.count(f"{world}/bank/{SOURCES[1]} is there already") == 1
-    return world / "bank"
+    assert entry_names(world / "bank") == sorted(SOURCES)
 
 
-def test_an_array_fills_a_bank(bank: Path) -> None:
-    assert entry_names(bank) == sorted(SOURCES)
-
-
-def test_two_nodes_adapt_together_without_a_launcher(world: Path, bank: Path) -> None:
+def test_two_nodes_adapt_together_without_a_launcher(world: Path) -> None:
     """One task a rank, offline, from a copy of what was fetched on the "node's" own disk."""
+    for source in SOURCES:
+        train(world, source)
     (world / "offline").mkdir()
     (world / "offline" / "pemt-fetched.txt").write_text("base: tiny\n")
-    _, log = submit(
-        world,
-        "slurm_adapt.sbatch",
-        TARGET_TASK=TARGET,
-        NODES="2",
-        CPUS_PER_RANK="2",
-        LAUNCHER="srun",
-        GLOBAL_BATCH="8",
-        MASTER_PORT=free_port(),
-        OFFLINE_DIR=str(world / "offline"),
-        STAGE_DIR=str(world / "scratch"),
-        HF_TOKEN="hf_secret",
-    )
+    with forked_python(world / "python") as variables:
+        _, log = submit(
+            world,
+            "slurm_adapt.sbatch",
+            TARGET_TASK=TARGET,
+            NODES="2",
+            CPUS_PER_RANK="2",
+            LAUNCHER="srun",
+            GLOBAL_BATCH="8",
+            MASTER_PORT=free_port(),
+            OFFLINE_DIR=str(world / "offline"),
+            STAGE_DIR=str(world / "scratch"),
+            HF_TOKEN="hf_secret",
+            **variables,
+        )
     run = world / "runs" / f"adapt-{TARGET}"
     assert "2 rank(s), ZeRO-2" in log
     assert json.loads((run / "all_results.json").read_text())["sources"] == list(SOURCES)

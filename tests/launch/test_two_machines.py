@@ -30,7 +30,8 @@ from tests.support.ranks import Forked, deepspeed_json
 from tests.support.tiny import losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
-STAGES = (3, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (0, 1, 2)))
+soak = pytest.mark.soak  # formulas; two nodes that train together: test_slurm.py
+STAGES = (3, 0, 1, 2)
 ALONE = (2, 3)  # on one machine too
 TRACED = 2  # after so many steps DeepSpeed knows the order of the modules
 # Without these the C library keeps what was freed, and the peak shows its thrift, not ours.
@@ -86,7 +87,7 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.soak
+@soak
 @pytest.mark.parametrize("stage", ALONE)
 def test_gradients_and_optimizer_to_the_byte(
     large: Callable[[int], Path], world: Path, stage: int
@@ -102,7 +103,7 @@ def assert_bytes(folder: Path, zero: Zero, jobs: dict[str, Job]) -> None:
             assert set(report[name]["optimizer"]) == {optimizer_bytes(found, zero, job, 2)}
 
 
-@pytest.mark.soak
+@soak
 @pytest.mark.parametrize("stage", ALONE)
 def test_peak_memory(large: Callable[[int], Path], world: Path, stage: int) -> None:
     """In one process: tests/plan/test_real_step.py."""
@@ -132,6 +133,7 @@ def apart(world: Path, zero: Zero) -> Path:
     return folder
 
 
+@soak
 def test_two_machines_train_as_one(apart: Path, zero: Zero, alone: Callable[[int], Path]) -> None:
     ours = losses(apart / "fp32")
     assert len(ours) == STEPS
@@ -141,10 +143,12 @@ def test_two_machines_train_as_one(apart: Path, zero: Zero, alone: Callable[[int
     assert ours == pytest.approx(losses(one_machine / "fp32"), rel=1e-5)
 
 
+@soak
 def test_gradients_and_optimizer_of_a_machine_to_the_byte(apart: Path, zero: Zero) -> None:
     assert_bytes(apart, zero, JOBS)
 
 
+@soak
 @pytest.mark.parametrize("precision", JOBS)
 def test_bytes_on_the_wire(apart: Path, zero: Zero, precision: str) -> None:
     planned = sum(each.sent("gloo") for each in per_step(JOBS[precision], zero, PAIR))
@@ -160,6 +164,7 @@ def test_bytes_on_the_wire(apart: Path, zero: Zero, precision: str) -> None:
     assert min(measured) > planned, "headers come on top"
 
 
+@soak
 @pytest.mark.parametrize("precision", JOBS)
 def test_bytes_at_the_start(apart: Path, zero: Zero, precision: str) -> None:
     """From the first machine to the second: a broadcast has one direction."""

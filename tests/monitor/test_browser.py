@@ -25,7 +25,8 @@ SOURCES, TARGET = ("tiny-page-a", "tiny-page-b"), "tiny-page-target"
 BOARD: dict[str, Any] = {"report_to": ["tensorboard"]}
 SECONDS = 60_000  # milliseconds, as playwright counts; a busy machine needs some of them
 
-pytestmark = pytest.mark.slow
+# What the tags and layouts hold is seen in test_board.py.
+pytestmark = [pytest.mark.slow, pytest.mark.soak]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,6 @@ def open_tab(browser: Any, address: str, tmp_path: Path) -> Iterator[Any]:
     assert (tmp_path / f"{opened[0]}.png").stat().st_size > 10_000
 
 
-@pytest.mark.soak
 def test_scalars(open_tab: Any) -> None:
     page = open_tab("scalars&tagFilter=train%2Floss", ready="tf-scalar-card")
     page.locator("tf-scalar-card", has_text="train/loss").first.wait_for(timeout=SECONDS)
@@ -130,7 +130,6 @@ def test_custom_scalars_are_grouped_by_question(open_tab: Any) -> None:
     curves.nth(3).wait_for(state="attached", timeout=SECONDS)
 
 
-@pytest.mark.soak
 def test_images_are_pictures_of_some_size(open_tab: Any) -> None:
     page = open_tab("images", ready="tf-image-loader img")
     for tag in (
@@ -151,7 +150,6 @@ def test_images_are_pictures_of_some_size(open_tab: Any) -> None:
         )
 
 
-@pytest.mark.soak
 def test_histograms_of_the_entropy(open_tab: Any) -> None:
     page = open_tab("histograms", ready="tf-histogram-loader svg")
     assert (
@@ -159,14 +157,12 @@ def test_histograms_of_the_entropy(open_tab: Any) -> None:
     )
 
 
-@pytest.mark.soak
 def test_texts_tell_configuration_and_environment(open_tab: Any) -> None:
     page = open_tab("text", ready="tf-text-loader")
     page.locator("pre", has_text=f"task_name: {TARGET}").first.wait_for(timeout=SECONDS)
     page.locator("tf-text-loader", has_text="environment").first.wait_for(timeout=SECONDS)
 
 
-@pytest.mark.soak
 def test_hparams_compare_runs(open_tab: Any, runs: Path) -> None:
     page = open_tab("hparams", ready="text=learning_rate")
     for word in ("method", "task_name", TARGET, SOURCES[0], "pemt"):

@@ -16,6 +16,8 @@ from tests.support.tiny import make_base, write_task_files
 
 client = pytest.importorskip("jupyter_client", reason="ipykernel is not installed")
 
+# What a signal, a bar and a second run do in one process: test_in_python.py, test_progress.py.
+pytestmark = pytest.mark.soak
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SETUP = """
 import json, time

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.jobs import World
+if TYPE_CHECKING:
+    from tests.support.jobs import World
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    from tests.support.jobs import World  # torch, which pytest-xdist's own process does without
+
     return World.make(tmp_path_factory.mktemp("faults"))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # By name all that a run imports: the packages of pemt and of transformers import their modules when they are used.
 PRELOADED = [
+    "tests.support.gc_off",
     "pemt.engine.deepspeed_import",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "datasets",
@@ -68,6 +70,8 @@ class Forked:
             where there are no options.
         out: receives what all ranks print.
         environment: all variables of the launcher and its ranks.
+        err: receives what goes to stderr, where that is not `out` too.
+        folder: the working folder, where it is not the tests'.
         stdin: a pipe with a name, from which the program reads.
         namespace: of the network, by its name; as under `ip netns exec`.
     """
@@ -78,6 +82,8 @@ class Forked:
         out: Path,
         environment: dict[str, str],
         *,
+        err: Path | None = None,
+        folder: Path | None = None,
         stdin: Path = Path(os.devnull),
         namespace: str | None = None,
     ) -> None:
@@ -85,7 +91,7 @@ class Forked:
         context.set_forkserver_preload([*PRELOADED, __name__])
         self.args = command
         self._process = context.Process(
-            target=_run, args=(command, out, stdin, environment, namespace)
+            target=_run, args=(command, (out, err or out), folder, stdin, environment, namespace)
         )
         self._process.start()
         assert self._process.pid is not None
@@ -112,21 +118,31 @@ class Forked:
 
 
 def _run(
-    command: list[str], out: Path, stdin: Path, environment: dict[str, str], namespace: str | None
+    command: list[str],
+    streams: tuple[Path, Path],
+    folder: Path | None,
+    stdin: Path,
+    environment: dict[str, str],
+    namespace: str | None,
 ) -> None:
     os.setsid()
     if namespace is not None:
         with Path("/var/run/netns", namespace).open() as network:
             assert ctypes.CDLL(None).setns(network.fileno(), 0) == 0
     gc.freeze()  # each run of a test collects garbage at its end, half of its time over all that is imported
-    written = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600)
-    for stream in (1, 2):
-        os.dup2(written, stream)
+    gc.enable()
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o600), number)
     # As an interpreter has them: line by line on a terminal.
     sys.stdin, sys.stdout = stdin.open(), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
+    if folder is not None:
+        os.chdir(folder)
+    moved = environment.get("HF_HOME") != os.environ.get("HF_HOME")
     os.environ.clear()
     os.environ.update(environment)
+    if moved:  # datasets looks where its cache is when it is imported
+        importlib.reload(sys.modules["datasets.config"])
     if command[0] in ("-m", "-c"):
         _program(command[0], command[1], command[2:])
     else:
