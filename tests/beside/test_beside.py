@@ -136,6 +136,7 @@ def test_the_first_step_is_seen_by_its_loss(tmp_path: Path) -> None:
         run("print('no such task')")
 
 
+@pytest.mark.soak
 def test_a_process_answers_and_tells_what_failed(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from packaging.requirements import Requirement
 from pemt.commands import COMMANDS, readiness as doctor
 from pemt.commands.overview import overview
 from pemt.config import PemtError, version_line
-from tests.conftest import ROOT
+from tests.conftest import ROOT, start_ranks
+
+RAISED = {"TimeoutExpired": subprocess.TimeoutExpired}
 
 
 def test_help_fits_a_screen_and_tells_of_every_command() -> None:
@@ -204,7 +207,19 @@ def test_doctor_on_machines_with_and_without_gpu(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.launch
-def test_doctor_really_starts_deepspeed() -> None:
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.soak)])
+def test_doctor_really_starts_deepspeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: bool
+) -> None:
+    """In fresh interpreters, as it does itself, in `make soak`."""
+
+    def run(command: list[str], *, env: dict[str, str], timeout: int, **_: object) -> Any:
+        out = tmp_path / "out"
+        status = start_ranks(command[3:], out, env, forked=True).wait(timeout)
+        return subprocess.CompletedProcess(command, status, out.read_text(), "")
+
+    if forked:
+        monkeypatch.setattr(doctor, "subprocess", SimpleNamespace(run=run, **RAISED))
     found = doctor.deepspeed_runs()
     ranks = min(2, torch.cuda.device_count()) or 2
     assert found.state == "ok", found

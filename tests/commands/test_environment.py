@@ -187,8 +187,9 @@ def test_a_full_disk_under_the_cache_is_one_line() -> None:
         raise OSError(28, "No space left on device", "/x")
 
 
+@pytest.mark.soak
 def test_a_run_in_a_home_that_cannot_be_written(no_home: Path) -> None:
-    """And with no stdout: the whole of it, as a user would start it."""
+    """And with no stdout: the whole of it, as a user would start it; above each by itself."""
     base = make_base(no_home / "base")
     write_task_files(no_home / "data", seed=0)
     (no_home / "task.yaml").write_text(

@@ -83,6 +83,7 @@ RUN = [
 ]
 
 
+@pytest.mark.soak  # from a hub in this process: test_docs_commands.py
 def test_what_was_fetched_serves_a_machine_without_a_network(root: Path) -> None:
     folder = root.parent
     with hub(root, Both) as environment:

@@ -224,14 +224,24 @@ def config(tmp_path_factory):
         yield of
 
 
-@pytest.mark.parametrize(("name", "folder"), FOLDERS)
+# Seconds each, in formats that smaller ones have too.
+LARGE = ("superglue-multirc", "qqp", "qnli", "mnli", "cola", "stsb")
+
+
+def large_in_soak(folders):
+    return [
+        pytest.param(*each, marks=pytest.mark.soak if each[0] in LARGE else ()) for each in folders
+    ]
+
+
+@pytest.mark.parametrize(("name", "folder"), large_in_soak(FOLDERS))
 def test_a_folder_is_read_as_it_is(shared, tokenizer, config, name, folder):
     data = load_task_data(get_task(name), config(name, shared / "data" / folder), tokenizer)
     assert loaded(data, tokenizer) == in_all(shared, name, folder, FOLDERS[name, folder])
     assert min(len(data.validation), len(data.test)) >= 16
 
 
-@pytest.mark.parametrize(("name", "folder"), NAMED)
+@pytest.mark.parametrize(("name", "folder"), large_in_soak(NAMED))
 def test_files_of_any_name_are_read_by_a_task_that_names_them(
     shared, tokenizer, config, tmp_path, name, folder
 ):

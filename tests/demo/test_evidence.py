@@ -31,9 +31,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     adapt = evidence.Demo.adapt
 
     def short(self: Any, *names: str, **fields: Any) -> Any:
-        return adapt(self, *names, few_shot=4, max_steps=2, eval_steps=1, **fields)
+        fields |= {"few_shot": 4, "max_steps": 2, "eval_steps": 1, "report_to": []}
+        return adapt(self, *names, **fields)
 
     monkeypatch.setattr(evidence.Demo, "adapt", short)
+    monkeypatch.setattr("pemt.sweep.report.draw", lambda *_: None)
 
 
 @pytest.mark.usefixtures("small")

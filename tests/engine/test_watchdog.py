@@ -154,6 +154,7 @@ def test_a_machine_that_dies_with_the_store_is_named(
     assert "cannot be reached: the rendezvous store on that machine has not answered" in error
 
 
+@pytest.mark.soak  # where the machine with the store dies they have no store either
 def test_ranks_without_their_store_end_though_they_get_on(
     ranks: list[Watched], store: list[TCPStore]
 ) -> None:
@@ -174,10 +175,11 @@ def test_a_store_that_comes_back_in_time_is_used_again(
     store.append(new_store(port))
     time.sleep(TIMEOUT)
     assert [process.process.poll() for process in ranks] == [None] * RANKS
-    ranks[2].send_signal(signal.SIGSTOP)
+    ranks[2].send_signal(signal.SIGKILL)
     assert f"rank 2 (host {HERE[0]}" in ended(ranks)[0][1]
 
 
+@pytest.mark.soak  # of real work: test_waiting.py
 def test_long_work_that_the_others_wait_for_is_no_hang(
     ranks: list[Watched],
 ) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from pemt.storage.manifest import read_manifest
 from tests.conftest import Launch
-from tests.launch.launched_faults import BAD_STEP, ENDS, KINDS, SOURCE, STEPS
+from tests.launch.launched_faults import BAD_STEP, ENDS, FEW_ENDS, KINDS, SOURCE, STEPS, WITHOUT
 from tests.support.damages import DAMAGES, Damage
 from tests.support.ranks import deepspeed_json
 from tests.support.tiny import losses, make_base, write_task_files
@@ -25,11 +25,11 @@ from tests.support.tiny import losses, make_base, write_task_files
 # By launch, which is begun when it is first asked for: the stage, and the parts of launched_faults.py.
 LAUNCHES = {
     "zero2": ("zero2", ["numbers", "checkpoints", "disk", "stale", "crowded"]),
-    "zero3": ("zero3", ["numbers", "ends"]),
+    "zero3": ("zero3", ["few ends"]),
     "zero0": ("zero0", ["numbers"]),
     "zero1": ("zero1", ["numbers"]),
     "zero2-more": ("zero2", ["ends", "damages"]),
-    "zero3-more": ("zero3", ["checkpoints"]),
+    "zero3-more": ("zero3", ["numbers", "checkpoints", "ends"]),
 }
 
 
@@ -37,9 +37,16 @@ def soaked(*names: str) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.soak) for name in names]
 
 
-NUMBERS = ["zero2", "zero3", *soaked("zero0", "zero1")]
+NUMBERS = ["zero2", *soaked("zero0", "zero1", "zero3-more")]
 CHECKPOINTS = ["zero2", *soaked("zero3-more")]
-WITH_ENDS = ["zero3", *soaked("zero2-more")]
+WITH_ENDS = [
+    *(("zero3", end) for end in FEW_ENDS),
+    *(
+        pytest.param(name, end, marks=pytest.mark.soak)
+        for name in ("zero2-more", "zero3-more")
+        for end in (*ENDS, *WITHOUT)
+    ),
+]
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
@@ -221,8 +228,7 @@ def test_a_disk_that_refuses_on_two_ranks(launched: Of) -> None:
     assert "tensorboard: No space left on device; training continues" in launched("zero2").output
 
 
-@pytest.mark.parametrize("end", [*ENDS, "ignored", "padding"])
-@pytest.mark.parametrize("name", WITH_ENDS)
+@pytest.mark.parametrize(("name", "end"), WITH_ENDS)
 def test_uneven_ends(launched: Of, name: str, end: str) -> None:
     results, run = launched(name).report["ends"][end], launched(name).folder / end
     assert 0 <= results["test_accuracy"] <= 100

@@ -36,5 +36,5 @@ def test_a_stopped_rank_is_named_and_the_job_goes_on_by_itself(
     print(f"named after {named:.1f} s of {TIMEOUT}")
     assert named < TIMEOUT
     assert "resuming from step" in job.output
-    assert last_step(job.run) == 60
+    assert last_step(job.run) == 30
     assert_same_end(job.run, undisturbed)

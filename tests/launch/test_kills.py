@@ -20,7 +20,7 @@ SEEDS = 20
 def kill(job: Job, seed: int) -> None:
     """One rank, or all ranks with their launcher, by turns."""
     draw = random.Random(seed)
-    job.until_step(draw.randrange(1, 55))
+    job.until_step(draw.randrange(1, 25))
     time.sleep(draw.uniform(0, 0.05))
     if seed % 2:
         job.kill()
@@ -32,7 +32,7 @@ def kill(job: Job, seed: int) -> None:
 def test_one_rank_killed_the_job_goes_on_by_itself(world: World, undisturbed: Path) -> None:
     job = world.start("restarted", save_steps=3, launcher=("--max_restarts", "1"))
     with clean(job):
-        job.until_step(random.Random(0).randrange(1, 55))
+        job.until_step(random.Random(0).randrange(1, 25))
         job.ranks()[1].send_signal(signal.SIGKILL)
         job.finish()
     assert "resuming from step" in job.output

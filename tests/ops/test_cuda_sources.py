@@ -54,7 +54,7 @@ def test_kernels_compile_without_register_spills(source, architecture, tmp_path)
 
 
 @needs_nvcc
-@pytest.mark.slow
+@pytest.mark.soak  # without what is for CUDA alone it is compiled for the CPU
 def test_the_binding_compiles_against_cuda_headers(tmp_path):
     """Syntax and types alone; a PyTorch without CUDA lacks one generated header, empty here.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pemt.ops.library import CSRC
-from tests.ops.planted_faults import FAULTS, compiler_sees, emulation_sees, expected, main, planted
+from tests.ops.planted_faults import FAULTS, compiler_sees, emulation_sees, expected, main
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,6 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_there_is_nothing_to_find(truth: str, tmp_path: Path) -> None:
     assert emulation_sees(CSRC, tmp_path, truth) is None
-
-
-@pytest.mark.slow
-def test_a_planted_fault_is_noticed(truth: str, tmp_path: Path) -> None:
-    """One: each costs a compilation. `make soak` has all of them."""
-    assert emulation_sees(planted(FAULTS[0], tmp_path), tmp_path, truth) is not None
 
 
 @pytest.mark.slow

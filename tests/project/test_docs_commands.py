@@ -162,10 +162,17 @@ def run_stage(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
     stage(name, arguments)
 
 
+def run_plan(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a recipe one run; tests/sweep/test_paper.py plans, and counts, the hundreds that each has."""
+    if "--sweep" in arguments:
+        write_one_run("sweep.yaml", sweep_file(dict(pairwise(arguments))["--sweep"]).read_text())
+        monkeypatch.setattr("pemt.sweep.read_sweep", lambda _: read_sweep(Path("sweep.yaml")))
+    COMMANDS[name](arguments)
+
+
 def run_sweep(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = sweep_of(dict(pairwise(arguments)))
     if path.is_relative_to(RECIPES):
-        assert len(read_sweep(path).runs) > 100
         write_one_run("sweep.yaml", path.read_text())
     else:
         assert len(read_sweep(Path("whole.yaml")).runs) > 10
@@ -215,6 +222,7 @@ RUNS: dict[str, Run] = {
     "source": run_stage,
     "adapt": run_stage,
     "sweep": run_sweep,
+    "plan": run_plan,
     "bench": run_bench,
     "doctor": run_doctor,
     "fetch": run_fetch,

@@ -341,7 +341,7 @@ def test_what_cannot_be_reported_on_is_one_line(runs: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, pytest.param(390, marks=pytest.mark.soak)])
 def test_in_a_browser_without_network(runs: Path, tmp_path: Path, width: int) -> None:
     """Screenshots lie in pytest's temporary folder."""
     with chromium() as browser:

@@ -37,7 +37,7 @@ FIELDS = {
     "max_eval_samples": "4",
     "max_source_length": "24",
     "learning_rate": "0.01",
-    "num_train_epochs": "12",  # of five steps on two ranks
+    "num_train_epochs": "6",  # of five steps on two ranks
     "logging_steps": "1",
     "report_to": "[]",
     "seed": "0",

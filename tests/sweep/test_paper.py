@@ -226,7 +226,7 @@ def rows_of(name: str, shared: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Path]:
-    """A tiny random T5 with the real vocabulary, and files of every task; as the working directory."""
+    """A tiny random T5 with the real vocabulary; as the working directory, in which `write_files` writes."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("paper")
     torch.manual_seed(0)
@@ -234,12 +234,6 @@ def dry(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Path
     config = T5Config(vocab_size=32128, decoder_start_token_id=0, **sizes)
     T5ForConditionalGeneration(config).save_pretrained(folder / "base")
     load_tokenizer(str(shared / "data" / "t5_tokenizer")).save_pretrained(folder / "base")
-    for name in (*SOURCES, *GLUE, *SUPERGLUE, *MRQA, *OTHERS):
-        rows = [json.dumps(row) + "\n" for row in rows_of(name, shared)]
-        (folder / name).mkdir()
-        (folder / name / "train.jsonl").write_text("".join(rows))
-        for split in ("validation", "test"):
-            (folder / name / f"{split}.jsonl").write_text("".join(islice(rows, 6)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
@@ -249,8 +243,19 @@ def dry(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Path
         yield folder
 
 
+def write_files(name: str, shared: Path) -> None:
+    folder = Path(name)
+    if folder.is_dir():
+        return
+    folder.mkdir()
+    rows = [json.dumps(row) + "\n" for row in rows_of(name, shared)]
+    (folder / "train.jsonl").write_text("".join(rows))
+    for split in ("validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(islice(rows, 6)))
+
+
 def dry_run(
-    recipe: str, *, methods: list[str], tasks: Collection[str]
+    recipe: str, shared: Path, *, methods: list[str], tasks: Collection[str]
 ) -> dict[tuple[str, str], str]:
     """The recipe, made small, run with some of its methods on some of its tasks; (task, method) -> the mean score."""
     content = yaml.safe_load(sweep_file(recipe).read_text())
@@ -262,6 +267,7 @@ def dry_run(
     content["output_dir"] = out = f"{recipe}-{len(methods)}"
     for name, each in (*content["sources"].items(), *content["tasks"].items()):
         each["data_dir"] = each.get("task_name", name).removeprefix("paper-")
+        write_files(each["data_dir"], shared)
     if "superglue-cb" not in content["tasks"]:
         content["published"]["numbers"] = {"pemt": {}}
     Path("dry.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -279,10 +285,10 @@ KINDS = ("stsb", "cola", "superglue-multirc", "superglue-cb", "nq", "paws")
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", [KINDS, pytest.param(ALL, marks=pytest.mark.soak)], ids=len)
 def test_a_dry_run_of_all_tasks(
-    dry: Path, capfd: pytest.CaptureFixture[str], tasks: tuple[str, ...]
+    dry: Path, shared: Path, capfd: pytest.CaptureFixture[str], tasks: tuple[str, ...]
 ) -> None:
     shutil.rmtree("runs", ignore_errors=True)  # the bank of another parameter
-    scores = dry_run("paper_full", methods=["pemt"], tasks=tasks)
+    scores = dry_run("paper_full", shared, methods=["pemt"], tasks=tasks)
     assert sorted(scores) == sorted((task, "pemt") for task in tasks)
     assert all(0 <= float(each) <= 100 or task == "cola" for (task, _), each in scores.items())
     told = capfd.readouterr().out
@@ -293,7 +299,7 @@ def test_a_dry_run_of_all_tasks(
     assert f"| paws | pemt | {float(scores['paws', 'pemt']):.1f} | – | – |" in table
     assert "README of github.com/JachinLin2022/PEMT" in table
 
-    scores = dry_run("paper_few_shot", methods=["pemt"], tasks=("cb-4", "cb-32"))
+    scores = dry_run("paper_few_shot", shared, methods=["pemt"], tasks=("cb-4", "cb-32"))
     assert len(scores) == 2
     assert all(scores.values())
     told = capfd.readouterr().out
@@ -301,6 +307,6 @@ def test_a_dry_run_of_all_tasks(
     assert f"in the bank runs/paper-bank, kept: {kept}" in told
     assert "few_shot 32, but class neutral has 16 training examples: all are taken" in told
 
-    scores = dry_run("paper_full", methods=METHODS, tasks=("superglue-cb",))
+    scores = dry_run("paper_full", shared, methods=METHODS, tasks=("superglue-cb",))
     assert [method for _, method in scores] == METHODS
     assert all(scores.values())
