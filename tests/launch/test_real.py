@@ -60,7 +60,7 @@ def test_sst2_to_bank_to_cb(base: Path, shared: Path, launch: Launch) -> None:
         str(shared / "data/glue/SST-2"),
     ]
     source += ["--output_dir", str(world / "sst2"), "--num_train_epochs", "1"]
-    source += ["--max_train_samples", "512"]
+    source += ["--max_train_samples", "256"]
     launch("-m", "pemt", "source", *source, *common, zero=2)
     assert falls(world / "sst2", "train/ce_loss")
     assert sorted(path.name for path in (world / "bank" / "sst2").iterdir()) == [
@@ -70,7 +70,7 @@ def test_sst2_to_bank_to_cb(base: Path, shared: Path, launch: Launch) -> None:
 
     adapt = ["--config", "adapt", "--task_name", "superglue-cb"]
     adapt += ["--data_dir", str(shared / "data/superglue/CB")]
-    adapt += ["--output_dir", str(world / "cb"), "--num_train_epochs", "2"]
+    adapt += ["--output_dir", str(world / "cb"), "--num_train_epochs", "1"]
     launched = launch("-m", "pemt", "adapt", *adapt, *common, zero=3)
     assert falls(world / "cb", "train/ce_loss")
     check_report(launched.output, world / "cb")

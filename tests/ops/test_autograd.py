@@ -106,7 +106,9 @@ def test_the_backward_pass_can_be_compiled_by_itself(implementation):
 
 
 @pytest.mark.parametrize(
-    ("inner", "dtype"), [(0, torch.float32), (4, torch.bfloat16)], ids=["no adapter", "adapter"]
+    ("inner", "dtype"),
+    [(4, torch.bfloat16), pytest.param(0, torch.float32, marks=pytest.mark.soak)],
+    ids=["adapter", "no adapter"],
 )
 def test_opcheck(implementation, inner, dtype):
     case = make_case(**MIXED, inner=inner, mask=True, dtype=dtype)
@@ -142,7 +144,7 @@ def test_gradient_only_where_it_is_asked_for(implementation):
     assert all(each.grad is None for each in case.adapter)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
 def test_compiles_without_a_graph_break(implementation, backend):
     case = make_case(**MIXED, mask=True, dtype=torch.float32)
     x, gates = case.x.requires_grad_(), case.gates.requires_grad_()
