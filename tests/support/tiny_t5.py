@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -101,6 +102,12 @@ def tiny_base(family: str = "t5", seed: int = 0) -> Any:
     return base.eval()
 
 
+@functools.cache
+def _shape(family: str) -> Any:
+    with torch.device("meta"):  # draws no random numbers
+        return base_shape(FAMILIES[family]().config)
+
+
 def tiny_source(
     name: str = "rte",
     kind: Any = "lora",
@@ -113,7 +120,7 @@ def tiny_source(
 ) -> ExpertSource:
     """A random source task for `tiny_base`, on the FFNs' outputs where no modules are named."""
     generator = torch.Generator().manual_seed(seed)
-    shape = base_shape(tiny_base(family).config)
+    shape = _shape(family)
     sites = target_sites(target_modules or ["wo"], shape)
     shapes = expert_shapes(kind, rank, shape, sites)
     return ExpertSource(
