@@ -30,8 +30,15 @@ def layer_loss(case: Case, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor
     return z.square().mean() + loss
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["all tokens", "masked"])
-@pytest.mark.parametrize("inner", [0, 2], ids=["no adapter", "adapter"])
+@pytest.mark.parametrize(
+    ("inner", "mask"),
+    [
+        pytest.param(0, False, id="no adapter-all tokens"),
+        pytest.param(2, True, id="adapter-masked"),
+        pytest.param(0, True, id="no adapter-masked", marks=pytest.mark.soak),
+        pytest.param(2, False, id="adapter-all tokens", marks=pytest.mark.soak),
+    ],
+)
 def test_gradcheck(implementation, mask, inner):
     case = make_case(batch=2, tokens=2, d_ff=3, d_model=3, ranks=(2, 1), mask=mask, inner=inner)
     inputs = [each.requires_grad_() for each in (case.x, case.gates, *case.adapter)]
