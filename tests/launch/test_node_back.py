@@ -36,7 +36,7 @@ def test_a_machine_that_comes_back_is_taken_in(world: World, nodes: str) -> None
     with ExitStack() as jobs:
 
         def machine() -> Job:
-            return jobs.enter_context(clean(Job(command, run, variables)))
+            return jobs.enter_context(clean(Job(command, run, variables, forked=False)))
 
         stays = machine()
         stays.until(lambda: answers(port))  # the rendezvous is on this one
