@@ -27,7 +27,9 @@ def test_machines_that_count_restarts_differently_meet(world: World) -> None:
     run = world.folder / "torchrun"
     command = ["bash", "launchers/torchrun.sh", *world.arguments("torchrun", num_train_epochs=10)]
     with ExitStack() as both:
-        dying, other = (both.enter_context(clean(Job(command, run, variables, forked=False))) for _ in range(2))
+        dying, other = (
+            both.enter_context(clean(Job(command, run, variables, forked=False))) for _ in range(2)
+        )
         dying.until_step(7)
         # The other machine must only hear of the new start, and not lose a rank of its own too.
         (waiting,) = other.ranks()
