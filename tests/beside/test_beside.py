@@ -51,6 +51,7 @@ def rows(asking: Callable[[], Ask]) -> list[Row]:
     return list(measure("tiny", {"theirs": asking(), "ours": asking()}, rounds=2))
 
 
+@pytest.mark.soak
 def test_every_figure_of_both_stages(rows: list[Row]) -> None:
     named = [f"{row.name.partition(': ')[2]}, {row.unit}" for row in rows]
     units = ("step, ms", "step, CPU ms", "memory of a step, MB")
@@ -117,6 +118,7 @@ def test_a_step_trains_and_a_check_does_not(asking: Callable[[], Ask]) -> None:
         assert ask("check", stage=stage)["loss"] < first["loss"]
 
 
+@pytest.mark.soak
 def test_our_command_takes_a_first_step(world: Path, tmp_path: Path) -> None:
     python, module, name, stage, *arguments = our_command(world, tmp_path / "ours")
     assert [python, module, name] == [sys.executable, "-m", "pemt"]
@@ -157,6 +159,7 @@ def test_a_process_answers_and_tells_what_failed(
     assert "nothing_of_this_name" in capsys.readouterr().err, "its log is shown"
 
 
+@pytest.mark.soak
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--python", sys.executable]) == 1
     assert "has no pemt/run_seq2seq.py" in capsys.readouterr().err

@@ -225,7 +225,7 @@ def config(tmp_path_factory):
 
 
 # Seconds each, in formats that smaller ones have too.
-LARGE = ("superglue-multirc", "qqp", "qnli", "mnli", "cola", "stsb")
+LARGE = ("superglue-multirc", "qqp", "qnli", "mnli", "cola", "stsb", "sst2")
 
 
 def large_in_soak(folders):

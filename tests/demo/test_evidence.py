@@ -38,6 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pemt.sweep.report.draw", lambda *_: None)
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("small")
 def test_every_row_is_tried_and_trained_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

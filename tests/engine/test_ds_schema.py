@@ -146,6 +146,7 @@ def test_quantised_zero3_takes_steps(tmp_path: Path, launch: Launch) -> None:
     assert f"probe: {gpus} rank(s), ZeRO-3, cuda" in told
 
 
+@pytest.mark.soak
 @pytest.mark.launch
 @pytest.mark.slow
 def test_quantised_zero3_gathers_what_it_was_given(tmp_path: Path, launch: Launch) -> None:

@@ -20,7 +20,7 @@ def test_there_is_nothing_to_find(truth: str, tmp_path: Path) -> None:
     assert emulation_sees(CSRC, tmp_path, truth) is None
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_bounds_and_the_devices_header_are_as_they_should_be(tmp_path: Path) -> None:
     assert compiler_sees(CSRC, tmp_path) is None

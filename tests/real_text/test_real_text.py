@@ -13,7 +13,7 @@ from pemt.demo.evidence_report import OUTCOMES
 from pemt.tasks import get_task
 from tests.real_text import __main__ as command, pretraining, rows, texts
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.soak]
 
 
 @pytest.fixture
@@ -54,7 +54,6 @@ def test_the_cut_tokenizer_is_t5s_own(data: Path) -> None:
     assert len(cut) < 300
 
 
-@pytest.mark.soak
 def test_every_part_once_in_small(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
