@@ -157,21 +157,32 @@ def start_ranks(
         environment: variables on top of this process's.
         forked: by the launcher that has imported all, where there is no GPU; otherwise fresh interpreters.
     """
-    # DeepSpeed and torch start ninja by name; the venv need not be activated for the tests.
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    variables = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment}
     # A forked process cannot use CUDA once its parent has asked for devices, as importing DeepSpeed does.
     if forked and not Path("/dev/nvidiactl").exists():
-        return ranks.Forked(command, out, variables)
+        return ranks.Forked(command, out, _variables(environment))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    return start_command([*launcher, *command], out, environment)
+
+
+def start_command(
+    command: list[str], out: Path, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start any command, as the leader of a session; arguments as of `start_ranks`."""
     with out.open("w") as written:
         return subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *command],
+            command,
             cwd=ROOT,
-            env=variables,
+            env=_variables(environment),
             stdout=written,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def _variables(environment: dict[str, str]) -> dict[str, str]:
+    # DeepSpeed and torch start ninja by name; the venv need not be activated for the tests.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment}
 
 
 def kill_session(process: subprocess.Popen[Any] | ranks.Forked) -> None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.conftest import start_command
 from tests.support.jobs import Job, World, clean, last_step, status
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.soak]
@@ -36,7 +37,7 @@ def test_a_machine_that_comes_back_is_taken_in(world: World, nodes: str) -> None
     with ExitStack() as jobs:
 
         def machine() -> Job:
-            return jobs.enter_context(clean(Job(command, run, variables, forked=False)))
+            return jobs.enter_context(clean(Job(command, run, variables, start=start_command)))
 
         stays = machine()
         stays.until(lambda: answers(port))  # the rendezvous is on this one

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.conftest import start_command
 from tests.support.jobs import Job, World, clean, last_step, status
 
 pytestmark = [pytest.mark.launch, pytest.mark.soak]
@@ -28,7 +29,8 @@ def test_machines_that_count_restarts_differently_meet(world: World) -> None:
     command = ["bash", "launchers/torchrun.sh", *world.arguments("torchrun", num_train_epochs=10)]
     with ExitStack() as both:
         dying, other = (
-            both.enter_context(clean(Job(command, run, variables, forked=False))) for _ in range(2)
+            both.enter_context(clean(Job(command, run, variables, start=start_command)))
+            for _ in range(2)
         )
         dying.until_step(7)
         # The other machine must only hear of the new start, and not lose a rank of its own too.

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +105,25 @@ class World:
             *program,
             *self.arguments(run, **fields),
         ]
-        return Job(command, self.folder / run, environment or {}, forked=forked)
+        start = partial(start_ranks, forked=forked)
+        return Job(command, self.folder / run, environment or {}, start=start)
 
 
 class Job:
     """A launcher and its ranks, under way."""
 
     def __init__(
-        self, command: list[str], run: Path, environment: dict[str, str], *, forked: bool
+        self,
+        command: list[str],
+        run: Path,
+        environment: dict[str, str],
+        *,
+        start: Callable[..., Any],
     ) -> None:
         self.run = run
         self._log = run.with_name(f"{run.name}-{time.monotonic_ns()}.out")
         self._log.touch()
-        self.process = start_ranks(command, self._log, environment, forked=forked)
+        self.process = start(command, self._log, environment)
 
     @property
     def output(self) -> str:
