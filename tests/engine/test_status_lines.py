@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from pemt.engine import status_lines
-from pemt.engine.status_lines import is_due, print_line, show_status
+from pemt.engine.status_lines import importing_libraries, is_due, print_line, show_status
 from tests.conftest import ROOT
 
 
@@ -89,3 +90,14 @@ def test_it_imports_nothing_that_takes_time() -> None:
         check=True,
     )
     assert not {"torch", "tqdm", "numpy", "accelerate"} & set(done.stdout.split())
+
+
+def test_the_garbage_collector_rests_during_imports_alone() -> None:
+    def import_in_vain() -> None:
+        with importing_libraries():
+            assert not gc.isenabled()
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        import_in_vain()
+    assert gc.isenabled(), "whether the import succeeds or not"

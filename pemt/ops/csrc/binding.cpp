@@ -104,8 +104,9 @@ Output ffn_output_autograd(const Tensor& x, const Tensor& stacked, const Tensor&
   return kept;
 }
 
-GatedOutput gated_output_autograd(const Tensor& x, const Tensor& stacked, const Tensor& up,
-    const Tensor& gate, const OptionalTensor& gate_context, int64_t prompt_length,
+// {z, loss, gates}: ffn_output with the gates of gates_of. With gradients or without.
+std::tuple<Tensor, Tensor, Tensor> gated_output(const Tensor& x, const Tensor& stacked,
+    const Tensor& up, const Tensor& gate, const OptionalTensor& gate_context, int64_t prompt_length,
     const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
     const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
     at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
@@ -134,7 +135,7 @@ PEMT_DEFINE(PEMT_LIBRARY, library) {
   using torch::dispatch;
   library.def("ffn_output", dispatch(pemt::kDevice, TORCH_FN(pemt::ffn_output)));
   library.def("ffn_output_backward", dispatch(pemt::kDevice, TORCH_FN(pemt::ffn_output_backward)));
-  library.def("gated_output", dispatch(pemt::kDevice, TORCH_FN(pemt::gated_output)));
+  library.def("gated_output", TORCH_FN(pemt::gated_output));
 #ifndef PEMT_CUDA
   library.def("choose_onednn", TORCH_FN(pemt::choose_onednn));
   library.def("few_rows", dispatch(pemt::kDevice, TORCH_FN(pemt::few_rows)));
@@ -143,5 +144,4 @@ PEMT_DEFINE(PEMT_LIBRARY, library) {
 
 PEMT_DIFFERENTIATE(PEMT_LIBRARY, library) {
   library.impl("ffn_output", TORCH_FN(pemt::ffn_output_autograd));
-  library.impl("gated_output", TORCH_FN(pemt::gated_output_autograd));
 }

@@ -293,18 +293,6 @@ void add_mean_gradient(const Tensor& dx, const Tensor& dmean, int64_t prompt_len
   dx.narrow(1, 0, prompt_length).add_(each_BC.unsqueeze(1));
 }
 
-GatedOutput gated_output(const Tensor& x, const Tensor& stacked, const Tensor& up,
-    const Tensor& gate, const OptionalTensor& gate_context, int64_t prompt_length,
-    const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
-    const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
-    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
-    bool sparsity) {
-  const Tensor gates = std::get<1>(gates_of(x, gate, gate_context, prompt_length));
-  const auto found = ffn_output(x, stacked, up, gates, adapter_down, adapter_down_bias, adapter_up,
-      adapter_up_bias, scales, ranks, token_weights, sparsity);
-  return {std::get<0>(found), std::get<1>(found), gates};
-}
-
 #ifndef PEMT_CUDA
 void choose_onednn(at::IntArrayRef product, bool onednn) {
   TORCH_CHECK(product.size() == 5);

@@ -48,15 +48,6 @@ std::tuple<Tensor, Tensor> gates_backward(
 // Adds to dx [B,S,C] the gradient of x's mean over its first prompt_length tokens.
 void add_mean_gradient(const Tensor& dx, const Tensor& dmean, int64_t prompt_length);
 
-// {z, loss, gates}: ffn_output with the gates of gates_of
-using GatedOutput = std::tuple<Tensor, Tensor, Tensor>;
-GatedOutput gated_output(const Tensor& x, const Tensor& stacked, const Tensor& up,
-    const Tensor& gate, const OptionalTensor& gate_context, int64_t prompt_length,
-    const OptionalTensor& adapter_down, const OptionalTensor& adapter_down_bias,
-    const OptionalTensor& adapter_up, const OptionalTensor& adapter_up_bias,
-    at::ArrayRef<double> scales, at::IntArrayRef ranks, const OptionalTensor& token_weights,
-    bool sparsity);
-
 #ifndef PEMT_CUDA
 // Whether oneDNN multiplies, or the BLAS of at::mm: product is {rows, I, O, transposed, threads} as
 // products.py has them. What nobody has told of is at::mm's.
