@@ -96,7 +96,8 @@ class Evidence:
 
     def _source(self, row: str, number: int) -> SourceConfig:
         """Stage 1; `untrained-experts` are what it begins with, another draw for each source."""
-        task, fields = SOURCES[number], {"per_device_train_batch_size": BATCH_SIZE}
+        task = SOURCES[number]
+        fields = {"per_device_train_batch_size": BATCH_SIZE, "num_train_epochs": 1}
         if row != "untrained-experts":
             return self.demo.source(task, **fields)
         return self.demo.source(

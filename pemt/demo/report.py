@@ -41,10 +41,17 @@ class Row:
         )
 
 
-def write_report(rows: list[Row], output_dir: Path) -> None:
-    """Write report.json and gates.png, and print the table."""
+def write_report(rows: list[Row], sources: dict[str, float], output_dir: Path) -> None:
+    """Write report.json and gates.png, and print the table.
+
+    Args:
+        rows: the stage 2 runs.
+        sources: each source task's test accuracy after stage 1, in percent.
+        output_dir: receives both files.
+    """
     summary = [summary_of(rows, target) for target in dict.fromkeys(row.target for row in rows)]
     content = {
+        "sources": sources,
         "rows": [asdict(row) for row in rows],
         "summary": summary,
         "mean_gain": mean(each["gain"] for each in summary),
@@ -55,6 +62,8 @@ def write_report(rows: list[Row], output_dir: Path) -> None:
     draw_heat_map(rows, output_dir / HEAT_MAP)
     print("\n".join(table(summary, _methods(rows))))
     print(f"mean gain over the adapter alone {content['mean_gain']:+.1f} points")
+    learned = ", ".join(f"{name} {accuracy:.1f}" for name, accuracy in sources.items())
+    print(f"test accuracy of the sources after stage 1: {learned}")
     print(
         f"{output_dir / REPORT}, {output_dir / HEAT_MAP}; tensorboard --logdir {output_dir}",
         flush=True,

@@ -40,9 +40,11 @@ def run_demo(output_dir: Path, cache_dir: Path, *, quick: bool, world_seed: int)
         "1 of 4: the fused op, the tasks' files and a tiny T5 that is pre-trained on the world's texts"
     )
     demo.prepare()
+    sources = {}
     for number, task in enumerate(SOURCES, start=1):
         demo.say(f"2 of 4: stage 1, source `{task}`, {number} of {len(SOURCES)}")
-        run_source(demo.source(task, overwrite_output_dir=True))
+        results = run_source(demo.source(task, overwrite_output_dir=True))
+        sources[task] = results["test_accuracy"]
     rows = []
     runs = list(itertools.product(targets, seeds, ROWS))
     for number, (target, seed, row) in enumerate(runs, start=1):
@@ -51,7 +53,7 @@ def run_demo(output_dir: Path, cache_dir: Path, *, quick: bool, world_seed: int)
         config = demo.adapt(target, f"{target}-{row}-{seed}", **fields)
         rows.append(Row.of(row, target, seed, run_adapt(config)))
     demo.say("4 of 4: the report")
-    demo.report(rows)
+    demo.report(rows, sources)
 
 
 class Demo:
@@ -89,10 +91,10 @@ class Demo:
             world, texts, self.cache_dir, seed=self.world_seed, engine=self.engine
         )
 
-    def report(self, rows: list[Row]) -> None:
-        """Table, report.json and heat map of the stage 2 runs (all ranks call)."""
+    def report(self, rows: list[Row], sources: dict[str, float]) -> None:
+        """Table, report.json and heat map of both stages (all ranks call)."""
         self.engine.on_rank0(
-            lambda: write_report(rows, self.output_dir), "writing the demo's report"
+            lambda: write_report(rows, sources, self.output_dir), "writing the demo's report"
         )
 
     def source(self, task: str, **fields: Any) -> SourceConfig:

@@ -270,13 +270,15 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for seed in (0, 2)
         for method, accuracy in (("pemt", 90.0), ("adapter", 80.0), ("uniform", 85.0))
     ]
-    write_report(found, tmp_path)
+    write_report(found, {"diet": 99.5, "size": 48.5}, tmp_path)
     content = json.loads((tmp_path / REPORT).read_text())
     assert content["mean_gain"] == 10.0
     assert content["summary"][0]["pemt"] == 91.0
     assert content["summary"][0]["uniform"] == 86.0
+    assert content["sources"] == {"diet": 99.5, "size": 48.5}
     assert len(content["rows"]) == 12
     assert (tmp_path / HEAT_MAP).read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert "stable" in output
     assert "0.70*" in output
+    assert "diet 99.5, size 48.5" in output
