@@ -69,7 +69,6 @@ class CallerInputs:
 
 def with_caller_inputs(
     config: Config,
-    *,
     train: Rows | Mapping[str, Rows] | None = None,
     validation: Rows | None = None,
     test: Rows | None = None,

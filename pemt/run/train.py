@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,29 +62,10 @@ def run_source(
     Raises:
         PemtError: anything the user can mend; raised before anything is written.
     """
-    # refuses a name now, not after training
-    entry = entry_folder(config.bank_dir, config.task_name)
-    config, caller = with_caller_inputs(
-        config, train=train, validation=validation, test=test, task=task, metrics=metrics,
-        callbacks=callbacks,
-    )  # fmt: skip
-    start = resolve_on_all(config, product=entry)
-    if isinstance(start, Finished):
-        caller.check_results(config, start.results)
-        return SourceResults(start.results, config.output_dir, entry)
-    config, engine = _make_engine(start)
-    with usable_after_interrupt(engine):
-        setup = set_up(config, engine, start, caller)
-        built = _build(config, setup)
-        with Session(config, engine) as session:
-            fitted, tested = _fit_and_test(config, setup, built, session)
-            engine.on_rank0(
-                lambda: _write_entry(config, setup, built, fitted, tested), f"writing {entry}"
-            )
-            # Whoever finds the results takes the run for finished: the entry is there by then.
-            results = _write_results(config, setup, built, fitted, tested)
-    engine.release()
-    return SourceResults(results, config.output_dir, entry)
+    entry = entry_folder(config.bank_dir, config.task_name)  # refuses a name before training
+    given = with_caller_inputs(config, train, validation, test, task, metrics, callbacks)
+    results = _run(*given, entry)
+    return SourceResults(results, results.output_dir, entry)
 
 
 def run_adapt(
@@ -115,28 +97,39 @@ def run_adapt(
         PemtError: anything the user can mend; raised before anything is written.
         Interrupted: the run was told to stop; a checkpoint is saved. In an interactive Python: KeyboardInterrupt.
     """
-    config, caller = with_caller_inputs(
-        config, train=train, validation=validation, test=test, task=task, metrics=metrics,
-        callbacks=callbacks,
-    )  # fmt: skip
-    start = resolve_on_all(config)
+    given = with_caller_inputs(config, train, validation, test, task, metrics, callbacks)
+    return _run(*given)
+
+
+def _run(
+    config: SourceConfig | AdaptConfig, caller: CallerInputs, entry: Path | None = None
+) -> RunResults:
+    """What the run gives, or has given where it is finished; `entry` is the folder of stage 1's expert."""
+    start = resolve_on_all(config, entry)
     if isinstance(start, Finished):
         caller.check_results(config, start.results)
-        return RunResults(start.results, config.output_dir)
-    config, engine = _make_engine(start)  # from here on the configuration is final
-    check_method(config)
+        return RunResults(start.results, start.config.output_dir)
+    engine = Engine(start.config)
+    # from here on the configuration is final, with the precision that the devices have
+    config = replace(start.config, bf16=engine.config.bf16)
+    if isinstance(config, AdaptConfig):
+        check_method(config)
     with usable_after_interrupt(engine):
         setup = set_up(config, engine, start, caller)
         built = _build(config, setup)
         with Session(config, engine) as session:
             fitted, tested = _fit_and_test(config, setup, built, session)
+            if isinstance(config, SourceConfig):
+                write = partial(_write_entry, config, setup, built, fitted, tested)
+                engine.on_rank0(write, f"writing {entry}")
+            # Whoever finds the results takes the run for finished: the entry is there by then.
             results = _write_results(config, setup, built, fitted, tested)
     engine.release()
     return RunResults(results, config.output_dir)
 
 
 def resolve_on_all(
-    config: Config, product: Path | None = None
+    config: Config, product: Path | None
 ) -> Fresh[Config] | Resume[Config] | Finished[Config]:
     """What `resolve_run` decides on rank 0, for all ranks, logged (all ranks call)."""
     job = Job(config)
@@ -155,12 +148,6 @@ def resolve_on_all(
             flush=True,
         )
     return start
-
-
-def _make_engine(start: Fresh[Config] | Resume[Config]) -> tuple[Config, Engine]:
-    """The run's engine, and its configuration with the precision that the devices have."""
-    engine = Engine(start.config)
-    return replace(start.config, bf16=engine.config.bf16), engine
 
 
 @contextmanager
