@@ -179,13 +179,11 @@ def _take_step(
     assert isinstance(engine.module, TrainedT5)
     sparsity_weight, losses = engine.module.sparsity_loss_weight, []
     batches = [_batch(setup, indices) for indices in micro_batches]
-    for number, (batch, weight) in enumerate(
-        zip(batches, micro_batch_weights(engine, batches), strict=True)
-    ):
-        batch = to_device(batch, engine.device)
-        out = engine.model(**batch)
+    weights = micro_batch_weights(engine, batches)
+    for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), start=1):
+        out = engine.model(**to_device(batch, engine.device))
         step_loss = weight.of_loss(out, sparsity_weight)
-        engine.backward(step_loss, last=number == len(batches) - 1)
+        engine.backward(step_loss, last=number == len(batches))
         meter.add(out, batch, weight, step_loss)
         losses.append(out.loss.detach())
     learning_rate = float(schedule.get_last_lr()[0])
