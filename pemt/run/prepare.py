@@ -196,10 +196,5 @@ def restore(setup: Setup, schedule: LambdaLR, resumed: Checkpoint) -> TrainState
 
 def set_schedule_step(schedule: LambdaLR, step: int) -> None:
     """Put a schedule where `step` calls of its own `step` would have taken it."""
-    schedule.last_epoch = step
-    rates = [
-        base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
+    schedule.last_epoch = step - 1
+    schedule.step()
