@@ -71,7 +71,9 @@ def fit(config: RunConfig, setup: Setup, built: BuiltModel, session: Session) ->
     batches = train_batches(config, setup, resumed.state.position if resumed else None)
     total_steps = total_steps_of(config, batches)
     schedule = prepare(config, setup.engine, built.model, resumed, total_steps=total_steps)
-    callbacks = Callbacks(setup.caller.callbacks, config, setup.engine, setup.tokenizer)
+    callbacks = Callbacks(
+        setup.caller.callbacks, config, setup.engine, setup.tokenizer, schedule, total_steps
+    )
     state = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(state.step)
     with (
@@ -137,9 +139,8 @@ def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
     config, setup, batches = run.config, run.setup, run.batches
     callbacks, epoch_at = run.callbacks, batches.epochs_at
     run.built.model.train()
-    callbacks.begin(
-        state, total_steps=run.total_steps, epoch=epoch_at(state.step), schedule=schedule
-    )
+    callbacks.at(state, epoch_at(state.step))
+    callbacks.call("on_train_begin")
     if run.should_evaluate(state.step) and state.validated_step != state.step:
         state = _evaluate_and_save(run, state)  # it was stopped before this validation
     meter = Meter(setup.engine)
@@ -148,7 +149,7 @@ def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
     for micro_batches in batches.steps(state.step, last):
         if callbacks.control.should_training_stop:
             break
-        if run.is_epoch_begin(state.step):
+        if state.step == 0 or run.is_epoch_end(state.step):
             callbacks.call("on_epoch_begin")
         callbacks.next_step()
         step_scalars, losses = _take_step(setup, schedule, meter, micro_batches)
@@ -158,7 +159,7 @@ def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
         run.session.set_step(step)
         callbacks.at(state, epoch_at(step))
         callbacks.call("on_step_end")
-        if step % config.logging_steps == 0 or run.is_requested("log") or run.should_stop(step):
+        if step % config.logging_steps == 0 or callbacks.control.should_log or run.should_stop(step):
             _log_step(run, meter, step, {**step_scalars, "train/skipped_steps": skipped})
         with meter.paused():
             state = _evaluate_and_save(run, state)

@@ -32,26 +32,15 @@ class Run:
         per_epoch = self.batches.steps_per_epoch
         return step == self.total_steps or (per_epoch is not None and step % per_epoch == 0)
 
-    def is_epoch_begin(self, step: int) -> bool:
-        """Whether the step after this one is an epoch's first."""
-        per_epoch = self.batches.steps_per_epoch
-        return step == 0 or (per_epoch is not None and step % per_epoch == 0)
-
-    def is_requested(self, what: str) -> bool:
-        """By a callback: `log`, `evaluate`, `save`."""
-        wanted: bool = getattr(self.callbacks.control, f"should_{what}")
-        return wanted
-
     def should_stop(self, step: int) -> bool:
         """The last step, or the one after which a callback stops the run."""
-        stops: bool = self.callbacks.control.should_training_stop
-        return step == self.total_steps or stops
+        return step == self.total_steps or self.callbacks.control.should_training_stop
 
     def should_evaluate(self, step: int) -> bool:
         """As often as was configured, at the end, and where a callback wants it."""
         if step == 0:
             return False
-        if self.is_requested("evaluate") or (
+        if self.callbacks.control.should_evaluate or (
             self.should_stop(step) and self.config.eval_strategy != "no"
         ):
             return True
@@ -65,7 +54,7 @@ class Run:
         interval = self.config.save_steps
         return (
             self.should_evaluate(step)
-            or self.is_requested("save")
+            or self.callbacks.control.should_save
             or self.should_stop(step)
             or (interval is not None and step % interval == 0)
             or (self.config.eval_strategy == "no" and self.is_epoch_end(step))
