@@ -83,20 +83,22 @@ def evaluate(
     """
     started = time.perf_counter()
     labels = label_ids(task, tokenizer) if by_likelihood else []
-    columns = _with_bar(
+    columns = map_over_ranks(
         engine,
-        dataset,
-        config,
-        description=f"{description} {task.name}",
+        lengths_of(dataset),
+        batch_size=config.per_device_eval_batch_size,
         measure=partial(_measure, engine, dataset, task, tokenizer, config, labels),
+        description=f"{description} {task.name}",
         on_batch_end=on_batch_end,
     )
     predictions = tokenizer.batch_decode(columns["tokens"], skip_special_tokens=True)
-    likely = [task.labels[i] for i in columns["log_likelihoods"].argmax(dim=1)] if labels else None
+    answers = [predictions]
+    if labels:
+        answers.append([task.labels[i] for i in columns["log_likelihoods"].argmax(dim=1)])
     loss = float(columns["loss"].sum() / columns["target_tokens"].sum().clamp(min=1))
     # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
-    scores, likely_scores, loss = engine.on_rank0(
-        lambda: (*_scored(task, predictions, likely, dataset, metrics), loss),
+    (scores, *likely_scores), loss = engine.on_rank0(
+        lambda: ([score(task, each, dataset, metrics) for each in answers], loss),
         f"scoring {len(predictions)} answers",
     )
     return Evaluation(
@@ -104,47 +106,9 @@ def evaluate(
         loss=loss,
         gates_NLK=columns.get("gates"),
         predictions=predictions,
-        by_likelihood=likely_scores,
+        by_likelihood=likely_scores[0] if likely_scores else None,
         runtime=time.perf_counter() - started,
     )
-
-
-def _with_bar(
-    engine: Engine,
-    dataset: Dataset,
-    config: RunConfig,
-    *,
-    description: str,
-    measure: Callable[[list[int]], dict[str, Tensor]],
-    on_batch_end: Callable[[], None],
-) -> dict[str, Tensor]:
-    """`map_over_ranks` with a bar on rank 0."""
-    batch_size = config.per_device_eval_batch_size
-    with EvaluationBar(total=len(dataset), description=description, shown=engine.is_main) as bar:
-
-        def after_batch() -> None:
-            bar.advance(batch_size * engine.world_size)
-            on_batch_end()
-
-        return map_over_ranks(
-            engine,
-            lengths_of(dataset),
-            batch_size=batch_size,
-            measure=measure,
-            on_batch_end=after_batch,
-        )
-
-
-def _scored(
-    task: Task,
-    predictions: list[str],
-    likely: list[str] | None,
-    dataset: Dataset,
-    metrics: Mapping[str, Metric] | None,
-) -> tuple[dict[str, float], dict[str, float] | None]:
-    """Scores by generation, and by likelihood where that was asked for."""
-    generated = score(task, predictions, dataset, metrics)
-    return generated, None if likely is None else score(task, likely, dataset, metrics)
 
 
 def map_over_ranks(
@@ -153,6 +117,7 @@ def map_over_ranks(
     *,
     batch_size: int,
     measure: Callable[[list[int]], dict[str, Tensor]],
+    description: str = "",
     on_batch_end: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Measure every example on one of the ranks, without gradients and dropout, and gather it (all ranks call).
@@ -162,6 +127,7 @@ def map_over_ranks(
         lengths: source tokens of each example, [N].
         batch_size: examples of a rank's batch.
         measure: takes a batch's indices and gives tensors [B,...] by name, of the same shape for every batch but for B.
+        description: of a bar over the examples, on rank 0; empty for none.
         on_batch_end: as in `evaluate`.
 
     Returns:
@@ -174,16 +140,19 @@ def map_over_ranks(
         lengths, batch_size=batch_size, world_size=engine.world_size, rank=engine.rank
     )
     gathered: list[dict[str, Tensor]] = []
-    for indices in batches:
-        # Blocks that are compiled for training run as written here: generation has too many shapes.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            measured = {INDEX: torch.tensor(indices, device=engine.device), **measure(indices)}
-        # The last batch may be short on one rank alone, and gathering needs equal shapes.
-        short = batch_size - len(indices)
-        gathered.append(
-            {name: engine.gather(_pad_rows(each, short)).cpu() for name, each in measured.items()}
-        )
-        on_batch_end()
+    shown = engine.is_main and description != ""
+    with EvaluationBar(total=len(lengths), description=description, shown=shown) as bar:
+        for indices in batches:
+            # Blocks that are compiled for training run as written here: generation has too many shapes.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                measured = {INDEX: torch.tensor(indices, device=engine.device), **measure(indices)}
+            # The last batch may be short on one rank alone, and gathering needs equal shapes.
+            short = batch_size - len(indices)
+            gathered.append(
+                {name: engine.gather(_pad_rows(each, short)).cpu() for name, each in measured.items()}
+            )
+            bar.advance(batch_size * engine.world_size)
+            on_batch_end()
     module.train(was_training)
     columns = {name: torch.cat([each[name] for each in gathered]) for name in gathered[0]}
     order_N = _first_occurrences(columns.pop(INDEX), len(lengths))
@@ -218,9 +187,7 @@ def _measure(
         measured |= score_labels(engine, batch, labels)
     counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
     measured |= {"loss": loss_BT.sum(dim=1), "target_tokens": counted_B}
-    if out.gates_BLK is not None:  # in place of the generation's
-        measured["gates"] = out.gates_BLK.float()
-    return measured
+    return {**measured, **_gates(out.gates_BLK)}  # in place of the generation's
 
 
 def generate_batch(
@@ -270,9 +237,7 @@ def _pad_rows(tensor: Tensor, count: int) -> Tensor:
 
 def _first_occurrences(indices_N: Tensor, count: int) -> Tensor:
     """Positions of examples 0 … count-1: ranks repeat examples to stay in step, each counts once."""
-    positions: dict[int, int] = {}
-    for position, index in enumerate(indices_N.tolist()):
-        if index != NO_EXAMPLE:
-            positions.setdefault(index, position)
-    assert len(positions) == count, "the ranks' batches do not cover the data set"
-    return torch.tensor([positions[index] for index in range(count)])
+    found, firsts = np.unique(indices_N.numpy(), return_index=True)
+    order = firsts[found != NO_EXAMPLE]
+    assert len(order) == count, "the ranks' batches do not cover the data set"
+    return torch.from_numpy(order)
