@@ -211,10 +211,11 @@ def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
 def _log_step(run: Run, meter: Meter, step: int, step_scalars: dict[str, float]) -> None:
     """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
     scalars, gates_LK = meter.read()
-    gates = {} if gates_LK is None else run.built.gate_names.scalars(gates_LK)
-    epoch = {"train/epoch": run.batches.epochs_at(step)}
-    run.monitor.log(step, {**scalars, **step_scalars, **epoch, **gates})
-    run.callbacks.log({**scalars, **step_scalars, **epoch, **gates})
+    scalars |= {**step_scalars, "train/epoch": run.batches.epochs_at(step)}
+    if gates_LK is not None:
+        scalars |= run.built.gate_names.scalars(gates_LK)
+    run.monitor.log(step, scalars)
+    run.callbacks.log(scalars)
     run.monitor.advance(
         step, loss=scalars["train/loss"], samples_per_second=scalars["train/samples_per_second"]
     )
