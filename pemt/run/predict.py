@@ -48,7 +48,7 @@ from pemt.tasks import Task, longest_target
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
 BATCHES = 32
-DIGITS = 4  # of a gate weight, in a file
+DIGITS = 4  # of a gate weight or a probability, in a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +74,14 @@ class Prediction:
 
     def line(self) -> str:
         """One line of jsonl."""
-        gates = {
-            ffn: {source: round(weight, DIGITS) for source, weight in row.items()}
-            for ffn, row in self.gates.items()
-        }
-        label: dict[str, Any] = {} if self.label is None else {"label": self.label}
-        if self.probabilities is not None:
-            rounded = {name: round(each, DIGITS) for name, each in self.probabilities.items()}
-            label["probabilities"] = rounded
-        values = {"input": self.input, "prediction": self.prediction, **label, "gates": gates}
+        values = {name: _rounded(each) for name, each in vars(self).items() if each is not None}
         return json.dumps(values, ensure_ascii=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return round(value, DIGITS) if isinstance(value, float) else value
 
 
 class Predictor:
