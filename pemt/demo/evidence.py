@@ -6,13 +6,12 @@ is then trained with all seeds: the same number of runs for each row. All in one
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pemt.checkpoint import RESULTS, merit_of
+from pemt.checkpoint import merit_of
 from pemt.config import SourceConfig
 from pemt.demo.evidence_report import Outcome, write_evidence
 from pemt.demo.run import Demo
@@ -170,7 +169,7 @@ def best_of(runs: Sequence[Run]) -> Run:
     """The run with the best validation; of equal ones that with the lower loss."""
 
     def merit(run: Run) -> tuple[float, float]:
-        results = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+        results = run.results
         return merit_of(results["best_validation_average_metrics"], results["best_validation_loss"])
 
     return max(runs, key=merit)

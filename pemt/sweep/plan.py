@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from pemt.checkpoint import CONFIG, RESULTS, plain_values
+from pemt.checkpoint import CONFIG, RESULTS, plain_values, trained_count
 from pemt.config import (
     AdaptConfig,
     ConfigError,
@@ -63,6 +64,17 @@ class Run:
     def finished(self) -> bool:
         """Whether it has left its results."""
         return (self.folder / RESULTS).is_file()
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What `all_results.json` of a finished one holds."""
+        found: dict[str, Any] = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def trained(self) -> int | None:
+        """How many parameters a finished one trains; None where its checkpoint is gone."""
+        return trained_count(self.folder / self.results["best_checkpoint"])
 
     def __str__(self) -> str:
         return f"{self.task}, {self.method}, seed {self.seed}"
