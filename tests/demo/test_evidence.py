@@ -107,11 +107,11 @@ def test_a_trial_that_diverges_is_out_of_the_choice(
 
     monkeypatch.setattr("pemt.sweep.run.run_adapt", adapt)
     monkeypatch.setattr("pemt.sweep.run.run_source", lambda config: None)
-    runs = evidence.Evidence(evidence.Demo(tmp_path, tmp_path, 1)).train("without-related")
+    runs = evidence.train(evidence.Demo(tmp_path, tmp_path, 1), "without-related")
     assert [(run.config.learning_rate, run.seed) for run in runs] == [(1e-2, 0), (1e-2, 1)]
     diverging.add(1e-2)
     with pytest.raises(SweepError, match="2 of 2 runs failed"):
-        evidence.Evidence(evidence.Demo(tmp_path / "b", tmp_path, 1)).train("without-related")
+        evidence.train(evidence.Demo(tmp_path / "b", tmp_path, 1), "without-related")
 
 
 def outcome(row: str, seed: int, accuracy: float, **fields: Any) -> Outcome:
