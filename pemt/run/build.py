@@ -46,7 +46,7 @@ class BuiltModel:
         """What the axes of the model's gates stand for."""
         return GateNames(sources=self.source_names, sites=self.model.gate_sites)
 
-    def notes(self) -> list[str]:
+    def notes(self, config: RunConfig) -> list[str]:
         """In one line each, what a person would not expect of the experts of this run."""
         names, sites = self.source_names, self.model.gate_sites
         if not names:
@@ -77,6 +77,11 @@ class BuiltModel:
             found.append(
                 "no expert is on an FFN's wo, where the task sparsity loss is taken: there is none, and "
                 "mixture.sparsity_loss_weight has no effect"
+            )
+        if config.torch_compile and config.gradient_checkpointing:
+            found.append(
+                "torch_compile: has no effect on blocks that mix experts with gradient_checkpointing; leave one of them "
+                "out"
             )
         return found
 

@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from pemt.checkpoint import Checkpoint, TrainState
-from pemt.config import TENSORBOARD, RunConfig, spell_fields
+from pemt.config import TENSORBOARD, spell_fields
 from pemt.data import TrainStream, collate, to_device
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5
 from pemt.monitor import Monitor
-from pemt.run.build import BuiltModel
 from pemt.run.callbacks import Callbacks
 from pemt.run.evaluate import Evaluation, evaluate
 from pemt.run.meter import Meter, micro_batch_weights
@@ -52,27 +52,26 @@ class FitResult:
     epoch: float
 
 
-def fit(config: RunConfig, setup: Setup, built: BuiltModel, session: Session) -> FitResult:
+def fit(setup: Setup, session: Session) -> FitResult:
     """Train, validate and save until the configured end (all ranks call).
 
     `open_run` finds the checkpoint, `prepare` loads its weights, `restore` its optimizer, `_train` takes the steps.
 
     Args:
-        config: the run.
-        setup: engine, task, tokenizer and data.
-        built: the model, not yet prepared; a checkpoint of one stage is refused by the other.
+        setup: the run; its model is not yet prepared, and a checkpoint of one stage is refused by the other.
         session: tells when to stop.
 
     Raises:
         PemtError: the run cannot start, resume, or write its files.
         Interrupted: a rank was told to stop; what was trained is saved.
     """
-    checkpoints, resumed = open_run(config, setup, built, session)
-    batches = train_batches(config, setup, resumed.state.position if resumed else None)
+    config, engine, built = setup.config, setup.engine, setup.built
+    checkpoints, resumed = open_run(setup, session)
+    batches = train_batches(setup, resumed.state.position if resumed else None)
     total_steps = total_steps_of(config, batches)
-    schedule = prepare(config, setup.engine, built.model, resumed, total_steps=total_steps)
+    schedule = prepare(config, engine, built.model, resumed, total_steps=total_steps)
     callbacks = Callbacks(
-        setup.caller.callbacks, config, setup.engine, setup.tokenizer, schedule, total_steps
+        setup.caller.callbacks, config, engine, setup.tokenizer, schedule, total_steps
     )
     state = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(state.step)
@@ -81,18 +80,16 @@ def fit(config: RunConfig, setup: Setup, built: BuiltModel, session: Session) ->
             Path(config.output_dir),
             total_steps=total_steps,
             initial_step=state.step,
-            is_main=setup.engine.is_main,
+            is_main=engine.is_main,
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
             tensorboard=TENSORBOARD in config.report_to,
-            trackers=open_all_trackers(config, setup.engine),
+            trackers=open_all_trackers(config, engine),
         ) as monitor,
         checkpoints,
     ):
         run = Run(
-            config=config,
             setup=setup,
-            built=built,
             session=session,
             checkpoints=checkpoints,
             monitor=monitor,
@@ -108,12 +105,12 @@ def fit(config: RunConfig, setup: Setup, built: BuiltModel, session: Session) ->
 
 def _log_config(run: Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
-    monitor, engine = run.monitor, run.setup.engine
-    size = _size_line(run.built.model, engine)
+    monitor, setup, engine = run.monitor, run.setup, run.setup.engine
+    size = _size_line(setup.built.model, engine)
     with engine.together("opening the logs"):  # rank 0 alone has some
-        monitor.log_config(run.config, {"job": size, "device": str(engine.device)})
-    warmup = warmup_notes(run.config, run.total_steps)
-    notes = (*run.setup.caller.notes, *run.setup.data.notes)
+        monitor.log_config(setup.config, {"job": size, "device": str(engine.device)})
+    warmup = warmup_notes(setup.config, run.total_steps)
+    notes = (*setup.caller.notes, *setup.data.notes)
     for line in (size, *(resumed.notes if resumed else ()), *notes, *warmup):
         monitor.message(spell_fields(line))
     if resumed:
@@ -136,9 +133,9 @@ def _size_line(model: TrainedT5, engine: Engine) -> str:
 
 def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
     """Every step that is left, and what is due after each."""
-    config, setup, batches = run.config, run.setup, run.batches
+    setup, config, batches = run.setup, run.setup.config, run.batches
     callbacks, epoch_at = run.callbacks, batches.epochs_at
-    run.built.model.train()
+    setup.built.model.train()
     callbacks.at(state, epoch_at(state.step))
     callbacks.call("on_train_begin")
     if run.should_evaluate(state.step) and state.validated_step != state.step:
@@ -213,7 +210,7 @@ def _log_step(run: Run, meter: Meter, step: int, step_scalars: dict[str, float])
     scalars, gates_LK = meter.read()
     scalars |= {**step_scalars, "train/epoch": run.batches.epochs_at(step)}
     if gates_LK is not None:
-        scalars |= run.built.gate_names.scalars(gates_LK)
+        scalars |= run.setup.built.gate_names.scalars(gates_LK)
     run.monitor.log(step, scalars)
     run.callbacks.log(scalars)
     run.monitor.advance(
@@ -244,16 +241,7 @@ def _evaluate_and_save(run: Run, state: TrainState) -> TrainState:
 
 def _evaluate(run: Run, state: TrainState) -> TrainState:
     setup, name = run.setup, run.setup.task.name
-    validated = evaluate(
-        setup.engine,
-        setup.data.validation,
-        task=setup.task,
-        tokenizer=setup.tokenizer,
-        config=run.config,
-        metrics=setup.caller.metrics,
-        description="validating",
-        on_batch_end=run.session.raise_if_stopped,
-    )
+    validated = evaluate_set(setup, setup.data.validation, "validating", run.session)
     scores = {**validated.metrics, "loss": validated.loss}
     run.monitor.log(
         state.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()}
@@ -273,6 +261,20 @@ def _evaluate(run: Run, state: TrainState) -> TrainState:
     state = state.measured(validated.metrics["average_metrics"], validated.loss)
     run.callbacks.at(state, run.batches.epochs_at(state.step))
     return state
+
+
+def evaluate_set(setup: Setup, examples: Dataset, description: str, session: Session) -> Evaluation:
+    """Score the model on one of the run's sets; a run that is told to stop ends there (all ranks call)."""
+    return evaluate(
+        setup.engine,
+        examples,
+        task=setup.task,
+        tokenizer=setup.tokenizer,
+        config=setup.config,
+        metrics=setup.caller.metrics,
+        description=description,
+        on_batch_end=session.raise_if_stopped,
+    )
 
 
 def gates_and_similarity(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:

@@ -36,8 +36,9 @@ Batches: TypeAlias = TrainBatches | StreamBatches
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run needs before its model is built; making one writes nothing."""
+    """All that a run reads before its first step; making one writes nothing."""
 
+    config: RunConfig
     engine: Engine
     start: Fresh[Any] | Resume[Any]
     task: Task
@@ -45,15 +46,14 @@ class Setup:
     base: PreTrainedModel
     data: TaskData
     caller: CallerInputs
+    built: BuiltModel
 
 
-def open_run(
-    config: RunConfig, setup: Setup, built: BuiltModel, session: Session
-) -> tuple[Checkpoints, Checkpoint | None]:
+def open_run(setup: Setup, session: Session) -> tuple[Checkpoints, Checkpoint | None]:
     """The run's folder, ready to be written, and the checkpoint to resume from."""
-    engine, start, resumed = setup.engine, setup.start, None
+    config, engine, start, resumed = setup.config, setup.engine, setup.start, None
     with engine.together("reading the digest of the base model's weights"):
-        checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
+        checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup))
     if isinstance(start, Resume):
         resumed = checkpoints.find(start.checkpoint, expected=session.saved_before)
         if not resumed and engine.is_main:
@@ -89,7 +89,7 @@ def open_all_trackers(config: RunConfig, engine: Engine) -> list[Tracker]:
     return engine.trackers
 
 
-def _identity(setup: Setup, built: BuiltModel) -> dict[str, Any]:
+def _identity(setup: Setup) -> dict[str, Any]:
     """What a checkpoint of this run belongs to, besides what the configuration tells."""
     train, data = setup.data.train, setup.data
     # What a finished run answers with: its data may be gone by then.
@@ -98,17 +98,16 @@ def _identity(setup: Setup, built: BuiltModel) -> dict[str, Any]:
         **measured,
         # What has chosen the best checkpoint so far, where it is not the task's own.
         "metrics": sorted(setup.caller.metrics) or None,
-        "stage": built.stage,
-        "sources": built.source_names,
+        "stage": setup.built.stage,
+        "sources": setup.built.source_names,
         "train_examples": None if isinstance(train, TrainStream) else len(train),
         "base_sha256": base_digest(checked_base(setup.base)),
     }
 
 
-def train_batches(
-    config: RunConfig, setup: Setup, position: dict[str, Any] | None = None
-) -> Batches:
+def train_batches(setup: Setup, position: dict[str, Any] | None = None) -> Batches:
     """This rank's share of the training data; of a stream from a position on."""
+    config = setup.config
     division: dict[str, Any] = {
         "batch_size": config.per_device_train_batch_size,
         "accumulation": config.gradient_accumulation_steps,

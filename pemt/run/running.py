@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pemt.checkpoint import Checkpoints
-from pemt.config import RunConfig
 from pemt.monitor import Monitor
-from pemt.run.build import BuiltModel
 from pemt.run.callbacks import Callbacks
 from pemt.run.prepare import Batches, Setup
 from pemt.run.session import Session
@@ -17,9 +15,7 @@ from pemt.run.session import Session
 class Run:
     """What stays the same from step to step."""
 
-    config: RunConfig
     setup: Setup
-    built: BuiltModel
     session: Session
     checkpoints: Checkpoints
     monitor: Monitor
@@ -41,21 +37,21 @@ class Run:
         if step == 0:
             return False
         if self.callbacks.control.should_evaluate or (
-            self.should_stop(step) and self.config.eval_strategy != "no"
+            self.should_stop(step) and self.setup.config.eval_strategy != "no"
         ):
             return True
-        interval = self.config.eval_steps
+        interval = self.setup.config.eval_steps
         if interval is not None:
             return step % interval == 0
-        return self.config.eval_strategy == "epoch" and self.is_epoch_end(step)
+        return self.setup.config.eval_strategy == "epoch" and self.is_epoch_end(step)
 
     def should_save(self, step: int) -> bool:
         """After each validation, or after each epoch where there is none; and as often as was asked for."""
-        interval = self.config.save_steps
+        interval = self.setup.config.save_steps
         return (
             self.should_evaluate(step)
             or self.callbacks.control.should_save
             or self.should_stop(step)
             or (interval is not None and step % interval == 0)
-            or (self.config.eval_strategy == "no" and self.is_epoch_end(step))
+            or (self.setup.config.eval_strategy == "no" and self.is_epoch_end(step))
         )

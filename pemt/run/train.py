@@ -24,16 +24,16 @@ from pemt.checkpoint import (
     check_lock,
     resolve_run,
 )
-from pemt.config import AdaptConfig, RunConfig, SourceConfig, spell_fields
+from pemt.config import AdaptConfig, SourceConfig, spell_fields
 from pemt.data import Rows, load_task_data
 from pemt.engine import Engine, Interrupted, Job, is_interactive
 from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
 from pemt.monitor import progress_logger, quiet_libraries, record_outcome
-from pemt.run.build import BuiltModel, build_model, build_ops
+from pemt.run.build import build_model, build_ops
 from pemt.run.caller_inputs import CallerInputs, check_same_on_all, with_caller_inputs
 from pemt.run.early import check_base_place, check_method, check_trackers
-from pemt.run.evaluate import Evaluation, evaluate
-from pemt.run.loop import FitResult, fit, gates_and_similarity
+from pemt.run.evaluate import Evaluation
+from pemt.run.loop import FitResult, evaluate_set, fit, gates_and_similarity
 from pemt.run.outcome import RunResults, SourceResults
 from pemt.run.prepare import Setup
 from pemt.run.results import final_results, results_block, write_predictions, write_results
@@ -116,14 +116,16 @@ def _run(
         check_method(config)
     with usable_after_interrupt(engine):
         setup = set_up(config, engine, start, caller)
-        built = _build(config, setup)
         with Session(config, engine) as session:
-            fitted, tested = _fit_and_test(config, setup, built, session)
+            session.raise_if_stopped()  # it may have been told to stop before it began
+            fitted = fit(setup, session)
+            engine.optimizer_state.overwrite_weights(fitted.weights)
+            tested = evaluate_set(setup, setup.data.test, "testing", session)
             if isinstance(config, SourceConfig):
-                write = partial(_write_entry, config, setup, built, fitted, tested)
+                write = partial(_write_entry, config, setup, fitted, tested)
                 engine.on_rank0(write, f"writing {entry}")
             # Whoever finds the results takes the run for finished: the entry is there by then.
-            results = _write_results(config, setup, built, fitted, tested)
+            results = _write_results(setup, fitted, tested)
     engine.release()
     return RunResults(results, config.output_dir)
 
@@ -171,9 +173,12 @@ def usable_after_interrupt(engine: Engine) -> Iterator[None]:
 
 
 def set_up(
-    config: RunConfig, engine: Engine, start: Fresh[Any] | Resume[Any], caller: CallerInputs
+    config: SourceConfig | AdaptConfig,
+    engine: Engine,
+    start: Fresh[Any] | Resume[Any],
+    caller: CallerInputs,
 ) -> Setup:
-    """Check and load everything a run reads; nothing is written (all ranks call)."""
+    """Check and load everything a run reads, and build its model; nothing is written (all ranks call)."""
     check_same_on_all(caller, engine)
     quiet_libraries(engine.is_main)
     engine.on_rank0(
@@ -197,7 +202,13 @@ def set_up(
     if data.is_measured:
         task = replace(task, max_target_length=data.max_target_length)
     engine.seed(config.seed, per_rank=False)
+    with engine.together("building the model"):
+        description = config.description or task.description
+        built = build_model(config, base=base, tokenizer=tokenizer, description=description)
+    for note in built.notes(config) if engine.is_main else ():
+        progress_logger().info(note)
     return Setup(
+        config=config,
         engine=engine,
         start=start,
         task=task,
@@ -205,53 +216,14 @@ def set_up(
         base=base,
         data=data,
         caller=caller,
+        built=built,
     )
-
-
-def _build(config: SourceConfig | AdaptConfig, setup: Setup) -> BuiltModel:
-    """The model, with its notes logged (all ranks call)."""
-    with setup.engine.together("building the model"):
-        built = build_model(
-            config,
-            base=setup.base,
-            tokenizer=setup.tokenizer,
-            description=config.description or setup.task.description,
-        )
-    notes = built.notes()
-    if built.source_names and config.torch_compile and config.gradient_checkpointing:
-        notes.append(
-            "torch_compile: has no effect on blocks that mix experts with gradient_checkpointing; leave one of them out"
-        )
-    for note in notes if setup.engine.is_main else ():
-        progress_logger().info(note)
-    return built
-
-
-def _fit_and_test(
-    config: RunConfig, setup: Setup, built: BuiltModel, session: Session
-) -> tuple[FitResult, Evaluation]:
-    """Train, and score the best weights on the test set (all ranks call)."""
-    engine = setup.engine
-    session.raise_if_stopped()  # it may have been told to stop before it began
-    fitted = fit(config, setup, built, session)
-    engine.optimizer_state.overwrite_weights(fitted.weights)
-    tested = evaluate(
-        engine,
-        setup.data.test,
-        task=setup.task,
-        tokenizer=setup.tokenizer,
-        config=config,
-        metrics=setup.caller.metrics,
-        description="testing",
-        on_batch_end=session.raise_if_stopped,
-    )
-    return fitted, tested
 
 
 def _write_entry(
-    config: SourceConfig, setup: Setup, built: BuiltModel, fitted: FitResult, tested: Evaluation
+    config: SourceConfig, setup: Setup, fitted: FitResult, tested: Evaluation
 ) -> None:
-    model = built.model
+    model = setup.built.model
     assert isinstance(model, PemtT5)
     entry = write_entry(
         config.bank_dir,
@@ -264,16 +236,14 @@ def _write_entry(
     progress_logger().info(f"{setup.task.name} is in the bank: {entry}")
 
 
-def _write_results(
-    config: RunConfig, setup: Setup, built: BuiltModel, fitted: FitResult, tested: Evaluation
-) -> dict[str, Any]:
+def _write_results(setup: Setup, fitted: FitResult, tested: Evaluation) -> dict[str, Any]:
     """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
-    engine = setup.engine
+    config, engine, gates = setup.config, setup.engine, setup.built.gate_names
     results = final_results(
         tested,
         state=fitted.state,
         epoch=fitted.epoch,
-        gates=built.gate_names,
+        gates=gates,
         data=setup.data,
         custom_metrics=list(setup.caller.metrics),
     )
@@ -281,15 +251,13 @@ def _write_results(
 
     def write() -> None:
         folder = Path(config.output_dir)
-        write_predictions(
-            folder / PREDICTIONS, tested, setup.data.test, setup.task, built.gate_names
-        )
+        write_predictions(folder / PREDICTIONS, tested, setup.data.test, setup.task, gates)
         record_outcome(
             folder,
             step=fitted.state.step,
             config=config,
             results=results,
-            gates=built.gate_names,
+            gates=gates,
             mixture=mixture,
             trackers=engine.trackers,
         )
