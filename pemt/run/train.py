@@ -238,26 +238,19 @@ def _write_entry(
 
 def _write_results(setup: Setup, fitted: FitResult, tested: Evaluation) -> dict[str, Any]:
     """What `all_results.json` holds; rank 0 writes it, and what goes with it."""
-    config, engine, gates = setup.config, setup.engine, setup.built.gate_names
-    results = final_results(
-        tested,
-        state=fitted.state,
-        epoch=fitted.epoch,
-        gates=gates,
-        data=setup.data,
-        custom_metrics=list(setup.caller.metrics),
-    )
+    config, engine = setup.config, setup.engine
+    results = final_results(setup, fitted, tested)
     mixture = gates_and_similarity(engine, tested)
 
     def write() -> None:
         folder = Path(config.output_dir)
-        write_predictions(folder / PREDICTIONS, tested, setup.data.test, setup.task, gates)
+        write_predictions(folder / PREDICTIONS, setup, tested)
         record_outcome(
             folder,
             step=fitted.state.step,
             config=config,
             results=results,
-            gates=gates,
+            gates=setup.built.gate_names,
             mixture=mixture,
             trackers=engine.trackers,
         )
