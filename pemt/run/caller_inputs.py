@@ -89,7 +89,11 @@ def with_caller_inputs(
         check_nothing_given(config)
         return config, caller
     if data is not None:
-        _check_alone(config)
+        for name in ("data_dir", "streaming"):
+            if value := getattr(config, name):
+                raise DataError(
+                    f"{name}: found {value}, but the data are given in memory; leave one of them out"
+                )
     chosen, notes = _task(config, task, data)
     # A known task is what its name says. Pickles of equal tasks may differ, so the text comes first.
     own = None if task is None else task_text(task) or Hasher.hash(task)
@@ -113,14 +117,6 @@ def check_same_on_all(caller: CallerInputs, engine: Engine) -> None:
             f"train: rank {other[0]} was given other data, or another task, than rank 0; give all ranks the same rows, "
             "in the same order: each takes its own share"
         )
-
-
-def _check_alone(config: RunConfig) -> None:
-    for name in ("data_dir", "streaming"):
-        if value := getattr(config, name):
-            raise DataError(
-                f"{name}: found {value}, but the data are given in memory; leave one of them out"
-            )
 
 
 def _task(
