@@ -77,14 +77,13 @@ class NonFiniteGuard:
     ) -> NonFiniteError:
         values = torch.stack(losses).float()
         # gloo and NCCL gather equal shapes, and every rank has equally many micro-batches
-        losses_RM = self._engine.gather(values[None].contiguous()).cpu()
+        losses_RM = self._engine.gather(values[None]).cpu()
         self._save(step, micro_batches, values.tolist())
         self._engine.barrier()
         guilty = [rank for rank, row_M in enumerate(losses_RM) if not row_M.isfinite().all()]
         if guilty:
-            what = (
-                f"the loss is {_worst(losses_RM[guilty[0]])} on rank {', '.join(map(str, guilty))}"
-            )
+            worst = float(losses_RM[~losses_RM.isfinite()][0])
+            what = f"the loss is {worst} on rank {', '.join(map(str, guilty))}"
         else:
             what = "every rank's loss is finite, the gradient is not"
         path = self._path(step, guilty[0] if guilty else 0)
@@ -115,7 +114,3 @@ class NonFiniteGuard:
             path.write_text("".join(lines), encoding="utf-8")
         except OSError as error:  # the run ends anyway, and with the true reason
             progress_logger().warning(f"{path}: cannot be written: {error.strerror}")
-
-
-def _worst(losses_M: Tensor) -> str:
-    return str(float(losses_M[~losses_M.isfinite()][0]))

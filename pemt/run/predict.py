@@ -261,10 +261,17 @@ def predict_file(
     )
     predictor = Predictor(load_on_all(run_dir, config, engine), engine)
     engine.on_rank0(lambda: predictor.warn_of_cuts(texts), "measuring the input")
-    with _opened(output_file if engine.is_main else None) as file:
-        beside_bar = output_file is None and sys.stdout.isatty()
-        for predictions in _chunks(predictor, texts, constrain_labels, shown=not beside_bar):
+    size = BATCHES * config.per_device_eval_batch_size * engine.world_size
+    on_terminal = output_file is None and sys.stdout.isatty()  # a bar would be glued to the answers
+    hidden = True if on_terminal or not engine.is_main else None  # None: shown on a terminal alone
+    with (
+        _opened(output_file if engine.is_main else None) as file,
+        tqdm(total=len(texts), desc="predicting", unit="input", disable=hidden) as bar,
+    ):
+        for start in range(0, len(texts), size):
+            predictions = predictor(texts[start : start + size], constrain_labels=constrain_labels)
             engine.on_rank0(partial(_write, file, predictions), "writing predictions")
+            bar.update(len(predictions))
     engine.release()
 
 
@@ -285,24 +292,6 @@ def _read(
     if note := note_on_inputs(task, input_file):
         progress_logger().info(note)
     return texts
-
-
-def _chunks(
-    predictor: Predictor, texts: list[str], constrain_labels: bool | None, *, shown: bool
-) -> Iterator[list[Prediction]]:
-    """The predictions in their order, some batches at a time, with a bar where someone looks.
-
-    Args:
-        shown: false where the predictions themselves go to the terminal: they would be glued to it.
-    """
-    engine = predictor.engine
-    size = BATCHES * predictor.finished.config.per_device_eval_batch_size * engine.world_size
-    hidden = None if engine.is_main and shown else True  # None: shown on a terminal alone
-    with tqdm(total=len(texts), desc="predicting", unit="input", disable=hidden) as bar:
-        for start in range(0, len(texts), size):
-            chunk = texts[start : start + size]
-            yield predictor(chunk, constrain_labels=constrain_labels)
-            bar.update(len(chunk))
 
 
 @contextmanager
