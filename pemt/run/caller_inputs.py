@@ -41,18 +41,6 @@ class CallerInputs:
     notes: tuple[str, ...] = ()
     fingerprint: str | None = None
 
-    def task_of(self, config: RunConfig) -> Task:
-        """The run's task.
-
-        Raises:
-            TaskError: the configuration names one that does not exist.
-        """
-        return self.task or get_task(config.task_name, config.task_file)
-
-    def own_task_text(self) -> str | None:
-        """The task's YAML for the run's folder, where no other place has it."""
-        return None if self.task is None else task_text(self.task)
-
     def check_results(self, config: RunConfig, results: Mapping[str, Any]) -> None:
         """Refuse the results of a run that finished before it was asked for these metrics.
 

@@ -29,7 +29,7 @@ from pemt.monitor import progress_logger
 from pemt.run.build import BuiltModel
 from pemt.run.caller_inputs import CallerInputs
 from pemt.run.session import Session
-from pemt.tasks import Task
+from pemt.tasks import Task, task_text
 
 Batches: TypeAlias = TrainBatches | StreamBatches
 
@@ -61,10 +61,10 @@ def open_run(setup: Setup, session: Session) -> tuple[Checkpoints, Checkpoint | 
                 f"{config.output_dir}: the run started here has no checkpoint yet"
             )
     session.attach_checkpoints(checkpoints)
+    own = setup.caller.task
+    task = None if own is None else task_text(own)
     engine.on_rank0(
-        lambda: start_run_folder(
-            config, fresh=isinstance(start, Fresh), task=setup.caller.own_task_text()
-        ),
+        lambda: start_run_folder(config, fresh=isinstance(start, Fresh), task=task),
         "writing the run's configuration",
     )
     return checkpoints, resumed

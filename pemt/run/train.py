@@ -39,7 +39,7 @@ from pemt.run.prepare import Setup
 from pemt.run.results import final_results, results_block, write_predictions, write_results
 from pemt.run.session import Session
 from pemt.run.staging import staged
-from pemt.tasks import Metric, Task, check_metrics
+from pemt.tasks import Metric, Task, check_metrics, get_task
 
 
 def run_source(
@@ -187,7 +187,7 @@ def set_up(
     )
     engine.on_rank0(lambda: check_base_place(config), f"looking for {config.model_name_or_path}")
     engine.on_rank0(lambda: check_trackers(config), "looking for the trackers")
-    task = caller.task_of(config)
+    task = caller.task or get_task(config.task_name, config.task_file)
     check_metrics(task, caller.metrics)
     build_ops(config, engine)
     read = staged(config, engine)
