@@ -55,9 +55,9 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     config = config or own
     checkpoint, state, _ = best_checkpoint(run_dir)
     manifest = read_manifest(checkpoint)
+    task = task_of_run(run_dir, config)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
-    same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
-    own_task = task_of_run(run_dir, replace(own, task_file=config.task_file) if same_task else own)
+    own_task = task if config.task_name == own.task_name else task_of_run(run_dir, own)
     base, tokenizer = load_base(config)
     if base_digest(checked_base(base)) != manifest["run"].get("base_sha256"):
         raise FinishedError(
@@ -72,7 +72,6 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     built = build_model(as_trained, base=base, tokenizer=tokenizer, description=description)
     weights = read_tensors(checkpoint, WEIGHTS, manifest)
     copy_weights(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
-    task = task_of_run(run_dir, config)
     if task.max_target_length is None:  # open answers: what the run has measured
         length = manifest["run"].get("max_target_length")
         task = replace(task, max_target_length=longest_target(task, length))
