@@ -80,8 +80,8 @@ class BuiltModel:
             )
         if config.torch_compile and config.gradient_checkpointing:
             found.append(
-                "torch_compile: has no effect on blocks that mix experts with gradient_checkpointing; leave one of them "
-                "out"
+                "torch_compile: has no effect on blocks that mix experts with gradient_checkpointing; leave one of "
+                "them out"
             )
         return found
 

@@ -143,7 +143,9 @@ class Callbacks:
             setattr(control, flag, count > 0)
 
     def _warn_of_unsupported(self) -> None:
-        known = {name: each for name, each in vars(TrainerCallback).items() if name.startswith("on_")}
+        known = {
+            name: each for name, each in vars(TrainerCallback).items() if name.startswith("on_")
+        }
         for each in self._callbacks:
             own = [
                 name

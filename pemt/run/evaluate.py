@@ -148,9 +148,8 @@ def map_over_ranks(
                 measured = {INDEX: torch.tensor(indices, device=engine.device), **measure(indices)}
             # The last batch may be short on one rank alone, and gathering needs equal shapes.
             short = batch_size - len(indices)
-            gathered.append(
-                {name: engine.gather(_pad_rows(each, short)).cpu() for name, each in measured.items()}
-            )
+            equal = {name: _pad_rows(each, short) for name, each in measured.items()}
+            gathered.append({name: engine.gather(each).cpu() for name, each in equal.items()})
             bar.advance(batch_size * engine.world_size)
             on_batch_end()
     module.train(was_training)

@@ -156,7 +156,8 @@ def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
         run.session.set_step(step)
         callbacks.at(state, epoch_at(step))
         callbacks.call("on_step_end")
-        if step % config.logging_steps == 0 or callbacks.control.should_log or run.should_stop(step):
+        is_due = step % config.logging_steps == 0 or callbacks.control.should_log
+        if is_due or run.should_stop(step):
             _log_step(run, meter, step, {**step_scalars, "train/skipped_steps": skipped})
         with meter.paused():
             state = _evaluate_and_save(run, state)

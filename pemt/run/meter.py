@@ -124,7 +124,9 @@ class Meter:
         counts = self._engine.totals(self._counts.tolist())
         samples, tokens, source_tokens, positions = counts
         seconds = time.perf_counter() - self._started
-        scalars = {f"train/{name}": float(mean) for name, mean in zip(self._sums, means, strict=True)}
+        scalars = {
+            f"train/{name}": float(mean) for name, mean in zip(self._sums, means, strict=True)
+        }
         scalars["train/samples_per_second"] = samples / seconds
         scalars["train/tokens_per_second"] = tokens / seconds
         scalars["train/padding_waste"] = 1 - source_tokens / positions

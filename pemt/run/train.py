@@ -220,9 +220,7 @@ def set_up(
     )
 
 
-def _write_entry(
-    config: SourceConfig, setup: Setup, fitted: FitResult, tested: Evaluation
-) -> None:
+def _write_entry(config: SourceConfig, setup: Setup, fitted: FitResult, tested: Evaluation) -> None:
     model = setup.built.model
     assert isinstance(model, PemtT5)
     entry = write_entry(

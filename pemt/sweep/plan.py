@@ -265,9 +265,7 @@ def _levels(key: str, named: Mapping[str, _Fields]) -> dict[str, _Fields]:
     return {f"{key}.{name}": fields for name, fields in named.items()}
 
 
-def _check_keys(
-    kind: type[RunConfig], levels: Mapping[str, _Fields], own: tuple[str, ...]
-) -> None:
+def _check_keys(kind: type[RunConfig], levels: Mapping[str, _Fields], own: tuple[str, ...]) -> None:
     """Refuse keys that no run has, and those of the sweep's `own`."""
     keys = field_keys(kind)
     known = [key for key in keys if key not in own]

@@ -100,11 +100,13 @@ def _error_of(train: Callable[[], object], folder: Path, job: Job) -> Exception 
     """What has ended a run, which `error.txt` in its folder tells too; where nothing has, an older one goes."""
     try:
         train()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever it is, the next run may do better
         if job.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            trace = "" if isinstance(error, PemtError) else "".join(traceback.format_exception(error))
-            write_text(folder / ERROR, f"{_line(error)}\n{trace}")
+            told = [f"{_line(error)}\n"]
+            if not isinstance(error, PemtError):
+                told += traceback.format_exception(error)
+            write_text(folder / ERROR, "".join(told))
         return error
     if job.is_main:
         (folder / ERROR).unlink(missing_ok=True)
