@@ -91,21 +91,20 @@ def evaluate(
         description=f"{description} {task.name}",
         on_batch_end=on_batch_end,
     )
-    predictions = tokenizer.batch_decode(columns["tokens"], skip_special_tokens=True)
-    answers = [predictions]
+    answers = [tokenizer.batch_decode(columns["tokens"], skip_special_tokens=True)]
     if labels:
         answers.append([task.labels[i] for i in columns["log_likelihoods"].argmax(dim=1)])
     loss = float(columns["loss"].sum() / columns["target_tokens"].sum().clamp(min=1))
     # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
     (scores, *likely_scores), loss = engine.on_rank0(
         lambda: ([score(task, each, dataset, metrics) for each in answers], loss),
-        f"scoring {len(predictions)} answers",
+        f"scoring {len(dataset)} answers",
     )
     return Evaluation(
         metrics=scores,
         loss=loss,
         gates_NLK=columns.get("gates"),
-        predictions=predictions,
+        predictions=answers[0],
         by_likelihood=likely_scores[0] if likely_scores else None,
         runtime=time.perf_counter() - started,
     )
