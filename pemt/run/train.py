@@ -17,7 +17,6 @@ from pemt.bank import entry_folder, write_entry
 from pemt.checkpoint import (
     PREDICTIONS,
     RESULTS,
-    Config,
     Finished,
     Fresh,
     Resume,
@@ -105,10 +104,18 @@ def _run(
     config: SourceConfig | AdaptConfig, caller: CallerInputs, entry: Path | None = None
 ) -> RunResults:
     """What the run gives, or has given where it is finished; `entry` is the folder of stage 1's expert."""
-    start = resolve_on_all(config, entry)
+    job = Job(config)
+    resolve = partial(resolve_run, config, world_size=job.world_size, product=entry)
+    start = job.on_rank0(resolve, "checking the run's folder")
     if isinstance(start, Finished):
+        if job.is_main:
+            told = f"{config.output_dir}: this run is finished; give --overwrite_output_dir true to train it again"
+            print(spell_fields(told), flush=True)
         caller.check_results(config, start.results)
         return RunResults(start.results, start.config.output_dir)
+    if isinstance(start, Resume) and job.is_main:
+        for note in start.notes:
+            progress_logger().info(note)
     engine = Engine(start.config)
     # from here on the configuration is final, with the precision that the devices have
     config = replace(start.config, bf16=engine.config.bf16)
@@ -128,28 +135,6 @@ def _run(
             results = _write_results(setup, fitted, tested)
     engine.release()
     return RunResults(results, config.output_dir)
-
-
-def resolve_on_all(
-    config: Config, product: Path | None
-) -> Fresh[Config] | Resume[Config] | Finished[Config]:
-    """What `resolve_run` decides on rank 0, for all ranks, logged (all ranks call)."""
-    job = Job(config)
-    start = job.on_rank0(
-        lambda: resolve_run(config, world_size=job.world_size, product=product),
-        "checking the run's folder",
-    )
-    if job.is_main and isinstance(start, Resume):
-        for note in start.notes:
-            progress_logger().info(note)
-    if job.is_main and isinstance(start, Finished):
-        print(
-            spell_fields(
-                f"{config.output_dir}: this run is finished; give --overwrite_output_dir true to train it again"
-            ),
-            flush=True,
-        )
-    return start
 
 
 @contextmanager
