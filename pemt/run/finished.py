@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pemt.checkpoint import WEIGHTS, TrainState, copy_weights
+from pemt.checkpoint import WEIGHTS, copy_weights
 from pemt.config import AdaptConfig, RunConfig
 from pemt.engine import Engine
 from pemt.model import base_digest, checked_base, fetch_base, load_base, read_lazy
 from pemt.run.build import BuiltModel, build_model, build_ops
 from pemt.run.finished_config import FinishedError, best_checkpoint, finished_config, task_of_run
-from pemt.storage import read_manifest, read_tensors
+from pemt.storage import read_tensors
 from pemt.tasks import Task, longest_target
 
 
@@ -28,7 +28,6 @@ class LoadedRun(BuiltModel):
         task: the task of `config`, which an override may have changed; the model is the run's own.
         tokenizer: the base model's.
         checkpoint: the folder that the weights come from.
-        state: how far the run was at that checkpoint.
     """
 
     folder: Path
@@ -36,7 +35,6 @@ class LoadedRun(BuiltModel):
     task: Task
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Path
-    state: TrainState
 
 
 def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> LoadedRun:
@@ -53,8 +51,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     run_dir = Path(run_dir).expanduser()
     own = finished_config(run_dir)
     config = config or own
-    checkpoint, state, _ = best_checkpoint(run_dir)
-    manifest = read_manifest(checkpoint)
+    checkpoint, manifest = best_checkpoint(run_dir)
     task = task_of_run(run_dir, config)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
     own_task = task if config.task_name == own.task_name else task_of_run(run_dir, own)
@@ -83,7 +80,6 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
         task=task,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
-        state=state,
     )
 
 
