@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from pemt.checkpoint import TrainState
-from pemt.config import PemtError, RunConfig
+from pemt.config import PemtError
 from pemt.engine import Engine
 from pemt.monitor import progress_logger
 
@@ -50,8 +50,7 @@ class Callbacks:
 
     Args:
         callbacks: as `checked_callbacks` gives them.
-        config: the run's.
-        engine: holds the model, after `prepare`.
+        engine: holds the model, after `prepare`, and the configuration.
         tokenizer: the base model's.
         schedule: of the learning rate.
         total_steps: optimizer steps of the whole run.
@@ -60,7 +59,6 @@ class Callbacks:
     def __init__(
         self,
         callbacks: Sequence[Any],
-        config: RunConfig,
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         schedule: Any,
@@ -69,7 +67,7 @@ class Callbacks:
         self._callbacks = callbacks
         self._engine, self._tokenizer, self._schedule = engine, tokenizer, schedule
         self.args = args = SimpleNamespace(
-            **vars(config),
+            **vars(engine.config),
             load_best_model_at_end=True,
             metric_for_best_model="average_metrics",
             greater_is_better=True,

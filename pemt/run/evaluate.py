@@ -17,7 +17,6 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pemt.config import RunConfig
 from pemt.data import IGNORED_LABEL, EvalBatches, collate, label_ids, lengths_of
 from pemt.engine import Engine
 from pemt.model import TrainedT5
@@ -64,7 +63,6 @@ def evaluate(
     *,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    config: RunConfig,
     metrics: Mapping[str, Metric] | None = None,
     by_likelihood: bool = False,
     description: str = "evaluating",
@@ -73,7 +71,7 @@ def evaluate(
     """Score the prepared model on a data set (all ranks call).
 
     Args:
-        engine: holds the model, after `prepare`.
+        engine: holds the model, after `prepare`, and the run's configuration.
         dataset: tokenised examples, as `load_task_data` gives them.
         task: tells metrics and the longest answer.
         metrics: a caller's own, as `score` takes them.
@@ -86,8 +84,8 @@ def evaluate(
     columns = map_over_ranks(
         engine,
         lengths_of(dataset),
-        batch_size=config.per_device_eval_batch_size,
-        measure=partial(_measure, engine, dataset, task, tokenizer, config, labels),
+        batch_size=engine.config.per_device_eval_batch_size,
+        measure=partial(_measure, engine, dataset, task, tokenizer, labels),
         description=f"{description} {task.name}",
         on_batch_end=on_batch_end,
     )
@@ -162,12 +160,12 @@ def _measure(
     dataset: Dataset,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    config: RunConfig,
     labels: list[list[int]],
     indices: list[int],
 ) -> dict[str, Tensor]:
     """Of one batch: generated `tokens` [B,T]; summed `loss` and counted `target_tokens` [B]; `log_likelihoods` [B,C] of
     labels if there are any; and the forward pass's `gates` [B,L,K], with experts."""
+    config = engine.config
     batch = collate(
         list(dataset.select(indices)),
         pad_token_id=tokenizer.pad_token_id,

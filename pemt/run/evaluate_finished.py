@@ -58,7 +58,6 @@ def evaluate_run(
         examples,
         task=task,
         tokenizer=finished.tokenizer,
-        config=config,
         metrics=metrics,
         by_likelihood=constrain_labels,
     )

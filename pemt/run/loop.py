@@ -70,9 +70,7 @@ def fit(setup: Setup, session: Session) -> FitResult:
     batches = train_batches(setup, resumed.state.position if resumed else None)
     total_steps = total_steps_of(config, batches)
     schedule = prepare(config, engine, built.model, resumed, total_steps=total_steps)
-    callbacks = Callbacks(
-        setup.caller.callbacks, config, engine, setup.tokenizer, schedule, total_steps
-    )
+    callbacks = Callbacks(setup.caller.callbacks, engine, setup.tokenizer, schedule, total_steps)
     state = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(state.step)
     with (
@@ -84,7 +82,7 @@ def fit(setup: Setup, session: Session) -> FitResult:
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
             tensorboard=TENSORBOARD in config.report_to,
-            trackers=open_all_trackers(config, engine),
+            trackers=open_all_trackers(engine),
         ) as monitor,
         checkpoints,
     ):
@@ -141,7 +139,7 @@ def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
     if run.should_evaluate(state.step) and state.validated_step != state.step:
         state = _evaluate_and_save(run, state)  # it was stopped before this validation
     meter = Meter(setup.engine)
-    guard = NonFiniteGuard(config, setup.engine, partial(_rows, setup), log=run.monitor.message)
+    guard = NonFiniteGuard(setup.engine, partial(_rows, setup), log=run.monitor.message)
     last = run.total_steps if state.ended is None else state.step
     for micro_batches in batches.steps(state.step, last):
         if callbacks.control.should_training_stop:
@@ -271,7 +269,6 @@ def evaluate_set(setup: Setup, examples: Dataset, description: str, session: Ses
         examples,
         task=setup.task,
         tokenizer=setup.tokenizer,
-        config=setup.config,
         metrics=setup.caller.metrics,
         description=description,
         on_batch_end=session.raise_if_stopped,

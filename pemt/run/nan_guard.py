@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pemt.config import PemtError, RunConfig
+from pemt.config import PemtError
 from pemt.engine import Engine
 from pemt.monitor import progress_logger
 
@@ -24,22 +24,20 @@ class NonFiniteGuard:
     """Counts skipped steps in a row, alike on all ranks, and stops the run at the limit.
 
     Args:
-        config: `max_skipped_steps`; `output_dir` receives `not-finite-step-<step>-rank-<rank>.jsonl`.
-        engine: the run's ranks.
+        engine: the run's; `output_dir` receives `not-finite-step-<step>-rank-<rank>.jsonl`.
         rows_of: the examples of a micro-batch, which are saved for inspection.
         log: logs a line.
     """
 
     def __init__(
         self,
-        config: RunConfig,
         engine: Engine,
         rows_of: Callable[[list[Any]], list[dict[str, Any]]],
         *,
         log: Callable[[str], None],
     ) -> None:
-        self._output_dir = Path(config.output_dir)
-        self._limit = config.max_skipped_steps
+        self._output_dir = Path(engine.config.output_dir)
+        self._limit = engine.config.max_skipped_steps
         self._engine = engine
         self._rows_of = rows_of
         self._log = log

@@ -70,7 +70,7 @@ def open_run(setup: Setup, session: Session) -> tuple[Checkpoints, Checkpoint | 
     return checkpoints, resumed
 
 
-def open_all_trackers(config: RunConfig, engine: Engine) -> list[Tracker]:
+def open_all_trackers(engine: Engine) -> list[Tracker]:
     """The trackers of `report_to` besides TensorBoard; none on other ranks than 0 (all ranks call).
 
     A resumed run goes on in the runs that it has begun there: they stand in the run's folder.
@@ -78,10 +78,10 @@ def open_all_trackers(config: RunConfig, engine: Engine) -> list[Tracker]:
     Raises:
         ConfigError: one does not open.
     """
-    folder = Path(config.output_dir)
+    folder = Path(engine.config.output_dir)
 
     def open_them() -> None:
-        engine.trackers, runs = open_trackers(config, tracker_runs(folder))
+        engine.trackers, runs = open_trackers(engine.config, tracker_runs(folder))
         if runs:
             write_tracker_runs(folder, runs)
 

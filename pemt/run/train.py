@@ -123,7 +123,7 @@ def _run(
         check_method(config)
     with usable_after_interrupt(engine):
         setup = set_up(config, engine, start, caller)
-        with Session(config, engine) as session:
+        with Session(engine) as session:
             session.raise_if_stopped()  # it may have been told to stop before it began
             fitted = fit(setup, session)
             engine.optimizer_state.overwrite_weights(fitted.weights)
