@@ -21,6 +21,8 @@ from pemt.data import IGNORED_LABEL, EvalBatches, collate, label_ids, lengths_of
 from pemt.engine import Engine
 from pemt.model import TrainedT5
 from pemt.monitor import EvaluationBar
+from pemt.run.prepare import Setup
+from pemt.run.session import Session
 from pemt.tasks import Metric, Task, longest_target, score
 
 INDEX, NO_EXAMPLE = "index", -1
@@ -106,6 +108,28 @@ def evaluate(
         by_likelihood=likely_scores[0] if likely_scores else None,
         runtime=time.perf_counter() - started,
     )
+
+
+def evaluate_set(setup: Setup, examples: Dataset, description: str, session: Session) -> Evaluation:
+    """Score the model on one of the run's sets; a run that is told to stop ends there (all ranks call)."""
+    return evaluate(
+        setup.engine,
+        examples,
+        task=setup.task,
+        tokenizer=setup.tokenizer,
+        metrics=setup.caller.metrics,
+        description=description,
+        on_batch_end=session.raise_if_stopped,
+    )
+
+
+def gates_and_similarity(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:
+    """Of an evaluation just done, gates [N,L,K] and prompt similarity [1+K,1+K]; None without experts."""
+    assert isinstance(engine.module, TrainedT5)
+    similarity_MM = engine.module.prompt_similarity()
+    if evaluated.gates_NLK is None or similarity_MM is None:
+        return None
+    return evaluated.gates_NLK, similarity_MM.cpu()
 
 
 def map_over_ranks(

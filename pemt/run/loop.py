@@ -7,21 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from pemt.checkpoint import Checkpoint, TrainState
+from pemt.checkpoint import Checkpoint, Checkpoints, TrainState
 from pemt.config import TENSORBOARD, spell_fields
 from pemt.data import TrainStream, collate, to_device
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5
 from pemt.monitor import Monitor
 from pemt.run.callbacks import Callbacks
-from pemt.run.evaluate import Evaluation, evaluate
+from pemt.run.evaluate import evaluate_set, gates_and_similarity
 from pemt.run.meter import Meter, micro_batch_weights
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.prepare import (
+    Batches,
     Setup,
     open_all_trackers,
     open_run,
@@ -31,7 +31,6 @@ from pemt.run.prepare import (
     train_batches,
     warmup_notes,
 )
-from pemt.run.running import Run
 from pemt.run.session import Session
 from pemt.storage import TensorFile
 from pemt.tasks import without_redundant_mean
@@ -50,6 +49,52 @@ class FitResult:
     weights: TensorFile
     state: TrainState
     epoch: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What stays the same from step to step."""
+
+    setup: Setup
+    session: Session
+    checkpoints: Checkpoints
+    monitor: Monitor
+    batches: Batches
+    total_steps: int
+    callbacks: Callbacks
+
+    def is_epoch_end(self, step: int) -> bool:
+        """Whether this step is an epoch's last, or the run's."""
+        per_epoch = self.batches.steps_per_epoch
+        return step == self.total_steps or (per_epoch is not None and step % per_epoch == 0)
+
+    def should_stop(self, step: int) -> bool:
+        """The last step, or the one after which a callback stops the run."""
+        return step == self.total_steps or self.callbacks.control.should_training_stop
+
+    def should_evaluate(self, step: int) -> bool:
+        """As often as was configured, at the end, and where a callback wants it."""
+        if step == 0:
+            return False
+        if self.callbacks.control.should_evaluate or (
+            self.should_stop(step) and self.setup.config.eval_strategy != "no"
+        ):
+            return True
+        interval = self.setup.config.eval_steps
+        if interval is not None:
+            return step % interval == 0
+        return self.setup.config.eval_strategy == "epoch" and self.is_epoch_end(step)
+
+    def should_save(self, step: int) -> bool:
+        """After each validation, or after each epoch where there is none; and as often as was asked for."""
+        interval = self.setup.config.save_steps
+        return (
+            self.should_evaluate(step)
+            or self.callbacks.control.should_save
+            or self.should_stop(step)
+            or (interval is not None and step % interval == 0)
+            or (self.setup.config.eval_strategy == "no" and self.is_epoch_end(step))
+        )
 
 
 def fit(setup: Setup, session: Session) -> FitResult:
@@ -260,28 +305,6 @@ def _evaluate(run: Run, state: TrainState) -> TrainState:
     state = state.measured(validated.metrics["average_metrics"], validated.loss)
     run.callbacks.at(state, run.batches.epochs_at(state.step))
     return state
-
-
-def evaluate_set(setup: Setup, examples: Dataset, description: str, session: Session) -> Evaluation:
-    """Score the model on one of the run's sets; a run that is told to stop ends there (all ranks call)."""
-    return evaluate(
-        setup.engine,
-        examples,
-        task=setup.task,
-        tokenizer=setup.tokenizer,
-        metrics=setup.caller.metrics,
-        description=description,
-        on_batch_end=session.raise_if_stopped,
-    )
-
-
-def gates_and_similarity(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:
-    """Of an evaluation just done, gates [N,L,K] and prompt similarity [1+K,1+K]; None without experts."""
-    assert isinstance(engine.module, TrainedT5)
-    similarity_MM = engine.module.prompt_similarity()
-    if evaluated.gates_NLK is None or similarity_MM is None:
-        return None
-    return evaluated.gates_NLK, similarity_MM.cpu()
 
 
 def _log_saves(run: Run) -> None:

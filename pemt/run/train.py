@@ -31,8 +31,8 @@ from pemt.monitor import progress_logger, quiet_libraries, record_outcome
 from pemt.run.build import build_model, build_ops
 from pemt.run.caller_inputs import CallerInputs, check_same_on_all, with_caller_inputs
 from pemt.run.early import check_base_place, check_method, check_trackers
-from pemt.run.evaluate import Evaluation
-from pemt.run.loop import FitResult, evaluate_set, fit, gates_and_similarity
+from pemt.run.evaluate import Evaluation, evaluate_set, gates_and_similarity
+from pemt.run.loop import FitResult, fit
 from pemt.run.outcome import RunResults, SourceResults
 from pemt.run.prepare import Setup
 from pemt.run.results import final_results, results_block, write_predictions, write_results
