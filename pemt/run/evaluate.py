@@ -6,7 +6,7 @@ Shapes: B batch, T target tokens, V vocabulary, N examples, L sites with a gate,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,9 +85,9 @@ def evaluate(
     labels = label_ids(task, tokenizer) if by_likelihood else []
     columns = map_over_ranks(
         engine,
-        lengths_of(dataset),
-        batch_size=engine.config.per_device_eval_batch_size,
-        measure=partial(_measure, engine, dataset, task, tokenizer, labels),
+        dataset,
+        tokenizer,
+        partial(_measure, engine, task, labels),
         description=f"{description} {task.name}",
         on_batch_end=on_batch_end,
     )
@@ -134,68 +134,70 @@ def gates_and_similarity(engine: Engine, evaluated: Evaluation) -> tuple[Tensor,
 
 def map_over_ranks(
     engine: Engine,
-    lengths: Sequence[int] | np.ndarray,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    measure: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     *,
-    batch_size: int,
-    measure: Callable[[list[int]], dict[str, Tensor]],
+    batch_size: int | None = None,
     description: str = "",
     on_batch_end: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Measure every example on one of the ranks, without gradients and dropout, and gather it (all ranks call).
+    """Measure every row on one of the ranks, without gradients and dropout, and gather it (all ranks call).
 
     Args:
         engine: holds the model, after `prepare`.
-        lengths: source tokens of each example, [N].
-        batch_size: examples of a rank's batch.
-        measure: takes a batch's indices and gives tensors [B,...] by name, of the same shape for every batch but for B.
-        description: of a bar over the examples, on rank 0; empty for none.
+        rows: token ids, as `collate` takes them, and the `length` of each.
+        measure: gives tensors [B,...] of a batch by name, of the same shape for every batch but for B.
+        batch_size: rows of a rank's batch; default: per_device_eval_batch_size.
+        description: of a bar over the rows, on rank 0; empty for none.
         on_batch_end: as in `evaluate`.
 
     Returns:
-        The same tensors for all examples, [N,...], in their order, on the CPU of every rank.
+        The same tensors for all rows, [N,...], in their order, on the CPU of every rank.
     """
-    module = engine.module
+    module, size = engine.module, batch_size or engine.config.per_device_eval_batch_size
     was_training = module.training
     module.eval()
     batches = EvalBatches(
-        lengths, batch_size=batch_size, world_size=engine.world_size, rank=engine.rank
+        lengths_of(rows), batch_size=size, world_size=engine.world_size, rank=engine.rank
     )
     gathered: list[dict[str, Tensor]] = []
     shown = engine.is_main and description != ""
-    with EvaluationBar(total=len(lengths), description=description, shown=shown) as bar:
+    with EvaluationBar(total=len(rows), description=description, shown=shown) as bar:
         for indices in batches:
+            batch = collate(
+                list(rows.select(indices)),
+                pad_token_id=tokenizer.pad_token_id,
+                pad_to_multiple_of=engine.config.pad_to_multiple_of,
+                device=engine.device,
+            )
             # Blocks that are compiled for training run as written here: generation has too many shapes.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                measured = {INDEX: torch.tensor(indices, device=engine.device), **measure(indices)}
-            # The last batch may be short on one rank alone, and gathering needs equal shapes.
-            short = batch_size - len(indices)
-            equal = {name: _pad_rows(each, short) for name, each in measured.items()}
-            gathered.append({name: engine.gather(each).cpu() for name, each in equal.items()})
-            bar.advance(batch_size * engine.world_size)
+                measured = {INDEX: torch.tensor(indices, device=engine.device), **measure(batch)}
+            gathered.append(_gathered(engine, measured, size - len(indices)))
+            bar.advance(size * engine.world_size)
             on_batch_end()
     module.train(was_training)
     columns = {name: torch.cat([each[name] for each in gathered]) for name in gathered[0]}
-    order_N = _first_occurrences(columns.pop(INDEX), len(lengths))
+    order_N = _first_occurrences(columns.pop(INDEX), len(rows))
     return {name: column[order_N] for name, column in columns.items()}
 
 
+def _gathered(engine: Engine, measured: dict[str, Tensor], short: int) -> dict[str, Tensor]:
+    """Every rank's rows; the last batch may be short on one rank alone, and gathering needs equal shapes."""
+    found = {}
+    for name, rows in measured.items():
+        filler = rows.new_full((short, *rows.shape[1:]), NO_EXAMPLE)
+        found[name] = engine.gather(torch.cat([rows, filler])).cpu()
+    return found
+
+
 def _measure(
-    engine: Engine,
-    dataset: Dataset,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: list[list[int]],
-    indices: list[int],
+    engine: Engine, task: Task, labels: list[list[int]], batch: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Of one batch: generated `tokens` [B,T]; summed `loss` and counted `target_tokens` [B]; `log_likelihoods` [B,C] of
     labels if there are any; and the forward pass's `gates` [B,L,K], with experts."""
     config = engine.config
-    batch = collate(
-        list(dataset.select(indices)),
-        pad_token_id=tokenizer.pad_token_id,
-        pad_to_multiple_of=config.pad_to_multiple_of,
-        device=engine.device,
-    )
     labels_BT = batch["labels"]
     out = engine.model(**batch)
     loss_BT = F.cross_entropy(
@@ -248,11 +250,6 @@ def score_labels(
 
 def _gates(gates_BLK: Tensor | None) -> dict[str, Tensor]:
     return {} if gates_BLK is None else {"gates": gates_BLK.float()}
-
-
-def _pad_rows(tensor: Tensor, count: int) -> Tensor:
-    filler = tensor.new_full((count, *tensor.shape[1:]), NO_EXAMPLE)
-    return torch.cat([tensor, filler])
 
 
 def _first_occurrences(indices_N: Tensor, count: int) -> Tensor:

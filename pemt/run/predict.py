@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
 from pemt.config import PemtError, RunConfig
 from pemt.data import (
-    collate,
     encode_sources,
     label_ids,
     note_on_inputs,
@@ -132,16 +132,14 @@ class Predictor:
         texts = _texts(task, inputs)
         if not texts:
             return []
-        ids = self._encoded(texts)
-        labels = label_ids(task, self.finished.tokenizer) if constrain else []
-        columns = map_over_ranks(
-            self.engine,
-            [len(each) for each in ids],
-            batch_size=batch_size or config.per_device_eval_batch_size,
-            measure=lambda indices: self._measure(
-                [ids[i] for i in indices], longest, num_beams or config.num_beams, labels
-            ),
-        )
+        ids, tokenizer = self._encoded(texts), self.finished.tokenizer
+        if constrain:
+            measure = partial(score_labels, self.engine, labels=label_ids(task, tokenizer))
+        else:
+            beams = num_beams or config.num_beams
+            measure = partial(generate_batch, self.engine, longest=longest, num_beams=beams)
+        rows = Dataset.from_dict({"input_ids": ids, "length": [len(each) for each in ids]})
+        columns = map_over_ranks(self.engine, rows, tokenizer, measure, batch_size=batch_size)
         named: list[NamedGates] = [{} for _ in texts]
         if "gates" in columns:
             named = [self.finished.gate_names.by_site(each) for each in columns["gates"]]
@@ -190,21 +188,6 @@ class Predictor:
                 progress_logger().warning(f"{sum(flags)} of {len(flags)} inputs {problem}{first}")
         self._warned = self._warned or any(cut) or any(strange)
         return ids
-
-    def _measure(
-        self, ids: list[list[int]], longest: int, num_beams: int, labels: list[list[int]]
-    ) -> dict[str, Tensor]:
-        """Of one batch: what `score_labels` gives where there are labels, else what `generate_batch` does."""
-        tokenizer, engine = self.finished.tokenizer, self.engine
-        batch = collate(
-            [{"input_ids": each} for each in ids],
-            pad_token_id=tokenizer.pad_token_id,
-            pad_to_multiple_of=self.finished.config.pad_to_multiple_of,
-            device=engine.device,
-        )
-        if labels:
-            return score_labels(engine, batch, labels)
-        return generate_batch(engine, batch, longest=longest, num_beams=num_beams)
 
 
 def _texts(
