@@ -6,9 +6,10 @@ Shapes: B batch, T target tokens, V vocabulary, N examples, L sites with a gate,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,7 @@ def evaluate(
     columns = map_over_ranks(
         engine,
         dataset,
+        lengths_of(dataset),
         tokenizer,
         partial(_measure, engine, task, labels),
         description=f"{description} {task.name}",
@@ -134,7 +136,8 @@ def gates_and_similarity(engine: Engine, evaluated: Evaluation) -> tuple[Tensor,
 
 def map_over_ranks(
     engine: Engine,
-    rows: Dataset,
+    rows: Sequence[Mapping[str, Any]] | Dataset,
+    lengths: Sequence[int] | np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     measure: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     *,
@@ -146,7 +149,8 @@ def map_over_ranks(
 
     Args:
         engine: holds the model, after `prepare`.
-        rows: token ids, as `collate` takes them, and the `length` of each.
+        rows: token ids, as `collate` takes them.
+        lengths: source tokens of each, [N].
         measure: gives tensors [B,...] of a batch by name, of the same shape for every batch but for B.
         batch_size: rows of a rank's batch; default: per_device_eval_batch_size.
         description: of a bar over the rows, on rank 0; empty for none.
@@ -158,15 +162,13 @@ def map_over_ranks(
     module, size = engine.module, batch_size or engine.config.per_device_eval_batch_size
     was_training = module.training
     module.eval()
-    batches = EvalBatches(
-        lengths_of(rows), batch_size=size, world_size=engine.world_size, rank=engine.rank
-    )
+    batches = EvalBatches(lengths, batch_size=size, world_size=engine.world_size, rank=engine.rank)
     gathered: list[dict[str, Tensor]] = []
     shown = engine.is_main and description != ""
     with EvaluationBar(total=len(rows), description=description, shown=shown) as bar:
         for indices in batches:
             batch = collate(
-                list(rows.select(indices)),
+                [rows[i] for i in indices],
                 pad_token_id=tokenizer.pad_token_id,
                 pad_to_multiple_of=engine.config.pad_to_multiple_of,
                 device=engine.device,

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
@@ -138,8 +137,10 @@ class Predictor:
         else:
             beams = num_beams or config.num_beams
             measure = partial(generate_batch, self.engine, longest=longest, num_beams=beams)
-        rows = Dataset.from_dict({"input_ids": ids, "length": [len(each) for each in ids]})
-        columns = map_over_ranks(self.engine, rows, tokenizer, measure, batch_size=batch_size)
+        rows, lengths = [{"input_ids": each} for each in ids], [len(each) for each in ids]
+        columns = map_over_ranks(
+            self.engine, rows, lengths, tokenizer, measure, batch_size=batch_size
+        )
         named: list[NamedGates] = [{} for _ in texts]
         if "gates" in columns:
             named = [self.finished.gate_names.by_site(each) for each in columns["gates"]]
