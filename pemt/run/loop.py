@@ -246,7 +246,7 @@ def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
 def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
     """A micro-batch's examples: a stream gives them, otherwise it is their indices."""
     train = setup.data.train
-    return micro_batch if isinstance(train, TrainStream) else list(train.select(micro_batch))
+    return micro_batch if isinstance(train, TrainStream) else [train[i] for i in micro_batch]
 
 
 def _log_step(run: Run, meter: Meter, step: int, step_scalars: dict[str, float]) -> None:
