@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from pemt.config import PemtError
-from pemt.tasks.metric_kinds import METRIC_KINDS
+from pemt.tasks.metric_kinds import METRIC_KINDS, TaskShape
 from pemt.tasks.values import RowError, class_of, encodable, is_one_of, number_of, plain, written
 
 Row = Mapping[str, Any]
@@ -96,11 +96,6 @@ class Task:
     prepare_label: Callable[[Row], Row] | None = None
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.metrics if name not in METRIC_KINDS]
-        if unknown or not self.metrics:
-            found = ", ".join(unknown) or "none"
-            allowed = ", ".join(sorted(METRIC_KINDS))
-            raise TaskError(f"task {self.name}: metrics: found {found}; allowed: {allowed}")
         self._check_metrics()
         if self.max_target_length is None and self.kind != "answer":
             object.__setattr__(self, "max_target_length", DEFAULT_TARGET_LENGTH)
@@ -111,20 +106,20 @@ class Task:
             raise TaskError(f"task {self.name}: template: no {{field}} in {self.template!r}")
 
     def _check_metrics(self) -> None:
-        """Refuse a metric that would fail, or mislead, after the training."""
-        labels, grouped = len(self.labels), bool(self.group)
-        fitting = [
-            name
-            for name, metric in METRIC_KINDS.items()
-            if metric.fits(self.kind, label_count=labels, by_group=grouped)
-        ]
+        """Refuse a metric that is not known, or would fail, or mislead, after the training."""
+        unknown = [name for name in self.metrics if name not in METRIC_KINDS]
+        if unknown or not self.metrics:
+            found = ", ".join(unknown) or "none"
+            allowed = ", ".join(sorted(METRIC_KINDS))
+            raise TaskError(f"task {self.name}: metrics: found {found}; allowed: {allowed}")
+        shape = TaskShape(
+            kind=self.kind, label_count=len(self.labels), by_group=bool(self.group)
+        )
+        fitting = [name for name, needed in METRIC_KINDS.items() if needed.fits(shape)]
         for name in self.metrics:
             if name not in fitting:
-                metric = METRIC_KINDS[name]
-                needed = kind_text(metric.kind, metric.label_count, by_group=metric.by_group)
-                found = kind_text(self.kind, labels, by_group=grouped)
                 raise TaskError(
-                    f"task {self.name}: metrics: {name} scores {needed}, found {found}; "
+                    f"task {self.name}: metrics: {name} scores {METRIC_KINDS[name]}, found {shape}; "
                     f"allowed here: {', '.join(fitting)}"
                 )
 
@@ -185,14 +180,6 @@ class Task:
 def longest_target(task: Task, given: int | None) -> int:
     """The tokens that a target and an answer may have: those given, else the task's own."""
     return given or task.max_target_length or DEFAULT_TARGET_LENGTH
-
-
-def kind_text(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
-    """A kind of task in words."""
-    if kind != "classification":
-        return "a regression (score_step)" if kind == "regression" else "open answers"
-    labels = f" with {label_count} labels" if label_count else ""
-    return f"a classification{labels}{' and a group' if by_group else ''}"
 
 
 def label_with_name(task: Task, label: str) -> str:
