@@ -28,7 +28,6 @@ from pemt.tasks import (
     example_of,
     has_label,
     has_numbers,
-    is_class_id,
 )
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
@@ -41,7 +40,6 @@ EXAMPLE = Features(
         "references": List(Value("string")),
         "group": Value("string"),
         "problem": Value("string"),
-        # The label is a number that nothing but the order of the task's labels gives a meaning.
         "is_class_id": Value("bool"),
     }
 )
@@ -264,11 +262,10 @@ def example_row(task: Task, row_id: str, row: RawRow | RowError) -> dict[str, An
             raise row
         example = example_of(task, row)
         problem = f"{row_id}: {UNLABELLED}" if example is None else ""
-        by_id = example is not None and is_class_id(task, row)
     except RowError as error:
-        example, problem, by_id = None, f"{row_id}: {error}", False
-    empty = {"source": "", "target": "", "references": [], "group": ""}
-    return {**(example or empty), "problem": problem, "is_class_id": by_id}
+        example, problem = None, f"{row_id}: {error}"
+    empty = {"source": "", "target": "", "references": [], "group": "", "is_class_id": False}
+    return {**(example or empty), "problem": problem}
 
 
 @cache

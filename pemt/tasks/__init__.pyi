@@ -15,7 +15,6 @@ from .task import (
     TaskError as TaskError,
     example_of as example_of,
     has_label as has_label,
-    is_class_id as is_class_id,
     label_with_name as label_with_name,
     longest_target as longest_target,
     source_of as source_of,

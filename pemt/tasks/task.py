@@ -27,12 +27,15 @@ class TaskError(PemtError):
 
 
 class Example(TypedDict):
-    """One example as text. `group` is empty where every example stands alone."""
+    """One example as text. `group` is empty where every example stands alone; with `is_class_id` the label is a number
+    that nothing but the order of the task's labels gives a meaning.
+    """
 
     source: str
     target: str
     references: list[str]
     group: str
+    is_class_id: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,10 +202,15 @@ def example_of(task: Task, row: Row) -> Example | None:
     if is_unlabelled(task, answer):
         return None
     source = source_of(task, row)
-    references = [encodable(text) for text in references_of(task, answer)]
+    texts, is_class_id = references_of(task, answer)
+    references = [encodable(text) for text in texts]
     group = "/".join(str(field_of(labelled, name)) for name in task.group)
     return Example(
-        source=source, target=references[0], references=references, group=encodable(group)
+        source=source,
+        target=references[0],
+        references=references,
+        group=encodable(group),
+        is_class_id=is_class_id,
     )
 
 
@@ -257,35 +265,23 @@ def is_unlabelled(task: Task, answer: Any) -> bool:
     return is_one_of(answer, task.no_label)
 
 
-def references_of(task: Task, answer: Any) -> list[str]:
-    """Every accepted answer as target text, the one to train on first."""
+def references_of(task: Task, answer: Any) -> tuple[list[str], bool]:
+    """Every accepted answer as target text, the one to train on first; and whether it is a class by its place alone."""
     if task.kind == "classification":
-        return [task.labels[class_id(task, answer)[0]]]
+        try:
+            number, is_class_id = class_of(answer, task.labels, task.label_names)
+        except RowError as error:
+            raise RowError(f"field {task.label!r}: {error}") from None
+        return [task.labels[number]], is_class_id
     if task.score_step is not None:
-        return [score_text(answer, task.score_step)]
+        return [score_text(answer, task.score_step)], False
     texts = [written(each) for each in (answer if isinstance(answer, list) else [answer])]
     found = [text for text in texts if text is not None]
     if len(found) < len(texts):
         raise RowError(
             f"field {task.label!r} must be text or a list of texts, found {answer!r:.60}"
         )
-    return list(dict.fromkeys(found))
-
-
-def class_id(task: Task, answer: Any) -> tuple[int, bool]:
-    """The class that a label means, and whether nothing but its place in `labels` says so; RowError for none or two."""
-    try:
-        return class_of(answer, task.labels, task.label_names)
-    except RowError as error:
-        raise RowError(f"field {task.label!r}: {error}") from None
-
-
-def is_class_id(task: Task, row: Row) -> bool:
-    """Whether the label of a well-formed row is a number that means a class by nothing but its place in `labels`."""
-    if task.kind != "classification":
-        return False
-    labelled = task.prepare_label(row) if task.prepare_label else row
-    return class_id(task, field_of(labelled, task.label))[1]
+    return list(dict.fromkeys(found)), False
 
 
 def score_text(value: Any, step: float) -> str:
