@@ -17,8 +17,8 @@ from datasets.fingerprint import Hasher
 from pemt.data.errors import DataError
 from pemt.data.formats import note_on
 from pemt.data.in_memory import MemoryData, Rows
-from pemt.data.local_files import columns_of, read_rows, renamed, task_files
-from pemt.data.tables import RawRow
+from pemt.data.local_files import columns_of, read_rows, rows_of, task_files
+from pemt.data.tables import Located, RawRow
 from pemt.tasks import (
     SPLITS,
     ClassId,
@@ -43,8 +43,6 @@ EXAMPLE = Features(
         "is_class_id": Value("bool"),
     }
 )
-
-Located = Iterable[tuple[str, RawRow | RowError]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,7 @@ class DataLocation:
         Raises DataError where files or hub cannot be read.
         """
         if self.memory is not None:
-            rows = MemoryRows(self.task, self.memory.splits[split], split)
+            rows = memory_rows(self.task, self.memory.splits[split], split)
             # with the split, for messages: equal rows may be given as two
             return make_examples(self.task, rows, f"{split} {self.memory.digests[split]}")
         if self.files is not None:
@@ -148,7 +146,7 @@ def load_hub(task: Task, hub: HubSource, split: str, *, streaming: bool = False)
 def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
     """One split of the hub's copy."""
     rows = load_hub(task, hub, split)
-    return make_examples(task, HubRows(task, rows, hub_name(hub, split)), rows._fingerprint)
+    return make_examples(task, hub_rows(task, rows, hub_name(hub, split)), rows._fingerprint)
 
 
 def resolve_class_id(task: Task, row: RawRow, features: Features | None) -> RawRow:
@@ -173,7 +171,7 @@ def hub_name(hub: HubSource, split: str) -> str:
 def local_examples(task: Task, paths: tuple[Path, ...]) -> Dataset:
     """One split of local files, which are identified by path, in messages, and by content."""
     contents = [(str(path.resolve()), _digest(path)) for path in paths]
-    return make_examples(task, LocalRows(task, paths), Hasher.hash(contents))
+    return make_examples(task, read_rows(task, paths), Hasher.hash(contents))
 
 
 def _digest(path: Path) -> str:
@@ -188,51 +186,23 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-class HubRows:
+def hub_rows(task: Task, rows: Dataset, name: str) -> Iterator[Located]:
     """Rows of a data set with their places."""
-
-    def __init__(self, task: Task, rows: Dataset, name: str) -> None:
-        self.task, self.rows, self.name = task, rows, name
-
-    def __iter__(self) -> Iterator[tuple[str, RawRow]]:
-        for number, row in enumerate(self.rows, start=1):
-            yield f"{self.name}: row {number}", resolve_class_id(self.task, row, self.rows.features)
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}: row {number}", resolve_class_id(task, row, rows.features)
 
 
-class LocalRows:
-    """Rows of local files with their places."""
-
-    def __init__(self, task: Task, paths: tuple[Path, ...]) -> None:
-        self.task, self.paths = task, paths
-
-    def __iter__(self) -> Iterator[tuple[str, RawRow | RowError]]:
-        return read_rows(self.task, self.paths)
-
-
-class MemoryRows:
+def memory_rows(task: Task, rows: Rows, split: str) -> Iterator[Located]:
     """Rows in memory with their places: `train[3]`, as Python counts."""
-
-    def __init__(self, task: Task, rows: Rows, split: str) -> None:
-        self.task, self.split = task, split
-        self.rows = rows.with_format(None) if isinstance(rows, Dataset) else rows
-
-    def __iter__(self) -> Iterator[tuple[str, RawRow | RowError]]:
-        features = self.rows.features if isinstance(self.rows, Dataset) else None
-        for number, row in enumerate(self.rows):
-            row_id = f"{self.split}[{number}]"
-            record = resolve_class_id(self.task, dict(row), features)
-            try:
-                unpacked = self.task.unpack(record) if self.task.unpack else (record,)
-                for each in unpacked:
-                    yield (
-                        row_id,
-                        each if isinstance(each, RowError) else renamed(self.task, dict(each)),
-                    )
-            except RowError as error:
-                yield row_id, error
+    features = None
+    if isinstance(rows, Dataset):
+        rows, features = rows.with_format(None), rows.features
+    for number, record in enumerate(rows):
+        for row in rows_of(task, resolve_class_id(task, dict(record), features)):
+            yield f"{split}[{number}]", row
 
 
-def make_examples(task: Task, rows: Located, identity: str) -> Dataset:
+def make_examples(task: Task, rows: Iterator[Located], identity: str) -> Dataset:
     """The examples of some rows, from the cache where task, code and identity of the rows are the same."""
     fingerprint = Hasher.hash([identity, Hasher.hash(task), source_hash()])
     try:
@@ -249,7 +219,7 @@ def make_examples(task: Task, rows: Located, identity: str) -> Dataset:
         raise
 
 
-def examples_of(task: Task, rows: Located) -> Iterator[dict[str, Any]]:
+def examples_of(task: Task, rows: Iterable[Located]) -> Iterator[dict[str, Any]]:
     """An example per row; where a row gives none, an empty one with the reason as `problem`."""
     for row_id, row in rows:
         yield example_row(task, row_id, row)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pemt.data.errors import DataError
-from pemt.data.formats import EXTENSIONS, RawRow, extension_of, read_records
-from pemt.data.tables import Columns
+from pemt.data.formats import EXTENSIONS, extension_of, read_records
+from pemt.data.tables import Columns, Located, RawRow
 from pemt.tasks import RowError, Task
 
 WORDS = {
@@ -229,23 +230,28 @@ def columns_of(task: Task) -> Columns:
     )
 
 
-def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, RawRow | RowError]]:
+def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[Located]:
     """The rows of published or plain files with the hub's fields, each with its place."""
     for path in paths:
         for row_id, record in read_records(path, columns_of(task)):
-            if isinstance(record, RowError):
-                yield row_id, record
+            for row in rows_of(task, record):
+                yield row_id, row
+
+
+def rows_of(task: Task, record: Mapping[str, Any] | RowError) -> Iterator[RawRow | RowError]:
+    """The rows of a record, published fields under the hub's names as well; a RowError in place of a malformed one."""
+    if isinstance(record, RowError):
+        yield record
+        return
+    try:
+        for row in task.unpack(record) if task.unpack else (record,):
+            if isinstance(row, RowError):
+                yield row
                 continue
-            try:
-                for row in task.unpack(record) if task.unpack else (record,):
-                    yield row_id, row if isinstance(row, RowError) else renamed(task, dict(row))
-            except RowError as error:
-                yield row_id, error
-
-
-def renamed(task: Task, row: RawRow) -> RawRow:
-    """The row with the fields of published files under the hub's names as well."""
-    for field, published in task.aliases:
-        if field not in row and published in row:
-            row[field] = row[published]
-    return row
+            filled = dict(row)
+            for field, published in task.aliases:
+                if field not in filled and published in filled:
+                    filled[field] = filled[published]
+            yield filled
+    except RowError as error:
+        yield error

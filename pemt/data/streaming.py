@@ -19,7 +19,6 @@ from pemt.data.examples import (
     EXAMPLE,
     UNLABELLED,
     DataLocation,
-    LocalRows,
     example_row,
     examples_of,
     hub_name,
@@ -27,6 +26,7 @@ from pemt.data.examples import (
     load_hub,
     resolve_class_id,
 )
+from pemt.data.local_files import read_rows
 from pemt.data.vocabulary import FLAGS, EncodingStats
 from pemt.tasks import Task
 
@@ -126,7 +126,7 @@ def open_stream(location: DataLocation) -> IterableDataset:
 
 def local_rows(task: Task, paths: list[Path]) -> Iterator[Row]:
     """The examples of local files."""
-    return examples_of(task, LocalRows(task, tuple(paths)))
+    return examples_of(task, read_rows(task, paths))
 
 
 class StreamBatches:

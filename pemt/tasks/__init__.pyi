@@ -18,6 +18,7 @@ from .task import (
     label_with_name as label_with_name,
     longest_target as longest_target,
     source_of as source_of,
+    text_of as text_of,
 )
 from .task_file import (
     get_task as get_task,
