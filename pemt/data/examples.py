@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,7 +57,7 @@ class DataLocation:
     """
 
     task: Task
-    files: dict[str, tuple[Path, ...]] | None
+    files: dict[str, list[Path]] | None
     notes: tuple[str, ...] = ()
     memory: MemoryData | None = None
 
@@ -68,7 +68,7 @@ class DataLocation:
             return tuple(split for split in SPLITS if split in self.memory.splits)
         if self.files is not None:
             return tuple(self.files)
-        return tuple(split for split in SPLITS if hub_of(self.task).split_name(split))
+        return tuple(split for split in SPLITS if getattr(hub_of(self.task), split))
 
     def examples(self, split: str) -> Dataset:
         """The examples of one of `splits`, malformed rows included.
@@ -82,9 +82,10 @@ class DataLocation:
         if self.files is not None:
             return local_examples(self.task, self.files[split])
         hub = hub_of(self.task)
-        name = hub.split_name(split)
-        assert name is not None, f"{split} is none of {self.splits}"
-        return hub_examples(self.task, hub, name)
+        name = getattr(hub, split)
+        dataset = load_hub(self.task, hub, name)
+        rows = hub_rows(self.task, dataset, hub_name(hub, name))
+        return make_examples(self.task, rows, dataset._fingerprint)
 
 
 def locate_data(task: Task, data_dir: str | None, memory: MemoryData | None = None) -> DataLocation:
@@ -97,28 +98,19 @@ def locate_data(task: Task, data_dir: str | None, memory: MemoryData | None = No
     if data_dir is None and not task.files:
         hub_of(task)
         return DataLocation(task=task, files=None)
-    found, notes = task_files(task, data_dir)
-    files = {split: tuple(paths) for split, paths in found.items()}
+    files, notes = task_files(task, data_dir)
     every = dict.fromkeys(path for paths in files.values() for path in paths)
     decided = [note for path in every if (note := note_on(path, columns_of(task)))]
     notes += [f"{task.name}: {note}" for note in decided]
     # The published test file has no labels, one's own may.
     is_published = task.hub is not None and task.hub.test is None and "test" in files
     if is_published and not any(
-        is_labelled(task, row) for _, row in read_rows(task, files["test"])
+        not isinstance(row, RowError) and has_label(task, row)
+        for _, row in read_rows(task, files["test"])
     ):
-        file = files.pop("test")[0]
-        return DataLocation(
-            task=task,
-            files=files,
-            notes=(*notes, f"{task.name}, test: left out {file}, which has no label"),
-        )
+        (file, *_) = files.pop("test")
+        notes.append(f"{task.name}, test: left out {file}, which has no label")
     return DataLocation(task=task, files=files, notes=tuple(notes))
-
-
-def is_labelled(task: Task, row: RawRow | RowError) -> bool:
-    """Whether a row can be read and has a label."""
-    return not isinstance(row, RowError) and has_label(task, row)
 
 
 def hub_of(task: Task) -> HubSource:
@@ -143,12 +135,6 @@ def load_hub(task: Task, hub: HubSource, split: str, *, streaming: bool = False)
         ) from None
 
 
-def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
-    """One split of the hub's copy."""
-    rows = load_hub(task, hub, split)
-    return make_examples(task, hub_rows(task, rows, hub_name(hub, split)), rows._fingerprint)
-
-
 def resolve_class_id(task: Task, row: RawRow, features: Features | None) -> RawRow:
     """A row in which a class id of the data set's own is the name that it has there, or is known to be an id.
 
@@ -168,7 +154,7 @@ def hub_name(hub: HubSource, split: str) -> str:
     return f"{hub.path}/{hub.config or 'default'}/{split}"
 
 
-def local_examples(task: Task, paths: tuple[Path, ...]) -> Dataset:
+def local_examples(task: Task, paths: Sequence[Path]) -> Dataset:
     """One split of local files, which are identified by path, in messages, and by content."""
     contents = [(str(path.resolve()), _digest(path)) for path in paths]
     return make_examples(task, read_rows(task, paths), Hasher.hash(contents))

@@ -110,7 +110,7 @@ def open_stream(location: DataLocation) -> IterableDataset:
     task = location.task
     if location.files is not None:
         # A list among the arguments is one shard each: what lies before a resumed one is not read again.
-        given = {"task": task, "paths": list(location.files["train"])}
+        given = {"task": task, "paths": location.files["train"]}
         return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
     hub = hub_of(task)
     rows = load_hub(task, hub, hub.train, streaming=True)

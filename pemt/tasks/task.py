@@ -49,10 +49,6 @@ class HubSource:
     validation: str | None = "validation"
     test: str | None = None
 
-    def split_name(self, split: str) -> str | None:
-        """The hub's name of "train", "validation" or "test"."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
