@@ -138,7 +138,7 @@ class StreamBatches:
         stream: the training set.
         buffer_size: examples that are put in order of length together, rounded down to whole steps.
         position: where to resume, as `position` gave it; default: at the start.
-        batch_size, accumulation, world_size, rank, seed: as for `TrainBatches`.
+        division: batch_size, accumulation, world_size, rank and seed, as for `TrainBatches`.
     """
 
     steps_per_epoch = None  # nobody knows how long an epoch is
@@ -147,26 +147,15 @@ class StreamBatches:
         self,
         stream: TrainStream,
         *,
-        batch_size: int,
-        accumulation: int,
-        world_size: int,
-        rank: int,
-        seed: int,
         buffer_size: int,
         position: dict[str, Any] | None = None,
+        **division: int,
     ) -> None:
-        self._stream = stream
-        self._division = {
-            "batch_size": batch_size,
-            "accumulation": accumulation,
-            "world_size": world_size,
-            "rank": rank,
-            "seed": seed,
-        }
-        of_a_step = batch_size * accumulation * world_size
+        self._stream, self._division = stream, division
+        of_a_step = division["batch_size"] * division["accumulation"] * division["world_size"]
         self._buffer_size = max(1, buffer_size // of_a_step) * of_a_step
-        # `done`: steps of this buffer; `state`: the data set's where the buffer begins, None at an epoch's start.
         self._has_told = False
+        # `done`: steps of this buffer; `state`: the data set's where the buffer begins, None at an epoch's start.
         self._at = position or {"epoch": 0, "buffer": 0, "done": 0, "state": None}
 
     def position(self) -> dict[str, Any]:
@@ -181,19 +170,13 @@ class StreamBatches:
         """What was left out or cut, in a line each: at the end all of it, before that once, when it is first seen."""
         found = self._stream.stats.notes()
         if not at_end:
-            is_new, self._has_told = (
-                bool(found) and not self._has_told,
-                self._has_told or bool(found),
-            )
-            return (
-                [f"{line} (so far; counted again at the end)" for line in found] if is_new else []
-            )
-        bad = list(dict.fromkeys(self._stream.bad_rows))
-        name = self._stream.task.name
-        left_out = (
-            f"{name}, train: left out {len(bad)} malformed rows, first {bad[0] if bad else ''}"
-        )
-        return [*([left_out] if bad else []), *found]
+            is_new = bool(found) and not self._has_told
+            self._has_told = self._has_told or is_new
+            return [f"{line} (so far; counted again at the end)" for line in found if is_new]
+        if bad := list(dict.fromkeys(self._stream.bad_rows)):
+            left_out = f"left out {len(bad)} malformed rows, first {bad[0]}"
+            found.insert(0, f"{self._stream.task.name}, train: {left_out}")
+        return found
 
     def steps(self, start: int, end: int) -> Iterator[list[list[Row]]]:
         """This rank's micro-batches of rows, a list per step, from the position on."""
