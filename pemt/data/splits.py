@@ -6,7 +6,6 @@ Every draw depends on (seed, purpose) alone. Examples of one group stay on one s
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from enum import IntEnum
 
 import numpy as np
 from datasets import Dataset
@@ -17,19 +16,8 @@ from pemt.tasks import SPLITS, Task, label_with_name
 
 SMALL = 10_000  # training examples (questions, in MultiRC) below which validation is halved
 HELD_OUT = 1_000  # training examples that become validation in larger tasks
-
-
-class Purpose(IntEnum):
-    """Keeps draws with the same seed independent of each other."""
-
-    SPLIT = 1
-    FEW_SHOT = 2
-    MAXIMUM = 3
-
-
-def generator(seed: int, purpose: Purpose) -> np.random.Generator:
-    """The random generator of one purpose."""
-    return np.random.default_rng([seed, purpose])
+# What a draw is for: draws with the same seed are independent of each other.
+FOR_SPLIT, FOR_FEW_SHOT, FOR_MAXIMUM = 1, 2, 3
 
 
 def well_formed(
@@ -164,7 +152,7 @@ def split_in_two(
     size = round(share * number)
     if not 0 < size < number:
         raise DataError(f"task {task.name}: {number} examples cannot be divided in two; give more")
-    order = generator(seed, Purpose.SPLIT).permutation(number)
+    order = np.random.default_rng([seed, FOR_SPLIT]).permutation(number)
     chosen = order[:size]
     if stratified and task.kind == "classification" and not task.group:
         # In order of class, at random within one; then every so-and-so-maniest. A class of one stays in the first.
@@ -186,7 +174,7 @@ def few_shot(task: Task, train: Dataset, k: int, seed: int) -> tuple[Dataset, li
     What has fewer than k gives all it has, as in the published code (CB's smallest class has 16, and the paper
     draws 32). Raises DataError where a class has none.
     """
-    rng = generator(seed, Purpose.FEW_SHOT)
+    rng = np.random.default_rng([seed, FOR_FEW_SHOT])
     targets = column(train, "target")
     classes = task.labels if task.kind == "classification" else (None,)
     chosen, notes = [], []
@@ -212,7 +200,7 @@ def limit_examples(task: Task, dataset: Dataset, maximum: int | None, seed: int)
     if maximum is None or len(dataset) <= maximum:
         return dataset
     units = unit_ids(task, dataset)
-    order = generator(seed, Purpose.MAXIMUM).permutation(int(units.max()) + 1)
+    order = np.random.default_rng([seed, FOR_MAXIMUM]).permutation(int(units.max()) + 1)
     sizes = np.cumsum(np.bincount(units)[order])
     chosen = order[: max(1, int(np.searchsorted(sizes, maximum, side="right")))]
     return dataset.select(np.flatnonzero(np.isin(units, chosen)))
