@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from pemt.data.errors import DataError
 from pemt.data.examples import UNLABELLED
-from pemt.tasks import SPLITS, Task, label_with_name
+from pemt.tasks import Task, label_with_name
 
 SMALL = 10_000  # training examples (questions, in MultiRC) below which validation is halved
 HELD_OUT = 1_000  # training examples that become validation in larger tasks
@@ -44,8 +44,7 @@ def well_formed(
         notes.append(
             f"{task.name}, {split}: left out {is_unlabelled.sum()} rows without gold label"
         )
-    by_id = int(np.sum(dataset["is_class_id"][:])) if "is_class_id" in dataset.column_names else 0
-    if by_id:
+    if by_id := int(np.sum(dataset["is_class_id"][:])):
         notes.append(
             f"{task.name}, {split}: {by_id:,} of {len(dataset):,} labels are numbers, read as places in `labels`: "
             f"{', '.join(f'{i} is {label}' for i, label in enumerate(task.labels))}; label_names changes that"
@@ -54,8 +53,7 @@ def well_formed(
         first = f", first {bad[0]}" if len(bad) else ""
         raise DataError(f"task {task.name}: {split} has no usable row of {len(problems)}{first}")
     kept = dataset if not is_bad.any() else dataset.select(np.flatnonzero(~is_bad))
-    done_with = [name for name in ("problem", "is_class_id") if name in kept.column_names]
-    return kept.remove_columns(done_with), notes
+    return kept.remove_columns(["problem", "is_class_id"]), notes
 
 
 def split(
@@ -68,9 +66,8 @@ def split(
     validation and tests on the official validation set. Without a validation set training gives
     its 1000 (never more than a tenth) all the same. A `validation_split` is the share of the training
     examples, of every class alike, that becomes validation; where there is no test set, half of it
-    becomes that. Raises DataError where neither is there, or more than the splits that are asked for.
+    becomes that. The splits are those that `check_splits` lets pass.
     """
-    check_splits(task, parts, validation_split)
     if validation_split:
         kept, held_out = split_in_two(
             task, parts["train"], 1 - validation_split, seed, stratified=True
@@ -79,8 +76,7 @@ def split(
             return {"train": kept, "validation": held_out, "test": parts["test"]}
         first, second = split_in_two(task, held_out, 0.5, seed, stratified=True)
         return {"train": kept, "validation": first, "test": second}
-    train, validation, test = (parts.get(name) for name in SPLITS)
-    assert train is not None
+    train, validation, test = parts["train"], parts.get("validation"), parts.get("test")
     if validation is not None and test is not None:
         return {"train": train, "validation": validation, "test": test}
     number = int(unit_ids(task, train).max()) + 1

@@ -173,7 +173,7 @@ def test_validation_split_draws_by_seed_and_class(rows, share, sizes):
     three = splits.split(RTE, given, 1, share)
     assert sources(three["test"]) == sources(given["test"])
     with pytest.raises(DataError, match="has a validation set; leave one of them out"):
-        splits.split(RTE, {**given, "validation": given["test"]}, 1, share)
+        splits.check_splits(RTE, {*given, "validation"}, share)
 
 
 def test_a_class_of_one_example_stays_in_train():
