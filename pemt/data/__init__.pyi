@@ -5,7 +5,7 @@ from .batching import (
     collate as collate,
     to_device as to_device,
 )
-from .encoding import encode_sources as encode_sources, label_ids as label_ids
+from .encoding import label_ids as label_ids
 from .errors import DataError as DataError
 from .in_memory import (
     MemoryData as MemoryData,
@@ -26,4 +26,8 @@ from .to_predict import (
     read_inputs as read_inputs,
     sources_of as sources_of,
 )
-from .vocabulary import encode_targets as encode_targets, unknown as unknown
+from .vocabulary import (
+    encode_sources as encode_sources,
+    encode_targets as encode_targets,
+    unknown as unknown,
+)

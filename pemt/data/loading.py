@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import datasets
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pemt.config import RunConfig
 from pemt.data import splits
-from pemt.data.encoding import Encoder, encode_batch
+from pemt.data.encoding import Encoder
 from pemt.data.errors import DataError
 from pemt.data.examples import DataLocation, locate_data
 from pemt.data.in_memory import MemoryData
@@ -222,7 +221,7 @@ def streamed(
     task = location.task
     stream = TrainStream(
         location,
-        encode=partial(encode_batch, **encoder.settings(every_answer=task.train_on_every_answer)),
+        encode=encoder.of_batches(every_answer=task.train_on_every_answer),
         skip_bad_rows=config.skip_bad_rows,
         stats=encoder.stats("train"),
     )

@@ -19,15 +19,15 @@ MOST_MEASURED = 256
 SHOWN = 60  # characters of the first example
 
 
-def encode_texts(
+def encode_sources(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> tuple[list[list[int]], list[int]]:
-    """Token ids of sources, as the tokenizer begins and ends them, and how many each text has uncut.
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of source texts, as the tokenizer begins and ends them, and which of them had to be cut.
 
     Cut to `max_length` tokens, an end of sequence keeps its place.
     """
     every = tokenizer(list(texts), add_special_tokens=True).input_ids
-    return [_cut(ids, tokenizer, max_length) for ids in every], [len(ids) for ids in every]
+    return [_cut(ids, tokenizer, max_length) for ids in every], [len(ids) > max_length for ids in every]
 
 
 def encode_targets(
