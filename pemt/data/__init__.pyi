@@ -1,8 +1,8 @@
 from .batching import (
     IGNORED_LABEL as IGNORED_LABEL,
-    EvalBatches as EvalBatches,
     TrainBatches as TrainBatches,
     collate as collate,
+    eval_batches as eval_batches,
     to_device as to_device,
 )
 from .encoding import label_ids as label_ids

@@ -164,28 +164,19 @@ def pairs_within(groups: np.ndarray) -> int:
     return int(np.sum(sizes * (sizes - 1)))
 
 
-class EvalBatches:
+def eval_batches(
+    lengths: Sequence[int] | np.ndarray, *, batch_size: int, world_size: int, rank: int
+) -> list[list[int]]:
     """Evaluation batches of one rank: lists of indices, longest first.
 
     Batches are cut before they are dealt to the ranks, so the same examples are padded together
     whatever the number of ranks. Every index occurs; a rank that would run short repeats the last
     batch, so that all have the same number of batches and the scorer keeps one answer per index.
     """
-
-    def __init__(
-        self, lengths: Sequence[int] | np.ndarray, *, batch_size: int, world_size: int, rank: int
-    ) -> None:
-        assert 0 <= rank < world_size, (rank, world_size)
-        order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        rounds = -(-len(batches) // world_size)
-        self.mine = [batches[min(i * world_size + rank, len(batches) - 1)] for i in range(rounds)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.mine)
-
-    def __len__(self) -> int:
-        return len(self.mine)
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rounds = -(-len(batches) // world_size)
+    return [batches[min(i * world_size + rank, len(batches) - 1)] for i in range(rounds)]
 
 
 def collate(
