@@ -11,7 +11,6 @@ from .in_memory import (
     MemoryData as MemoryData,
     Rows as Rows,
     memory_data as memory_data,
-    memory_split as memory_split,
 )
 from .loading import (
     TaskData as TaskData,
