@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 # Noise that is added to lengths before they are put in order, as a share of their mean; so much padding
 # it costs, about. Without any, the batches of texts of many lengths hardly differ between epochs.
@@ -195,10 +197,13 @@ def collate(
     int64; S and T are the longest row's, rounded up to `pad_to_multiple_of` if it is given.
     """
     multiple_of = pad_to_multiple_of or 1
-    input_ids, lengths = padded([row["input_ids"] for row in rows], pad_token_id, multiple_of)
-    labels, _ = padded([row.get("labels", []) for row in rows], IGNORED_LABEL, multiple_of)
-    mask = torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]
-    batch = {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
+    input_ids = [row["input_ids"] for row in rows]
+    labels = [row.get("labels", []) for row in rows]
+    batch = {
+        "input_ids": padded(input_ids, pad_token_id, multiple_of),
+        "attention_mask": padded([[1] * len(ids) for ids in input_ids], 0, multiple_of),
+        "labels": padded(labels, IGNORED_LABEL, multiple_of),
+    }
     return to_device(batch, device)
 
 
@@ -207,11 +212,9 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device | str) -> dict[s
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int, multiple_of: int) -> tuple[Tensor, Tensor]:
-    """Rows as one matrix [B, width], and their lengths [B]."""
-    longest = max(len(row) for row in rows)
-    width = -(-longest // multiple_of) * multiple_of
-    matrix = torch.full((len(rows), width), fill, dtype=torch.long)
-    for i, row in enumerate(rows):
-        matrix[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return matrix, torch.tensor([len(row) for row in rows])
+def padded(rows: Sequence[Sequence[int]], fill: int, multiple_of: int) -> Tensor:
+    """Rows as one matrix [B, width]."""
+    matrix = pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill
+    )
+    return F.pad(matrix, (0, -matrix.shape[1] % multiple_of), value=fill)
