@@ -282,17 +282,14 @@ def references_of(task: Task, answer: Any) -> tuple[list[str], bool]:
 
 def score_text(value: Any, step: float) -> str:
     """A score rounded to the next step, as T5 does for STS-B (1910.10683, section 2.4)."""
-    if isinstance(value, bool) or (isinstance(value, str) and number_of(value.strip()) is None):
-        raise RowError(f"the score must be a number, found {value!r:.60}")
+    number = number_of(value.strip()) if isinstance(value, str) else value
     try:
-        steps = round(float(value) / step)  # of NaN a ValueError, of infinity an OverflowError
+        if number is None or isinstance(number, bool):
+            raise TypeError
+        steps = round(float(number) / step)  # of NaN a ValueError, of infinity an OverflowError
     except (TypeError, ValueError):
         raise RowError(f"the score must be a number, found {value!r:.60}") from None
     except OverflowError:
         raise RowError(f"the score must be finite, found {value!r:.60}") from None
-    return f"{steps * step:.{decimals(step)}f}"
-
-
-def decimals(step: float) -> int:
-    """Digits after the point that a step needs."""
-    return len(f"{step:.6f}".rstrip("0").split(".")[1])
+    digits = len(f"{step:.6f}".rstrip("0").split(".")[1])
+    return f"{steps * step:.{digits}f}"
