@@ -49,19 +49,14 @@ def task_files(task: Task, data_dir: str | Path | None) -> tuple[dict[str, list[
 
     Raises DataError where the folder or a file is missing.
     """
-    found, notes = (own_files(task), []) if data_dir is None else find_files(task, data_dir)
-    for file in (path for paths in found.values() for path in paths):
-        if not file.is_file():
-            raise DataError(f"{file}: no such file, which task {task.name} reads")
-    return found, notes
-
-
-def own_files(task: Task) -> dict[str, list[Path]]:
-    """The files of each split that a task names."""
+    if data_dir is not None:
+        return find_files(task, data_dir)
     files: dict[str, list[Path]] = {}
-    for split, path in task.files:
-        files.setdefault(split, []).append(Path(path))
-    return files
+    for split, name in task.files:
+        if not Path(name).is_file():
+            raise DataError(f"{name}: no such file, which task {task.name} reads")
+        files.setdefault(split, []).append(Path(name))
+    return files, []
 
 
 def find_files(task: Task, data_dir: str | Path) -> tuple[dict[str, list[Path]], list[str]]:
