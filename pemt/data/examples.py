@@ -19,6 +19,7 @@ from pemt.data.formats import note_on
 from pemt.data.in_memory import MemoryData, Rows
 from pemt.data.local_files import columns_of, read_rows, rows_of, task_files
 from pemt.data.tables import Located, RawRow
+from pemt.storage import sha256
 from pemt.tasks import (
     SPLITS,
     ClassId,
@@ -156,20 +157,13 @@ def hub_name(hub: HubSource, split: str) -> str:
 
 def local_examples(task: Task, paths: Sequence[Path]) -> Dataset:
     """One split of local files, which are identified by path, in messages, and by content."""
-    contents = [(str(path.resolve()), _digest(path)) for path in paths]
+    contents = []
+    for path in paths:
+        try:  # another file may have the same size and time of change
+            contents.append((str(path.resolve()), sha256(path)))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     return make_examples(task, read_rows(task, paths), Hasher.hash(contents))
-
-
-def _digest(path: Path) -> str:
-    """Of a file's bytes: another file may have the same size and time of change."""
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 def hub_rows(task: Task, rows: Dataset, name: str) -> Iterator[Located]:
