@@ -80,7 +80,8 @@ class Encoder:
         if backend is None:
             return Hasher.hash(self.tokenizer)
         tables = json.loads(backend.to_str())
-        return Hasher.hash(json.dumps({**tables, "truncation": None, "padding": None}, sort_keys=True))
+        tables |= {"truncation": None, "padding": None}
+        return Hasher.hash(json.dumps(tables, sort_keys=True))
 
 
 def encode_batch(
@@ -119,4 +120,3 @@ def encode_batch(
 def label_ids(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The token ids of each label of a task, with the end of sequence, in their order."""
     return encode_targets(task.labels, tokenizer, max_length=MOST_MEASURED)[0]
-

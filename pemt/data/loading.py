@@ -188,7 +188,7 @@ def well_formed(location: DataLocation, split: str, config: RunConfig) -> tuple[
 def encode(
     examples: Dataset, split: str, origin: str, encoder: Encoder, config: RunConfig
 ) -> tuple[Dataset, list[str], str]:
-    """A split with token ids, no larger than the configuration wants it; notes on what is wrong with them; its origin."""
+    """A split with token ids, no larger than the configuration wants it; notes on what is wrong with it; its origin."""
     task, is_train = encoder.task, split == "train"
     field = "max_train_samples" if is_train else "max_eval_samples"
     maximum = getattr(config, field)

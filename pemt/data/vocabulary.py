@@ -27,7 +27,8 @@ def encode_sources(
     Cut to `max_length` tokens, an end of sequence keeps its place.
     """
     every = tokenizer(list(texts), add_special_tokens=True).input_ids
-    return [_cut(ids, tokenizer, max_length) for ids in every], [len(ids) > max_length for ids in every]
+    is_cut = [len(ids) > max_length for ids in every]
+    return [_cut(ids, tokenizer, max_length) for ids in every], is_cut
 
 
 def encode_targets(

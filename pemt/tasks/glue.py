@@ -57,8 +57,7 @@ GLUE_TASKS = (
     class_task(
         name="mnli",
         description="Decide whether a premise entails, contradicts or leaves open a hypothesis.",
-        **NLI
-        | {"aliases": (*NLI["aliases"], ("premise", "text_a"), ("hypothesis", "text_b"))},
+        **NLI | {"aliases": (*NLI["aliases"], ("premise", "text_a"), ("hypothesis", "text_b"))},
         hub=HubSource(path=GLUE, config="mnli", validation="validation_matched"),
     ),
     class_task(

@@ -111,9 +111,7 @@ class Task:
             found = ", ".join(unknown) or "none"
             allowed = ", ".join(sorted(METRIC_KINDS))
             raise TaskError(f"task {self.name}: metrics: found {found}; allowed: {allowed}")
-        shape = TaskShape(
-            kind=self.kind, label_count=len(self.labels), by_group=bool(self.group)
-        )
+        shape = TaskShape(kind=self.kind, label_count=len(self.labels), by_group=bool(self.group))
         fitting = [name for name, needed in METRIC_KINDS.items() if needed.fits(shape)]
         for name in self.metrics:
             if name not in fitting:

@@ -219,11 +219,14 @@ def hub(value: Any) -> HubSource:
     """{path, config, revision, train, validation, test}; null where there is no such split."""
     keys = [field.name for field in dataclasses.fields(HubSource)]
     may_be_null = ("config", "revision", "validation", "test")
-    is_right = isinstance(value, dict) and "path" in value and all(
-        key in keys and (isinstance(name, str) or (name is None and key in may_be_null))
-        for key, name in value.items()
-    )
-    if not is_right:
+    if (
+        not isinstance(value, dict)
+        or "path" not in value
+        or not all(
+            key in keys and (isinstance(name, str) or (name is None and key in may_be_null))
+            for key, name in value.items()
+        )
+    ):
         raise WrongType(f"a mapping of texts that has path, with the keys {', '.join(keys)}")
     return HubSource(**value)
 
