@@ -88,9 +88,8 @@ def load_task_data(
     if config.streaming:
         sets, parts, origins = streamed(location, config, encoder, parts, share)
     else:
-        sets, given = {}, parts
-        parts = splits.split(task, given, seed, share)
-        origins = splits.origins(given, parts, seed)
+        sets = {}
+        parts, origins = splits.split(task, parts, seed, share)
     if share:
         sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
         notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from pemt.data.errors import DataError
 from pemt.data.examples import UNLABELLED
-from pemt.tasks import Task, label_with_name
+from pemt.tasks import SPLITS, Task, label_with_name
 
 SMALL = 10_000  # training examples (questions, in MultiRC) below which validation is halved
 HELD_OUT = 1_000  # training examples that become validation in larger tasks
@@ -57,9 +57,9 @@ def well_formed(
 
 
 def split(
-    task: Task, parts: Mapping[str, Dataset], seed: int, validation_split: float | None = None
-) -> dict[str, Dataset]:
-    """Train, validation and test by the published rule.
+    task: Task, given: Mapping[str, Dataset], seed: int, validation_split: float | None = None
+) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """Train, validation and test by the published rule, and in a few words what each was made from.
 
     With all three given they stay. Without a labelled test set a task with fewer than 10 000
     training examples halves its validation set; a larger one gives 1000 training examples to
@@ -68,44 +68,27 @@ def split(
     examples, of every class alike, that becomes validation; where there is no test set, half of it
     becomes that. The splits are those that `check_splits` lets pass.
     """
-    if validation_split:
-        kept, held_out = split_in_two(
-            task, parts["train"], 1 - validation_split, seed, stratified=True
+    made = dict(given)
+    origins = {name: f"the official {name} set" for name in given}
+    is_stratified = bool(validation_split)
+    number = int(unit_ids(task, given["train"]).max()) + 1
+    if "validation" not in given or ("test" not in given and number >= SMALL):
+        if "validation" in given:
+            made["test"], origins["test"] = given["validation"], origins["validation"]
+        share = validation_split or min(HELD_OUT / number, 0.1)
+        made["train"], made["validation"] = split_in_two(
+            task, given["train"], 1 - share, seed, stratified=is_stratified
         )
-        if "test" in parts:
-            return {"train": kept, "validation": held_out, "test": parts["test"]}
-        first, second = split_in_two(task, held_out, 0.5, seed, stratified=True)
-        return {"train": kept, "validation": first, "test": second}
-    train, validation, test = parts["train"], parts.get("validation"), parts.get("test")
-    if validation is not None and test is not None:
-        return {"train": train, "validation": validation, "test": test}
-    number = int(unit_ids(task, train).max()) + 1
-    if validation is not None and number < SMALL:
-        first, second = split_in_two(task, validation, 0.5, seed)
-        return {"train": train, "validation": first, "test": second}
-    kept, held_out = split_in_two(task, train, 1 - min(HELD_OUT / number, 0.1), seed)
-    return {"train": kept, "validation": held_out, "test": test if test is not None else validation}
-
-
-def origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset], seed: int) -> dict[str, str]:
-    """In a few words, what `split` has made each of its sets from.
-
-    Args:
-        given, made: what `split` got and gave.
-        seed: the same.
-    """
-    found = {}
-    for name, dataset in made.items():
-        whole = next((each for each in given if given[each] is dataset), None)
-        if whole is not None:
-            found[name] = f"the official {whole} set"
-        elif name == "train":
-            found[name] = f"the official train set without what validation got, data_seed {seed}"
-        elif made["train"] is given["train"]:
-            found[name] = f"half of the official validation set, data_seed {seed}"
-        else:
-            found[name] = f"held out of the official train set, data_seed {seed}"
-    return found
+        origins["train"] += f" without what validation got, data_seed {seed}"
+        origins["validation"] = f"held out of the official train set, data_seed {seed}"
+    elif "test" not in given:
+        origins["validation"] = f"half of the official validation set, data_seed {seed}"
+    if "test" not in made:
+        made["validation"], made["test"] = split_in_two(
+            task, made["validation"], 0.5, seed, stratified=is_stratified
+        )
+        origins["test"] = origins["validation"]
+    return {name: made[name] for name in SPLITS}, origins
 
 
 def check_splits(task: Task, found: Collection[str], validation_split: float | None = None) -> None:

@@ -81,8 +81,8 @@ def test_where_each_set_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     train, validation, test = rows(30), rows(10), rows(8)
 
     def told(**given: Dataset) -> list[str]:
-        made = splits.split(rte, given, seed=4096)
-        return [splits.origins(given, made, 4096)[name] for name in ("train", "validation", "test")]
+        made, origins = splits.split(rte, given, seed=4096)
+        return [origins[name] for name in made]
 
     whole = [f"the official {name} set" for name in ("train", "validation", "test")]
     assert told(train=train, validation=validation, test=test) == whole
