@@ -195,12 +195,9 @@ def encode(
     if chosen is not examples:
         origin = f"{field} {maximum} of the {len(examples)} of {origin}"
     encoded = encoder.encode(chosen, every_answer=is_train and task.train_on_every_answer)
-    columns = [*FLAGS, "target_length"]
     stats = encoder.stats(split)
-    stats.add(
-        {name: encoded[name][:] for name in columns}, lambda number, name: encoded[number][name]
-    )
-    return encoded.remove_columns(columns), stats.notes(), origin
+    stats.add(encoded)
+    return encoded.remove_columns([*FLAGS, "target_length"]), stats.notes(), origin
 
 
 def streamed(
@@ -218,12 +215,7 @@ def streamed(
     if share:
         raise DataError("validation_split: does not go with streaming; leave one of them out")
     task = location.task
-    stream = TrainStream(
-        location,
-        encode=encoder.of_batches(every_answer=task.train_on_every_answer),
-        skip_bad_rows=config.skip_bad_rows,
-        stats=encoder.stats("train"),
-    )
+    stream = TrainStream(location, encoder, skip_bad_rows=config.skip_bad_rows)
     origins = {name: f"the official {name} set" for name in ("train", *given)}
     origins["train"] = f"a stream of {origins['train']}"
     if len(given) == 2:

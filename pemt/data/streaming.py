@@ -6,7 +6,7 @@ whatever the number of ranks, and no rank has to know of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from datasets import IterableDataset
 
 from pemt.data.batching import TrainBatches
+from pemt.data.encoding import Encoder
 from pemt.data.errors import DataError
 from pemt.data.examples import (
     EXAMPLE,
@@ -27,7 +28,7 @@ from pemt.data.examples import (
     resolve_class_id,
 )
 from pemt.data.local_files import read_rows
-from pemt.data.vocabulary import FLAGS, EncodingStats
+from pemt.data.vocabulary import FLAGS
 from pemt.tasks import Task
 
 Row = dict[str, Any]
@@ -40,24 +41,16 @@ class TrainStream:
 
     Args:
         location: where the rows are, as for a set that is loaded whole.
-        encode: adds token ids and `length` to columns of examples.
+        encoder: adds token ids and `length` to examples, and counts what was cut or cannot be written.
         skip_bad_rows: leave malformed rows out instead of stopping at the first.
-        stats: counts what was cut or cannot be written in the examples that are read.
     """
 
-    def __init__(
-        self,
-        location: DataLocation,
-        *,
-        encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
-        skip_bad_rows: bool,
-        stats: EncodingStats,
-    ) -> None:
-        self.stats = stats
+    def __init__(self, location: DataLocation, encoder: Encoder, *, skip_bad_rows: bool) -> None:
+        self.stats = encoder.stats("train")
         self.task = location.task
         self.dataset = open_stream(location)
         self.bad_rows: list[str] = []  # those left out, each with its place
-        self._encode = encode
+        self._encode = encoder.of_batches(every_answer=self.task.train_on_every_answer)
         self._skip_bad_rows = skip_bad_rows
         self._held_out = 0
         self._held_groups: frozenset[str] = frozenset()
@@ -99,8 +92,9 @@ class TrainStream:
     def encoded(self, rows: list[Row]) -> list[Row]:
         """Rows with token ids; one for each accepted answer where a task trains on all."""
         columns = self._encode({name: [row[name] for row in rows] for name in rows[0]})
-        flags = {name: columns.pop(name) for name in (*FLAGS, "target_length")}
-        self.stats.add(flags, lambda number, name: columns[name][number])
+        self.stats.add(columns)
+        for name in (*FLAGS, "target_length"):
+            del columns[name]
         every = zip(*columns.values(), strict=True)
         return [dict(zip(columns, values, strict=True)) for values in every]
 

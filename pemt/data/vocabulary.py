@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,15 +138,16 @@ class EncodingStats:
         self._counts = dict.fromkeys(FLAGS, 0)
         self._first: dict[str, str] = {}
 
-    def add(self, columns: Mapping[str, Sequence[Any]], text_at: Callable[[int, str], str]) -> None:
-        """Examples by their flags and `target_length`; `text_at` gives the source or target of one by its number."""
-        self._total += len(columns["target_length"])
-        self._longest = max(self._longest, *columns["target_length"], 0)
+    def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Examples, as `encode_batch` gives them."""
+        lengths = columns["target_length"][:]
+        self._total += len(lengths)
+        self._longest = max(self._longest, *lengths, 0)
         for flag in FLAGS:
-            where = np.flatnonzero(np.asarray(columns[flag], dtype=bool))
+            where = np.flatnonzero(np.asarray(columns[flag][:], dtype=bool))
             self._counts[flag] += len(where)
             if len(where) and flag not in self._first:
-                self._first[flag] = text_at(int(where[0]), flag.partition("_")[0])
+                self._first[flag] = columns[flag.partition("_")[0]][int(where[0])]
 
     def notes(self) -> list[str]:
         """Notes, one line each."""
