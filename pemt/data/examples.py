@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
@@ -88,6 +88,27 @@ class DataLocation:
         rows = hub_rows(self.task, dataset, hub_name(hub, name))
         return make_examples(self.task, rows, dataset._fingerprint)
 
+    def stream(self) -> IterableDataset:
+        """The examples of the training set, malformed rows included, read when they are asked for.
+
+        Raises DataError where the hub cannot be read.
+        """
+        task = self.task
+        if self.files is not None:
+            # A list among the arguments is one shard each: what lies before a resumed one is not read again.
+            given = {"task": task, "paths": self.files["train"]}
+            return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
+        hub = hub_of(task)
+        rows = load_hub(task, hub, hub.train, streaming=True)
+        name, features = hub_name(hub, hub.train), rows.features
+
+        def example(row: RawRow, number: int) -> dict[str, Any]:
+            resolved = resolve_class_id(task, row, features)
+            return example_row(task, f"{name}: row {number + 1}", resolved)
+
+        names = rows.column_names
+        return rows.map(example, with_indices=True, remove_columns=names, features=EXAMPLE)
+
 
 def locate_data(task: Task, data_dir: str | None, memory: MemoryData | None = None) -> DataLocation:
     """Looks for a task's splits in memory, in `data_dir`, else among its own files, else on the hub.
@@ -164,6 +185,11 @@ def local_examples(task: Task, paths: Sequence[Path]) -> Dataset:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     return make_examples(task, read_rows(task, paths), Hasher.hash(contents))
+
+
+def local_rows(task: Task, paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """The examples of local files."""
+    return examples_of(task, read_rows(task, paths))
 
 
 def hub_rows(task: Task, rows: Dataset, name: str) -> Iterator[Located]:

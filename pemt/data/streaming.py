@@ -8,28 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
-
-from datasets import IterableDataset
 
 from pemt.data.batching import TrainBatches
 from pemt.data.encoding import Encoder
 from pemt.data.errors import DataError
-from pemt.data.examples import (
-    EXAMPLE,
-    UNLABELLED,
-    DataLocation,
-    example_row,
-    examples_of,
-    hub_name,
-    hub_of,
-    load_hub,
-    resolve_class_id,
-)
-from pemt.data.local_files import read_rows
+from pemt.data.examples import UNLABELLED, DataLocation
 from pemt.data.vocabulary import FLAGS
-from pemt.tasks import Task
 
 Row = dict[str, Any]
 # More buffers than an epoch has: keeps the numbers of two epochs' buffers apart.
@@ -48,7 +33,7 @@ class TrainStream:
     def __init__(self, location: DataLocation, encoder: Encoder, *, skip_bad_rows: bool) -> None:
         self.stats = encoder.stats("train")
         self.task = location.task
-        self.dataset = open_stream(location)
+        self.dataset = location.stream()
         self.bad_rows: list[str] = []  # those left out, each with its place
         self._encode = encoder.of_batches(every_answer=self.task.train_on_every_answer)
         self._skip_bad_rows = skip_bad_rows
@@ -97,30 +82,6 @@ class TrainStream:
             del columns[name]
         every = zip(*columns.values(), strict=True)
         return [dict(zip(columns, values, strict=True)) for values in every]
-
-
-def open_stream(location: DataLocation) -> IterableDataset:
-    """The training set's examples, malformed ones included, read when they are asked for."""
-    task = location.task
-    if location.files is not None:
-        # A list among the arguments is one shard each: what lies before a resumed one is not read again.
-        given = {"task": task, "paths": location.files["train"]}
-        return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
-    hub = hub_of(task)
-    rows = load_hub(task, hub, hub.train, streaming=True)
-    rows_name, features = hub_name(hub, hub.train), rows.features
-
-    def example(row: Row, number: int) -> Row:
-        return example_row(
-            task, f"{rows_name}: row {number + 1}", resolve_class_id(task, row, features)
-        )
-
-    return rows.map(example, with_indices=True, remove_columns=rows.column_names, features=EXAMPLE)
-
-
-def local_rows(task: Task, paths: list[Path]) -> Iterator[Row]:
-    """The examples of local files."""
-    return examples_of(task, read_rows(task, paths))
 
 
 class StreamBatches:
