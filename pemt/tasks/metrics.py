@@ -124,9 +124,8 @@ class TextMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=str(METRICS[self.config_name].__doc__),
+            description=self.config_name,
             citation="",
-            inputs_description="predictions: texts; references: lists of texts; groups: texts",
             features=datasets.Features(
                 {"predictions": text, "references": datasets.List(text), "groups": text}
             ),
