@@ -10,6 +10,7 @@ Shape legend: N examples, M micro-batches of an epoch, B examples of one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
@@ -92,14 +93,9 @@ class TrainBatches:
 
     def steps(self, start: int, end: int) -> Iterator[list[list[int]]]:
         """This rank's micro-batches of every optimizer step from `start` to `end`."""
-        step = start
-        while step < end:
-            epoch, done = divmod(step, self.steps_per_epoch)
-            for micro_batches in self.epoch(epoch, start_step=done):
-                yield micro_batches
-                step += 1
-                if step == end:
-                    return
+        epoch, done = divmod(start, self.steps_per_epoch)
+        later = chain.from_iterable(map(self.epoch, count(epoch + 1)))
+        return islice(chain(self.epoch(epoch, done), later), max(0, end - start))
 
     def epochs_at(self, step: int) -> float:
         """Passes over the data after so many steps."""

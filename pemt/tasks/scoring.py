@@ -65,8 +65,7 @@ def check_metrics(task: Task, custom: Mapping[str, Metric]) -> None:
 
 def _custom_score(name: str, metric: Metric, predictions: list[str], references: Any) -> float:
     try:
-        value = metric(predictions, references)
-        number = float(value)
+        number = float(metric(predictions, references))
     except Exception as error:  # whatever a caller's function raises, on rank 0 alone
         raise TaskError(
             f"metrics: {name} failed on {len(predictions)} predictions: {type(error).__name__}: {error}; it gets two "
