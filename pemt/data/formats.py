@@ -41,10 +41,6 @@ DECODER = json.JSONDecoder(object_pairs_hook=once_each)
 def read_records(path: Path, columns: Columns | None = None) -> Iterator[Located]:
     """The records of one file, by its extension; `.gz` behind it is unpacked on the way.
 
-    Args:
-        path: the file.
-        columns: what the task says of its tables.
-
     Raises DataError where the file is missing, cannot be opened or has another extension.
     """
     extension = extension_of(path)

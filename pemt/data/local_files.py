@@ -173,11 +173,11 @@ def best_of(folder: Path, word: str, paths: Sequence[Path]) -> list[Path]:
 
     A .txt counts where nothing else has its name: SNLI has each file as jsonl and as txt.
     """
+    files = [path for path in paths if is_data(path)]
+    folders = [path for path in paths if path.is_dir() and any(map(is_data, entries(path)))]
     for variant in VARIANTS:
-        folders = [path for path in paths if path.is_dir() and variant == "{}"]
-        files = [path for path in paths if is_data(path)]
-        named = [path for path in (*files, *folders) if matches(word, path, variant)]
-        named = [path for path in named if not path.is_dir() or any(map(is_data, entries(path)))]
+        candidates = [*files, *folders] if variant == "{}" else files
+        named = [path for path in candidates if matches(word, path, variant)]
         found = [path for path in named if extension_of(path) != "txt"] or named
         if variant == SHARD and found:
             return check_shards(found)

@@ -122,12 +122,8 @@ def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 
 class EncodingStats:
-    """Counts what was cut or cannot be written in a split, over any number of batches.
-
-    Args:
-        task: whose data they are.
-        split: of which split.
-        lengths: longest source and target, in tokens.
+    """Counts what was cut or cannot be written in a split, over any number of batches; `lengths` are the longest source
+    and target, in tokens.
     """
 
     def __init__(
