@@ -48,19 +48,12 @@ EXAMPLE = Features(
 
 @dataclass(frozen=True, kw_only=True)
 class DataLocation:
-    """Where a task's splits come from.
-
-    Args:
-        task: what is read.
-        files: the local files of each split; None where the task is read from the hub, or from memory.
-        notes: in one line each, what was left out.
-        memory: the rows themselves, where a Python caller has given them.
-    """
+    """Where a task's splits come from: memory, files, or, where there are neither, the hub."""
 
     task: Task
-    files: dict[str, list[Path]] | None
-    notes: tuple[str, ...] = ()
+    files: dict[str, list[Path]] | None = None
     memory: MemoryData | None = None
+    notes: tuple[str, ...] = ()  # what was left out or decided, in a line each
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -84,7 +77,7 @@ class DataLocation:
             return local_examples(self.task, self.files[split])
         hub = hub_of(self.task)
         name = getattr(hub, split)
-        dataset = load_hub(self.task, hub, name)
+        dataset = load_hub(self.task, name)
         rows = hub_rows(self.task, dataset, hub_name(hub, name))
         return make_examples(self.task, rows, dataset._fingerprint)
 
@@ -99,7 +92,7 @@ class DataLocation:
             given = {"task": task, "paths": self.files["train"]}
             return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
         hub = hub_of(task)
-        rows = load_hub(task, hub, hub.train, streaming=True)
+        rows = load_hub(task, hub.train, streaming=True)
         name, features = hub_name(hub, hub.train), rows.features
 
         def example(row: RawRow, number: int) -> dict[str, Any]:
@@ -116,10 +109,10 @@ def locate_data(task: Task, data_dir: str | None, memory: MemoryData | None = No
     Raises DataError where there is no such folder, file or data set.
     """
     if memory is not None:
-        return DataLocation(task=task, files=None, memory=memory)
+        return DataLocation(task=task, memory=memory)
     if data_dir is None and not task.files:
         hub_of(task)
-        return DataLocation(task=task, files=None)
+        return DataLocation(task=task)
     files, notes = task_files(task, data_dir)
     every = dict.fromkeys(path for paths in files.values() for path in paths)
     decided = [note for path in every if (note := note_on(path, columns_of(task)))]
@@ -142,8 +135,9 @@ def hub_of(task: Task) -> HubSource:
     return task.hub
 
 
-def load_hub(task: Task, hub: HubSource, split: str, *, streaming: bool = False) -> Any:
+def load_hub(task: Task, split: str, *, streaming: bool = False) -> Any:
     """One split of the hub's copy, as a Dataset or, streaming, an IterableDataset."""
+    hub = hub_of(task)
     try:
         return load_dataset(
             hub.path, hub.config, split=split, revision=hub.revision, streaming=streaming
