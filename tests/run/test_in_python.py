@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
 import sys
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from pemt import (
 )
 from pemt.config import ExpertConfig
 from pemt.data.in_memory import memory_data
-from pemt.engine import Engine
 from pemt.run.caller_inputs import with_caller_inputs
 from pemt.run.early import check_early
 from pemt.tasks import Task
@@ -102,25 +99,6 @@ def test_results_are_typed_and_keep_their_old_keys(done: tuple[AdaptConfig, Any]
     assert results.moe_weights == results.gates == {}
     assert results.average_metrics == results["test_average_metrics"]
     assert len(results.predictions.read_text().splitlines()) == results["examples"] == 11
-
-
-def test_nothing_of_a_run_stays_in_memory_with_its_engine(
-    base: Path, rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in a notebook, where the traceback of an interrupted run keeps its frames."""
-    engines, trained = [], []
-
-    def release(engine: Engine) -> None:
-        engines.append(engine)
-        trained.extend(weakref.ref(each) for _, each in engine.optimizer_state.parameters)
-        original(engine)
-
-    original = Engine.release
-    monkeypatch.setattr(Engine, "release", release)
-    run_adapt(config_of(base, tmp_path, max_steps=1), **rows, task=TASK)
-    gc.collect()
-    assert trained
-    assert [each() for each in trained if each() is not None] == []
 
 
 def test_the_same_data_are_the_same_run_and_others_are_not(
