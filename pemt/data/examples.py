@@ -242,7 +242,7 @@ def example_row(task: Task, row_id: str, row: RawRow | RowError) -> dict[str, An
 def source_hash() -> str:
     """Identity of the code that makes examples: a cache from older code is not used.
 
-    All modules of both rooms are in it: a list of those that matter would be wrong one day, without a word.
+    All modules of both packages are in it: a list of those that matter would be wrong one day, without a word.
     """
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
