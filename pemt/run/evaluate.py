@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pemt.data import IGNORED_LABEL, EvalBatches, collate, label_ids, lengths_of
+from pemt.data import IGNORED_LABEL, collate, eval_batches, label_ids, lengths_of
 from pemt.engine import Engine
 from pemt.model import TrainedT5
 from pemt.monitor import EvaluationBar
@@ -162,7 +162,7 @@ def map_over_ranks(
     module, size = engine.module, batch_size or engine.config.per_device_eval_batch_size
     was_training = module.training
     module.eval()
-    batches = EvalBatches(lengths, batch_size=size, world_size=engine.world_size, rank=engine.rank)
+    batches = eval_batches(lengths, batch_size=size, world_size=engine.world_size, rank=engine.rank)
     gathered: list[dict[str, Tensor]] = []
     shown = engine.is_main and description != ""
     with EvaluationBar(total=len(rows), description=description, shown=shown) as bar:
