@@ -239,7 +239,7 @@ def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
     return collate(
         _rows(setup, micro_batch),
         pad_token_id=setup.tokenizer.pad_token_id,
-        pad_to_multiple_of=setup.data.pad_to_multiple_of,
+        pad_to_multiple_of=setup.config.pad_to_multiple_of,
     )
 
 
