@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import pemt.engine.deepspeed_import  # noqa: F401
 
-# isort: split
-
 import json
 import math
 from collections.abc import Iterator
