@@ -15,9 +15,10 @@ from .launcher import (
 from .optimizer_state import MOMENTS as MOMENTS, full_size as full_size
 from .precision import bf16_is_native as bf16_is_native
 from .process import (
+    ProcessId as ProcessId,
     launcher_began as launcher_began,
     peak as peak,
-    start_ticks as start_ticks,
+    this_process as this_process,
     watch_peak as watch_peak,
 )
 from .signals import (

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed import TCPStore
 
 from pemt.config import PemtError
-from pemt.engine.process import start_ticks
+from pemt.engine.process import this_process
 from pemt.engine.signals import Interrupted, StopSignals
 from pemt.engine.status_lines import is_due, print_line
 from pemt.engine.watchdog import DEATH_SECONDS, FAILED_STATUS, Heartbeat, connected
@@ -56,15 +55,7 @@ class Waiting:
         self.on_wait: Callable[[], None] | None = None
         self.store_server: TCPStore | None = None  # on rank 0
         self._keys = [str(each) for each in range(world_size)]
-        pid = os.getpid()
-        self._me = Heartbeat(
-            number=0,
-            progress=0,
-            step=0,
-            host=socket.gethostname(),
-            pid=pid,
-            started=start_ticks(pid) or 0,
-        )
+        self._me = Heartbeat(**vars(this_process()))
         self._status_since = time.monotonic()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -175,9 +166,8 @@ class Waiting:
             self._read_beats()
             while late := [rank for rank in ranks if self._beats[rank].progress < progress]:
                 time.sleep(pause)
-                pause = min(
-                    1.5 * pause, longest
-                )  # at most half as long again as what is waited for
+                # at most half as long again as what is waited for
+                pause = min(1.5 * pause, longest)
                 self._read_beats()
                 if self.on_wait is not None:
                     self.on_wait()
