@@ -9,6 +9,10 @@ import os
 import sys
 
 TEMPORARY = "pemt-{}"  # by the user's number, in the folder for temporary files
+READABLE = (
+    "HF_HUB_CACHE",
+    "TORCH_EXTENSIONS_DIR",
+)  # caches that are of use where they can only be read
 
 
 def leave_working_folder() -> None:
@@ -80,8 +84,8 @@ def use_writable_caches() -> None:
     is there already stays, since it can be read.
     """
     moved = []
-    for variable, folder, can_be_read in _caches():
-        if can_be_written(folder) or (can_be_read and os.path.isdir(folder)):
+    for variable, folder in _caches().items():
+        if can_be_written(folder) or (variable in READABLE and os.path.isdir(folder)):
             continue
         os.environ[variable] = os.path.join(temporary_folder(), variable.lower())
         moved.append(folder)
@@ -94,8 +98,8 @@ def use_writable_caches() -> None:
         )
 
 
-def _caches() -> list[tuple[str, str, bool]]:
-    """Variable, folder as the library would choose it, and whether it is of use where it can only be read."""
+def _caches() -> dict[str, str]:
+    """By its variable, each cache's folder as the library would choose it."""
     given = os.environ.get
     home = os.path.expanduser("~")
     cache = given("XDG_CACHE_HOME") or os.path.join(home, ".cache")
@@ -113,14 +117,7 @@ def _caches() -> list[tuple[str, str, bool]]:
         "TRITON_CACHE_DIR": os.path.join(home, ".triton", "cache"),
         "MPLCONFIGDIR": os.path.join(settings, "matplotlib"),
     }
-    return [
-        (
-            name,
-            os.path.expanduser(given(name) or folder),
-            name in ("HF_HUB_CACHE", "TORCH_EXTENSIONS_DIR"),
-        )
-        for name, folder in folders.items()
-    ]
+    return {name: os.path.expanduser(given(name) or folder) for name, folder in folders.items()}
 
 
 def can_be_written(folder: str) -> bool:
