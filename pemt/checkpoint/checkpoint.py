@@ -21,7 +21,7 @@ from pemt.checkpoint.choose import FORMAT, Checkpoint, CheckpointChooser, Checkp
 from pemt.checkpoint.folder import plain_values
 from pemt.checkpoint.names import checkpoint_folders, step_of
 from pemt.checkpoint.train_state import MOMENTS, RANDOM, WEIGHTS, TrainState
-from pemt.checkpoint.writer import BackgroundWriter, Snapshot
+from pemt.checkpoint.writer import BackgroundWriter
 from pemt.config import RunConfig
 from pemt.storage import (
     StorageError,
@@ -109,8 +109,9 @@ class Checkpoints:
             return folder
 
         blocked_seconds = time.perf_counter() - began
-        snapshot = Snapshot(step=state.step, write=write, blocked_seconds=blocked_seconds)
-        self._writer.write(snapshot, needed=state.best_step)
+        self._writer.write(
+            state.step, write, blocked_seconds=blocked_seconds, needed=state.best_step
+        )
 
     def _check_ranks_agree(self, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
         """Every rank must be where rank 0 is, with finite weights and moments (all ranks call)."""
