@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.other import get_free_port
 from torch.distributed import ReduceOp, TCPStore
 
@@ -81,12 +81,12 @@ def process_group_kwargs(config: RunConfig) -> dict[str, Any]:
     """What accelerate's state needs to open the process group."""
     if "LOCAL_RANK" not in os.environ:
         return {}
-    return InitProcessGroupKwargs(
+    return {
         # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
-        backend=None if torch.cuda.is_available() else "gloo",
+        "backend": None if torch.cuda.is_available() else "gloo",
         # DeepSpeed's groups do not mind it. No rank works long while another waits in a collective.
-        timeout=timedelta(seconds=config.ddp_timeout),
-    ).to_kwargs()
+        "timeout": timedelta(seconds=config.ddp_timeout),
+    }
 
 
 @functools.cache
