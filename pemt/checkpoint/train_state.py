@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def merit_of(metric: float, loss: float | None) -> tuple[float, float]:
 
 
 def _or_worst(value: float) -> float:
-    return value if value == value else -math.inf  # NaN is not
+    return -math.inf if math.isnan(value) else value
 
 
 def train_state_of(manifest: dict[str, Any]) -> TrainState:
@@ -110,7 +109,7 @@ def trained_count(folder: Path) -> int | None:
         tensors = read_manifest(folder)["files"][WEIGHTS]["tensors"]
     except (StorageError, KeyError):
         return None
-    return sum(prod(tensor["shape"]) for tensor in tensors.values())
+    return sum(math.prod(tensor["shape"]) for tensor in tensors.values())
 
 
 def _is_position(value: Any) -> bool:

@@ -25,7 +25,10 @@ def leave_working_folder() -> None:
         here = os.path.realpath(os.getcwd())
     except OSError:  # it has been deleted
         return
-    if here in _library_folders():
+    import site
+
+    libraries = (*site.getsitepackages(), site.getusersitepackages(), os.path.dirname(os.__file__))
+    if here in map(os.path.realpath, libraries):
         return
     others = [entry for entry in sys.path if os.path.realpath(entry or ".") != here]
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -34,13 +37,6 @@ def leave_working_folder() -> None:
     wanted.add(os.path.realpath(os.path.join(os.path.dirname(__file__), "..", "..")))
     kept = [here] if here in wanted and len(others) < len(sys.path) else []
     sys.path[:] = [*others, *kept]
-
-
-def _library_folders() -> set[str]:
-    import site
-
-    folders = [*site.getsitepackages(), site.getusersitepackages(), os.path.dirname(os.__file__)]
-    return {os.path.realpath(folder) for folder in folders}
 
 
 def open_streams() -> None:

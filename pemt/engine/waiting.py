@@ -133,12 +133,9 @@ class Waiting:
                 and is_due(last_line)
             ):
                 last_line = time.monotonic()
-                if not self._is_waited_for():  # who waits says so
+                self._read_beats()
+                if self._waiting(on_host=True) == [self._rank]:  # else those that wait say so
                     print_line(f"{self._me.status}: {last_line - self._status_since:.0f} s so far")
-
-    def _is_waited_for(self) -> bool:
-        self._read_beats()
-        return any(beat.is_on_this_host() and beat.status == WAITING for beat in self._beats)
 
     def _read_beats(self) -> None:
         """Read the ranks' heartbeats; what was read before stays where the store does not answer."""
