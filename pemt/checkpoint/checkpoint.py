@@ -207,15 +207,12 @@ class Checkpoints:
                 are gone, or a rank does not see it.
         """
         found = self._engine.on_rank0(
-            lambda: self._choose(checkpoint, expected), "checking the checkpoint to resume from"
+            lambda: self._chooser.choose(checkpoint, expected),
+            "checking the checkpoint to resume from",
         )
         if found is not None:
             for file in (found.weights, found.moments, found.random):
                 self._check_visible(file)
-        return found
-
-    def _choose(self, checkpoint: str | None, expected: int | None) -> Checkpoint | None:
-        found = self._chooser.choose(checkpoint, expected)
-        if found and found.folder.resolve().parent == self._output_dir.resolve():
-            self.saved = found.state.step
+            if found.folder.resolve().parent == self._output_dir.resolve():
+                self.saved = found.state.step
         return found

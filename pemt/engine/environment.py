@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 
-TEMPORARY = "pemt-{}"  # by the user's number, in the folder for temporary files
 READABLE = (
     "HF_HUB_CACHE",
     "TORCH_EXTENSIONS_DIR",
@@ -146,7 +145,7 @@ def temporary_folder() -> str:
     import stat
     import tempfile
 
-    folder = os.path.join(tempfile.gettempdir(), TEMPORARY.format(os.getuid()))
+    folder = os.path.join(tempfile.gettempdir(), f"pemt-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
