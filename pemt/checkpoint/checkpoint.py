@@ -12,10 +12,11 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pemt.checkpoint.choose import FORMAT, Checkpoint, CheckpointChooser, CheckpointError
 from pemt.checkpoint.folder import plain_values
@@ -23,6 +24,7 @@ from pemt.checkpoint.names import checkpoint_folders, step_of
 from pemt.checkpoint.train_state import MOMENTS, RANDOM, WEIGHTS, TrainState
 from pemt.checkpoint.writer import BackgroundWriter
 from pemt.config import RunConfig
+from pemt.model import make_lazy
 from pemt.storage import (
     StorageError,
     TensorFile,
@@ -216,3 +218,21 @@ class Checkpoints:
             if found.folder.resolve().parent == self._output_dir.resolve():
                 self.saved = found.state.step
         return found
+
+
+def load_lazily(weights: TensorFile, trained: Mapping[str, nn.Parameter]) -> None:
+    """Have a checkpoint's weights take the place of the model's; each is read when `Engine.prepare` places it.
+
+    Raises:
+        CheckpointError: the checkpoint trains other tensors than this run.
+    """
+    theirs = weights.shapes()
+    ours = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"{weights.path}: tensor `{name}` is {theirs.get(name, 'missing')} there and "
+                f"{ours.get(name, 'not trained')} in this run; use the run's own configuration"
+            )
+    for name, parameter in trained.items():
+        make_lazy(parameter, partial(weights.__getitem__, name))
