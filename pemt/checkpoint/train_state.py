@@ -72,7 +72,7 @@ def merit_of(metric: float, loss: float | None) -> tuple[float, float]:
 
 
 def _or_worst(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
+    return value if value == value else -math.inf  # NaN is not
 
 
 def train_state_of(manifest: dict[str, Any]) -> TrainState:

@@ -139,7 +139,7 @@ class Waiting:
 
     def _read_beats(self) -> None:
         """Read the ranks' heartbeats; what was read before stays where the store does not answer."""
-        if self._store is None or self._port is None:
+        if self._store is None:
             return
         with self._lock:
             try:
