@@ -14,7 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from pemt.commands import COMMANDS, readiness as doctor
+from pemt.commands import COMMANDS, doctor
 from pemt.commands.overview import overview
 from pemt.config import PemtError, version_line
 from tests.conftest import ROOT, start_ranks
