@@ -6,7 +6,6 @@ from .hours import (
     added as added,
     fp32_bytes as fp32_bytes,
     hours_of as hours_of,
-    steps_of as steps_of,
 )
 from .job import (
     CHIPS as CHIPS,
