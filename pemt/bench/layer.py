@@ -182,13 +182,12 @@ class Floor:
         self.runs += [self._blas(left, right) for left, right in others]
 
     def _run(self, left: Tensor, right: Tensor) -> Callable[[], object]:
-        transposed = not right.is_contiguous()
-        if left.device.type != "cpu" or left.dtype != torch.float32:
-            return self._blas(left, right)
-        if products.choose(len(left), *right.shape, transposed=transposed) != products.ONEDNN:
-            return self._blas(left, right)
-        self.libraries[products.ONEDNN] += 1
-        return partial(products.onednn, left, right.T)
+        if left.device.type == "cpu" and left.dtype == torch.float32:
+            transposed = not right.is_contiguous()
+            if products.choose(len(left), *right.shape, transposed=transposed) == products.ONEDNN:
+                self.libraries[products.ONEDNN] += 1
+                return partial(products.onednn, left, right.T)
+        return self._blas(left, right)
 
     def _blas(self, left: Tensor, right: Tensor) -> Callable[[], object]:
         self.libraries[products.BLAS] += 1

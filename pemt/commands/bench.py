@@ -7,16 +7,15 @@ them at once. An option that is left out has the default of `OpBench`, `StepBenc
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
-from pemt.config import Parser, command_parser, count, verb_parser
+from pemt.config import Parser, PemtError, command_parser, count, verb_parser
 from pemt.plan import CHIPS, KNOWN
 
-# Sizes of `pemt bench step` by name.
+# Options of `pemt bench step` by name.
 # lorahub: the T5 and the layers of LoraHub's adapters, and as many as its paper composes.
-ROWS: dict[str, dict[str, Any]] = {
-    "lorahub": {"size": "flan-t5-large", "sites": ["q", "v"], "rank": 16, "experts": 20}
-}
+ROWS = {"lorahub": "--size flan-t5-large --sites q v --rank 16 --experts 20"}
 OP = """
     loop     the reference: a loop over experts, again for the cosines, autograd's own backward
     stacked  the same with the K outputs made once and kept
@@ -51,12 +50,29 @@ clock and of the time that the process's threads computed."""
 
 def run(arguments: list[str]) -> None:
     """`pemt bench op`, `pemt bench step` and `pemt bench generate`."""
-    options = vars(make_parser().parse_args(arguments))
-    verb = options.pop("verb")
-    options = {**ROWS.get(options.pop("row", ""), {}), **options}
+    parser = make_parser()
+    options = vars(parser.parse_args(arguments))
+    if row := options.pop("row", None):
+        options = {**vars(parser.parse_args(["step", *ROWS[row].split()])), **options}
+    verb, threads = options.pop("verb"), options.pop("threads", None)
+    as_json, shapes = options.pop("json", False), options.pop("shape", [])
+    if options.get("cuda_graph") and options.get("device") != "cuda":
+        raise PemtError("pemt bench op: --cuda_graph needs --device cuda")
+    import torch
+
     from pemt.bench import generate, op, step
 
-    {"op": op.run, "step": step.run, "generate": generate.run}[verb](**options)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "op": (op, op.OpBench),
+        "step": (step, step.StepBench),
+        "generate": (generate, generate.GenerateBench),
+    }
+    module, kind = kinds[verb]
+    for each in [{"shape": shape, **options} for shape in shapes] or [options]:
+        result = module.measure(kind(**each))
+        print(json.dumps(result) if as_json else module.table(result))
 
 
 def make_parser() -> Parser:
@@ -82,7 +98,8 @@ def make_parser() -> Parser:
     )
     step.add_argument("--experts", type=count, help="how many")
     step.add_argument("--rank", type=count, help="of each expert")
-    step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {_rows_text()}")
+    rows = "; ".join(f"{name} is {line}" for name, line in ROWS.items())
+    step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {rows}")
     step.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
     step.add_argument("--json", action="store_true", help="one JSON object")
     generate = _verb(
@@ -95,15 +112,6 @@ def make_parser() -> Parser:
     _add_sizes(generate, "batch", "source", "target", "num_beams", "rounds")
     generate.add_argument("--json", action="store_true", help="one JSON object")
     return parser
-
-
-def _rows_text() -> str:
-    rows = (
-        f"{name} is --size {row['size']} --sites {' '.join(row['sites'])} --rank {row['rank']} "
-        f"--experts {row['experts']}"
-        for name, row in ROWS.items()
-    )
-    return "; ".join(rows)
 
 
 def _add_op(verbs: Any) -> None:
