@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pemt.commands.bank_show import list_entries, show
+from pemt.commands.export import warn_of_local_base
 from pemt.config import Parser, PemtError, command_parser, verb_parser
 
 if TYPE_CHECKING:
@@ -242,12 +241,7 @@ def _push(*, repo_id: str, bank_dir: str, **options: Any) -> None:
     pushed = push_bank(bank_dir, repo_id, **options)
     print(f"{repo_id}: {pushed.changes.summary()}")
     print(pushed.address or "nothing to push")
-    if Path(pushed.base_model).is_dir():
-        print(
-            f"pemt: the card names the base model as {pushed.base_model}, a folder of this machine; others need its "
-            "name on the hub: --base_model",
-            file=sys.stderr,
-        )
+    warn_of_local_base("the card names the base model as", pushed.base_model)
 
 
 def _pull(*, repo_id: str, bank_dir: str, **options: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pemt.config import PemtError
@@ -11,25 +11,19 @@ from pemt.config import PemtError
 
 def list_entries(*, bank_dir: str) -> None:
     """`pemt bank list`."""
-    from pemt.bank import entry_folder, entry_names, listed_tensors, manifest_of
+    from pemt.bank import entry_folder, entry_names, listed_tensors, manifest_of, site_names
+    from pemt.model import projections_of
 
     entries = [manifest_of(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
     width = max(len(entry.task) for entry, _ in entries)
     for entry, raw in entries:
         score = entry.metrics.get("average_metrics")
         score_text = "" if score is None else f", test score {score:.1f}"
+        layers = projections_of(site_names(listed_tensors(raw)))
         print(
-            f"{entry.task:<{width}}  {entry.kind} on {_layers(listed_tensors(raw))}, rank {entry.rank}, "
+            f"{entry.task:<{width}}  {entry.kind} on {layers}, rank {entry.rank}, "
             f"alpha {entry.alpha:g}, on {entry.base['name']}{score_text}"
         )
-
-
-def _layers(tensors: Iterable[str]) -> str:
-    """What an expert's tensors are on, as a person says it: `q, v`."""
-    from pemt.bank import site_names
-    from pemt.model import projections_of
-
-    return projections_of(site_names(tensors))
 
 
 def _where(sites: list[str], shape: Mapping[str, Any]) -> str:
@@ -37,13 +31,10 @@ def _where(sites: list[str], shape: Mapping[str, Any]) -> str:
     from pemt.model import absent_sites, projections_of
 
     absent = absent_sites(sites, shape)
-    layers = (
-        f"{len(sites)} of {len(sites) + len(absent)} such layers"
-        if absent
-        else f"{len(sites)} layers"
-    )
-    alone = f"; not on {', '.join(absent)}" if absent else ""
-    return f"{projections_of(sites)} ({layers}{alone})"
+    many = f"{len(sites)} layers"
+    if absent:
+        many = f"{len(sites)} of {len(sites) + len(absent)} such layers; not on {', '.join(absent)}"
+    return f"{projections_of(sites)} ({many})"
 
 
 def show(*, bank_dir: str | None, task: str | None, task_name: str | None, **options: Any) -> None:
