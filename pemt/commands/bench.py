@@ -84,15 +84,16 @@ def make_parser() -> Parser:
         "pemt bench op --help",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_op(verbs)
-    step = _verb(
-        verbs,
-        "step",
-        "a whole training step of stage 2, with the experts mixed in three ways and without any",
-        STEP,
-        "pemt bench step --size t5-base --rounds 10",
+    about = "one FFN's mixture, target adapter and sparsity loss, forward and backward"
+    op = _verb(verbs, "op", about, OP, "--shape t5-base t5-large --rounds 20", ("float16",))
+    op.add_argument("--shape", nargs="+", choices=list(KNOWN), default=["t5-large"])
+    op.add_argument("--tokens", type=int, help="per sample")
+    op.add_argument("--forward_only", action="store_true", help="no gradients, no sparsity loss")
+    op.add_argument(
+        "--cuda_graph", action="store_true", help="each variant as a graph: the device's time alone"
     )
-    _add_sizes(step, "batch", "source", "target", "rounds")
+    about = "a whole training step of stage 2, with the experts mixed in three ways and without any"
+    step = _verb(verbs, "step", about, STEP, "--size t5-base --rounds 10")
     step.add_argument(
         "--sites", nargs="+", metavar="NAME", help="where the experts are, as expert.target_modules"
     )
@@ -101,57 +102,28 @@ def make_parser() -> Parser:
     rows = "; ".join(f"{name} is {line}" for name, line in ROWS.items())
     step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {rows}")
     step.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
-    step.add_argument("--json", action="store_true", help="one JSON object")
-    generate = _verb(
-        verbs,
-        "generate",
-        "answering with PEMT beside the base model's own",
-        GENERATE,
-        "pemt bench generate --size t5-small --batch 8 --num_beams 4",
-    )
-    _add_sizes(generate, "batch", "source", "target", "num_beams", "rounds")
-    generate.add_argument("--json", action="store_true", help="one JSON object")
+    about = "answering with PEMT beside the base model's own"
+    example = "--size t5-small --batch 8 --num_beams 4"
+    generate = _verb(verbs, "generate", about, GENERATE, example)
+    generate.add_argument("--num_beams", type=int)
+    for each in (step, generate):
+        each.add_argument("--size", choices=list(KNOWN))
+        each.add_argument("--layers", type=count, help="of each stack; by default the size's own")
+        each.add_argument("--source", type=int)
+        each.add_argument("--target", type=int)
     return parser
 
 
-def _add_op(verbs: Any) -> None:
-    parser = _verb(
-        verbs,
-        "op",
-        "one FFN's mixture, target adapter and sparsity loss, forward and backward",
-        OP,
-        "pemt bench op --shape t5-base t5-large --rounds 20",
-    )
-    parser.add_argument("--shape", nargs="+", choices=list(KNOWN), default=["t5-large"])
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--tokens", type=int, help="per sample")
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument(
-        "--forward_only", action="store_true", help="no gradients, no sparsity loss"
-    )
-    parser.add_argument(
-        "--cuda_graph", action="store_true", help="each variant as a graph: the device's time alone"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object per shape")
-
-
-def _add_sizes(parser: Parser, *numbers: str) -> None:
-    """What a step and an answer have in common."""
-    parser.add_argument("--size", choices=list(KNOWN))
-    parser.add_argument("--layers", type=count, help="of each stack; by default the size's own")
-    for name in numbers:
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int)
-
-
-def _verb(verbs: Any, name: str, about: str, method: str, example: str) -> Parser:
-    """A verb's parser, which leaves out of its result what is not given."""
-    parser = verb_parser(verbs, name, about, example)
+def _verb(
+    verbs: Any, name: str, about: str, method: str, example: str, more_dtypes: tuple[str, ...] = ()
+) -> Parser:
+    """A verb's parser with the options of all verbs; it leaves out of its result what is not given."""
+    parser = verb_parser(verbs, name, about, f"pemt bench {name} {example}")
     parser.description = f"{parser.description}\n{method}"
     parser.argument_default = argparse.SUPPRESS
+    for number in ("batch", "rounds", "threads"):
+        parser.add_argument(f"--{number}", type=int)
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", *more_dtypes])
+    parser.add_argument("--json", action="store_true", help="as JSON, one object per line")
     return parser
