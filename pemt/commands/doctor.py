@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
     options = make_parser().parse_args(arguments)
     missing = []
     for finding in examine(probe=not options.no_launch):
-        print("\n".join(finding.lines()), flush=True)
+        print(finding, flush=True)
         if finding.state == "missing":
             missing.append(finding.what)
     if missing:
@@ -90,11 +90,10 @@ class Finding:
     found: str
     advice: str = ""
 
-    def lines(self) -> list[str]:
-        """As printed: a mark, the finding, and below it the advice."""
+    def __str__(self) -> str:
         mark = {"ok": "ok  ", "note": "note", "missing": "MISS"}[self.state]
-        first = f"{mark}  {self.what}: {self.found}"
-        return [first, *([f"      -> {self.advice}"] if self.advice else [])]
+        advice = f"\n      -> {self.advice}" if self.advice else ""
+        return f"{mark}  {self.what}: {self.found}{advice}"
 
 
 def examine(*, probe: bool) -> Iterator[Finding]:
