@@ -146,7 +146,7 @@ def _planned(config: RunConfig, group: str, ranks: dict[str, int]) -> PlannedRun
 
 def _job(config: RunConfig, words: int, target: int, ranks: dict[str, int]) -> Job:
     shape = read_shape(config.model_name_or_path)
-    prompt, sources = math.ceil(TOKENS_A_WORD * words), 0
+    prompt = math.ceil(TOKENS_A_WORD * words)
     given: dict[str, Any] = {"method": "adapter"}
     if isinstance(config, SourceConfig):
         sites = target_sites(config.expert.target_modules, shape.base_shape)
@@ -159,19 +159,17 @@ def _job(config: RunConfig, words: int, target: int, ranks: dict[str, int]) -> J
     elif isinstance(config, AdaptConfig):
         given["adapter_reduction"] = config.adapter.reduction_factor
         given["train_layer_norms"] = config.mixture.train_layer_norms
+        if config.method in ("pemt", "full"):
+            given["method"] = config.method
         if config.method == "pemt":
             mixed = config.source_tasks or [STAGE_1] * EXPERTS
-            sources = len(mixed)
-            mixed_ranks = tuple(ranks.get(name, ExpertConfig.rank) for name in mixed)
-            given |= {"method": "pemt", "ranks": mixed_ranks}
-        elif config.method == "full":
-            given["method"] = "full"
+            given["ranks"] = tuple(ranks.get(name, ExpertConfig.rank) for name in mixed)
+            given["source_prompt_tokens"] = prompt * len(mixed)
         elif config.method == "prompt":
             prompt = (config.peft_config or {}).get("num_virtual_tokens", PROMPT_TUNING)
     return Job(
         shape=shape,
         prompt_tokens=prompt,
-        source_prompt_tokens=prompt * sources,
         batch=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         source=config.max_source_length,
         target=config.max_target_length or target,

@@ -77,9 +77,19 @@ def hours_of(
     known: dict[str, _Step] = {}  # most runs differ in their data alone
     for run in runs:
         key = repr((run.job, run.eval_batch))
-        if key not in known:
-            known[key] = _step(run, zero, cluster)
-        groups.setdefault(run.group, []).append(_of_one(run, known[key], least))
+        step = known[key] = known.get(key) or _step(run, zero, cluster)
+        shortest = least * step.accumulation
+        training = run.steps * max(shortest, step.training) / 3600
+        passes = math.ceil(run.evaluated / (run.eval_batch * step.ranks))
+        found = Hours(
+            runs=1,
+            training=training,
+            shortest=training if step.training < shortest else 0.0,
+            evaluation=passes * max(least, step.evaluation) / 3600,
+            disk=run.checkpoints * step.checkpoint,
+            all_fit=step.fits,
+        )
+        groups.setdefault(run.group, []).append(found)
     return {group: added(each) for group, each in groups.items()}
 
 
@@ -119,20 +129,6 @@ def _step(run: PlannedRun, zero: Zero, cluster: Cluster) -> _Step:
         evaluation=step_time(replace(job, batch=run.eval_batch, accumulation=1), zero, used).total,
         checkpoint=CHECKPOINT * sizes(weights(job))["trained"],
         fits=fits(job, zero, used),
-    )
-
-
-def _of_one(run: PlannedRun, step: _Step, least: float) -> Hours:
-    shortest = least * step.accumulation
-    training = run.steps * max(shortest, step.training) / 3600
-    passes = math.ceil(run.evaluated / (run.eval_batch * step.ranks))
-    return Hours(
-        runs=1,
-        training=training,
-        shortest=training if step.training < shortest else 0.0,
-        evaluation=passes * max(least, step.evaluation) / 3600,
-        disk=run.checkpoints * step.checkpoint,
-        all_fit=step.fits,
     )
 
 
