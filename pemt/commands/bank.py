@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pemt.commands.bank_show import list_entries, show
 from pemt.commands.export import warn_of_local_base
 from pemt.config import Parser, PemtError, command_parser, verb_parser
-
-if TYPE_CHECKING:
-    from pemt.bank import Added
 
 OVERWRITE_THERE = "replace entries of the same name that differ; default: refuse to"
 OVERWRITE = "replace the bank's entry of that name, with its scores; default: refuse to"
@@ -212,27 +209,22 @@ def _add(
                 f"--{name}: found {len(values)} for {len(peft)} adapters; give one for each, or none"
             )
     from pemt.bank import Adapter, add_peft
+    from pemt.model import projections_of
 
     nothing = [None] * len(peft)
     adapters = map(Adapter, peft, task or nothing, description or nothing)
     for added in add_peft(list(adapters), **options):
-        _print_added(added)
-
-
-def _print_added(added: Added) -> None:
-    from pemt.model import projections_of
-
-    prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
-    lora = added.lora
-    print(
-        f"{added.folder}: lora on {projections_of(lora.sites)}, rank {lora.rank}, on {added.base_name}; "
-        f"prompt: {prompt}"
-    )
-    if lora.absent:
+        prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
+        lora = added.lora
         print(
-            f"the adapter leaves {len(lora.absent)} of {len(lora.absent) + len(lora.sites)} such layers alone: "
-            f"{', '.join(lora.absent)}"
+            f"{added.folder}: lora on {projections_of(lora.sites)}, rank {lora.rank}, on {added.base_name}; "
+            f"prompt: {prompt}"
         )
+        if lora.absent:
+            print(
+                f"the adapter leaves {len(lora.absent)} of {len(lora.absent) + len(lora.sites)} such layers alone: "
+                f"{', '.join(lora.absent)}"
+            )
 
 
 def _push(*, repo_id: str, bank_dir: str, **options: Any) -> None:

@@ -21,7 +21,6 @@ from pemt.plan import (
     Division,
     Job,
     PlanError,
-    Wanted,
     describe,
     divide,
     figures,
@@ -148,14 +147,15 @@ def _division(options: argparse.Namespace, cluster: Cluster) -> Division:
     total = options.global_batch_size or recipe
     if micro is not None and options.global_batch_size is None:
         total = cluster.world_size * micro * (accumulation or 1)
-    wanted = Wanted(
-        global_batch=total,
+    return divide(
+        total,
+        nodes=cluster.nodes,
+        ranks_per_node=cluster.gpus_per_node,
         most=recipe,
         micro_batch=micro,
         accumulation=accumulation,
         all_ranks=not (micro is None and accumulation is None),
     )
-    return divide(wanted, nodes=cluster.nodes, ranks_per_node=cluster.gpus_per_node)
 
 
 def _recipe_batch(options: argparse.Namespace) -> int:

@@ -183,10 +183,9 @@ def _table(gpus: int, gpu: str, groups: dict[str, Hours]) -> str:
     lines = [
         f"{head:<20}{'runs':>6}{'training h':>12}{'evaluation h':>14}{'GPU hours':>11}{'disk GB':>9}"
     ]
-    for name, each in groups.items():
-        lines.append(_row(name, gpus, each))
     together = added(list(groups.values()))
-    lines.append(_row("together", gpus, together))
+    rows = {**groups, "together": together}
+    lines += [_row(name, gpus, each) for name, each in rows.items()]
     shortest = together.shortest / together.training
     lines.append(
         f"{together.total:,.0f} hours by the clock; {shortest:.0%} of the training in steps of the least length"

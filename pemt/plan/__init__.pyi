@@ -1,4 +1,4 @@
-from .batch import Division as Division, Wanted as Wanted, divide as divide
+from .batch import Division as Division, divide as divide
 from .examples import examples_of as examples_of
 from .hours import (
     Hours as Hours,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pemt.plan.advice import fits
-from pemt.plan.batch import Wanted, divide
+from pemt.plan.batch import divide
 from pemt.plan.count import sizes, weights
 from pemt.plan.job import Cluster, Job, Zero
 from pemt.plan.shapes import Shape
@@ -118,8 +118,8 @@ class _Step(NamedTuple):
 
 def _step(run: PlannedRun, zero: Zero, cluster: Cluster) -> _Step:
     # fewer GPUs where the global batch does not divide
-    wanted = Wanted(global_batch=run.job.batch, most=run.job.batch)
-    division = divide(wanted, nodes=cluster.nodes, ranks_per_node=cluster.gpus_per_node)
+    batch, nodes, gpus = run.job.batch, cluster.nodes, cluster.gpus_per_node
+    division = divide(batch, nodes=nodes, ranks_per_node=gpus, most=batch)
     used = replace(cluster, gpus_per_node=division.ranks_per_node)
     job = replace(run.job, batch=division.micro_batch, accumulation=division.accumulation)
     return _Step(
