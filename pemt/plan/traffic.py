@@ -42,10 +42,10 @@ class Collective:
         """Bytes that a rank sends in a step."""
         if self.ranks < 2:
             return 0.0
-        if (
-            self.kind == "broadcast"
-        ):  # along a chain or a tree; rank 0 of gloo's tree sends it log2(W) times
-            return self.size
+        if self.kind == "broadcast":
+            return (
+                self.size
+            )  # along a chain or a tree; rank 0 of gloo's tree sends it log2(W) times
         twice = self.kind == "all-reduce" or (self.kind == "reduce-scatter" and backend == "gloo")
         return (2 if twice else 1) * self.size * (self.ranks - 1) / self.ranks
 
@@ -58,17 +58,18 @@ def per_step(job: Job, zero: Zero, cluster: Cluster) -> list[Collective]:
     trained, value = sizes(found)["trained"], job.bytes_per_value
     # Stage 2 reduces the gradients of every micro-batch, stages 0 and 1 the sum of all.
     times = job.accumulation if zero.stage == 2 else 1
-    calls = times * max(1, -(-trained // zero.bucket))
-    size, overlaps = times * trained * value, zero.buckets == 2
-    steps = [
-        Collective(
-            "gradients", "all-reduce", size=size, calls=calls, ranks=world, overlaps=overlaps
-        )
-    ]
-    if zero.stage:
-        size = padded(trained, world) * value
-        steps.append(Collective("updated weights", "all-gather", size=size, ranks=world))
-    return steps
+    gradients = Collective(
+        "gradients",
+        "all-reduce",
+        size=times * trained * value,
+        calls=times * max(1, -(-trained // zero.bucket)),
+        ranks=world,
+        overlaps=zero.buckets == 2,
+    )
+    if zero.stage == 0:
+        return [gradients]
+    size = padded(trained, world) * value
+    return [gradients, Collective("updated weights", "all-gather", size=size, ranks=world)]
 
 
 def at_start(job: Job, zero: Zero, cluster: Cluster) -> list[Collective]:
