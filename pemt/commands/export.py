@@ -8,8 +8,6 @@ from pathlib import Path
 
 from pemt.config import Parser, command_parser
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def run(arguments: list[str]) -> None:
     """`pemt export`."""
@@ -55,7 +53,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the tensors; float32 (default) answers exactly as the run, the others are half the size",
     )

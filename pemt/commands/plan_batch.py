@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from pemt.commands.fields import STAGES
 from pemt.config import (
-    AdaptConfig,
     Parser,
     RunConfig,
-    SourceConfig,
     command_parser,
     count,
     parse_config,
@@ -19,7 +18,6 @@ from pemt.config import (
 from pemt.plan import Division, divide
 
 MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
-STAGES: dict[str, type[RunConfig]] = {"adapt": AdaptConfig, "source": SourceConfig}
 
 
 def run(arguments: list[str]) -> None:
