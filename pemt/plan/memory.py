@@ -56,7 +56,13 @@ def memory(job: Job, zero: Zero, cluster: Cluster) -> Memory:
         buffers=_buffers(found, zero, job, cluster),
         activations=activations(job, cluster),
     )
-    return _offloaded(result, zero)
+    if zero.offload_optimizer:
+        moved = result.host + result.optimizer + result.gradients
+        result = replace(result, optimizer=0, gradients=0, host=moved)
+    if zero.offload_param:
+        moved = result.host + result.weights + result.experts
+        result = replace(result, weights=0, experts=0, host=moved)
+    return result
 
 
 def activations(job: Job, cluster: Cluster) -> float:
@@ -152,14 +158,3 @@ def _buffers(found: list[Weight], zero: Zero, job: Job, cluster: Cluster) -> flo
         taken = value * (passes.live + passes.largest)
     # Gathered weights are given back before the step makes its fp32 gradients.
     return buckets + max(taken, step)
-
-
-def _offloaded(on_gpu: Memory, zero: Zero) -> Memory:
-    host = 0.0
-    if zero.offload_optimizer:
-        host += on_gpu.optimizer + on_gpu.gradients
-        on_gpu = replace(on_gpu, optimizer=0, gradients=0)
-    if zero.offload_param:
-        host += on_gpu.weights + on_gpu.experts
-        on_gpu = replace(on_gpu, weights=0, experts=0)
-    return replace(on_gpu, host=host)

@@ -13,14 +13,7 @@ from pemt.plan.memory import Memory, memory
 from pemt.plan.speed import flops, step_time
 from pemt.plan.traffic import at_start, per_step
 
-WORDS = {
-    "weights": "weights",
-    "experts": "experts",
-    "gradients": "gradients",
-    "optimizer": "fp32 masters and moments",
-    "activations": "activations",
-    "buffers": "buffers",
-}
+HELD = ("weights", "experts", "gradients", "optimizer", "activations", "buffers")
 
 
 def figures(job: Job, zero: Zero, cluster: Cluster, folder: Path) -> dict[str, Any]:
@@ -78,7 +71,8 @@ def _parameters(found: dict[str, Any]) -> str:
 def _memory(found: dict[str, Any]) -> str:
     held = found["bytes_per_gpu"]
     lines = ["memory of a GPU at the peak of a step"]
-    lines += [_row(f"  {words}", _bytes(held[key])) for key, words in WORDS.items()]
+    words = {"optimizer": "fp32 masters and moments"}
+    lines += [_row(f"  {words.get(key, key)}", _bytes(held[key])) for key in HELD]
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     lines.append(
         _row("  together", _bytes(held["total"]), f"{verdict} into {_bytes(held['available'])}")
