@@ -87,7 +87,7 @@ def make_parser() -> Parser:
     about = "one FFN's mixture, target adapter and sparsity loss, forward and backward"
     op = _verb(verbs, "op", about, OP, "--shape t5-base t5-large --rounds 20", ("float16",))
     op.add_argument("--shape", nargs="+", choices=list(KNOWN), default=["t5-large"])
-    op.add_argument("--tokens", type=int, help="per sample")
+    op.add_argument("--tokens", type=count, help="per sample")
     op.add_argument("--forward_only", action="store_true", help="no gradients, no sparsity loss")
     op.add_argument(
         "--cuda_graph", action="store_true", help="each variant as a graph: the device's time alone"
@@ -105,12 +105,12 @@ def make_parser() -> Parser:
     about = "answering with PEMT beside the base model's own"
     example = "--size t5-small --batch 8 --num_beams 4"
     generate = _verb(verbs, "generate", about, GENERATE, example)
-    generate.add_argument("--num_beams", type=int)
+    generate.add_argument("--num_beams", type=count)
     for each in (step, generate):
         each.add_argument("--size", choices=list(KNOWN))
         each.add_argument("--layers", type=count, help="of each stack; by default the size's own")
-        each.add_argument("--source", type=int)
-        each.add_argument("--target", type=int)
+        each.add_argument("--source", type=count)
+        each.add_argument("--target", type=count)
     return parser
 
 
@@ -122,7 +122,7 @@ def _verb(
     parser.description = f"{parser.description}\n{method}"
     parser.argument_default = argparse.SUPPRESS
     for number in ("batch", "rounds", "threads"):
-        parser.add_argument(f"--{number}", type=int)
+        parser.add_argument(f"--{number}", type=count)
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", *more_dtypes])
     parser.add_argument("--json", action="store_true", help="as JSON, one object per line")
