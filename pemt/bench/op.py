@@ -17,16 +17,7 @@ from typing import Any
 
 import torch
 
-from pemt.bench.layer import (
-    Floor,
-    Layer,
-    OpBench,
-    forward_frozen,
-    forward_loop,
-    forward_stacked,
-    step,
-    step_ops,
-)
+from pemt.bench import layer
 
 RATIOS = (("fused", "floor"), ("loop", "fused"), ("stacked", "fused"), ("packed", "fused"),
           ("loop", "floor"), ("fused", "frozen"))  # fmt: skip
@@ -68,17 +59,17 @@ def in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
         yield from (*names[turn:], *names[:turn])
 
 
-def measure(bench: OpBench) -> dict[str, Any]:
+def measure(bench: layer.OpBench) -> dict[str, Any]:
     """Times all variants in turn, `rounds` times: milliseconds, ratios and the floor's rate."""
-    layer = Layer(bench)
-    floor = Floor(layer)
+    ffn = layer.Layer(bench)
+    floor = layer.Floor(ffn)
     runs: dict[str, Callable[[], object]] = {
-        "loop": partial(step, layer, forward_loop),
-        "stacked": partial(step, layer, forward_stacked),
-        "packed": partial(step_ops, layer, "packed"),
-        "fused": partial(step_ops, layer, bench.device),
+        "loop": partial(layer.step, ffn, layer.forward_loop),
+        "stacked": partial(layer.step, ffn, layer.forward_stacked),
+        "packed": partial(layer.step_ops, ffn, "packed"),
+        "fused": partial(layer.step_ops, ffn, bench.device),
         "floor": floor,
-        "frozen": partial(step, layer, forward_frozen),
+        "frozen": partial(layer.step, ffn, layer.forward_frozen),
     }
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with torch.set_grad_enabled(not bench.forward_only):

@@ -60,12 +60,12 @@ def run(arguments: list[str]) -> None:
         raise PemtError("pemt bench op: --cuda_graph needs --device cuda")
     import torch
 
-    from pemt.bench import generate, op, step
+    from pemt.bench import generate, layer, op, step
 
     if threads is not None:
         torch.set_num_threads(threads)
     kinds: dict[str, tuple[Any, Any]] = {
-        "op": (op, op.OpBench),
+        "op": (op, layer.OpBench),
         "step": (step, step.StepBench),
         "generate": (generate, generate.GenerateBench),
     }
