@@ -30,6 +30,7 @@ from .sharing import (
     Changes as Changes,
     check_entries as check_entries,
     compare as compare,
+    merge as merge,
     move_entries as move_entries,
 )
-from .tools import export_peft as export_peft, merge as merge, remove as remove, verify as verify
+from .tools import export_peft as export_peft, remove as remove, verify as verify

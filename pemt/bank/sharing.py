@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pemt.bank.manifests import TENSORS, BankError, Manifest, check_one_base
+from pemt.bank.manifests import TENSORS, BankError, Manifest, check_one_base, manifests_in
 from pemt.bank.tools import verify
-from pemt.storage import MANIFEST, move_files, write_folders
+from pemt.storage import MANIFEST, copy_files, move_files, write_folders
 
 ENTRY_FILES = (TENSORS, MANIFEST)
 Entries = Mapping[str, tuple[Manifest, dict[str, Any]]]  # as `manifests_in` gives them
@@ -86,6 +86,36 @@ def move_entries(source: Path, bank_dir: Path, names: Sequence[str]) -> None:
         StorageError: the disk refused.
     """
     write_folders({bank_dir / name: move_files(source / name, ENTRY_FILES) for name in names})
+
+
+def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
+    """Copy every entry of other banks into one, which is made if it does not exist.
+
+    Nothing is written unless every entry is intact, no name occurs twice, and all are for one base model.
+
+    Returns:
+        The names of the entries that were added.
+
+    Raises:
+        BankError: an entry is damaged, a name occurs twice, or base models differ.
+    """
+    merged = {name: manifest for name, (manifest, _) in manifests_in(bank_dir).items()}
+    if merged:
+        check_entries(bank_dir, None, where=str(bank_dir))
+    writers = {}
+    for other in others:
+        check_entries(other, None, where=str(other))
+        for name, (manifest, _) in manifests_in(other).items():
+            if name in merged:
+                raise BankError(
+                    f"{other}: has an entry `{name}`, and so has {bank_dir} or another of these banks; "
+                    "remove one of the two with `pemt bank remove`"
+                )
+            merged[name] = manifest
+            check_one_base(list(merged.values()), where=str(other))
+            writers[Path(bank_dir, name)] = copy_files(Path(other, name), ENTRY_FILES)
+    write_folders(writers)
+    return [folder.name for folder in writers]
 
 
 def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
