@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pemt.bank.entries import entry_writer
+from pemt.bank.entries import write_entry
 from pemt.bank.manifests import BankError, check_free, entry_folder, manifest_of
 from pemt.bank.peft_files import FILES, PeftFormatError
 from pemt.bank.peft_format import PeftLora, read_base_name, read_peft
@@ -72,13 +72,13 @@ class Added:
         folder: the new entry.
         base_name: the base model it belongs to.
         lora: the expert: its rank, where it is, and where it is not.
-        prompt: `its own`, or the description that the prompt was made from.
+        prompt: the description that its prompt was made from; None where the adapter has one of its own.
     """
 
     folder: Path
     base_name: str
     lora: PeftLora
-    prompt: str
+    prompt: str | None
 
 
 def add_peft(
@@ -112,22 +112,21 @@ def add_peft(
     base_name = model_name_or_path or _common_base(folders)
     base, tokenizer = load_pretrained(base_name, tokenizer_name or base_name, lazy=True)
     shape = base_shape(base.config)
-    read = [
-        _read(adapter, read_peft(folder, shape), base, tokenizer)
-        for adapter, folder in zip(adapters, folders, strict=True)
-    ]
     writers: dict[Path, Callable[[Path], None]] = {}
     added = []
-    for adapter, path, (source, lora, text, prompt) in zip(adapters, folders, read, strict=True):
-        folder, writers[folder] = entry_writer(
+    for adapter, path in zip(adapters, folders, strict=True):
+        lora, sentence = read_peft(path, shape), adapter.sentence()
+        folder = write_entry(
             bank_dir,
-            source,
+            _expert(adapter, lora, base, tokenizer),
             base={"name": base_name, **shape},
-            description=text,
+            description=sentence,
             metrics={},
             origin=adapter.origin(path),
             licence=licence_in(path),
+            write=writers.update,
         )
+        prompt = sentence if lora.prompt_PD is None else None
         added.append(Added(folder=folder, base_name=base_name, lora=lora, prompt=prompt))
     write_folders(writers)
     return added
@@ -162,17 +161,19 @@ def _check_names(adapters: Sequence[Adapter], bank_dir: str | Path, *, overwrite
             )
 
 
-def _read(
+def _expert(
     adapter: Adapter, lora: PeftLora, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ExpertSource, PeftLora, str | None, str]:
-    """The expert, its adapter, its description and what its prompt is made of."""
-    description = adapter.sentence()
-    prompt_PD, origin = lora.prompt_PD, "its own"
+) -> ExpertSource:
+    prompt_PD = lora.prompt_PD
     if prompt_PD is None:
-        if description is None:
-            raise _no_description(adapter)
-        prompt_PD, origin = description_prompt(tokenizer, base, description), description
-    source = ExpertSource(
+        sentence = adapter.sentence()
+        if sentence is None:
+            raise BankError(
+                f"description: missing; {adapter.path_or_id} has no task prompt and `{adapter.entry}` is no task that "
+                "`pemt tasks` lists: say in one sentence what it does, --description '...'"
+            )
+        prompt_PD = description_prompt(tokenizer, base, sentence)
+    return ExpertSource(
         name=adapter.entry,
         kind="lora",
         rank=lora.rank,
@@ -181,7 +182,6 @@ def _read(
         prompt_PD=prompt_PD,
         base_sha256=base_digest(checked_base(base)),
     )
-    return source, lora, description, origin
 
 
 def _common_base(folders: Sequence[Path]) -> str:
@@ -200,10 +200,3 @@ def _common_base(folders: Sequence[Path]) -> str:
             )
     assert base_name is not None
     return base_name
-
-
-def _no_description(adapter: Adapter) -> BankError:
-    return BankError(
-        f"description: missing; {adapter.path_or_id} has no task prompt and `{adapter.entry}` is no task that "
-        "`pemt tasks` lists: say in one sentence what it does, --description '...'"
-    )

@@ -42,6 +42,7 @@ def write_entry(
     dtype: str = "float32",
     origin: str | None = None,
     licence: str | None = None,
+    write: Callable[[Mapping[Path, Callable[[Path], None]]], None] = write_folders,
 ) -> Path:
     """Write one entry atomically; an older one of the same task is replaced.
 
@@ -51,6 +52,8 @@ def write_entry(
         base: `name` of the base model, and its `base_shape`.
         description, metrics, origin, licence: see `Manifest`.
         dtype: what to store the tensors in.
+        write: is given the entry's folder and what fills it. Of several that are to be there together or not at all
+            these are collected for one `write_folders`.
 
     Returns:
         The entry's folder.
@@ -59,35 +62,6 @@ def write_entry(
         BankError: the task's name cannot be a folder's, or a tensor is not finite in that dtype.
         ModelError: the expert does not fit that base model.
         StorageError: it cannot be written.
-    """
-    folder, write = entry_writer(
-        bank_dir,
-        source,
-        base=base,
-        description=description,
-        metrics=metrics,
-        dtype=dtype,
-        origin=origin,
-        licence=licence,
-    )
-    write_folders({folder: write})
-    return folder
-
-
-def entry_writer(
-    bank_dir: str | Path,
-    source: ExpertSource,
-    *,
-    base: Mapping[str, Any],
-    description: str | None,
-    metrics: Mapping[str, float],
-    dtype: str = "float32",
-    origin: str | None = None,
-    licence: str | None = None,
-) -> tuple[Path, Callable[[Path], None]]:
-    """An entry's folder, and what `write_folders` writes there: several that are to be there together or not at all.
-
-    Args and Raises: as `write_entry`, but for the disk's errors.
     """
     folder = entry_folder(bank_dir, source.name)
     source.check(base)
@@ -116,7 +90,8 @@ def entry_writer(
         origin=origin,
         licence=licence,
     )
-    return folder, tensor_writer({TENSORS: tensors}, asdict(manifest))
+    write({folder: tensor_writer({TENSORS: tensors}, asdict(manifest))})
+    return folder
 
 
 def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
@@ -134,7 +109,7 @@ def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
     prompt_PD = weights.pop(PROMPT)
     source = ExpertSource(
         name=manifest.task,
-        kind="lora" if manifest.kind == "lora" else "bottleneck",
+        kind=manifest.kind,
         rank=manifest.rank,
         alpha=manifest.alpha,
         weights=weights,

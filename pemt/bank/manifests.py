@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pemt.config import PemtError
 from pemt.storage import (
@@ -61,7 +61,7 @@ class Manifest:
     description: str | None
     base: dict[str, Any]
     base_sha256: str | None
-    kind: str
+    kind: Literal["lora", "bottleneck"]
     rank: int
     alpha: float
     dtype: str
@@ -175,11 +175,11 @@ def check_free(bank_dir: str | Path, task: str, *, overwrite: bool) -> None:
 
 def same_base(one: Manifest, other: Manifest) -> bool:
     """Whether two entries belong to one base model: by its weights where both know them, else by its name."""
-    shapes = [{**each.base, "name": None} for each in (one, other)]
+    if {**one.base, "name": None} != {**other.base, "name": None}:
+        return False
     if one.base_sha256 is not None and other.base_sha256 is not None:
-        return shapes[0] == shapes[1] and one.base_sha256 == other.base_sha256
-    names = [last_part(str(each.base.get("name"))) for each in (one, other)]
-    return shapes[0] == shapes[1] and names[0] == names[1]
+        return one.base_sha256 == other.base_sha256
+    return last_part(str(one.base.get("name"))) == last_part(str(other.base.get("name")))
 
 
 def check_one_base(manifests: Sequence[Manifest], *, where: str) -> None:

@@ -31,6 +31,7 @@ from pemt.storage import Count, Positive, checked, save_tensors
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _FACTORS = {"A": "down", "B": "up"}
+_LETTERS = {ours: theirs for theirs, ours in _FACTORS.items()}
 # Settings that leave the adapter a plain LoRA whatever they say; any other must be empty or false.
 _HARMLESS = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules"),
@@ -146,13 +147,11 @@ def write_peft(
             "only lora experts can be exported"
         )
     config = {"base_model_name_or_path": base_name, **_lora_settings(source, shape)}
-    letters = {ours: theirs for theirs, ours in _FACTORS.items()}
     tensors = {}
     for key, tensor in source.weights.items():
         site, _, factor = key.rpartition(".")
-        name = (
-            f"base_model.model.{Site.from_name(site, shape).module}.lora_{letters[factor]}.weight"
-        )
+        module = Site.from_name(site, shape).module
+        name = f"base_model.model.{module}.lora_{_LETTERS[factor]}.weight"
         tensors[name] = tensor.float().contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -320,8 +319,7 @@ def _check_widths(
     needed = {"down": (rank, inputs), "up": (outputs, rank)}
     for factor, size in needed.items():
         if tuple(pair[factor].shape) != size:
-            letter = {ours: theirs for theirs, ours in _FACTORS.items()}[factor]
             raise PeftFormatError(
-                f"{path}: lora_{letter} of {site.name} is {list(pair[factor].shape)}, this base model "
+                f"{path}: lora_{_LETTERS[factor]} of {site.name} is {list(pair[factor].shape)}, this base model "
                 f"needs {list(size)}; name the base model it was trained on"
             )

@@ -223,7 +223,7 @@ def _add(
 def _print_added(added: Added) -> None:
     from pemt.model import projections_of
 
-    prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
+    prompt = "its own" if added.prompt is None else f"made from `{added.prompt}`"
     lora = added.lora
     print(
         f"{added.folder}: lora on {projections_of(lora.sites)}, rank {lora.rank}, on {added.base_name}; "
