@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pemt.config import Parser, command_parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt pull`."""
     options = make_parser().parse_args(arguments)
-    from pemt.publish import pull_folder
+    from pemt.storage import download
 
-    print(pull_folder(options.repo, options.folder, revision=options.revision))
+    print(download(options.repo, Path(options.folder), revision=options.revision))
 
 
 def make_parser() -> Parser:

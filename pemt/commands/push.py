@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from pemt.config import Parser, command_parser
+from pathlib import Path
+
+from pemt.config import Parser, PemtError, command_parser
+
+WHOLE_MODEL = "config.json"
 
 
 def run(arguments: list[str]) -> None:
     """`pemt push`."""
     options = make_parser().parse_args(arguments)
-    from pemt.publish import push_folder
+    from pemt.publish import CONFIG
+    from pemt.storage import upload
 
-    print(
-        push_folder(options.folder, options.repo, private=options.private, message=options.message)
-    )
+    folder = Path(options.folder)
+    if not any((folder / name).is_file() for name in (CONFIG, WHOLE_MODEL)):
+        raise PemtError(f"{folder}: holds no {CONFIG}; give a folder that `pemt export` wrote")
+    print(upload(folder, options.repo, private=options.private, message=options.message))
 
 
 def make_parser() -> Parser:
