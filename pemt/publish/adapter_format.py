@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,6 @@ from pemt.storage import Count, Positive, checked
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE, FORMAT = "PEMT", 1
 METHODS = ("pemt", "adapter", "bitfit")
-ADDED = ("label_names", "mixture")  # which older adapters of this format lack
 Dtype = Literal["float32", "bfloat16", "float16"]
 TRAINED, EXPERT, PROMPT = "trained.", "expert.", "prompt"
 PROMPT_PARAMETER = "prompt.prompt"  # of PemtT5
@@ -86,6 +85,7 @@ class Settings:
     train_layer_norms: bool
     sources: list[SourceSettings]
     dtype: Dtype
+    # older adapters of this format lack these two
     label_names: list[str] = field(default_factory=list)
     mixture: MixtureConfig | None = None
 
@@ -142,13 +142,11 @@ def read_settings(folder: Path) -> Settings:
             f"{path}: peft_type: found {kind}, allowed is {PEFT_TYPE}; "
             "peft.PeftModel.from_pretrained loads adapters of its own types"
         )
-    for each in fields(Settings):
-        if each.name not in (*found, *ADDED):
-            raise PublishError(f"{path}: lacks `{each.name}`; export the run again")
-    if found["format"] != FORMAT or found["method"] not in METHODS:
+    version, method = found.get("format"), found.get("method")
+    if version != FORMAT or method not in METHODS:
         raise PublishError(
-            f"{path}: found format {found['format']} and method {found['method']}, this version of pemt "
-            f"reads format {FORMAT} of {', '.join(METHODS)}; a newer one may read it"
+            f"{path}: found format {version} and method {method}, this version of pemt reads format {FORMAT} of "
+            f"{', '.join(METHODS)}; a newer one may read it"
         )
     try:
         return checked(Settings, found)

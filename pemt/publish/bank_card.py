@@ -66,9 +66,8 @@ def bank_card(
         "base_model": base_model if is_hub_id(base_model) else None,
         "tags": ["pemt", "t5", "lora", "expert-bank", "text2text-generation"],
     }
-    data = ModelCardData(**{key: value for key, value in front.items() if value is not None})
     parts = [
-        f"---\n{data.to_yaml()}\n---",
+        f"---\n{ModelCardData(**front).to_yaml()}\n---",
         f"# {repo_id.rpartition('/')[2]}: {len(rows)} experts for {_cell(base_model)}",
         _INTRODUCTION.strip(),
         "\n".join(lines),

@@ -138,7 +138,7 @@ def _front_matter(card: Card, name: str) -> ModelCardData:
             for metric, value in card.metrics.items()
             if metric != "average_metrics"
         ]
-    return ModelCardData(**{key: value for key, value in data.items() if value is not None})
+    return ModelCardData(**data)
 
 
 def _scored(card: Card) -> dict[str, Any]:
