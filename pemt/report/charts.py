@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -20,7 +21,7 @@ MOST_POINTS = 300  # of a curve; more are not seen and make the page large
 Series = tuple[Sequence[int], Sequence[float]]
 
 
-def line_chart(title: str, curves: Mapping[str, Series], *, unit: str = "") -> str | None:
+def line_chart(title: str, curves: Mapping[str, Series], *, unit: str = "") -> Markup | None:
     """Curves over steps.
 
     Args:
@@ -68,7 +69,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def svg_of(figure: Figure, *, salt: str) -> str:
+def svg_of(figure: Figure, *, salt: str) -> Markup:
     """The figure as one element, the same for the same figure; texts stay texts, as large as the page's."""
     buffer = io.StringIO()
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}
@@ -78,4 +79,4 @@ def svg_of(figure: Figure, *, salt: str) -> str:
     svg = svg[svg.index("<svg") :]
     # Its size follows from the page; the view box keeps the proportions.
     head, rest = svg.split(">", 1)
-    return re.sub(r' (width|height)="[^"]*"', "", head) + ' role="img">' + rest
+    return Markup(re.sub(r' (width|height)="[^"]*"', "", head) + ' role="img">' + rest)

@@ -114,18 +114,16 @@ def _read(folder: Path, name: str) -> RunRecord:
             f"{folder}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
         )
     config = read_yaml_mapping(folder / CONFIG)
-    results = _json_object(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    results = _json_object(folder / RESULTS)
     checkpoint = _checkpoint(folder, results)
     return RunRecord(
         name=name,
         folder=folder,
         config=config,
-        state=str(_json_object(folder / STATUS).get("state", ""))
-        if (folder / STATUS).is_file()
-        else "",
+        state=str(_json_object(folder / STATUS).get("state", "")),
         log=read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else [],
         results=results,
-        predictions=_json_lines(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else [],
+        predictions=_predictions(folder / PREDICTIONS),
         checkpoint_bytes=None if checkpoint is None else folder_bytes(checkpoint),
         trained=None if checkpoint is None else trained_count(checkpoint),
     )
@@ -145,8 +143,11 @@ def _checkpoint(folder: Path, results: dict[str, Any]) -> Path | None:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError) as error:
         raise ReportError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -154,8 +155,10 @@ def _json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line an object with at least an input, a target and a prediction."""
+def _predictions(path: Path) -> list[dict[str, Any]]:
+    """Every line an object with at least an input, a target and a prediction; none where there is no such file."""
+    if not path.is_file():
+        return []
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
