@@ -18,7 +18,6 @@ from .manifests import (
     chosen_entries as chosen_entries,
     entry_folder as entry_folder,
     entry_names as entry_names,
-    listed_tensors as listed_tensors,
     manifest_of as manifest_of,
     manifests_in as manifests_in,
     read_shapes as read_shapes,

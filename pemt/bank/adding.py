@@ -141,7 +141,7 @@ def is_made_of(bank_dir: str | Path, adapter: Adapter) -> bool:
     folder = entry_folder(bank_dir, adapter.entry)
     if not (folder / MANIFEST).exists():
         return False
-    origin = manifest_of(folder)[0].origin
+    origin = manifest_of(folder).origin
     return origin is not None and origin.rpartition("@")[0] == adapter.path_or_id
 
 

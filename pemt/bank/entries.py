@@ -102,8 +102,8 @@ def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
         StorageError: a file is missing, malformed or damaged.
     """
     folder = Path(path)
-    manifest, raw = manifest_of(folder)
-    weights = read_tensors(folder, TENSORS, raw)
+    manifest = manifest_of(folder)
+    weights = read_tensors(folder, TENSORS, {"files": manifest.files})
     if PROMPT not in weights:
         raise BankError(f"{folder / TENSORS}: has no tensor `{PROMPT}`; write the entry again")
     prompt_PD = weights.pop(PROMPT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pemt.config import PemtError
@@ -11,25 +11,18 @@ from pemt.config import PemtError
 
 def list_entries(*, bank_dir: str) -> None:
     """`pemt bank list`."""
-    from pemt.bank import entry_folder, entry_names, listed_tensors, manifest_of
+    from pemt.bank import entry_folder, entry_names, manifest_of
+    from pemt.model import projections_of
 
     entries = [manifest_of(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
-    width = max(len(entry.task) for entry, _ in entries)
-    for entry, raw in entries:
+    width = max(len(entry.task) for entry in entries)
+    for entry in entries:
         score = entry.metrics.get("average_metrics")
         score_text = "" if score is None else f", test score {score:.1f}"
         print(
-            f"{entry.task:<{width}}  {entry.kind} on {_layers(listed_tensors(raw))}, rank {entry.rank}, "
+            f"{entry.task:<{width}}  {entry.kind} on {projections_of(entry.sites)}, rank {entry.rank}, "
             f"alpha {entry.alpha:g}, on {entry.base['name']}{score_text}"
         )
-
-
-def _layers(tensors: Iterable[str]) -> str:
-    """What an expert's tensors are on, as a person says it: `q, v`."""
-    from pemt.bank import site_names
-    from pemt.model import projections_of
-
-    return projections_of(site_names(tensors))
 
 
 def _where(sites: list[str], shape: Mapping[str, Any]) -> str:

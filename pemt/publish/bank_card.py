@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pemt.bank import Manifest, listed_tensors, site_names
+from pemt.bank import Manifest
 from pemt.config import how_to_install
 from pemt.model import projections_of
 from pemt.publish.card import is_hub_id
@@ -42,7 +42,7 @@ The second line ranks the experts for a task by their prompts."""
 
 
 def bank_card(
-    entries: Mapping[str, tuple[Manifest, dict[str, Any]]],
+    entries: Mapping[str, Manifest],
     repo_id: str,
     *,
     base_model: str,
@@ -56,7 +56,7 @@ def bank_card(
         base_model: what the card names as the experts' base model.
         licence: of entries that were trained by their publisher; the base model's, as a rule.
     """
-    rows = [_row(manifest, raw, base_model, licence) for manifest, raw in entries.values()]
+    rows = [_row(manifest, base_model, licence) for manifest in entries.values()]
     table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     lines = (f"| {' | '.join(_cell(each) for each in row)} |" for row in table)
     licences = {row[COLUMNS.index("licence")] for row in rows}
@@ -79,16 +79,14 @@ def bank_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _row(
-    manifest: Manifest, raw: dict[str, Any], base_model: str, licence: str | None
-) -> tuple[str, ...]:
+def _row(manifest: Manifest, base_model: str, licence: str | None) -> tuple[str, ...]:
     scores = (
         f"{name} {value:.1f}" for name, value in without_redundant_mean(manifest.metrics).items()
     )
     own = licence if manifest.origin is None else None
     return (
         manifest.task,
-        projections_of(site_names(listed_tensors(raw))),
+        projections_of(manifest.sites),
         manifest.kind,
         str(manifest.rank),
         base_model,

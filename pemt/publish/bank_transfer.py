@@ -71,8 +71,8 @@ def push_bank(
     """
     check_entries(bank_dir, None, where=str(bank_dir))
     ours = manifests_in(bank_dir)
-    check_one_base([manifest for manifest, _ in ours.values()], where=str(bank_dir))
-    name = base_model or str(next(iter(ours.values()))[0].base.get("name"))
+    check_one_base(list(ours.values()), where=str(bank_dir))
+    name = base_model or str(next(iter(ours.values())).base.get("name"))
     commit = make_repository(repo_id, private=private)
     with tempfile.TemporaryDirectory() as folder:
         fetch_files(repo_id, Path(folder), files=[MANIFESTS, README], commit=commit)
