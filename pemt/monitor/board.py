@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pemt.config import TENSORBOARD, RunConfig
 from pemt.monitor.entropy import entropy_NL
-from pemt.monitor.gates import STACKS, GateNames, of_stack
+from pemt.monitor.gates import STACKS, GateNames
 from pemt.monitor.hparams import hparams_summaries
 from pemt.monitor.layout import layout
 from pemt.monitor.log_file import TENSORBOARD_FOLDER
@@ -74,12 +74,12 @@ class TensorBoardWriter:
 
         named = self._gates.by_site(gates_NLK.mean(dim=0))
         for stack in STACKS:
-            if not (of_one := of_stack(named, stack)):
-                continue
-            pixels = figures.gate_map(
-                of_one, title=f"{stack}, {title}", sources=self._gates.sources
-            )
-            self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
+            of_stack = {site: named[site] for site in named if site.startswith(f"{stack}/")}
+            if of_stack:
+                pixels = figures.gate_map(
+                    of_stack, title=f"{stack}, {title}", sources=self._gates.sources
+                )
+                self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
         prompts = ["target", *self._gates.sources]
         pixels = figures.similarity_map(similarity_MM.numpy(), names=prompts, title=title)
         self._writer.add_image(f"prompts/{part}", pixels, step, dataformats="HWC")
