@@ -23,8 +23,9 @@ import yaml
 
 from pemt.config.command_line import nearest
 from pemt.config.errors import ConfigError, flags_in_messages
-from pemt.config.help import help_text
+from pemt.config.help import described, help_text
 from pemt.config.schema import RunConfig
+from pemt.config.types import expected
 from pemt.config.yaml_file import load_yaml
 
 PRINT_CONFIG = "--print_config"
@@ -161,7 +162,7 @@ def _config(kind: type[Config], prog: str, from_files: _FileValues, flags: list[
     except ConfigError:
         raise
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(str(error), from_files)) from None
+        raise ConfigError(_one_line(str(error), kind, from_files)) from None
     values.pop("config", None)
     return kind(**values)
 
@@ -306,21 +307,16 @@ def _flag_name(flag: str) -> str:
     return re.split(r"[=+]", flag[2:], maxsplit=1)[0]
 
 
-def _one_line(message: str, from_files: _FileValues) -> str:
+def _one_line(message: str, kind: type[Any], from_files: _FileValues) -> str:
     """jsonargparse's complaint as `file: key: found …, expected …`."""
     where = re.search(r'Parser key "([\w.]+)"', message)
     found = re.search(r"(?:Got value|Given value): (.*)", message)
-    expected = re.search(r"Expected an? (.+?)\. Got|Subtypes: (.*)", message)
     if not where:
         return " ".join(message.split())
     key = where[1]
     file = from_files.get(key, (None, None))[1]
     prefix = f"{file}: " if file else ""
-    if not found or not expected:
+    hints = {each.key: each.type for each in described(kind)}
+    if not found or key not in hints:
         return f"{prefix}{key}: " + " ".join(message.split("\n", 1)[-1].split())
-    wanted = re.sub(r"<class '(\w+)'>|typing\.", r"\1", expected[1] or expected[2]).replace(
-        "NoneType", "null"
-    )
-    if "list" in wanted:
-        wanted += ", written like [a,b]"
-    return f"{prefix}{key}: found `{found[1].strip()}`, expected {wanted}"
+    return f"{prefix}{key}: found `{found[1].strip()}`, expected {expected(hints[key])}"

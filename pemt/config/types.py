@@ -20,7 +20,7 @@ def check_types(config: Any, prefix: str = "") -> None:
     An int is a float; a boolean is neither. A path object becomes a text, a tuple a list, in place.
 
     Raises:
-        ConfigError: in the command line's words: `learning_rate: found `'1e-3'`, expected float`; or a number is YAML's
+        ConfigError: `learning_rate: found `'1e-3'`, expected float`; or a number is YAML's
             `.inf` or `.nan`, which no comparison with a bound finds.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
@@ -29,10 +29,7 @@ def check_types(config: Any, prefix: str = "") -> None:
             value = os.fspath(value) if isinstance(value, os.PathLike) else list(value)
             object.__setattr__(config, name, value)
         if not _is(value, hint):
-            wanted = _allowed_text(hint)
-            if "list" in wanted:
-                wanted += ", written like [a,b]"
-            raise ConfigError(f"{prefix}{name}: found `{value!r}`, expected {wanted}")
+            raise ConfigError(f"{prefix}{name}: found `{value!r}`, expected {expected(hint)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{prefix}{name}: found {value}, a finite number is needed")
         if is_dataclass(value):
@@ -66,10 +63,15 @@ def _is(value: Any, hint: Any) -> bool:
     return isinstance(value, int | float) if hint is float else isinstance(value, hint)
 
 
-def _allowed_text(hint: Any) -> str:
-    """A type as the command line's errors have it."""
+def expected(hint: Any) -> str:
+    """What a field of this type may hold, for errors."""
+    text = _type_text(hint)
+    return f"{text}, written like [a,b]" if "list" in text else text
+
+
+def _type_text(hint: Any) -> str:
     if _is_union(hint):
-        return f"[{', '.join(map(_allowed_text, typing.get_args(hint)))}]"
+        return f"[{', '.join(map(_type_text, typing.get_args(hint)))}]"
     if hint is type(None):
         return "null"
     if typing.get_origin(hint) is Literal:
