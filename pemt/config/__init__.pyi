@@ -23,6 +23,7 @@ from .errors import (
     flags_in_messages as flags_in_messages,
     spell_fields as spell_fields,
 )
+from .help import described as described
 from .parse import (
     field_keys as field_keys,
     flatten as flatten,

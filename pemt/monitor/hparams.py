@@ -6,14 +6,15 @@ Written into the run's own folder. `SummaryWriter.add_hparams` would make a seco
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-from pemt.config import AdaptConfig, RunConfig, SourceConfig, field_keys, flatten
+from pemt.config import AdaptConfig, RunConfig, SourceConfig, described, field_keys, flatten
 
 # Where files lie and how often something is written do not tell two runs apart.
 LEFT_OUT = {
@@ -64,16 +65,12 @@ def hparams_summaries(config: RunConfig, metrics: Sequence[str]) -> Iterator[Sum
 
 def columns() -> dict[str, int]:
     """Every column's name and type: the fields of both stages, nested ones with dots."""
-    found: dict[str, int] = {}
-    for kind in (RunConfig, AdaptConfig, SourceConfig):
-        for each in fields(kind):
-            section: Any = each.default_factory
-            nested = fields(section) if hasattr(section, "__dataclass_fields__") else ()
-            for inner in nested:
-                found[f"{each.name}.{inner.name}"] = _type(str(inner.type))
-            if not nested and each.name not in LEFT_OUT:
-                found[each.name] = _type(str(each.type))
-    return found
+    return {
+        each.key: _type(each.type)
+        for kind in (RunConfig, AdaptConfig, SourceConfig)
+        for each in described(kind)
+        if each.key not in LEFT_OUT
+    }
 
 
 def plain_fields(config: RunConfig) -> dict[str, Any]:
@@ -86,11 +83,11 @@ def plain_fields(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _type(annotation: str) -> int:
-    kind = annotation.removesuffix(" | None")
-    if kind == "bool":
+def _type(hint: Any) -> int:
+    kinds = {*(typing.get_args(hint) or [hint])} - {type(None)}
+    if kinds == {bool}:
         return api_pb2.DATA_TYPE_BOOL
-    return api_pb2.DATA_TYPE_FLOAT64 if kind in ("int", "float") else api_pb2.DATA_TYPE_STRING
+    return api_pb2.DATA_TYPE_FLOAT64 if kinds <= {int, float} else api_pb2.DATA_TYPE_STRING
 
 
 def _summary(tag: str, content: plugin_data_pb2.HParamsPluginData) -> Summary:
