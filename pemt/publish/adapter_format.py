@@ -154,19 +154,10 @@ def read_settings(folder: Path) -> Settings:
         raise PublishError(f"{path}: {error}; export the run again") from None
 
 
-def read_experts(folder: Path, settings: Settings) -> list[ExpertSource]:
-    """The frozen experts of a published adaptation.
-
-    Raises:
-        PublishError: the tensors are missing or damaged.
-    """
-    path = folder / TENSORS
-    tensors = _tensors(path)
-    return [_source(path, k, each, tensors) for k, each in enumerate(settings.sources)]
-
-
-def read_model(folder: Path, settings: Settings, base: PreTrainedModel) -> TrainedT5:
-    """The adapted model, in the base's dtype, in evaluation mode.
+def read_model(
+    folder: Path, settings: Settings, base: PreTrainedModel
+) -> tuple[TrainedT5, list[ExpertSource]]:
+    """The adapted model, in the base's dtype, in evaluation mode; and the frozen experts in it.
 
     Args:
         base: of `settings.base_model_name_or_path`; changed in place.
@@ -182,11 +173,13 @@ def read_model(folder: Path, settings: Settings, base: PreTrainedModel) -> Train
             "base model at hand; give the folder of the right one as base_model"
         )
     path = folder / TENSORS
-    tensors = _tensors(path)
-    trained = {
-        key.removeprefix(TRAINED): each for key, each in tensors.items() if key.startswith(TRAINED)
-    }
-    model = _untrained(path, settings, tensors, trained, base)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PublishError(f"{path}: cannot be read: {error}; fetch it again") from None
+    trained = _below(TRAINED, tensors)
+    experts = [_source(path, k, each, tensors) for k, each in enumerate(settings.sources)]
+    model = _untrained(path, settings, experts, trained, base)
     wanted = dict(model.trainable_parameters())
     wrong = sorted(wanted.keys() ^ trained.keys())
     wrong += [key for key in wanted if key in trained and wanted[key].shape != trained[key].shape]
@@ -197,20 +190,19 @@ def read_model(folder: Path, settings: Settings, base: PreTrainedModel) -> Train
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(trained[name])
-    return model.eval()
+    return model.eval(), experts
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise PublishError(f"{path}: cannot be read: {error}; fetch it again") from None
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of them."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 def _untrained(
     path: Path,
     settings: Settings,
-    tensors: Mapping[str, Tensor],
+    experts: Sequence[ExpertSource],
     trained: Mapping[str, Tensor],
     base: PreTrainedModel,
 ) -> TrainedT5:
@@ -220,7 +212,7 @@ def _untrained(
         raise PublishError(f"{path}: has no prompt; export the run again")
     return PemtT5.target(
         base,
-        sources=[_source(path, k, each, tensors) for k, each in enumerate(settings.sources)],
+        sources=experts,
         mixture=settings.mixture or MixtureConfig(train_layer_norms=settings.train_layer_norms),
         adapter=AdapterConfig(reduction_factor=settings.reduction_factor),
         prompt_PD=trained[PROMPT_PARAMETER],
@@ -231,9 +223,7 @@ def _source(
     path: Path, k: int, settings: SourceSettings, tensors: Mapping[str, Tensor]
 ) -> ExpertSource:
     prefix = f"{EXPERT}{k}."
-    weights = {
-        key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)
-    }
+    weights = _below(prefix, tensors)
     if PROMPT not in weights:
         raise PublishError(f"{path}: has no tensor `{prefix}{PROMPT}`; export the run again")
     return ExpertSource(

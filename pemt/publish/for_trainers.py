@@ -24,7 +24,6 @@ from pemt.publish.adapter_format import (
     FORMAT,
     PublishError,
     Settings,
-    read_experts,
     read_model,
     read_settings,
     source_settings,
@@ -90,7 +89,7 @@ class TargetModel(PemtModule):
         settings = read_settings(folder)
         given = settings.base_model_name_or_path if base is None else base
         name, model, reader = _loaded(given, tokenizer or settings.tokenizer_name)
-        pemt = read_model(folder, settings, model)
+        pemt, experts = read_model(folder, settings, model)
         if not isinstance(pemt, PemtT5):
             raise PublishError(f"{folder}: is a {settings.method}; its trainer is `pemt adapt`")
         task = None
@@ -106,7 +105,7 @@ class TargetModel(PemtModule):
             )
         return cls(
             pemt,
-            experts=read_experts(folder, settings),
+            experts=experts,
             adapter=AdapterConfig(reduction_factor=settings.reduction_factor),
             base_name=name,
             tokenizer=reader,

@@ -87,7 +87,7 @@ class PemtModel:
         settings = read_settings(folder)
         name = base_model or settings.base_model_name_or_path
         base, tokenizer = load_pretrained(name, settings.tokenizer_name or name)
-        model = read_model(folder, settings, base)
+        model, _ = read_model(folder, settings, base)
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(device=chosen, dtype=dtype), tokenizer, settings)
 
