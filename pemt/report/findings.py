@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from statistics import mean, median
 from typing import Any
 
@@ -211,13 +212,8 @@ def _of_every_kind(
     kinds: dict[object, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         kinds[kind(line)].append(line)
-    chosen: list[dict[str, Any]] = []
-    while kinds and len(chosen) < EXAMPLES:
-        for key in list(kinds):
-            chosen.append(kinds[key].pop(0))
-            if not kinds[key]:
-                del kinds[key]
-    return chosen[:EXAMPLES]
+    in_turn = chain.from_iterable(zip_longest(*kinds.values()))
+    return [line for line in in_turn if line is not None][:EXAMPLES]
 
 
 def costs(record: RunRecord) -> dict[str, str]:
