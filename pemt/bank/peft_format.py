@@ -64,7 +64,6 @@ class PeftLora:
     """A LoRA adapter as an expert.
 
     Args:
-        base_name: the base model that its configuration names; None where it names none.
         rank: of the layer that has the most.
         alpha: of all layers; output = (alpha / rank) · (x downᵀ) upᵀ.
         weights: by `<site>.down` [R,F] and `<site>.up` [D,R], fp32.
@@ -73,7 +72,6 @@ class PeftLora:
         absent: sites of the same kinds that it is not on, as with PEFT's `layers_to_transform`.
     """
 
-    base_name: str | None
     rank: int
     alpha: float
     weights: dict[str, Tensor]
@@ -118,7 +116,6 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
         weights[f"{site.name}.up"] = pair["up"] * (scales[site] / common)
     rank = max(len(pair["down"]) for pair in factors.values())
     return PeftLora(
-        base_name=settings.base_model_name_or_path,
         rank=rank,
         alpha=common * rank,
         weights=weights,
