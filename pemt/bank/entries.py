@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pemt.bank.manifests import (
     FORMAT,
@@ -39,7 +40,6 @@ def write_entry(
     base: Mapping[str, Any],
     description: str | None,
     metrics: Mapping[str, float],
-    dtype: str = "float32",
     origin: str | None = None,
     licence: str | None = None,
     write: Callable[[Mapping[Path, Callable[[Path], None]]], None] = write_folders,
@@ -51,7 +51,6 @@ def write_entry(
         source: expert and prompt.
         base: `name` of the base model, and its `base_shape`.
         description, metrics, origin, licence: see `Manifest`.
-        dtype: what to store the tensors in.
         write: is given the entry's folder and what fills it. Of several that are to be there together or not at all
             these are collected for one `write_folders`.
 
@@ -59,22 +58,13 @@ def write_entry(
         The entry's folder.
 
     Raises:
-        BankError: the task's name cannot be a folder's, or a tensor is not finite in that dtype.
+        BankError: the task's name cannot be a folder's, or a tensor is not finite.
         ModelError: the expert does not fit that base model.
         StorageError: it cannot be written.
     """
     folder = entry_folder(bank_dir, source.name)
     source.check(base)
-    tensors = {**source.weights, PROMPT: source.prompt_PD}
-    tensors = {
-        key: tensor.detach().cpu().to(getattr(torch, dtype)) for key, tensor in tensors.items()
-    }
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise BankError(
-                f"{folder}: not written: tensor `{key}` has infinite or NaN values in {dtype}; "
-                "the training diverged, lower learning_rate"
-            )
+    tensors = _finite(folder, source)
     manifest = Manifest(
         format=FORMAT,
         task=source.name,
@@ -84,7 +74,7 @@ def write_entry(
         kind=source.kind,
         rank=source.rank,
         alpha=source.alpha,
-        dtype=dtype,
+        dtype="float32",
         metrics=dict(metrics),
         versions=_versions(),
         origin=origin,
@@ -92,6 +82,19 @@ def write_entry(
     )
     write({folder: tensor_writer({TENSORS: tensors}, asdict(manifest))})
     return folder
+
+
+def _finite(folder: Path, source: ExpertSource) -> dict[str, Tensor]:
+    """What an entry stores, in float32."""
+    tensors = {**source.weights, PROMPT: source.prompt_PD}
+    for key, tensor in tensors.items():
+        tensors[key] = tensor.detach().cpu().float()
+        if not torch.isfinite(tensors[key]).all():
+            raise BankError(
+                f"{folder}: not written: tensor `{key}` has infinite or NaN values in float32; "
+                "the training diverged, lower learning_rate"
+            )
+    return tensors
 
 
 def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:

@@ -151,7 +151,8 @@ def read_shapes(folder: Path) -> tuple[Manifest, dict[str, list[int]]]:
         BankError, StorageError: as `read_entry`.
     """
     manifest = manifest_of(folder)
-    path, listed = folder / TENSORS, manifest.files.get(TENSORS)
+    path = folder / TENSORS
+    listed: Any = manifest.files.get(TENSORS)
     try:
         check_file(path, listed)
     except OSError as error:
