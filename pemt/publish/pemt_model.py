@@ -39,6 +39,7 @@ class Classified:
     probabilities: dict[str, float]
 
 
+@dataclass(eq=False, repr=False)
 class PemtModel:
     """A published adaptation.
 
@@ -52,12 +53,9 @@ class PemtModel:
         settings: the task, and how it was scored.
     """
 
-    def __init__(
-        self, model: TrainedT5, tokenizer: PreTrainedTokenizerBase, settings: Settings
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.settings = settings
+    model: TrainedT5
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
 
     @classmethod
     def from_pretrained(
