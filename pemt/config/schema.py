@@ -18,28 +18,14 @@ from pemt.config.types import check_types, inherits_docs
 # Fields that may change when a run resumes: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
 NON_IDENTITY_FIELDS = (
-    "output_dir",
-    "gradient_accumulation_steps",
-    "logging_steps",
-    "report_to",
-    "max_skipped_steps",
-    "save_steps",
-    "save_total_limit",
-    "save_errors",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "ddp_timeout",
+    *("output_dir", "gradient_accumulation_steps", "logging_steps", "report_to"),
+    *("max_skipped_steps", "save_steps", "save_total_limit", "save_errors"),
+    *("resume_from_checkpoint", "overwrite_output_dir", "ddp_timeout"),
 )
-
 # Fields that name files or folders: `~` in them is home, as in a shell.
 PATHS = (
-    "model_name_or_path",
-    "tokenizer_name",
-    "output_dir",
-    "task_file",
-    "data_dir",
-    "resume_from_checkpoint",
-    "bank_dir",
+    *("model_name_or_path", "tokenizer_name", "output_dir", "task_file", "data_dir"),
+    *("resume_from_checkpoint", "bank_dir"),
 )
 # Fields of both stages that are at least 1 where they are given.
 COUNTS = (
