@@ -23,7 +23,6 @@ class RunRecord:
 
     Args:
         name: the folder's, long enough to tell it from the others.
-        folder: the run's output folder.
         config: the configuration's fields.
         state: what status.json says became of it; empty without one.
         log: the lines of log.jsonl.
@@ -34,7 +33,6 @@ class RunRecord:
     """
 
     name: str
-    folder: Path
     config: dict[str, Any]
     state: str
     log: list[dict[str, Any]]
@@ -118,7 +116,6 @@ def _read(folder: Path, name: str) -> RunRecord:
     checkpoint = _checkpoint(folder, results)
     return RunRecord(
         name=name,
-        folder=folder,
         config=config,
         state=str(_json_object(folder / STATUS).get("state", "")),
         log=read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else [],
