@@ -38,13 +38,7 @@ class OfficialError(PemtError):
 def read_official(
     folder: Path, *, name: str, kind: str | None = None, alpha: float = 64.0
 ) -> ExpertSource:
-    """One source task as the published code left it.
-
-    Args:
-        folder: holds `task_embedding.pt`, and `lora.pt` or `adapter.pt`.
-        name: the source task.
-        kind: `lora` or `bottleneck`; default: that of the one file which is there.
-        alpha: the LoRA expert's alpha.
+    """One source task as the published code left it; for the arguments see `import_official`.
 
     Raises:
         OfficialError: a file is missing, would run code, or holds something else.

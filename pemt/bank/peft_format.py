@@ -130,11 +130,6 @@ def write_peft(
 ) -> Path:
     """Write a LoRA source as `peft.PeftModel.from_pretrained` reads it, and its prompt beside it.
 
-    Args:
-        folder: new or empty.
-        source: what is written.
-        base_name, shape: its base model's name and `base_shape`.
-
     Raises:
         PeftFormatError: the expert is no LoRA, the folder is not empty, or cannot be written.
     """

@@ -18,12 +18,8 @@ from pemt.model import refusal
 def load_pickle(path: Path, refused: type[PemtError]) -> Any:
     """What `torch.save` put into a file, on the CPU.
 
-    Args:
-        path: the file.
-        refused: what is raised.
-
     Raises:
-        PemtError: it is missing, cut, would run code, or claims more numbers than it holds.
+        PemtError: of the kind `refused`: it is missing, cut, would run code, or claims more numbers than it holds.
     """
     try:
         _check_unpacked(path, refused)

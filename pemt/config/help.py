@@ -66,14 +66,7 @@ class Described:
 
 
 def help_text(kind: type[Any], prog: str, recipe: Mapping[str, Any], recipes: list[str]) -> str:
-    """The help of `pemt source` or `pemt adapt`.
-
-    Args:
-        kind: the configuration.
-        prog: the command.
-        recipe: the values of the published recipe, by their keys on the command line.
-        recipes: the names that `--config` takes.
-    """
+    """The help of `pemt source` or `pemt adapt`, given the values of its own recipe and the names of all recipes."""
     name = prog.rpartition(" ")[2]
     parser = argparse.ArgumentParser(
         prog=prog,

@@ -28,12 +28,7 @@ SHOWN_FIRST = {"few_shot", "learning_rate", "method", "seed", "task_name"}
 
 
 def hparams_summaries(config: RunConfig, metrics: Sequence[str]) -> Iterator[Summary]:
-    """The three records that the plugin reads.
-
-    Args:
-        config: every field that tells runs apart becomes a column.
-        metrics: tags of the scalars to show beside them.
-    """
+    """The three records that the plugin reads; `metrics` are the tags of the scalars to show."""
     kinds = columns()
     # Of several runs the plugin takes the columns of any one: they must be the same in all.
     experiment = api_pb2.Experiment(

@@ -24,12 +24,7 @@ def config_text(config: RunConfig) -> str:
 
 
 def environment_text(facts: Mapping[str, str], *, folder: Path) -> str:
-    """What the run stands on, as Markdown.
-
-    Args:
-        facts: what else to record, such as ranks and device.
-        folder: whose git state is recorded.
-    """
+    """What the run stands on, as Markdown: facts such as ranks and device, versions, the folder's git state."""
     lines = {
         **facts,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",

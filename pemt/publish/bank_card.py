@@ -48,14 +48,7 @@ def bank_card(
     base_model: str,
     licence: str | None,
 ) -> str:
-    """The README.md, with the hub's front matter.
-
-    Args:
-        entries: as `manifests_in` gives them.
-        repo_id: where the bank is.
-        base_model: what the card names as the experts' base model.
-        licence: of entries that were trained by their publisher; the base model's, as a rule.
-    """
+    """The README.md, with the hub's front matter; `licence` is that of entries which their publisher has trained."""
     rows = [_row(manifest, base_model, licence) for manifest in entries.values()]
     table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     lines = (f"| {' | '.join(_cell(each) for each in row)} |" for row in table)

@@ -22,16 +22,7 @@ Series = tuple[Sequence[int], Sequence[float]]
 
 
 def line_chart(title: str, curves: Mapping[str, Series], *, unit: str = "") -> Markup | None:
-    """Curves over steps.
-
-    Args:
-        title: stands above.
-        curves: name -> steps and values; empty ones are left out.
-        unit: of the values.
-
-    Returns:
-        An `<svg>` element; None where there is nothing to draw.
-    """
+    """Curves over steps by their names, as an `<svg>` element; None where there is nothing to draw."""
     curves = {name: thinned(series) for name, series in curves.items() if len(series[0])}
     if not curves:
         return None
