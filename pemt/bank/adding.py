@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pemt.bank.entries import write_entry
 from pemt.bank.manifests import BankError, check_free, entry_folder, manifest_of
-from pemt.bank.peft_files import FILES, PeftFormatError
+from pemt.bank.peft_files import FILES
 from pemt.bank.peft_format import PeftLora, read_base_name, read_peft
 from pemt.model import (
     ExpertSource,
@@ -103,8 +103,8 @@ def add_peft(
         overwrite: replace entries of these names.
 
     Raises:
-        BankError: the bank has such an entry, two have one name, or one has neither prompt nor description.
-        PeftFormatError: one is no plain LoRA on linear layers, or fits another base model.
+        BankError: the bank has such an entry, two have one name, or one has neither prompt nor description, is no plain
+            LoRA on linear layers, or fits another base model.
         PemtError: the base model or the hub cannot be read, or the bank cannot be written.
     """
     _check_names(adapters, bank_dir, overwrite=overwrite)
@@ -188,13 +188,13 @@ def _common_base(folders: Sequence[Path]) -> str:
     names = {folder: read_base_name(folder) for folder in folders}
     for folder, name in names.items():
         if not name:
-            raise PeftFormatError(
+            raise BankError(
                 f"{folder}: does not name its base model; give it with --model_name_or_path"
             )
     (first, base_name), *others = names.items()
     for folder, name in others:
         if name != base_name:
-            raise PeftFormatError(
+            raise BankError(
                 f"{folder}: is for the base model {name}, and {first} is for {base_name}; a bank is for one: add them "
                 "to two banks, or give --model_name_or_path where both names mean one model"
             )

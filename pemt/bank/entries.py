@@ -27,7 +27,7 @@ from pemt.bank.manifests import (
     last_part,
     manifest_of,
 )
-from pemt.bank.official import OfficialError, read_official
+from pemt.bank.official import read_official
 from pemt.config import installed_version
 from pemt.model import ExpertSource, ModelError, sites_of
 from pemt.storage import MANIFEST, read_tensors, tensor_writer, write_folders
@@ -181,15 +181,15 @@ def import_official(
         The entry's folder.
 
     Raises:
-        OfficialError: a file is missing, would run code, or is not what the published code saves.
-        BankError: the bank has such an entry, or as `write_entry`.
+        BankError: a file is missing, would run code, or is not what the published code saves; the bank has such an
+            entry; or as `write_entry`.
         ModelError, StorageError: as `write_entry`.
     """
     check_free(bank_dir, task, overwrite=overwrite)
     source = read_official(Path(folder), name=task, kind=kind, alpha=alpha)
     for site in sites_of(base):
         if site.is_ffn_output and not source.is_on(site.name):
-            raise OfficialError(
+            raise BankError(
                 f"{folder}: the expert of {site.name}'s FFN is missing; needed is one per layer of this base model "
                 f"({base['num_layers']} encoder, {base['num_decoder_layers']} decoder layers)"
             )

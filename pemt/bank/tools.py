@@ -26,8 +26,7 @@ def export_peft(
         tasks: which; default: every LoRA source.
 
     Raises:
-        BankError: no such entry, or the bank has no LoRA source.
-        PeftFormatError: a named one is no LoRA, or its folder is not empty.
+        BankError: no such entry, no LoRA source at all, a named one is none, or its folder is not empty.
     """
     entries = [read_entry(path) for path in _entries(bank_dir, tasks)]
     if tasks is None:

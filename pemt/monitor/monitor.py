@@ -27,10 +27,6 @@ from pemt.monitor.provenance import config_text, environment_text
 NO_GATES = GateNames(sources=(), sites={})
 
 
-class LogError(PemtError):
-    """A run's logs that cannot be opened."""
-
-
 @dataclass(eq=False, kw_only=True)
 class Monitor:
     """Scalars, pictures and progress of one run; use it in a `with` block.
@@ -69,7 +65,7 @@ class Monitor:
             try:
                 self._open()
             except OSError as error:
-                raise LogError(
+                raise PemtError(
                     f"output_dir: logs in {self.output_dir} cannot be written: {error.strerror or error}"
                 ) from None
         return self

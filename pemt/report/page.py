@@ -35,7 +35,7 @@ def write_report(folders: Sequence[Path], output_dir: Path) -> tuple[Path, Path]
         output_dir: receives both files.
 
     Raises:
-        ReportError: a folder holds no run, or a file in it is damaged.
+        PemtError: a folder holds no run, or a file in it is damaged.
         OSError: the files cannot be written.
     """
     content = content_of(read_runs(folders))

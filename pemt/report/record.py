@@ -13,10 +13,6 @@ from pemt.config import PemtError, read_yaml_mapping
 from pemt.monitor import LOG_FILE, NamedGates, gates_in, read_log
 
 
-class ReportError(PemtError):
-    """A folder that cannot be reported on."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """A run as its folder has it; a run that is not finished has no results and no predictions.
@@ -90,7 +86,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """The runs in these folders.
 
     Raises:
-        ReportError: a folder holds no run, or a file in it is damaged.
+        PemtError: a folder holds no run, or a file in it is damaged.
     """
     return [_read(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
 
@@ -108,7 +104,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> RunRecord:
     if not (folder / CONFIG).is_file():
-        raise ReportError(
+        raise PemtError(
             f"{folder}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
         )
     config = read_yaml_mapping(folder / CONFIG)
@@ -146,9 +142,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from None
+        raise PemtError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ReportError(f"{path}: found {type(content).__name__}, expected an object")
+        raise PemtError(f"{path}: found {type(content).__name__}, expected an object")
     return content
 
 
@@ -163,7 +159,7 @@ def _predictions(path: Path) -> list[dict[str, Any]]:
                 line = json.loads(text)
                 line["input"], line["target"], line["prediction"]
             except (ValueError, TypeError, KeyError) as error:
-                raise ReportError(
+                raise PemtError(
                     f"{path}, line {number}: no prediction ({type(error).__name__}: {error}); "
                     "`pemt evaluate` does not write this file: train the run again, or remove it"
                 ) from None
