@@ -26,6 +26,7 @@ from pemt.bank.peft_files import (
     load_adapter,
     read_prompt,
 )
+from pemt.config import read_json_object
 from pemt.model import ExpertSource, Site, absent_sites, is_linear, sites_of
 from pemt.storage import Count, Positive, checked, save_tensors
 
@@ -202,15 +203,11 @@ def _plain(number: float) -> float:
 
 def _read_settings(folder: Path) -> _Settings:
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BankError(f"{path}: does not exist; needed is an adapter's folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BankError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise BankError(f"{path}: peft_type: found {found}, allowed is LORA")
+    if not path.is_file():
+        raise BankError(f"{path}: does not exist; needed is an adapter's folder")
+    config = read_json_object(path, BankError)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise BankError(f"{path}: peft_type: found {kind}, allowed is LORA")
     _check_plain(path, config)
     try:
         return checked(_Settings, config)

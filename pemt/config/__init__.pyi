@@ -24,6 +24,7 @@ from .errors import (
     spell_fields as spell_fields,
 )
 from .help import described as described
+from .json_file import read_json_object as read_json_object
 from .parse import (
     field_keys as field_keys,
     flatten as flatten,

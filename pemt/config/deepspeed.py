@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pemt.config.errors import PemtError
+from pemt.config.json_file import read_json_object
 from pemt.config.schema import RunConfig
 
 
@@ -43,34 +44,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         DeepSpeedConfigError: unreadable, malformed, a key given twice, an unknown section, no ZeRO stage, or frozen
             weights to be kept in int8.
     """
-    content = _parsed(path)
+    content = read_json_object(path, DeepSpeedConfigError)
     _check_sections(content, path)
     _check_zero(content, path)
-    return content
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise DeepSpeedConfigError(f"{path}: duplicate key `{key}`; keep one")
-        return dict(pairs)
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise DeepSpeedConfigError(
-            f"{path}, line {error.lineno}: malformed JSON: {error.msg}"
-        ) from None
-    except DeepSpeedConfigError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, or too many digits
-        raise DeepSpeedConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise DeepSpeedConfigError(
-            f"{path}: found {type(content).__name__} at the top level, expected an object"
-        )
     return content
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pemt.config import AdapterConfig, MixtureConfig, PemtError
+from pemt.config import AdapterConfig, MixtureConfig, PemtError, read_json_object
 from pemt.model import BitFitT5, ExpertSource, PemtT5, TrainedT5, base_digest, checked_base
 from pemt.storage import Count, Positive, checked
 
@@ -130,13 +130,10 @@ def read_settings(folder: Path) -> Settings:
             value of another kind or out of range.
     """
     path = folder / CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PublishError(_no_adapter(folder)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PublishError(f"{path}: cannot be read: {error}") from None
-    kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
+    if not path.is_file():
+        raise PublishError(_no_adapter(folder))
+    found = read_json_object(path, PublishError)
+    kind = found.get("peft_type")
     if kind != PEFT_TYPE:
         raise PublishError(
             f"{path}: peft_type: found {kind}, allowed is {PEFT_TYPE}; "

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from pemt.bank import read_bank
 from pemt.checkpoint import RESULTS
-from pemt.config import AdaptConfig
+from pemt.config import AdaptConfig, read_json_object
 from pemt.model import FullT5, PeftT5, bars_on_terminals_alone, base_digest, base_shape
 from pemt.monitor import save_gate_map
 from pemt.publish.adapter_format import (
@@ -76,7 +76,7 @@ def export_run(
             base_model=name,
             model_type=finished.model.base.config.model_type,
             licence=licence or base_licence(config.model_name_or_path),
-            results=_results(run_dir),
+            results=_results(run_dir / RESULTS),
             config=config,
             task=finished.task,
             dtype=dtype if config.method in METHODS else "float32",
@@ -154,15 +154,8 @@ def _write_peft(folder: Path, model: PeftT5, base_model: str) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _results(run_dir: Path) -> dict[str, Any]:
-    """The run's final report; empty where it has none yet."""
-    path = run_dir / RESULTS
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise PublishError(f"{path}: cannot be read: {error}") from None
+def _results(path: Path) -> dict[str, Any]:
+    return read_json_object(path, PublishError) if path.is_file() else {}
 
 
 @contextmanager

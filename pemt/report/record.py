@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pemt.checkpoint import CONFIG, PREDICTIONS, RESULTS, STATUS, checkpoint_folders, trained_count
-from pemt.config import PemtError, read_yaml_mapping
+from pemt.config import PemtError, read_json_object, read_yaml_mapping
 from pemt.monitor import LOG_FILE, NamedGates, gates_in, read_log
 
 
@@ -137,15 +137,7 @@ def _checkpoint(folder: Path, results: dict[str, Any]) -> Path | None:
 
 def _json_object(path: Path) -> dict[str, Any]:
     """Empty where there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise PemtError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise PemtError(f"{path}: found {type(content).__name__}, expected an object")
-    return content
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _predictions(path: Path) -> list[dict[str, Any]]:
