@@ -36,10 +36,6 @@ TRAINED, EXPERT, PROMPT = "trained.", "expert.", "prompt"
 PROMPT_PARAMETER = "prompt.prompt"  # of PemtT5
 
 
-class PublishError(PemtError):
-    """A run that cannot be published, or a folder that holds nothing published."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
     """One expert, without its tensors: see `ExpertSource`."""
@@ -114,7 +110,7 @@ def write_adapter(
     whole = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
     for key, tensor in whole.items():
         if not torch.isfinite(tensor).all():
-            raise PublishError(
+            raise PemtError(
                 f"tensor `{key}` has infinite or NaN values in {settings.dtype}; export in float32"
             )
     save_file(whole, folder / TENSORS, metadata={"format": "pt"})
@@ -126,29 +122,29 @@ def read_settings(folder: Path) -> Settings:
     """The settings of a published folder.
 
     Raises:
-        PublishError: there is no such file, it is no PEMT's, of another version, lacks a key, or has a
+        PemtError: there is no such file, it is no PEMT's, of another version, lacks a key, or has a
             value of another kind or out of range.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise PublishError(_no_adapter(folder))
-    found = read_json_object(path, PublishError)
+        raise PemtError(_no_adapter(folder))
+    found = read_json_object(path)
     kind = found.get("peft_type")
     if kind != PEFT_TYPE:
-        raise PublishError(
+        raise PemtError(
             f"{path}: peft_type: found {kind}, allowed is {PEFT_TYPE}; "
             "peft.PeftModel.from_pretrained loads adapters of its own types"
         )
     version, method = found.get("format"), found.get("method")
     if version != FORMAT or method not in METHODS:
-        raise PublishError(
+        raise PemtError(
             f"{path}: found format {version} and method {method}, this version of pemt reads format {FORMAT} of "
             f"{', '.join(METHODS)}; a newer one may read it"
         )
     try:
         return checked(Settings, found)
     except ValueError as error:
-        raise PublishError(f"{path}: {error}; export the run again") from None
+        raise PemtError(f"{path}: {error}; export the run again") from None
 
 
 def read_model(
@@ -160,12 +156,12 @@ def read_model(
         base: of `settings.base_model_name_or_path`; changed in place.
 
     Raises:
-        PublishError: the tensors are missing or damaged, or do not fit the base model.
+        PemtError: the tensors are missing or damaged, or do not fit the base model.
         ModelError: the base is no T5, or an expert does not fit it.
     """
     checked = checked_base(base)
     if base_digest(checked) != settings.base_sha256:
-        raise PublishError(
+        raise PemtError(
             f"{folder / CONFIG}: made for {settings.base_model_name_or_path} with other weights than the "
             "base model at hand; give the folder of the right one as base_model"
         )
@@ -173,7 +169,7 @@ def read_model(
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise PublishError(f"{path}: cannot be read: {error}; fetch it again") from None
+        raise PemtError(f"{path}: cannot be read: {error}; fetch it again") from None
     trained = _below(TRAINED, tensors)
     experts = [_source(path, k, each, tensors) for k, each in enumerate(settings.sources)]
     model = _untrained(path, settings, experts, trained, base)
@@ -181,7 +177,7 @@ def read_model(
     wrong = sorted(wanted.keys() ^ trained.keys())
     wrong += [key for key in wanted if key in trained and wanted[key].shape != trained[key].shape]
     if wrong:
-        raise PublishError(
+        raise PemtError(
             f"{path}: tensor `{TRAINED}{wrong[0]}` does not fit what {CONFIG} says; export the run again"
         )
     with torch.no_grad():
@@ -206,7 +202,7 @@ def _untrained(
     if settings.method == "bitfit":
         return BitFitT5(base)
     if PROMPT_PARAMETER not in trained:
-        raise PublishError(f"{path}: has no prompt; export the run again")
+        raise PemtError(f"{path}: has no prompt; export the run again")
     return PemtT5.target(
         base,
         sources=experts,
@@ -222,7 +218,7 @@ def _source(
     prefix = f"{EXPERT}{k}."
     weights = _below(prefix, tensors)
     if PROMPT not in weights:
-        raise PublishError(f"{path}: has no tensor `{prefix}{PROMPT}`; export the run again")
+        raise PemtError(f"{path}: has no tensor `{prefix}{PROMPT}`; export the run again")
     return ExpertSource(
         name=settings.name,
         kind=settings.kind,

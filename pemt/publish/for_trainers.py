@@ -22,7 +22,6 @@ from pemt.model import (
 )
 from pemt.publish.adapter_format import (
     FORMAT,
-    PublishError,
     Settings,
     read_model,
     read_settings,
@@ -82,7 +81,7 @@ class TargetModel(PemtModule):
             base, tokenizer: as of `target_model`; default: as the folder says.
 
         Raises:
-            PublishError: the folder holds no such thing, or another base model's.
+            PemtError: the folder holds no such thing, or another base model's.
             BaseModelError, TokenizerError: base model or tokenizer cannot be loaded.
         """
         folder = Path(folder).expanduser()
@@ -91,7 +90,7 @@ class TargetModel(PemtModule):
         name, model, reader = _loaded(given, tokenizer or settings.tokenizer_name)
         pemt, experts = read_model(folder, settings, model)
         if not isinstance(pemt, PemtT5):
-            raise PublishError(f"{folder}: is a {settings.method}; its trainer is `pemt adapt`")
+            raise PemtError(f"{folder}: is a {settings.method}; its trainer is `pemt adapt`")
         task = None
         if settings.task_name:
             task = Task(

@@ -10,12 +10,12 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pemt.config import PemtError
 from pemt.data import EvalBatches, collate, encode_sources, encode_targets
 from pemt.model import TrainedT5, load_pretrained
 from pemt.publish.adapter_format import (
     CONFIG,
     TENSORS,
-    PublishError,
     Settings,
     read_model,
     read_settings,
@@ -78,7 +78,7 @@ class PemtModel:
 
         Raises:
             HubError: neither such a folder nor such a repository.
-            PublishError: what is there is no published adaptation, is damaged, or is another base's.
+            PemtError: what is there is no published adaptation, is damaged, or is another base's.
             BaseModelError, TokenizerError: base model or tokenizer cannot be loaded.
         """
         folder = local_folder(str(path_or_id), files=(CONFIG, TENSORS), revision=revision)
@@ -129,11 +129,11 @@ class PemtModel:
             texts, batch_size: as of `generate`.
 
         Raises:
-            PublishError: the task has no labels.
+            PemtError: the task has no labels.
         """
         settings = self.settings
         if not settings.labels:
-            raise PublishError(f"task {settings.task_name} has no labels; `generate` answers it")
+            raise PemtError(f"task {settings.task_name} has no labels; `generate` answers it")
         names = settings.label_names or settings.labels
         ids, _ = encode_targets(settings.labels, self.tokenizer, max_length=LONGEST_LABEL)
 
