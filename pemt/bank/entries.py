@@ -30,7 +30,7 @@ from pemt.bank.manifests import (
 from pemt.bank.official import read_official
 from pemt.config import installed_version
 from pemt.model import ExpertSource, ModelError, sites_of
-from pemt.storage import MANIFEST, read_tensors, tensor_writer, write_folders
+from pemt.storage import MANIFEST, open_tensors, tensor_writer, write_folders
 
 
 def write_entry(
@@ -106,7 +106,7 @@ def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
     """
     folder = Path(path)
     manifest = manifest_of(folder)
-    weights = read_tensors(folder, TENSORS, {"files": manifest.files})
+    weights = dict(open_tensors(folder, TENSORS, {"files": manifest.files}))
     if PROMPT not in weights:
         raise BankError(f"{folder / TENSORS}: has no tensor `{PROMPT}`; write the entry again")
     prompt_PD = weights.pop(PROMPT)

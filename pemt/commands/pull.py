@@ -9,10 +9,10 @@ from pemt.config import Parser, command_parser
 
 def run(arguments: list[str]) -> None:
     """`pemt pull`."""
-    options = make_parser().parse_args(arguments)
+    options = vars(make_parser().parse_args(arguments))
     from pemt.storage import download
 
-    print(download(options.repo, Path(options.folder), revision=options.revision))
+    print(download(**options))
 
 
 def make_parser() -> Parser:
@@ -20,7 +20,7 @@ def make_parser() -> Parser:
     parser = command_parser(
         "pull", "Fetch what was pushed into a folder.", "pemt pull me/flan-t5-base-cb cb-adapter"
     )
-    parser.add_argument("repo", metavar="OWNER/NAME")
-    parser.add_argument("folder", metavar="DIR", help="new or empty")
+    parser.add_argument("repo_id", metavar="OWNER/NAME")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="new or empty")
     parser.add_argument("--revision", help="branch, tag or commit")
     return parser

@@ -2,7 +2,6 @@ from .folders import (
     TEMPORARY as TEMPORARY,
     copy_files as copy_files,
     move_files as move_files,
-    read_tensors as read_tensors,
     recover_interrupted_replace as recover_interrupted_replace,
     remove_folder as remove_folder,
     remove_partial_writes as remove_partial_writes,
@@ -32,5 +31,6 @@ from .manifest import (
     StorageError as StorageError,
     check_file as check_file,
     read_manifest as read_manifest,
+    sha256 as sha256,
 )
 from .tensor_file import TensorFile as TensorFile, open_tensors as open_tensors

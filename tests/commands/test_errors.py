@@ -13,7 +13,7 @@ import pytest
 import pemt.__main__
 from pemt.config import ExpertConfig, PemtError
 from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
-from pemt.engine import EngineError, check_world_size
+from pemt.engine.launcher import EngineError, check_world_size
 from pemt.run.train import run_adapt, run_source
 from tests.conftest import Launch
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
