@@ -168,7 +168,7 @@ def _add(
     nothing = [None] * len(peft)
     adapters = map(Adapter, peft, task or nothing, description or nothing)
     for added in add_peft(list(adapters), **options):
-        prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
+        prompt = "its own" if added.prompt is None else f"made from `{added.prompt}`"
         lora = added.lora
         print(
             f"{added.folder}: lora on {projections_of(lora.sites)}, rank {lora.rank}, on {added.base_name}; "

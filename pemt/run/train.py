@@ -214,7 +214,6 @@ def _write_entry(config: SourceConfig, setup: Setup, fitted: FitResult, tested: 
         base={"name": config.model_name_or_path, **base_shape(setup.base.config)},
         description=config.description or setup.task.description,
         metrics=tested.metrics,
-        dtype="float32",
     )
     progress_logger().info(f"{setup.task.name} is in the bank: {entry}")
 
