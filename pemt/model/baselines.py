@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.model.decoding import fast_generate
-from pemt.model.inject import Base, checked_base, norm_class, stack_of
+from pemt.model.inject import Base, checked_base, layer_norms, stack_of
 from pemt.model.likelihood import decoder_of, log_likelihoods
 from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import PemtOutput, TrainedT5, mean_cross_entropy
@@ -114,10 +114,8 @@ class BitFitT5(BaselineT5):
 
 
 def _put_biases(base: Base) -> None:
-    norm = norm_class(base)
-    for module in list(base.modules()):
+    for module in base.modules():
         if isinstance(module, nn.Linear):
             module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
-        for name, child in list(module.named_children()):
-            if isinstance(child, norm):
-                setattr(module, name, BiasedNorm(child))
+    for name, norm in layer_norms(base).items():
+        base.set_submodule(name, BiasedNorm(norm))

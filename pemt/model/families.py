@@ -37,7 +37,6 @@ class Family:
     Args:
         model_type: in its config.json.
         title: for people.
-        model, config, norm: its classes in transformers.
         stacks: the modules of encoder and decoder, and `blocks` the blocks within one.
         parts: of a block of each stack: `self`, `cross`, `ffn`.
         final_norm: of a stack.
@@ -56,9 +55,6 @@ class Family:
 
     model_type: str
     title: str
-    model: str
-    config: str
-    norm: str
     stacks: Mapping[str, str]
     blocks: str
     parts: Mapping[str, Mapping[str, Part]]
@@ -113,9 +109,6 @@ def _t5(model_type: str, title: str) -> Family:
     return Family(
         model_type=model_type,
         title=title,
-        model=f"{title.upper()}ForConditionalGeneration",
-        config=f"{title.upper()}Config",
-        norm=f"{title.upper()}LayerNorm",
         stacks={stack: stack for stack in STACKS},
         blocks="block",
         parts={
@@ -156,9 +149,6 @@ def _t5gemma() -> Family:
     return Family(
         model_type="t5gemma",
         title="T5Gemma",
-        model="T5GemmaForConditionalGeneration",
-        config="T5GemmaConfig",
-        norm="T5GemmaRMSNorm",
         stacks={stack: f"model.{stack}" for stack in STACKS},
         blocks="layers",
         parts={

@@ -5,10 +5,9 @@ Shapes: B batch, S tokens, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -180,20 +179,10 @@ def linear_sites(base: Base) -> list[LinearSite]:
     ]
 
 
-def layer_norms(base: Base) -> Iterator[nn.Module]:
-    """Every layer norm, final ones included."""
-    kind = norm_class(base)
-    return (module for module in base.modules() if isinstance(module, kind))
-
-
-def norm_class(base: Base) -> type[nn.Module]:
-    """Of the family's layer norms."""
-    family = family_of_base(base)
-    name = family.model_type
-    found: type[nn.Module] = getattr(
-        import_module(f"transformers.models.{name}.modeling_{name}"), family.norm
-    )
-    return found
+def layer_norms(base: Base) -> dict[str, nn.Module]:
+    """Every layer norm by its name, final ones included."""
+    kind = type(stack_of(base, "encoder").get_submodule(family_of_base(base).final_norm))
+    return {name: module for name, module in base.named_modules() if isinstance(module, kind)}
 
 
 def pass_encoder_prompt(base: Base, context: PassContext) -> None:

@@ -261,7 +261,7 @@ class PemtT5(TrainedT5):
             if isinstance(module, Trainable):
                 yield from module.trainable_parameters()
         if self.mixture is not None and self.mixture.train_layer_norms:
-            for norm in layer_norms(self.base):
+            for norm in layer_norms(self.base).values():
                 yield from norm.parameters()
 
     def prompt_similarity(self) -> Tensor | None:
