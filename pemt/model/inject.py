@@ -33,8 +33,6 @@ Base: TypeAlias = (
     | UMT5ForConditionalGeneration
     | T5GemmaForConditionalGeneration
 )
-# the keyword under which a decoder is handed the encoder's states
-ENCODER_STATES = "encoder_hidden_states"
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,12 @@ class LinearSite:
 
         The hook runs inside the block, hence again when checkpointing recomputes it.
         """
-        self.owner.register_forward_pre_hook(partial(_keep_ffn_input, self.attribute))
+        attribute = self.attribute
 
+        def keep_ffn_input(owner: Any, args: tuple[Tensor, ...]) -> None:
+            getattr(owner, attribute).ffn_input_BSD = args[0]
 
-def _keep_ffn_input(output: str, dense: Any, args: tuple[Tensor, ...]) -> None:
-    getattr(dense, output).ffn_input_BSD = args[0]
+        self.owner.register_forward_pre_hook(keep_ffn_input)
 
 
 def checked_base(base: PreTrainedModel) -> Base:
@@ -191,7 +190,7 @@ def pass_encoder_prompt(base: Base, context: PassContext) -> None:
     def keep_prompt_mean(
         module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> None:
-        context.keep_encoder_prompt(kwargs[ENCODER_STATES])
+        context.keep_encoder_prompt(kwargs["encoder_hidden_states"])
 
     stack_of(base, "decoder").register_forward_pre_hook(keep_prompt_mean, with_kwargs=True)
 
@@ -199,21 +198,19 @@ def pass_encoder_prompt(base: Base, context: PassContext) -> None:
 def keep_for_recompute(base: Base, context: PassContext) -> None:
     """Let activation checkpointing recompute a decoder's block with what its gates have read in the pass itself."""
     # A compiled program may carry nothing out of what is recomputed, and gates report: so these blocks run as written.
-    as_written: Any = torch.compiler.disable
+    @torch.compiler.disable
+    def checkpointed(
+        checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
+    ) -> Any:
+        prompt_BD = context.encoder_prompt_BD
+
+        def seeing(*args: Any) -> Any:
+            with context.seeing(prompt_BD):
+                return function(*args)
+
+        return checkpoint(seeing, *args)
+
     for block in blocks_of(base, "decoder"):
         # transformers' own, which gives no other way in
         checkpoint = block._gradient_checkpointing_func
-        block._gradient_checkpointing_func = partial(as_written(_checkpointed), context, checkpoint)
-
-
-def _checkpointed(
-    context: PassContext, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
-) -> Any:
-    return checkpoint(partial(_seeing, context, context.encoder_prompt_BD, function), *args)
-
-
-def _seeing(
-    context: PassContext, prompt_BD: Tensor | None, function: Callable[..., Any], *args: Any
-) -> Any:
-    with context.seeing(prompt_BD):
-        return function(*args)
+        block._gradient_checkpointing_func = partial(checkpointed, checkpoint)
