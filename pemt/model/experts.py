@@ -7,7 +7,7 @@ P prompt tokens, R rank or inner width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,9 +155,6 @@ class LoraExpert(Trainable):
         for factor in (self.down, self.up):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.parameters()
-
     def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
         """o [B,S,D]; `ffn_input_BSD` is not used."""
         return self.scale * linear(linear(x_BSF, self.down), self.up)
@@ -170,9 +167,6 @@ class BottleneckExpert(Trainable):
         super().__init__()
         self.down = adapter_linear(d_ff, inner, like)
         self.up = adapter_linear(inner, d_model, like)
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.parameters()
 
     def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
         """o [B,S,D]; `ffn_input_BSD` is the residual, the FFN's layer-normed input."""

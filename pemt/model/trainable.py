@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from torch import nn
 
 
-class Trainable(nn.Module, ABC):
-    """A module that owns trained parameters and declares them."""
+class Trainable(nn.Module):
+    """A module that declares its trained parameters: all that it has, unless it says otherwise."""
 
-    @abstractmethod
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What this module trains, without what child `Trainable`s declare themselves."""
+        """What this module trains; what child `Trainable`s declare may be among it."""
+        yield from self.parameters()
