@@ -35,9 +35,9 @@ from pemt.model.inject import (
     stack_of,
 )
 from pemt.model.likelihood import decoder_of, log_likelihoods
+from pemt.model.mixture import mix_at
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_digest, base_shape, keep_digest
-from pemt.model.site_mixture import mix_at
 from pemt.model.sites import target_sites
 from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import IGNORED_LABEL, PemtOutput, TrainedT5, mean_cross_entropy
