@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pemt.model.families import FAMILIES, STACKS, Part
+from pemt.model.families import FAMILIES, STACKS
 from pemt.model.lazy import value_of
 
 if TYPE_CHECKING:  # which asks for `base_shape`
@@ -52,11 +52,9 @@ def base_digest(base: Base) -> str:
     return digest.hexdigest()
 
 
-def keep_digest(base: Base) -> str:
-    """`base_digest`, kept: from now on something else may stand in the place of what is frozen."""
-    digest = base_digest(base)
-    vars(base)[_DIGEST] = digest
-    return digest
+def keep_digest(base: Base) -> None:
+    """Keep `base_digest`: from now on something else may stand in the place of what is frozen."""
+    vars(base)[_DIGEST] = base_digest(base)
 
 
 def _matrices(base: Base) -> Iterator[Tensor]:
@@ -70,13 +68,9 @@ def _matrices(base: Base) -> Iterator[Tensor]:
         for block in blocks:
             for part in family.parts[stack].values():
                 module = block.get_submodule(part.module)
-                for name in _matrix_names(part, family.position_bias):
-                    if (found := getattr(module, name, None)) is not None:
+                for name in (*part.linears.values(), family.position_bias):
+                    if name and (found := getattr(module, name, None)) is not None:
                         yield found.weight
-
-
-def _matrix_names(part: Part, position_bias: str | None) -> list[str]:
-    return [*part.linears.values(), *([position_bias] if position_bias else [])]
 
 
 def _sample(weight: Tensor) -> bytes:
