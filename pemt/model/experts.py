@@ -80,20 +80,18 @@ class ExpertSource:
         """`expert_shapes` of this expert's own sites; a site may have a lower rank than the largest."""
         if self.kind != "lora":
             return expert_shapes(self.kind, self.rank, shape)
-        sites = [
-            site
-            for site in sites_of(shape)
-            if any(f"{site.name}.{tensor}" in self.weights for tensor in TENSORS["lora"])
-        ]
-        if not sites:
-            sites = [site for site in sites_of(shape) if site.is_ffn_output]
+        owners = {key.rpartition(".")[0] for key in self.weights}
+        every = sites_of(shape)
+        sites = [site for site in every if site.name in owners]
+        sites = sites or [site for site in every if site.is_ffn_output]
         ranks = {site: self._rank_at(site.name) for site in sites}
         if self.rank not in ranks.values():
             ranks = dict.fromkeys(sites, self.rank)
-        expected: dict[str, tuple[int, ...]] = {}
-        for site, rank in ranks.items():
-            expected |= expert_shapes("lora", rank, shape, [site])
-        return expected
+        return {
+            key: size
+            for site, rank in ranks.items()
+            for key, size in expert_shapes("lora", rank, shape, [site]).items()
+        }
 
     def _rank_at(self, site: str) -> int:
         down_RF = self.weights.get(f"{site}.down")
