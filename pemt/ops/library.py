@@ -64,13 +64,18 @@ class Library:
         headers = [path for folder in self.include_paths for path in sorted(folder.glob("*.*h"))]
         for path in (*self.sources, *headers):
             digest.update(path.read_bytes())
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-        return Path(root).expanduser() / f"{self.namespace}_{digest.hexdigest()[:12]}"
+        return build_root() / f"{self.namespace}_{digest.hexdigest()[:12]}"
 
     @property
     def built(self) -> Path:
         """The file that tells of a finished build."""
         return self.folder / "built.json"
+
+
+def build_root() -> Path:
+    """Where all is kept that is made for this machine."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(root).expanduser()
 
 
 def cpu_library() -> Library:
@@ -160,7 +165,7 @@ def build(library: Library) -> None:
     """Compiles the library into its folder, unless another process does so meanwhile."""
     try:
         library.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(library.folder / "build.lock"):
+        with locked(library.folder / "build.lock"):
             if library.built.exists():
                 return
             started = time.monotonic()
@@ -202,7 +207,8 @@ def _compile(library: Library) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time is within the block; the lock falls with its process."""
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
