@@ -36,7 +36,7 @@ _ROUNDS = 3
 _CLEARLY = 1.1  # so many times as fast as the BLAS, or it stays: what is alike shall not change from machine to machine
 
 
-@dataclass(frozen=True, order=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Product:
     """x [N, I] times a frozen weight.
 

@@ -18,8 +18,9 @@ from .checks import OpsError
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The bodies of `schema`'s two ops, with the signatures of `packed`; compiled ones have `gated_output` besides.
+    """The bodies of `schema`'s two ops, with the signatures of `packed`.
 
+    Compiled ones have `gated_output` besides, and bring their own gradients (csrc/binding.cpp).
     Compiled for a CPU they have the product of `linear` too, and `products` chooses which library multiplies.
     """
 
@@ -39,12 +40,6 @@ class Kernels:
             few_rows=getattr(namespace, "few_rows", None),
             choose_onednn=getattr(namespace, "choose_onednn", None),
         )
-
-    @property
-    def differentiable(self) -> bool:
-        """Compiled: they bring their own gradients (csrc/binding.cpp)."""
-        return self.gated_output is not None
-
 
 def _reference_output(
     x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, *rest: Any
