@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import PemtError, nearest
-from pemt.model.experts import ModelError
 from pemt.model.families import FAMILIES, family_of
 from pemt.model.inject import Base, checked_base
 from pemt.model.lazy import materialize_all
@@ -73,7 +72,7 @@ def peft_settings(method: str, given: Mapping[str, Any] | None) -> Any:
         fit = ", ".join(name for name in known if name not in UNFIT)
         why = f", which {UNFIT[kind]}" if kind in UNFIT else ""
         raise PeftError(f"peft_config.peft_type: found {kind}{why}; allowed are {fit}")
-    if method in DEFAULTS and kind != DEFAULTS[method].get("peft_type", kind):
+    if kind != DEFAULTS[method].get("peft_type", kind):
         raise PeftError(
             f"peft_config.peft_type: found {kind} with `method: {method}`; choose `method: peft`"
         )
@@ -196,10 +195,6 @@ class PeftT5(TrainedT5):
 
     def _start_prompt(self, prompt_PD: Tensor) -> None:
         embedding = self.peft.prompt_encoder[self.peft.active_adapter].embedding.weight
-        if prompt_PD.shape[1] != embedding.shape[1]:
-            raise ModelError(
-                f"the prompt is {prompt_PD.shape[1]} wide, this base model {embedding.shape[1]}"
-            )
         repeats = -(-len(embedding) // len(prompt_PD))
         with torch.no_grad():
             embedding.copy_(prompt_PD.repeat(repeats, 1)[: len(embedding)])
