@@ -102,22 +102,18 @@ class GatedLinear(nn.Module, ABC):
 
     def forward(self, x_BSF: Tensor) -> Tensor:
         """z [B,S,D] of the layer's input."""
-        context = self.context
-        if not context.is_generating:
-            wanted = self.adapter is not None and context.wants_sparsity
-            z_BSD, loss, gates_BK = self.mix(x_BSF, sparsity=wanted)
-            context.record(gates_BK, loss)
-            return z_BSD
-        if self.in_decoder:
+        context, adapter = self.context, self.adapter
+        if context.is_generating and self.in_decoder:
             y_BSD = self._generate_step(x_BSF)
-            return y_BSD if self.adapter is None else self.adapter(y_BSD)
-        if self.adapter is None:
-            y_BSD, _, gates_BK = self.mix(x_BSF, sparsity=False)
-            context.record_generate_gates(gates_BK)
-            return y_BSD
-        gates_BK = self._gates(x_BSF)
-        context.record_generate_gates(gates_BK)
-        return self.adapter(self.generate_step(x_BSF, self.prepare_step(gates_BK)))
+            return y_BSD if adapter is None else adapter(y_BSD)
+        if context.is_generating and adapter is not None:
+            gates_BK = self._gates(x_BSF)
+            context.record(gates_BK)
+            return adapter(self.generate_step(x_BSF, self.prepare_step(gates_BK)))
+        wanted = adapter is not None and context.wants_sparsity
+        z_BSD, loss, gates_BK = self.mix(x_BSF, sparsity=wanted)
+        context.record(gates_BK, loss)
+        return z_BSD
 
     @property
     def adapter_tensors(self) -> tuple[Tensor, ...]:
@@ -151,7 +147,7 @@ class GatedLinear(nn.Module, ABC):
         prompt_BD = self._gate_context
         if self._prepared is None or self._prepared[0] is not prompt_BD:
             gates_BK = self._gates(x_BSF)
-            self.context.record_generate_gates(gates_BK)
+            self.context.record(gates_BK)
             self._prepared = prompt_BD, self.prepare_step(gates_BK)
         return self.generate_step(x_BSF, self._prepared[1])
 

@@ -186,10 +186,11 @@ class PemtT5(TrainedT5):
     def generate_with_gates(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        with self.context.generating() as gates:
+        with self.context.generating() as records:
             tokens_BT = super().generate_with_gates(input_ids, attention_mask, **generation_kwargs)[0]
         # In the decoder every sample stands there once per beam.
         batch = len(input_ids)
+        gates = [each.gates_BK for each in records]
         return tokens_BT, self._all_gates([each[:: len(each) // batch] for each in gates])
 
     @torch.no_grad()
@@ -197,9 +198,9 @@ class PemtT5(TrainedT5):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor | None]:
         # As `generate`: the decoder's gates are computed for the first label, and serve all.
-        with self.context.generating() as gates:
+        with self.context.generating() as records:
             likely_BC, _ = super().label_log_likelihoods(input_ids, attention_mask, labels)
-        return likely_BC, self._all_gates(gates)
+        return likely_BC, self._all_gates([each.gates_BK for each in records])
 
     def export_expert(
         self, name: str, *, state: Mapping[str, Tensor] | None = None
