@@ -94,7 +94,7 @@ class GatedLinear(nn.Module, ABC):
         self.adapter = None if adapter is None else TargetAdapter(adapter, self.weight)
         learned = gate == "learned"
         self.gate = Gate(site.gate_width, len(sources), like=self.weight) if learned else None
-        self.in_decoder = site.in_decoder
+        self.in_decoder = site.spec.in_decoder
         self.source_names = [source.name for source in sources]
         self.context = context
         self._prepared: tuple[Tensor | int, Any] | None = None

@@ -55,11 +55,6 @@ class LinearSite:
         return self.spec.name
 
     @property
-    def in_decoder(self) -> bool:
-        """Whether it is one of the decoder's."""
-        return self.spec.in_decoder
-
-    @property
     def attribute(self) -> str:
         """What its owner calls it."""
         return self.spec.module.rpartition(".")[2]
@@ -80,7 +75,7 @@ class LinearSite:
     @property
     def gate_width(self) -> int:
         """Of what the site's gate reads: its input in the encoder, the encoder's states in the decoder."""
-        return self.encoder_width if self.in_decoder else self.weight.shape[1]
+        return self.encoder_width if self.spec.in_decoder else self.weight.shape[1]
 
     def replace(self, module: nn.Module) -> None:
         """Put a module in the layer's place; T5 reads `wo.weight.dtype`, so it must have a `weight`."""
