@@ -59,7 +59,7 @@ class PemtT5(TrainedT5):
         super().__init__()
         self.base = base
         self.source_names = list(source_names)
-        self._gate_sites = {
+        self.gate_sites = {
             each.spec.tag: each.module.source_names
             for each in linear_sites(base)
             if isinstance(each.module, GatedLinear)
@@ -68,6 +68,8 @@ class PemtT5(TrainedT5):
         self.context = context
         self.expert = expert
         self.mixture = mixture
+        if mixture is not None:
+            self.sparsity_loss_weight = mixture.sparsity_loss_weight
         self.base_sha256 = base_digest(base)  # now, while no ZeRO-3 has partitioned the weights
         self.freeze_untrained()
 
@@ -132,17 +134,9 @@ class PemtT5(TrainedT5):
         names = [source.name for source in sources]
         return cls(base, prompt, context, mixture=mixture, source_names=names)
 
-    @property
-    def gate_sites(self) -> dict[str, list[str]]:
-        return self._gate_sites
-
     def enable_gradient_checkpointing(self) -> None:
         super().enable_gradient_checkpointing()
         keep_for_recompute(self.base, self.context)
-
-    @property
-    def sparsity_loss_weight(self) -> float:
-        return 0.0 if self.mixture is None else self.mixture.sparsity_loss_weight
 
     def forward(
         self,

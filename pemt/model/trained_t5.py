@@ -53,9 +53,19 @@ class TrainedT5(nn.Module, ABC):
 
     A subclass changes the base model in place, then calls `freeze_untrained`. Without gates and a loss beside the
     cross-entropy it need not change what is computed here.
+
+    Attributes:
+        gate_sites: the places with a gate, in the order of the gates, and the sources that each weighs. An FFN's is named
+            `encoder/0` or `decoder/0`, that of another linear layer `encoder/0/self/q`.
+        sparsity_loss_weight: how much of `sparsity_loss` is in a pass's `loss`; 0 where no experts are mixed.
     """
 
     base: Base
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_sites: dict[str, list[str]] = {}
+        self.sparsity_loss_weight = 0.0
 
     @property
     def called(self) -> Any:
@@ -65,11 +75,6 @@ class TrainedT5(nn.Module, ABC):
     def encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """What the encoder reads, as the base model's arguments."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    @property
-    def sparsity_loss_weight(self) -> float:
-        """How much of `sparsity_loss` is in a pass's `loss`; 0 where no experts are mixed."""
-        return 0.0
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
         """One pass with teacher forcing.
@@ -142,14 +147,6 @@ class TrainedT5(nn.Module, ABC):
         Of the last pass in evaluation; None where there are no source prompts.
         """
         return None
-
-    @property
-    def gate_sites(self) -> dict[str, list[str]]:
-        """The places with a gate, in the order of the gates, and the sources that each weighs.
-
-        An FFN's is named `encoder/0` or `decoder/0`, that of another linear layer `encoder/0/self/q`.
-        """
-        return {}
 
     def freeze_untrained(self) -> None:
         """Freeze everything that is not declared; once, before an engine sees the model.
