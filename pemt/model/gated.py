@@ -55,12 +55,6 @@ class TargetAdapter(Trainable):
         self.down = adapter_linear(d_model, d_model // config.reduction_factor, like)
         self.up = adapter_linear(d_model // config.reduction_factor, d_model, like)
 
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Down [H,D], its bias [H], up [D,H], its bias [D]: as `pemt.ops` takes an adapter."""
-        down, up = self.down, self.up
-        return down.weight, down.bias, up.weight, up.bias
-
     def forward(self, y_BSD: Tensor) -> Tensor:
         """z [B,S,D]."""
         return y_BSD + self.up(F.gelu(self.down(y_BSD), approximate="tanh"))
@@ -117,8 +111,11 @@ class GatedLinear(nn.Module, ABC):
 
     @property
     def adapter_tensors(self) -> tuple[Tensor, ...]:
-        """The target adapter, as `pemt.ops` takes it; empty where there is none."""
-        return () if self.adapter is None else self.adapter.tensors
+        """The target adapter as `pemt.ops` takes it: down [H,D], its bias [H], up [D,H], its bias [D]; or nothing."""
+        if self.adapter is None:
+            return ()
+        down, up = self.adapter.down, self.adapter.up
+        return down.weight, down.bias, up.weight, up.bias
 
     @property
     def token_weights_BS(self) -> Tensor | None:
