@@ -192,8 +192,7 @@ def pass_encoder_prompt(base: Base, context: PassContext) -> None:
 
 def keep_for_recompute(base: Base, context: PassContext) -> None:
     """Let activation checkpointing recompute a decoder's block with what its gates have read in the pass itself."""
-    # A compiled program may carry nothing out of what is recomputed, and gates report: so these blocks run as written.
-    @torch.compiler.disable
+
     def checkpointed(
         checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
     ) -> Any:
@@ -205,7 +204,9 @@ def keep_for_recompute(base: Base, context: PassContext) -> None:
 
         return checkpoint(seeing, *args)
 
+    # A compiled program may carry nothing out of what is recomputed, and gates report: so these blocks run as written.
+    as_written: Any = torch.compiler.disable(checkpointed)
     for block in blocks_of(base, "decoder"):
         # transformers' own, which gives no other way in
         checkpoint = block._gradient_checkpointing_func
-        block._gradient_checkpointing_func = partial(checkpointed, checkpoint)
+        block._gradient_checkpointing_func = partial(as_written, checkpoint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class LoraMixture(GatedLinear):
 
     def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         experts = (self.scales, self.ranks)
-        options = {
+        options: dict[str, Any] = {
             "adapter": self.adapter_tensors,
             "sparsity": sparsity,
             "token_weights": self.token_weights_BS if sparsity else None,

@@ -181,7 +181,9 @@ class PemtT5(TrainedT5):
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         with self.context.generating() as records:
-            tokens_BT = super().generate_with_gates(input_ids, attention_mask, **generation_kwargs)[0]
+            tokens_BT, _ = super().generate_with_gates(
+                input_ids, attention_mask, **generation_kwargs
+            )
         # In the decoder every sample stands there once per beam.
         batch = len(input_ids)
         gates = [each.gates_BK for each in records]

@@ -65,8 +65,8 @@ def _matrices(base: PreTrainedModel) -> Iterator[Tensor]:
         for block in blocks:
             for part in family.parts[stack].values():
                 module = block.get_submodule(part.module)
-                for name in (*part.linears.values(), family.position_bias):
-                    if name and (found := getattr(module, name, None)) is not None:
+                for child in (*part.linears.values(), family.position_bias):
+                    if child and (found := getattr(module, child, None)) is not None:
                         yield found.weight
 
 

@@ -55,8 +55,8 @@ class TrainedT5(nn.Module, ABC):
     cross-entropy it need not change what is computed here.
 
     Attributes:
-        gate_sites: the places with a gate, in the order of the gates, and the sources that each weighs. An FFN's is named
-            `encoder/0` or `decoder/0`, that of another linear layer `encoder/0/self/q`.
+        gate_sites: the places with a gate, in the order of the gates, and the sources that each weighs. An FFN's is
+            named `encoder/0` or `decoder/0`, that of another linear layer `encoder/0/self/q`.
         sparsity_loss_weight: how much of `sparsity_loss` is in a pass's `loss`; 0 where no experts are mixed.
     """
 

@@ -89,7 +89,8 @@ def ffn_output(
     x, stacked, up, *adapter = _autocast(x, stacked, up, *adapter)
     check_output(x, stacked, up, adapter, scales, ranks, token_weights)
     check_gates(x, gates, len(ranks))
-    kernels, output = _direct(x), torch.ops.pemt.ffn_output
+    kernels = _direct(x)
+    output: Any = torch.ops.pemt.ffn_output
     if kernels is not None:
         choose_libraries(kernels, x, *schema.products(stacked, up, adapted=bool(adapter)))
         output = kernels.ffn_output

@@ -41,6 +41,7 @@ class Kernels:
             choose_onednn=getattr(namespace, "choose_onednn", None),
         )
 
+
 def _reference_output(
     x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:

@@ -16,8 +16,8 @@ from pemt.engine.placement import materialize_on_device
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from pemt.model.base import BaseModelError, load_pretrained
 from pemt.model.experts import expert_shapes
-from pemt.model.lazy import is_lazy, materialize, materialize_all, read_lazy, value_of
 from pemt.model.gated import GatedLinear
+from pemt.model.lazy import is_lazy, materialize, materialize_all, read_lazy, value_of
 from tests.support.tiny import make_base
 
 BATCH = {

@@ -136,10 +136,8 @@ def difference(theirs: Any, ours: PemtT5, family: str) -> tuple[float, float]:
     """Of our logits from PEFT's, for each unit of the largest where that is above 1; and of PEFT's from the base's."""
     batch = tiny_batch()
     with torch.no_grad():
-        embeds_BSD, mask_BS = ours._put_prompt(batch["input_ids"], batch["attention_mask"])
         start = {
-            "inputs_embeds": embeds_BSD,
-            "attention_mask": mask_BS,
+            **ours.encoder_inputs(batch["input_ids"], batch["attention_mask"]),
             "decoder_input_ids": ours.base.prepare_decoder_input_ids_from_labels(batch["labels"]),
             "use_cache": False,  # with a cache T5Gemma's decoder sees padding
         }
