@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
@@ -27,8 +28,6 @@ from pemt.model.families import FAMILIES, STACKS, UNFIT, family_of, stack_size
 from pemt.model.generation import clean_generation_config, ignored_settings, use_clean_generation
 from pemt.model.shape import base_shape
 from pemt.model.tokenizer import load_tokenizer
-
-_told_of: set[str] = set()
 
 
 def fetch_base(config: RunConfig) -> None:
@@ -76,7 +75,8 @@ def load_pretrained(
                     generation_config=clean_generation_config(model_config, tokenizer),
                 )
     use_clean_generation(base, tokenizer)
-    _report_ignored_settings(name, base)
+    if os.environ.get("RANK", "0") == "0":
+        _tell_ignored_settings(name, tuple(ignored_settings(name, base.generation_config)))
     return base, tokenizer
 
 
@@ -97,12 +97,9 @@ def _check_tokenizer(
         )
 
 
-def _report_ignored_settings(name: str, base: PreTrainedModel) -> None:
-    """Once a process and base model, on rank 0."""
-    if name in _told_of or os.environ.get("RANK", "0") != "0":
-        return
-    _told_of.add(name)
-    if settings := ignored_settings(name, base.generation_config):
+@functools.cache  # once a process
+def _tell_ignored_settings(name: str, settings: tuple[str, ...]) -> None:
+    if settings:
         print(
             f"pemt: generation settings of {name} are not used: {', '.join(settings)}; answers and scores are by "
             "num_beams and max_target_length alone",

@@ -46,7 +46,6 @@ class Family:
         decoder_start: where its configuration has the id that a decoder starts from.
         sizes: where its configuration has what `base_shape` tells; `decoder_` begins those of a decoder with sizes
             of its own.
-        always_gated: FFNs have two input projections whatever `feed_forward_proj` is.
         tied_by_config: its configuration's `tie_word_embeddings` tells whether the head is the decoder's embedding.
         cache_as_deep_as_encoder: transformers gives the cache of its `generate` the encoder's depth, not the decoder's.
         takes_prefix: peft's prefixes fit before the keys and values of its decoder.
@@ -64,7 +63,6 @@ class Family:
     head: str
     decoder_start: str
     sizes: Mapping[str, str]
-    always_gated: bool
     tied_by_config: bool
     cache_as_deep_as_encoder: bool
     takes_prefix: bool
@@ -125,7 +123,6 @@ def _t5(model_type: str, title: str) -> Family:
         head="lm_head",
         decoder_start="decoder_start_token_id",
         sizes={key: key for key in _T5_SIZES},
-        always_gated=False,
         tied_by_config=False,  # not since transformers 5
         cache_as_deep_as_encoder=True,  # as of transformers 5.23
         takes_prefix=True,
@@ -167,7 +164,6 @@ def _t5gemma() -> Family:
             "feed_forward_proj": "encoder.hidden_activation",
             **{f"decoder_{key}": f"decoder.{name}" for key, name in _GEMMA_SIZES.items()},
         },
-        always_gated=True,
         tied_by_config=True,
         cache_as_deep_as_encoder=False,
         takes_prefix=False,  # fewer heads have keys, and local attention would forget it
@@ -209,5 +205,5 @@ def stack_size(shape: Mapping[str, Any], stack: str, name: str) -> int:
 
 def is_gated(shape: Mapping[str, Any]) -> bool:
     """Whether the FFNs of a base model of this `base_shape` have two input projections."""
-    gated = str(shape["feed_forward_proj"]).startswith("gated")
-    return family_of(shape).always_gated or gated
+    always = "wi" not in family_of(shape).parts["encoder"]["ffn"].linears
+    return always or str(shape["feed_forward_proj"]).startswith("gated")
