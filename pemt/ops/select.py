@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,14 +32,8 @@ class Kernels:
 
     @classmethod
     def of(cls, namespace: Any) -> Kernels:
-        """The functions of a module, or of a compiled library's torch.ops namespace."""
-        return cls(
-            ffn_output=namespace.ffn_output,
-            ffn_output_backward=namespace.ffn_output_backward,
-            gated_output=getattr(namespace, "gated_output", None),
-            few_rows=getattr(namespace, "few_rows", None),
-            choose_onednn=getattr(namespace, "choose_onednn", None),
-        )
+        """The functions of these names in a module, or in a compiled library's torch.ops namespace."""
+        return cls(**{each.name: getattr(namespace, each.name, None) for each in fields(cls)})
 
 
 def _reference_output(
