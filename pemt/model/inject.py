@@ -41,13 +41,11 @@ class LinearSite:
 
     Args:
         spec: which, by name.
-        owner: the attention or FFN that has it as a child.
-        encoder_width: of the encoder's states.
+        base: the base model that it is in.
     """
 
     spec: Site
-    owner: Any
-    encoder_width: int
+    base: PreTrainedModel
 
     @property
     def name(self) -> str:
@@ -55,14 +53,9 @@ class LinearSite:
         return self.spec.name
 
     @property
-    def attribute(self) -> str:
-        """What its owner calls it."""
-        return self.spec.module.rpartition(".")[2]
-
-    @property
     def module(self) -> Any:
         """What stands there now."""
-        return getattr(self.owner, self.attribute)
+        return self.base.get_submodule(self.spec.module)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -75,24 +68,26 @@ class LinearSite:
     @property
     def gate_width(self) -> int:
         """Of what the site's gate reads: its input in the encoder, the encoder's states in the decoder."""
-        return self.encoder_width if self.spec.in_decoder else self.weight.shape[1]
+        if self.spec.in_decoder:
+            return int(base_shape(self.base.config)["d_model"])
+        return self.weight.shape[1]
 
     def replace(self, module: nn.Module) -> None:
         """Put a module in the layer's place; T5 reads `wo.weight.dtype`, so it must have a `weight`."""
         assert isinstance(module.weight, nn.Parameter)
-        setattr(self.owner, self.attribute, module)
+        self.base.set_submodule(self.spec.module, module)
 
     def pass_ffn_input(self) -> None:
         """Hand the FFN's layer-normed input [B,S,D] to the module in its output projection's place.
 
         The hook runs inside the block, hence again when checkpointing recomputes it.
         """
-        attribute = self.attribute
+        ffn, _, output = self.spec.module.rpartition(".")
 
-        def keep_ffn_input(owner: Any, args: tuple[Tensor, ...]) -> None:
-            getattr(owner, attribute).ffn_input_BSD = args[0]
+        def keep_ffn_input(module: Any, args: tuple[Tensor, ...]) -> None:
+            getattr(module, output).ffn_input_BSD = args[0]
 
-        self.owner.register_forward_pre_hook(keep_ffn_input)
+        self.base.get_submodule(ffn).register_forward_pre_hook(keep_ffn_input)
 
 
 def checked_base(base: PreTrainedModel) -> Base:
@@ -166,11 +161,7 @@ def blocks_of(base: Base, stack: str) -> Any:
 
 def linear_sites(base: Base) -> list[LinearSite]:
     """Every linear layer that an expert can be on, in the order of `sites_of`."""
-    shape = base_shape(base.config)
-    return [
-        LinearSite(site, base.get_submodule(site.module.rpartition(".")[0]), shape["d_model"])
-        for site in sites_of(shape)
-    ]
+    return [LinearSite(site, base) for site in sites_of(base_shape(base.config))]
 
 
 def layer_norms(base: Base) -> dict[str, nn.Module]:
