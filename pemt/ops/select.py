@@ -33,7 +33,8 @@ class Kernels:
     @classmethod
     def of(cls, namespace: Any) -> Kernels:
         """The functions of these names in a module, or in a compiled library's torch.ops namespace."""
-        return cls(**{each.name: getattr(namespace, each.name, None) for each in fields(cls)})
+        found: Any = {each.name: getattr(namespace, each.name, None) for each in fields(cls)}
+        return cls(**found)
 
 
 def _reference_output(
