@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -177,8 +176,7 @@ def build(library: Library) -> None:
             )
             # a killed build leaves cpp_extension's own lock, which would be waited on forever
             (library.folder / "lock").unlink(missing_ok=True)
-            with _ninja_on_path():
-                _compile(library)
+            _compile(library)
             seconds = round(time.monotonic() - started, 1)
             written = library.built.with_suffix(".new")
             written.write_text(json.dumps({"seconds": seconds}))
@@ -192,6 +190,8 @@ def build(library: Library) -> None:
 
 
 def _compile(library: Library) -> None:
+    # pip puts `ninja` beside `python`, which need not be on PATH
+    os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
     if library.cuda_flags:
         cpp_extension.CUDA_HOME = str(cuda_toolkit())
     cpp_extension.load(
@@ -212,15 +212,3 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """pip puts `ninja` beside `python`, which need not be on PATH."""
-    before = os.environ["PATH"]
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
