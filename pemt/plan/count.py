@@ -94,7 +94,7 @@ def _linear(job: Job, site: Site) -> Iterator[_Row]:
     """What stands in a linear layer's place."""
     inputs, outputs = site.widths(job.shape.base_shape)
     mixed = job.mixed_at(site)
-    # under the layer's own weight are the experts' down projections: see `LoraMixture`
+    # under the layer's own weight are the experts' down projections: see `LoraExperts`
     yield "weight", (outputs + sum(mixed), inputs), "frozen", sum(mixed) * inputs
     if job.method == "source":
         for rank in job.ranks_at(site):
