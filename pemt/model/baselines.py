@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pemt.model.experts import Trainable
 from pemt.model.inject import checked_base, layer_norms
-from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import TrainedT5
 
 

@@ -7,7 +7,7 @@ P prompt tokens, R rank or inner width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pemt.config import ExpertConfig, PemtError
 from pemt.model.families import STACKS, stack_size
 from pemt.model.sites import Site, sites_of
-from pemt.model.trainable import Trainable
 from pemt.ops.linear import linear
 
 
@@ -140,6 +139,14 @@ def expert_shapes(
             f"{site.name}.{key}": size for key, size in zip(TENSORS[kind], sizes, strict=True)
         }
     return shapes
+
+
+class Trainable(nn.Module):
+    """A module that declares its trained parameters: all that it has, unless it says otherwise."""
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What this module trains; what child `Trainable`s declare may be among it."""
+        yield from self.parameters()
 
 
 class LoraExpert(Trainable):

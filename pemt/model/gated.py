@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from pemt.config import AdapterConfig
 from pemt.model.context import PassContext
-from pemt.model.experts import ExpertSource, ModelError, adapter_linear
+from pemt.model.experts import ExpertSource, ModelError, Trainable, adapter_linear
 from pemt.model.inject import LinearSite
-from pemt.model.trainable import Trainable
 from pemt.ops import prompt_mean, reference
 
 

@@ -19,6 +19,7 @@ from pemt.model.experts import (
     ExpertSource,
     ModelError,
     SourceProjection,
+    Trainable,
     check_bottleneck,
     check_prompt,
     inner_width,
@@ -36,7 +37,6 @@ from pemt.model.mixture import mix_at
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_digest, base_shape, keep_digest
 from pemt.model.sites import target_sites
-from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import IGNORED_LABEL, PemtOutput, TrainedT5, mean_cross_entropy
 
 
