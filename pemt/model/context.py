@@ -80,15 +80,6 @@ class PassContext:
         if not (self.is_generating and kept_BD is not None and len(kept_BD) == len(states_BSD)):
             self.encoder_prompt_BD = prompt_mean(states_BSD, self.prompt_length)
 
-    @contextmanager
-    def seeing(self, encoder_prompt_BD: Tensor | None) -> Iterator[None]:
-        """Within the block, what the decoder's gates read is this."""
-        newer_BD, self.encoder_prompt_BD = self.encoder_prompt_BD, encoder_prompt_BD
-        try:
-            yield
-        finally:
-            self.encoder_prompt_BD = newer_BD
-
     @property
     def wants_sparsity(self) -> bool:
         """False in `generate`. True in a recompute, which must save what the first pass saved."""

@@ -18,6 +18,7 @@ from pemt.config import AdapterConfig
 from pemt.model.context import PassContext
 from pemt.model.experts import ExpertSource, ModelError, Trainable, adapter_linear
 from pemt.model.inject import LinearSite
+from pemt.model.shape import base_shape
 from pemt.ops import prompt_mean, reference
 
 
@@ -85,9 +86,11 @@ class GatedLinear(nn.Module, ABC):
         super().__init__()
         self.weight = site.weight
         self.adapter = None if adapter is None else TargetAdapter(adapter, self.weight)
-        learned = gate == "learned"
-        self.gate = Gate(site.gate_width, len(sources), like=self.weight) if learned else None
         self.in_decoder = site.spec.in_decoder
+        # what the gate reads is the encoder's, or the layer's input
+        width = base_shape(site.base.config)["d_model"] if self.in_decoder else self.weight.shape[1]
+        learned = gate == "learned"
+        self.gate = Gate(width, len(sources), like=self.weight) if learned else None
         self.source_names = [source.name for source in sources]
         self.context = context
         self._prepared: tuple[Tensor | int, Any] | None = None

@@ -65,13 +65,6 @@ class LinearSite:
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    @property
-    def gate_width(self) -> int:
-        """Of what the site's gate reads: its input in the encoder, the encoder's states in the decoder."""
-        if self.spec.in_decoder:
-            return int(base_shape(self.base.config)["d_model"])
-        return self.weight.shape[1]
-
     def replace(self, module: nn.Module) -> None:
         """Put a module in the layer's place; T5 reads `wo.weight.dtype`, so it must have a `weight`."""
         assert isinstance(module.weight, nn.Parameter)
@@ -172,13 +165,10 @@ def layer_norms(base: Base) -> dict[str, nn.Module]:
 
 def pass_encoder_prompt(base: Base, context: PassContext) -> None:
     """Before every pass of the decoder, put the mean of the encoder's states at the prompt in the context."""
-
-    def keep_prompt_mean(
-        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-    ) -> None:
-        context.keep_encoder_prompt(kwargs["encoder_hidden_states"])
-
-    stack_of(base, "decoder").register_forward_pre_hook(keep_prompt_mean, with_kwargs=True)
+    stack_of(base, "decoder").register_forward_pre_hook(
+        lambda module, args, kwargs: context.keep_encoder_prompt(kwargs["encoder_hidden_states"]),
+        with_kwargs=True,
+    )
 
 
 def keep_for_recompute(base: Base, context: PassContext) -> None:
@@ -187,13 +177,16 @@ def keep_for_recompute(base: Base, context: PassContext) -> None:
     def checkpointed(
         checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
     ) -> Any:
-        prompt_BD = context.encoder_prompt_BD
+        own_BD = context.encoder_prompt_BD
 
-        def seeing(*args: Any) -> Any:
-            with context.seeing(prompt_BD):
+        def run(*args: Any) -> Any:
+            newer_BD, context.encoder_prompt_BD = context.encoder_prompt_BD, own_BD
+            try:
                 return function(*args)
+            finally:
+                context.encoder_prompt_BD = newer_BD
 
-        return checkpoint(seeing, *args)
+        return checkpoint(run, *args)
 
     # A compiled program may carry nothing out of what is recomputed, and gates report: so these blocks run as written.
     as_written: Any = torch.compiler.disable(checkpointed)
