@@ -87,7 +87,7 @@ class GatedLinear(nn.Module, ABC):
         self.weight = site.weight
         self.adapter = None if adapter is None else TargetAdapter(adapter, self.weight)
         self.in_decoder = site.spec.in_decoder
-        # what the gate reads is the encoder's, or the layer's input
+        # of what the gate reads: the encoder's states, or the layer's input
         width = base_shape(site.base.config)["d_model"] if self.in_decoder else self.weight.shape[1]
         learned = gate == "learned"
         self.gate = Gate(width, len(sources), like=self.weight) if learned else None
