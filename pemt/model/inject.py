@@ -23,7 +23,7 @@ from transformers import (
 
 from pemt.model.context import PassContext
 from pemt.model.experts import ModelError
-from pemt.model.families import FAMILIES, STACKS, Family
+from pemt.model.families import FAMILIES, STACKS
 from pemt.model.shape import base_shape, decoder_start
 from pemt.model.sites import Site, sites_of
 
@@ -96,7 +96,7 @@ def checked_base(base: PreTrainedModel) -> Base:
             f"model_name_or_path: found a {type(base).__name__}, "
             f"allowed are {', '.join(others)} and {last} for conditional generation"
         )
-    family = family_of_base(base)
+    family = FAMILIES[base.config.model_type]
     if decoder_start(base.config) is None:
         raise ModelError(
             f"model_name_or_path: its config.json has no {family.decoder_start}; "
@@ -137,19 +137,14 @@ def _apply_but_for_dtype(module: nn.Module, fn: Callable[..., Any], *args: Any) 
     return module
 
 
-def family_of_base(base: Base) -> Family:
-    """The row of a base model."""
-    return FAMILIES[base.config.model_type]
-
-
 def stack_of(base: Base, stack: str) -> Any:
     """The encoder or the decoder."""
-    return base.get_submodule(family_of_base(base).stacks[stack])
+    return base.get_submodule(FAMILIES[base.config.model_type].stacks[stack])
 
 
 def blocks_of(base: Base, stack: str) -> Any:
     """A stack's blocks, from the first."""
-    return stack_of(base, stack).get_submodule(family_of_base(base).blocks)
+    return stack_of(base, stack).get_submodule(FAMILIES[base.config.model_type].blocks)
 
 
 def linear_sites(base: Base) -> list[LinearSite]:
@@ -159,7 +154,8 @@ def linear_sites(base: Base) -> list[LinearSite]:
 
 def layer_norms(base: Base) -> dict[str, nn.Module]:
     """Every layer norm by its name, final ones included."""
-    kind = type(stack_of(base, "encoder").get_submodule(family_of_base(base).final_norm))
+    final = FAMILIES[base.config.model_type].final_norm
+    kind = type(stack_of(base, "encoder").get_submodule(final))
     return {name: module for name, module in base.named_modules() if isinstance(module, kind)}
 
 
