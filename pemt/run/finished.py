@@ -11,7 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from pemt.checkpoint import WEIGHTS, load_lazily
 from pemt.config import AdaptConfig, RunConfig
 from pemt.engine import Engine
-from pemt.model import base_digest, checked_base, fetch_base, load_base, materialize_all, read_lazy
+from pemt.model import (
+    base_digest,
+    checked_base,
+    fetch_base,
+    load_pretrained,
+    materialize_all,
+    read_lazy,
+)
 from pemt.run.build import BuiltModel, build_model, build_ops
 from pemt.run.finished_config import FinishedError, best_checkpoint, finished_config, task_of_run
 from pemt.storage import open_tensors
@@ -55,7 +62,7 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     task = task_of_run(run_dir, config)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
     own_task = task if config.task_name == own.task_name else task_of_run(run_dir, own)
-    base, tokenizer = load_base(config)
+    base, tokenizer = load_pretrained(config.model_name_or_path, config.tokenizer_name)
     if base_digest(checked_base(base)) != manifest["run"].get("base_sha256"):
         raise FinishedError(
             f"{checkpoint}: was trained on other weights than those of {config.model_name_or_path}; "

@@ -26,7 +26,7 @@ from pemt.checkpoint import (
 from pemt.config import AdaptConfig, SourceConfig, spell_fields
 from pemt.data import Rows, load_task_data
 from pemt.engine import Engine, Interrupted, Job, is_interactive
-from pemt.model import PemtT5, base_shape, fetch_base, load_base, precision_warning
+from pemt.model import PemtT5, base_shape, fetch_base, load_pretrained, precision_warning
 from pemt.monitor import progress_logger, quiet_libraries, record_outcome
 from pemt.run.build import build_model, build_ops
 from pemt.run.caller_inputs import CallerInputs, check_same_on_all, with_caller_inputs
@@ -178,8 +178,9 @@ def set_up(
     read = staged(config, engine)
     with engine.local_first(f"fetching {config.model_name_or_path}"):
         fetch_base(read)
-    with engine.together(f"reading {read.model_name_or_path}"):
-        base, tokenizer = load_base(read, lazy=True)
+    name = read.model_name_or_path
+    with engine.together(f"reading {name}"):
+        base, tokenizer = load_pretrained(name, read.tokenizer_name, lazy=True)
     if (warning := precision_warning(config, base)) and engine.is_main:
         print(f"pemt: {warning}", file=sys.stderr, flush=True)
     with engine.local_first(f"preparing the examples of {task.name}"):

@@ -21,7 +21,7 @@ from pemt.checkpoint import Fresh
 from pemt.engine import Engine, full_size, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.engine.process import peak, watch_peak
-from pemt.model.base import load_base
+from pemt.model.base import load_pretrained
 from pemt.run.caller_inputs import CallerInputs
 from pemt.run.loop import _batch
 from pemt.run.prepare import Setup, prepare, train_batches
@@ -41,7 +41,7 @@ def main(world: Path, folder: Path) -> None:
     if (
         folder.name == "whole"
     ):  # the control: read whole by every rank, and handed to DeepSpeed like that
-        pemt.run.train.load_base = lambda config, lazy: load_base(config)  # type: ignore[assignment]
+        pemt.run.train.load_pretrained = lambda *names, lazy: load_pretrained(*names)  # type: ignore[assignment]
         Engine._materialize = lambda *_: None  # type: ignore[method-assign]
     report = started(world, folder)
     report["file_bytes"] = (world / "base" / "model.safetensors").stat().st_size
