@@ -132,7 +132,7 @@ def _planned(config: RunConfig, group: str, ranks: dict[str, int]) -> PlannedRun
     )
     job = _job(config, len(task.description.split()), task.max_target_length or 16, ranks)
     an_epoch = math.ceil(train / job.batch)
-    steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * an_epoch
+    steps = config.total_steps(an_epoch)
     validations = math.ceil(steps / an_epoch) if config.eval_strategy == "epoch" else 0
     return PlannedRun(
         group=group,

@@ -6,8 +6,10 @@ Names follow Hugging Face's `TrainingArguments` wherever the same thing exists t
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
+from fractions import Fraction
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -32,7 +34,7 @@ COUNTS = (
     *("max_source_length", "max_target_length", "few_shot", "shuffle_buffer_size"),
     *("pad_to_multiple_of", "preprocessing_num_workers", "max_train_samples", "max_eval_samples"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("num_train_epochs", "max_skipped_steps", "logging_steps", "eval_steps", "save_steps"),
+    *("max_skipped_steps", "logging_steps", "eval_steps", "save_steps"),
     *("save_total_limit", "num_beams", "ddp_timeout"),
 )
 MOST_SEED = 2**32 - 1  # numpy's
@@ -73,7 +75,7 @@ class RunConfig:
         learning_rate: peak learning rate of AdamW.
         weight_decay: AdamW's decoupled weight decay.
         max_grad_norm: gradients are clipped to this global norm; 0 turns clipping off.
-        num_train_epochs: passes over the training data.
+        num_train_epochs: passes over the training data; the last one may be a part (1.5).
         max_steps: if positive, stop after this many optimizer steps, whatever num_train_epochs says.
         max_skipped_steps: stop after this many steps in a row with a non-finite loss or gradient on some
             rank. Such a step changes no weight and no moment; schedule and data advance. fp16 needs up to 17
@@ -130,7 +132,7 @@ class RunConfig:
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    num_train_epochs: int = 20
+    num_train_epochs: float = 20
     max_steps: int = -1
     max_skipped_steps: int = 20
     warmup_steps: int = 0
@@ -164,6 +166,7 @@ class RunConfig:
                 raise ConfigError(f"report_to: found `{name}`, allowed are {', '.join(TRACKERS)}")
         self._at_least(1, *COUNTS)
         self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+        self._positive("num_train_epochs")
         for name in ("seed", "data_seed"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MOST_SEED:
@@ -213,6 +216,14 @@ class RunConfig:
             value = attrgetter(name)(self)
             if value <= 0:
                 raise ConfigError(f"{name}: found {value}, it must be positive")
+
+    def total_steps(self, steps_per_epoch: int | None) -> int:
+        """Optimizer steps of the whole run: `max_steps`, or those of `num_train_epochs`, the last one begun whole."""
+        if self.max_steps > 0:
+            return self.max_steps
+        assert steps_per_epoch is not None, "a stream needs max_steps"
+        # Exact, as it is written: 0.07 epochs of 100 steps are 7, and 8 in floats.
+        return math.ceil(Fraction(str(self.num_train_epochs)) * steps_per_epoch)
 
     @property
     def effective_data_seed(self) -> int:

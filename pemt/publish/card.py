@@ -196,7 +196,9 @@ def _training(card: Card) -> str:
     config = card.config
     few = f", {config.few_shot} examples per class" if config.few_shot else ""
     steps = (
-        f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs} epochs"
+        f"{config.max_steps} steps"
+        if config.max_steps > 0
+        else f"{config.num_train_epochs:g} epochs"
     )
     chosen = (
         checkpoint_line(card.results) if card.has_origin else "The best checkpoint on validation"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +76,7 @@ class Callbacks:
         self.control = TrainerControl()
         self.state = TrainerState(
             max_steps=total_steps,
-            num_train_epochs=args.num_train_epochs,
+            num_train_epochs=math.ceil(args.num_train_epochs),  # as the Trainer has it
             logging_steps=args.logging_steps,
             eval_steps=args.eval_steps,
             save_steps=args.save_steps,

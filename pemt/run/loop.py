@@ -27,7 +27,6 @@ from pemt.run.prepare import (
     open_run,
     prepare,
     restore,
-    total_steps_of,
     train_batches,
     warmup_notes,
 )
@@ -113,7 +112,7 @@ def fit(setup: Setup, session: Session) -> FitResult:
     config, engine, built = setup.config, setup.engine, setup.built
     checkpoints, resumed = open_run(setup, session)
     batches = train_batches(setup, resumed.state.position if resumed else None)
-    total_steps = total_steps_of(config, batches)
+    total_steps = config.total_steps(batches.steps_per_epoch)
     schedule = prepare(config, engine, built.model, resumed, total_steps=total_steps)
     callbacks = Callbacks(setup.caller.callbacks, engine, setup.tokenizer, schedule, total_steps)
     state = restore(setup, schedule, resumed) if resumed else TrainState()

@@ -122,14 +122,6 @@ def train_batches(setup: Setup, position: dict[str, Any] | None = None) -> Batch
     return TrainBatches(lengths_of(train), **division)
 
 
-def total_steps_of(config: RunConfig, batches: Batches) -> int:
-    """Optimizer steps of the whole run: `max_steps`, or `num_train_epochs` times an epoch's."""
-    if config.max_steps > 0:
-        return config.max_steps
-    assert batches.steps_per_epoch is not None, "a stream needs max_steps"
-    return batches.steps_per_epoch * config.num_train_epochs
-
-
 def warmup_notes(config: RunConfig, total_steps: int) -> list[str]:
     """Warnings about a warm-up that does not do what was asked for."""
     steps = config.warmup_steps

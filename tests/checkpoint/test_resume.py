@@ -196,9 +196,12 @@ def test_a_run_that_begins_meanwhile_is_not_written_over(
         run_adapt(config)
 
 
-def test_an_extended_run_is_unfinished_again(world: World, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("epochs", "steps"), [("3", 15), ("2.5", 13)])
+def test_an_extended_run_is_unfinished_again(
+    world: World, whole: Path, tmp_path: Path, epochs: str, steps: int
+) -> None:
     run = shutil.copytree(whole, tmp_path / "run")
-    longer = config_of(world, run, num_train_epochs="3", resume_from_checkpoint="true")
+    longer = config_of(world, run, num_train_epochs=epochs, resume_from_checkpoint="true")
     run_adapt(longer)
-    assert [step for step, loss, _ in logged(run) if loss is not None] == list(range(1, 16))
-    assert json.loads((run / "all_results.json").read_text())["epoch"] == 3
+    assert [step for step, loss, _ in logged(run) if loss is not None] == list(range(1, steps + 1))
+    assert json.loads((run / "all_results.json").read_text())["epoch"] == steps / 5

@@ -1,4 +1,4 @@
-"""A schedule that is set to its step is where as many calls of `step` would have taken it."""
+"""A schedule that is set to its step is where as many calls of `step` would have taken it; how many steps a run has."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from pemt.config import AdaptConfig
 from pemt.run.prepare import set_schedule_step
 
 
@@ -30,3 +31,15 @@ def test_a_schedule_is_set_to_its_step(kind: str, step: int) -> None:
         for each in (stepped, put):
             each.optimizer.step()
             each.step()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "steps"),
+    [(3, -1, 300), (1.5, -1, 150), (0.07, -1, 7), (0.001, -1, 1), (2.001, -1, 201), (3, 12, 12)],
+)
+def test_epochs_may_be_a_part(epochs: float, max_steps: int, steps: int) -> None:
+    config = AdaptConfig(
+        model_name_or_path="t5", output_dir="run", task_name="cb", bank_dir="bank",
+        num_train_epochs=epochs, max_steps=max_steps,
+    )  # fmt: skip
+    assert config.total_steps(100) == steps
