@@ -44,20 +44,20 @@ class PassContext:
     encoder_prompt_BD: Tensor | None = None
     encoder_weights_BS: Tensor | None = None
     decoder_weights_BS: Tensor | None = None
-    _records: list[SiteRecord] | None = field(default=None, repr=False)
+    _records: dict[str, SiteRecord] | None = field(default=None, repr=False)
 
     @contextmanager
     def recording(
         self, *, encoder_mask_BS: Tensor | None = None, decoder_mask_BS: Tensor | None = None
-    ) -> Iterator[list[SiteRecord]]:
-        """Collect every site's record, in the order in which the pass comes to them.
+    ) -> Iterator[dict[str, SiteRecord]]:
+        """Collect every site's record, by its tag.
 
         The weights outlive the block, for the recompute of this pass: with masks and checkpointing,
         a pass must be followed by its own backward before the next.
         """
         self.encoder_weights_BS = token_weights(encoder_mask_BS)
         self.decoder_weights_BS = token_weights(decoder_mask_BS)
-        records: list[SiteRecord] = []
+        records: dict[str, SiteRecord] = {}
         self._records = records
         try:
             yield records
@@ -65,9 +65,9 @@ class PassContext:
             self._records = self.encoder_prompt_BD = None
 
     @contextmanager
-    def generating(self) -> Iterator[list[SiteRecord]]:
+    def generating(self) -> Iterator[dict[str, SiteRecord]]:
         """One `generate`: what is constant over its steps is computed, and recorded, at the first."""
-        records: list[SiteRecord] = []
+        records: dict[str, SiteRecord] = {}
         self.is_generating, self._records, self.encoder_prompt_BD = True, records, None
         try:
             yield records
@@ -85,7 +85,7 @@ class PassContext:
         """False in `generate`. True in a recompute, which must save what the first pass saved."""
         return not self.is_generating and (self._records is not None or torch.is_grad_enabled())
 
-    def record(self, gates_BK: Tensor, sparsity_loss: Tensor | None = None) -> None:
+    def record(self, tag: str, gates_BK: Tensor, sparsity_loss: Tensor | None = None) -> None:
         """Keep a record, its gates detached, of the pass proper; a recompute's is dropped: each counts once."""
         if self._records is not None:
-            self._records.append(SiteRecord(gates_BK, sparsity_loss))
+            self._records[tag] = SiteRecord(gates_BK, sparsity_loss)

@@ -86,7 +86,7 @@ class GatedLinear(nn.Module, ABC):
         super().__init__()
         self.weight = site.weight
         self.adapter = None if adapter is None else TargetAdapter(adapter, self.weight)
-        self.in_decoder = site.spec.in_decoder
+        self.tag, self.in_decoder = site.spec.tag, site.spec.in_decoder
         # of what the gate reads: the encoder's states, or the layer's input
         width = base_shape(site.base.config)["d_model"] if self.in_decoder else self.weight.shape[1]
         learned = gate == "learned"
@@ -104,11 +104,11 @@ class GatedLinear(nn.Module, ABC):
             return y_BSD if adapter is None else adapter(y_BSD)
         if context.is_generating and adapter is not None:
             gates_BK = self._gates(x_BSF)
-            context.record(gates_BK)
+            context.record(self.tag, gates_BK)
             return adapter(self.generate_step(x_BSF, self.prepare_step(gates_BK)))
         wanted = adapter is not None and context.wants_sparsity
         z_BSD, loss, gates_BK = self.mix(x_BSF, sparsity=wanted)
-        context.record(gates_BK, loss)
+        context.record(self.tag, gates_BK, loss)
         return z_BSD
 
     @property
@@ -146,7 +146,7 @@ class GatedLinear(nn.Module, ABC):
         prompt_BD = self._gate_context
         if self._prepared is None or self._prepared[0] is not prompt_BD:
             gates_BK = self._gates(x_BSF)
-            self.context.record(gates_BK)
+            self.context.record(self.tag, gates_BK)
             self._prepared = prompt_BD, self.prepare_step(gates_BK)
         return self.generate_step(x_BSF, self._prepared[1])
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.model.context import PassContext
+from pemt.model.context import PassContext, SiteRecord
 from pemt.model.experts import (
     ExpertSource,
     ModelError,
@@ -163,7 +163,7 @@ class PemtT5(TrainedT5):
             out = self.base(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False)
         loss = ce_loss = None if labels is None else mean_cross_entropy(out.logits, labels)
         # none without an expert on an FFN's output
-        losses = [each.sparsity_loss for each in records if each.sparsity_loss is not None]
+        losses = [each.sparsity_loss for each in records.values() if each.sparsity_loss is not None]
         sparsity_loss = torch.stack(losses).mean() if losses else None
         if ce_loss is not None and sparsity_loss is not None:
             loss = ce_loss + self.sparsity_loss_weight * sparsity_loss
@@ -173,7 +173,7 @@ class PemtT5(TrainedT5):
             sparsity_loss=sparsity_loss,
             logits=out.logits,
             encoder_last_hidden_state=out.encoder_last_hidden_state,
-            gates_BLK=self._all_gates([record.gates_BK for record in records]),
+            gates_BLK=self._all_gates(records, len(out.logits)),
         )
 
     @torch.no_grad()
@@ -184,10 +184,7 @@ class PemtT5(TrainedT5):
             tokens_BT, _ = super().generate_with_gates(
                 input_ids, attention_mask, **generation_kwargs
             )
-        # In the decoder every sample stands there once per beam.
-        batch = len(input_ids)
-        gates = [each.gates_BK for each in records]
-        return tokens_BT, self._all_gates([each[:: len(each) // batch] for each in gates])
+        return tokens_BT, self._all_gates(records, len(input_ids))
 
     @torch.no_grad()
     def label_log_likelihoods(
@@ -196,7 +193,7 @@ class PemtT5(TrainedT5):
         # As `generate`: the decoder's gates are computed for the first label, and serve all.
         with self.context.generating() as records:
             likely_BC, _ = super().label_log_likelihoods(input_ids, attention_mask, labels)
-        return likely_BC, self._all_gates([each.gates_BK for each in records])
+        return likely_BC, self._all_gates(records, len(input_ids))
 
     def export_expert(
         self, name: str, *, state: Mapping[str, Tensor] | None = None
@@ -260,12 +257,15 @@ class PemtT5(TrainedT5):
             "attention_mask": torch.cat([ones_BP, attention_mask], dim=1),
         }
 
-    def _all_gates(self, gates: Sequence[Tensor]) -> Tensor | None:
+    def _all_gates(self, records: Mapping[str, SiteRecord], batch: int) -> Tensor | None:
         """Every site's gates [B,K of the site] as one tensor [B,L,K]: 0 for sources not on a site; None without any."""
-        if not gates:
+        if not records:
             return None
-        sites = self.gate_sites.values()
-        whole = [self._of_all(each, names) for each, names in zip(gates, sites, strict=True)]
+        whole = []
+        for site, names in self.gate_sites.items():
+            gates_BK = records[site].gates_BK
+            # In the decoder's part of `generate` every sample stands there once per beam.
+            whole.append(self._of_all(gates_BK[:: len(gates_BK) // batch], names))
         return torch.stack(whole, dim=1)
 
     def _of_all(self, gates_BK: Tensor, names: list[str]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pemt.model import PemtT5, mixture
+from pemt.model.context import PassContext, SiteRecord
 from tests.support.tiny_t5 import (
     on_sites,
     source_model,
@@ -143,3 +144,17 @@ def test_a_step_of_an_answer_is_the_op() -> None:
         expected, _, gates_BK = mixture.mix(x_BSF, sparsity=False)
         found = mixture.adapter(mixture.generate_step(x_BSF, mixture.prepare_step(gates_BK)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gates_are_found_by_their_site_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if transformers called the layers of a block in another order."""
+    model, batch = target_model().eval(), tiny_batch()
+    expected_BLK = model(**batch).gates_BLK
+    assert len(expected_BLK.unique()) > len(model.gate_sites)
+
+    def record_in_front(self: PassContext, tag: str, *recorded: Any) -> None:
+        earlier = [(key, self._records.pop(key)) for key in list(self._records)]
+        self._records.update([(tag, SiteRecord(*recorded)), *earlier])
+
+    monkeypatch.setattr(PassContext, "record", record_in_front)
+    assert torch.equal(model(**batch).gates_BLK, expected_BLK)
