@@ -18,6 +18,7 @@ from pemt.bank.manifests import BankError, Manifest, chosen_entries, entry_names
 from pemt.config import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
 from pemt.storage.manifest import with_checksum
+from tests.support.damages import flip_a_bit
 from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_source
 
 NAME = "google/tiny-t5"
@@ -178,13 +179,6 @@ def test_no_bank_or_an_empty_one(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def _flip_a_byte(entry: Path) -> None:
-    path = entry / "expert.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-7] ^= 1
-    path.write_bytes(data)
-
-
 def _cut(entry: Path) -> None:
     path = entry / "expert.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
@@ -210,7 +204,7 @@ def _change(**changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (_flip_a_byte, "expert.safetensors: "),
+        (lambda entry: flip_a_bit(entry / "expert.safetensors"), "expert.safetensors: "),
         (_cut, "expert.safetensors: "),
         (lambda entry: (entry / "expert.safetensors").unlink(), "expert.safetensors: "),
         (lambda entry: (entry / "manifest.json").write_text('{"task": '), "malformed JSON"),

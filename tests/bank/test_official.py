@@ -16,6 +16,7 @@ from pemt.bank.official import OfficialError
 from pemt.config import PemtError
 from pemt.model import ModelError, base_shape
 from tests.parity.golden import Golden, golden_base
+from tests.support.evil import Evil
 from tests.support.tiny_t5 import tiny_base, tiny_source
 
 SHAPE = base_shape(tiny_base().config)
@@ -104,19 +105,9 @@ def test_import_of_the_golden_sources(shared: Path, tmp_path: Path) -> None:
             assert torch.equal(source.weights[f"{stack}.1.up"], wo[f"lora_B.{k}"])
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("name", ["lora.pt", "task_embedding.pt"])
 def test_a_pickle_that_would_run_code(folder: Path, tmp_path: Path, name: str) -> None:
-    torch.save({"encoder": Evil(tmp_path / "run")}, folder / name)
+    torch.save({"encoder": Evil(os.mkdir, str(tmp_path / "run"))}, folder / name)
     with pytest.raises(OfficialError) as raised:
         run_import(folder)
     assert f"{folder / name}: refused: it would call posix.mkdir" in str(raised.value)

@@ -9,7 +9,7 @@ import re
 import resource
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pemt.storage.manifest import MANIFEST, read_manifest, sha256, with_checksum
 from pemt.tasks import TaskError
 from pemt.tasks.task_file import load_task_file
 from tests.conftest import ROOT
+from tests.support.evil import Evil
 from tests.support.tiny_t5 import tiny_base, tiny_source
 
 SOURCES = sorted((ROOT / "pemt").rglob("*.py"))
@@ -112,16 +113,6 @@ def test_yaml_that_unfolds_into_billions(tmp_path: Path) -> None:
     path.write_text("name: &a [*a]\n")
     with pytest.raises(PemtError, match="contains itself"):
         read_yaml_mapping(path)
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
-        self.reduced = call, arguments
-
-    def __reduce__(self) -> Any:
-        return self.reduced
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

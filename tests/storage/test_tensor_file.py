@@ -16,6 +16,7 @@ from pemt.storage import (
     tensor_file,
     write_folder,
 )
+from tests.support.damages import flip_a_bit
 
 NAME = "trained.safetensors"
 TENSORS = {"a.weight": torch.randn(300, 40), "b.bias": torch.randn(7)}
@@ -42,9 +43,7 @@ def test_what_is_sent_is_the_file_and_not_its_tensors(opened: TensorFile) -> Non
 
 
 def test_a_damaged_file_is_refused_before_any_tensor_is_read(opened: TensorFile) -> None:
-    content = bytearray(opened.path.read_bytes())
-    content[-1] ^= 1
-    opened.path.write_bytes(content)
+    flip_a_bit(opened.path)
     with pytest.raises(StorageError, match=r"checksum mismatch"):
         open_tensors(opened.path.parent, NAME, read_manifest(opened.path.parent))
 
