@@ -10,19 +10,12 @@ from typing import Any
 
 import pytest
 
-from pemt.config.schema import ExpertConfig
-from pemt.run.train import run_adapt, run_source
+from pemt.run.train import run_adapt
 from tests.conftest import launch_ranks
 from tests.launch.launched_scores import TASK, measure
 from tests.support.ranks import deepspeed_json
-from tests.support.tiny import (
-    adapt_config,
-    losses,
-    make_base,
-    source_config,
-    tiny_task,
-    write_task_files,
-)
+from tests.support.tiny import adapt_config, losses
+from tests.support.trained import train_sources
 
 # By name: ranks, and sizes of batches. Of 11 examples in fours one rank of two has none in its last batch; batches of
 # 2, 3 and 4 leave every remainder that 2 and 3 ranks can have.
@@ -40,17 +33,11 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """What a launch has left, begun when it is first asked for."""
-    folder = tmp_path_factory.mktemp("scores")
-    base, bank = make_base(folder / "base"), folder / "bank"
-    for seed, task in enumerate((*SOURCES, TASK)):
-        tiny_task(task)
-        write_task_files(folder / task, seed=seed)
-    for task in SOURCES:
-        paths = (base, folder / task, folder / f"{task}-run", bank)
-        run_source(source_config(*paths, task, expert=ExpertConfig(rank=2)))
+    folder = train_sources(tmp_path_factory.mktemp("scores"), SOURCES, TASK)
     learning: dict[str, Any] = {"learning_rate": 0.1, "num_train_epochs": 20}
     seldom: dict[str, Any] = {"eval_strategy": "no", "logging_steps": 100}
-    run_adapt(adapt_config(base, folder / TASK, folder / "run", bank, TASK, **learning, **seldom))
+    paths = (folder / "base", folder / TASK, folder / "run", folder / "bank")
+    run_adapt(adapt_config(*paths, TASK, **learning, **seldom))
 
     @cache
     def launched(name: str) -> Path:
