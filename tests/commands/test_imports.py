@@ -211,6 +211,8 @@ ERRORS = {
 def test_an_error_needs_no_heavy_library(world: Path, run: Run, command: str) -> None:
     imported, said, status = run(*command.split())
     assert (status, ERRORS[command] in said) == (2, True), said
+    assert said.startswith("pemt: error: ")
+    assert said.count("\n") == 1, said
     assert imported & HEAVY == set()
     assert not (world / "new").exists()
 

@@ -3,8 +3,8 @@
     accelerate launch ... -m tests.launch.slow_places FOLDER slow
     accelerate launch ... -m tests.launch.slow_places FOLDER PLACE
 
-FOLDER has a base model and task files. `slow`: at every place of PLACES the rank named there takes half as long
-again as `ddp_timeout`, once. A place's name: that rank dies there, of kill -9; only the part with that place is run.
+FOLDER has a base model and task files. `slow`: at every place of PLACES the rank named there takes a quarter
+longer than `ddp_timeout`, once. A place's name: that rank dies there, of kill -9; only the part with that place is run.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main(folder: Path, what: str) -> None:
     # shown in test_watchdog.py.
     session.Watchdog = lambda **given: Watchdog(**{**given, "timeout": 60 * TIMEOUT})
     for name in PLACES if what == "slow" else [what]:
-        hooked(name, (lambda: time.sleep(1.5 * TIMEOUT)) if what == "slow" else die)
+        hooked(name, (lambda: time.sleep(1.25 * TIMEOUT)) if what == "slow" else die)
     config = source_config(
         *(folder / "base", folder / SOURCE, folder / "source", folder / "bank", SOURCE),
         expert=ExpertConfig(rank=2),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pemt.bank.manifests import entry_names
 from pemt.config.parse import parse_config
 from pemt.config.schema import SourceConfig
 from pemt.run.train import run_source
-from tests.conftest import ROOT, kill_session
+from tests.conftest import ROOT, free_port, kill_session
 from tests.support.forked_python import forked_python
 from tests.support.tiny import losses, make_base
 
@@ -117,12 +116,6 @@ def hooked(world: Path) -> list[str]:
     return (world / "hooked").read_text().splitlines()
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
-
-
 def train(world: Path, source: str) -> None:
     """Stage 1 of one task, in this process."""
     paths = {
@@ -183,7 +176,7 @@ def test_two_nodes_adapt_together_without_a_launcher(world: Path) -> None:
             CPUS_PER_RANK="2",
             LAUNCHER="srun",
             GLOBAL_BATCH="8",
-            MASTER_PORT=free_port(),
+            MASTER_PORT=str(free_port()),
             OFFLINE_DIR=str(world / "offline"),
             STAGE_DIR=str(world / "scratch"),
             HF_TOKEN="hf_secret",
