@@ -183,7 +183,11 @@ def test_a_run_is_not_written_over(world: Path) -> None:
 
 
 @pytest.mark.launch
-def test_two_ranks_complain_once(world: Path, launch: Launch) -> None:
+def test_two_ranks_complain_once(
+    world: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The other rank waits for the one that has left; it would have complained after 5 s.
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "6")
     launched = launch("-m", "pemt", *command(world, "--bank_dir", "nowhere"), zero=2, check=False)
     assert launched.output.count("pemt: error:") == 1
     assert "pemt/" not in launched.output.split("Traceback")[0], "a traceback of ours"
