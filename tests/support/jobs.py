@@ -55,7 +55,7 @@ class World:
 
     @staticmethod
     def make(folder: Path) -> World:
-        make_base(folder / "base")
+        make_base(folder / "base", num_layers=1)
         shutil.copytree(folder / "base", folder / "without-dropout")
         # With dropout every rank's generators must be in place again.
         config = folder / "base" / "config.json"
