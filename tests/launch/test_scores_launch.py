@@ -14,7 +14,7 @@ from pemt.run.train import run_adapt
 from tests.conftest import launch_ranks
 from tests.launch.launched_scores import TASK, measure
 from tests.support.ranks import deepspeed_json
-from tests.support.tiny import adapt_config, losses
+from tests.support.tiny import adapt_config, losses, make_base
 from tests.support.trained import train_sources
 
 # By name: ranks, and sizes of batches. Of 11 examples in fours one rank of two has none in its last batch; batches of
@@ -33,7 +33,9 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """What a launch has left, begun when it is first asked for."""
-    folder = train_sources(tmp_path_factory.mktemp("scores"), SOURCES, TASK)
+    folder = tmp_path_factory.mktemp("scores")
+    make_base(folder / "base", num_layers=1)
+    train_sources(folder, SOURCES, TASK)
     learning: dict[str, Any] = {"learning_rate": 0.1, "num_train_epochs": 20}
     seldom: dict[str, Any] = {"eval_strategy": "no", "logging_steps": 100}
     paths = (folder / "base", folder / TASK, folder / "run", folder / "bank")
