@@ -54,7 +54,7 @@ def test_sst2_to_bank_to_cb(base: Path, shared: Path, launch: Launch) -> None:
     source = ["--config", "source", "--task_name", "sst2"]
     source += ["--data_dir", str(shared / "data/glue/SST-2")]
     source += ["--output_dir", str(world / "sst2"), "--num_train_epochs", "1"]
-    source += ["--max_train_samples", "256"]
+    source += ["--max_train_samples", "256", "--report_to", "[]"]
     launch("-m", "pemt", "source", *source, *common, zero=2)
     assert falls(world / "sst2", "train/ce_loss")
     assert sorted(path.name for path in (world / "bank" / "sst2").iterdir()) == [
