@@ -1,17 +1,16 @@
 from .batching import (
     IGNORED_LABEL as IGNORED_LABEL,
-    EvalBatches as EvalBatches,
     TrainBatches as TrainBatches,
     collate as collate,
+    eval_batches as eval_batches,
     to_device as to_device,
 )
-from .encoding import encode_sources as encode_sources, label_ids as label_ids
+from .encoding import label_ids as label_ids
 from .errors import DataError as DataError
 from .in_memory import (
     MemoryData as MemoryData,
     Rows as Rows,
     memory_data as memory_data,
-    memory_split as memory_split,
 )
 from .loading import (
     TaskData as TaskData,
@@ -26,4 +25,8 @@ from .to_predict import (
     read_inputs as read_inputs,
     sources_of as sources_of,
 )
-from .vocabulary import encode_targets as encode_targets, unknown as unknown
+from .vocabulary import (
+    encode_sources as encode_sources,
+    encode_targets as encode_targets,
+    unknown as unknown,
+)

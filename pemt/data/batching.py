@@ -10,11 +10,14 @@ Shape legend: N examples, M micro-batches of an epoch, B examples of one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 # Noise that is added to lengths before they are put in order, as a share of their mean; so much padding
 # it costs, about. Without any, the batches of texts of many lengths hardly differ between epochs.
@@ -90,14 +93,9 @@ class TrainBatches:
 
     def steps(self, start: int, end: int) -> Iterator[list[list[int]]]:
         """This rank's micro-batches of every optimizer step from `start` to `end`."""
-        step = start
-        while step < end:
-            epoch, done = divmod(step, self.steps_per_epoch)
-            for micro_batches in self.epoch(epoch, start_step=done):
-                yield micro_batches
-                step += 1
-                if step == end:
-                    return
+        epoch, done = divmod(start, self.steps_per_epoch)
+        later = chain.from_iterable(map(self.epoch, count(epoch + 1)))
+        return islice(chain(self.epoch(epoch, done), later), max(0, end - start))
 
     def epochs_at(self, step: int) -> float:
         """Passes over the data after so many steps."""
@@ -164,28 +162,19 @@ def pairs_within(groups: np.ndarray) -> int:
     return int(np.sum(sizes * (sizes - 1)))
 
 
-class EvalBatches:
+def eval_batches(
+    lengths: Sequence[int] | np.ndarray, *, batch_size: int, world_size: int, rank: int
+) -> list[list[int]]:
     """Evaluation batches of one rank: lists of indices, longest first.
 
     Batches are cut before they are dealt to the ranks, so the same examples are padded together
     whatever the number of ranks. Every index occurs; a rank that would run short repeats the last
     batch, so that all have the same number of batches and the scorer keeps one answer per index.
     """
-
-    def __init__(
-        self, lengths: Sequence[int] | np.ndarray, *, batch_size: int, world_size: int, rank: int
-    ) -> None:
-        assert 0 <= rank < world_size, (rank, world_size)
-        order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        rounds = -(-len(batches) // world_size)
-        self.mine = [batches[min(i * world_size + rank, len(batches) - 1)] for i in range(rounds)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.mine)
-
-    def __len__(self) -> int:
-        return len(self.mine)
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rounds = -(-len(batches) // world_size)
+    return [batches[min(i * world_size + rank, len(batches) - 1)] for i in range(rounds)]
 
 
 def collate(
@@ -204,10 +193,13 @@ def collate(
     int64; S and T are the longest row's, rounded up to `pad_to_multiple_of` if it is given.
     """
     multiple_of = pad_to_multiple_of or 1
-    input_ids, lengths = padded([row["input_ids"] for row in rows], pad_token_id, multiple_of)
-    labels, _ = padded([row.get("labels", []) for row in rows], IGNORED_LABEL, multiple_of)
-    mask = torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]
-    batch = {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
+    input_ids = [row["input_ids"] for row in rows]
+    labels = [row.get("labels", []) for row in rows]
+    batch = {
+        "input_ids": padded(input_ids, pad_token_id, multiple_of),
+        "attention_mask": padded([[1] * len(ids) for ids in input_ids], 0, multiple_of),
+        "labels": padded(labels, IGNORED_LABEL, multiple_of),
+    }
     return to_device(batch, device)
 
 
@@ -216,11 +208,9 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device | str) -> dict[s
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int, multiple_of: int) -> tuple[Tensor, Tensor]:
-    """Rows as one matrix [B, width], and their lengths [B]."""
-    longest = max(len(row) for row in rows)
-    width = -(-longest // multiple_of) * multiple_of
-    matrix = torch.full((len(rows), width), fill, dtype=torch.long)
-    for i, row in enumerate(rows):
-        matrix[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return matrix, torch.tensor([len(row) for row in rows])
+def padded(rows: Sequence[Sequence[int]], fill: int, multiple_of: int) -> Tensor:
+    """Rows as one matrix [B, width]."""
+    matrix = pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill
+    )
+    return F.pad(matrix, (0, -matrix.shape[1] % multiple_of), value=fill)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, TypeAlias
 
 from datasets import Dataset
 from datasets.fingerprint import Hasher
@@ -18,8 +18,8 @@ from pemt.data.vocabulary import (
     EncodingStats,
     check_labels,
     comparable,
+    encode_sources,
     encode_targets,
-    encode_texts,
     is_changed,
     round_trip,
     unknown,
@@ -30,6 +30,8 @@ from pemt.tasks import Task, longest_target
 PARALLEL_FROM = 50_000
 MAX_PROCESSES = 8
 
+Columns: TypeAlias = dict[str, list[Any]]
+
 
 class Encoder:
     """Tokenises examples; the same task, tokenizer and lengths find the cached result."""
@@ -37,9 +39,8 @@ class Encoder:
     def __init__(self, task: Task, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.task, self.tokenizer = task, tokenizer
         self.workers = config.preprocessing_num_workers
-        self.max_source_length = config.max_source_length
         self.max_target_length = longest_target(task, config.max_target_length)
-        self.lengths = (self.max_source_length, self.max_target_length)
+        self.lengths = (config.max_source_length, self.max_target_length)
         check_labels(task, tokenizer, self.max_target_length)
 
     def encode(self, examples: Dataset, *, every_answer: bool) -> Dataset:
@@ -48,25 +49,25 @@ class Encoder:
         if self.workers is None and len(examples) >= PARALLEL_FROM:
             processes = min(MAX_PROCESSES, os.cpu_count() or 1)
         return examples.map(
-            encode_batch,
+            self.of_batches(every_answer=every_answer),
             batched=True,
             remove_columns=examples.column_names,
             num_proc=min(processes, len(examples)) if processes > 1 else None,
-            fn_kwargs=self.settings(every_answer=every_answer),
             new_fingerprint=Hasher.hash(
                 [examples._fingerprint, self.identity, self.lengths, every_answer]
             ),
             desc="tokenising",
         )
 
-    def settings(self, *, every_answer: bool) -> dict[str, Any]:
-        """What `encode_batch` is given besides a batch."""
-        return {
-            "tokenizer": self.tokenizer,
-            "lengths": self.lengths,
-            "every_answer": every_answer,
-            "open_answers": self.task.kind == "answer",
-        }
+    def of_batches(self, *, every_answer: bool) -> Callable[[Columns], Columns]:
+        """`encode_batch`, to be given a batch alone."""
+        return partial(
+            encode_batch,
+            tokenizer=self.tokenizer,
+            lengths=self.lengths,
+            every_answer=every_answer,
+            open_answers=self.task.kind == "answer",
+        )
 
     def stats(self, split: str) -> EncodingStats:
         """Counts what is wrong with the examples of a split."""
@@ -79,18 +80,18 @@ class Encoder:
         if backend is None:
             return Hasher.hash(self.tokenizer)
         tables = json.loads(backend.to_str())
-        text = json.dumps({**tables, "truncation": None, "padding": None}, sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+        tables |= {"truncation": None, "padding": None}
+        return Hasher.hash(json.dumps(tables, sort_keys=True))
 
 
 def encode_batch(
-    batch: dict[str, list[Any]],
+    batch: Columns,
     *,
     tokenizer: PreTrainedTokenizerBase,
     lengths: tuple[int, int],
     every_answer: bool,
     open_answers: bool,
-) -> dict[str, list[Any]]:
+) -> Columns:
     """A batch of examples with their token ids, FLAGS, and the targets' lengths uncut."""
     columns = {name: list(values) for name, values in batch.items()}
     if every_answer:
@@ -119,11 +120,3 @@ def encode_batch(
 def label_ids(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The token ids of each label of a task, with the end of sequence, in their order."""
     return encode_targets(task.labels, tokenizer, max_length=MOST_MEASURED)[0]
-
-
-def encode_sources(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of source texts, of at most `max_length` tokens, and which of them had to be cut."""
-    kept, uncut = encode_texts(texts, tokenizer, max_length=max_length)
-    return kept, [length > max_length for length in uncut]

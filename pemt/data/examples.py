@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from pemt.data.errors import DataError
 from pemt.data.formats import note_on
 from pemt.data.in_memory import MemoryData, Rows
-from pemt.data.local_files import columns_of, read_rows, renamed, task_files
-from pemt.data.tables import RawRow
+from pemt.data.local_files import columns_of, read_rows, rows_of, task_files
+from pemt.data.tables import Located, RawRow
+from pemt.storage import sha256
 from pemt.tasks import (
     SPLITS,
     ClassId,
@@ -28,7 +29,6 @@ from pemt.tasks import (
     example_of,
     has_label,
     has_numbers,
-    is_class_id,
 )
 
 # A malformed row stays in the cache with its error, a row without gold label with UNLABELLED, so
@@ -41,29 +41,19 @@ EXAMPLE = Features(
         "references": List(Value("string")),
         "group": Value("string"),
         "problem": Value("string"),
-        # The label is a number that nothing but the order of the task's labels gives a meaning.
         "is_class_id": Value("bool"),
     }
 )
 
-Located = Iterable[tuple[str, RawRow | RowError]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataLocation:
-    """Where a task's splits come from.
-
-    Args:
-        task: what is read.
-        files: the local files of each split; None where the task is read from the hub, or from memory.
-        notes: in one line each, what was left out.
-        memory: the rows themselves, where a Python caller has given them.
-    """
+    """Where a task's splits come from: memory, files, or, where there are neither, the hub."""
 
     task: Task
-    files: dict[str, tuple[Path, ...]] | None
-    notes: tuple[str, ...] = ()
+    files: dict[str, list[Path]] | None = None
     memory: MemoryData | None = None
+    notes: tuple[str, ...] = ()  # what was left out or decided, in a line each
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -72,7 +62,7 @@ class DataLocation:
             return tuple(split for split in SPLITS if split in self.memory.splits)
         if self.files is not None:
             return tuple(self.files)
-        return tuple(split for split in SPLITS if hub_of(self.task).split_name(split))
+        return tuple(split for split in SPLITS if getattr(hub_of(self.task), split))
 
     def examples(self, split: str) -> Dataset:
         """The examples of one of `splits`, malformed rows included.
@@ -80,15 +70,37 @@ class DataLocation:
         Raises DataError where files or hub cannot be read.
         """
         if self.memory is not None:
-            rows = MemoryRows(self.task, self.memory.splits[split], split)
+            rows = memory_rows(self.task, self.memory.splits[split], split)
             # with the split, for messages: equal rows may be given as two
             return make_examples(self.task, rows, f"{split} {self.memory.digests[split]}")
         if self.files is not None:
             return local_examples(self.task, self.files[split])
         hub = hub_of(self.task)
-        name = hub.split_name(split)
-        assert name is not None, f"{split} is none of {self.splits}"
-        return hub_examples(self.task, hub, name)
+        name = getattr(hub, split)
+        dataset = load_hub(self.task, name)
+        rows = hub_rows(self.task, dataset, hub_name(hub, name))
+        return make_examples(self.task, rows, dataset._fingerprint)
+
+    def stream(self) -> IterableDataset:
+        """The examples of the training set, malformed rows included, read when they are asked for.
+
+        Raises DataError where the hub cannot be read.
+        """
+        task = self.task
+        if self.files is not None:
+            # A list among the arguments is one shard each: what lies before a resumed one is not read again.
+            given = {"task": task, "paths": self.files["train"]}
+            return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
+        hub = hub_of(task)
+        rows = load_hub(task, hub.train, streaming=True)
+        name, features = hub_name(hub, hub.train), rows.features
+
+        def example(row: RawRow, number: int) -> dict[str, Any]:
+            resolved = resolve_class_id(task, row, features)
+            return example_row(task, f"{name}: row {number + 1}", resolved)
+
+        names = rows.column_names
+        return rows.map(example, with_indices=True, remove_columns=names, features=EXAMPLE)
 
 
 def locate_data(task: Task, data_dir: str | None, memory: MemoryData | None = None) -> DataLocation:
@@ -97,32 +109,23 @@ def locate_data(task: Task, data_dir: str | None, memory: MemoryData | None = No
     Raises DataError where there is no such folder, file or data set.
     """
     if memory is not None:
-        return DataLocation(task=task, files=None, memory=memory)
+        return DataLocation(task=task, memory=memory)
     if data_dir is None and not task.files:
         hub_of(task)
-        return DataLocation(task=task, files=None)
-    found, notes = task_files(task, data_dir)
-    files = {split: tuple(paths) for split, paths in found.items()}
+        return DataLocation(task=task)
+    files, notes = task_files(task, data_dir)
     every = dict.fromkeys(path for paths in files.values() for path in paths)
     decided = [note for path in every if (note := note_on(path, columns_of(task)))]
     notes += [f"{task.name}: {note}" for note in decided]
     # The published test file has no labels, one's own may.
     is_published = task.hub is not None and task.hub.test is None and "test" in files
     if is_published and not any(
-        is_labelled(task, row) for _, row in read_rows(task, files["test"])
+        not isinstance(row, RowError) and has_label(task, row)
+        for _, row in read_rows(task, files["test"])
     ):
-        file = files.pop("test")[0]
-        return DataLocation(
-            task=task,
-            files=files,
-            notes=(*notes, f"{task.name}, test: left out {file}, which has no label"),
-        )
+        (file, *_) = files.pop("test")
+        notes.append(f"{task.name}, test: left out {file}, which has no label")
     return DataLocation(task=task, files=files, notes=tuple(notes))
-
-
-def is_labelled(task: Task, row: RawRow | RowError) -> bool:
-    """Whether a row can be read and has a label."""
-    return not isinstance(row, RowError) and has_label(task, row)
 
 
 def hub_of(task: Task) -> HubSource:
@@ -132,8 +135,9 @@ def hub_of(task: Task) -> HubSource:
     return task.hub
 
 
-def load_hub(task: Task, hub: HubSource, split: str, *, streaming: bool = False) -> Any:
+def load_hub(task: Task, split: str, *, streaming: bool = False) -> Any:
     """One split of the hub's copy, as a Dataset or, streaming, an IterableDataset."""
+    hub = hub_of(task)
     try:
         return load_dataset(
             hub.path, hub.config, split=split, revision=hub.revision, streaming=streaming
@@ -145,12 +149,6 @@ def load_hub(task: Task, hub: HubSource, split: str, *, streaming: bool = False)
             f"task {task.name}: {hub.path} ({hub.config or 'default'}, {split}) could not be "
             f"loaded: {cause}; point --data_dir at local files to work without the hub"
         ) from None
-
-
-def hub_examples(task: Task, hub: HubSource, split: str) -> Dataset:
-    """One split of the hub's copy."""
-    rows = load_hub(task, hub, split)
-    return make_examples(task, HubRows(task, rows, hub_name(hub, split)), rows._fingerprint)
 
 
 def resolve_class_id(task: Task, row: RawRow, features: Features | None) -> RawRow:
@@ -172,69 +170,39 @@ def hub_name(hub: HubSource, split: str) -> str:
     return f"{hub.path}/{hub.config or 'default'}/{split}"
 
 
-def local_examples(task: Task, paths: tuple[Path, ...]) -> Dataset:
+def local_examples(task: Task, paths: Sequence[Path]) -> Dataset:
     """One split of local files, which are identified by path, in messages, and by content."""
-    contents = [(str(path.resolve()), _digest(path)) for path in paths]
-    return make_examples(task, LocalRows(task, paths), Hasher.hash(contents))
+    contents = []
+    for path in paths:
+        try:  # another file may have the same size and time of change
+            contents.append((str(path.resolve()), sha256(path)))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return make_examples(task, read_rows(task, paths), Hasher.hash(contents))
 
 
-def _digest(path: Path) -> str:
-    """Of a file's bytes: another file may have the same size and time of change."""
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+def local_rows(task: Task, paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """The examples of local files."""
+    return examples_of(task, read_rows(task, paths))
 
 
-class HubRows:
+def hub_rows(task: Task, rows: Dataset, name: str) -> Iterator[Located]:
     """Rows of a data set with their places."""
-
-    def __init__(self, task: Task, rows: Dataset, name: str) -> None:
-        self.task, self.rows, self.name = task, rows, name
-
-    def __iter__(self) -> Iterator[tuple[str, RawRow]]:
-        for number, row in enumerate(self.rows, start=1):
-            yield f"{self.name}: row {number}", resolve_class_id(self.task, row, self.rows.features)
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}: row {number}", resolve_class_id(task, row, rows.features)
 
 
-class LocalRows:
-    """Rows of local files with their places."""
-
-    def __init__(self, task: Task, paths: tuple[Path, ...]) -> None:
-        self.task, self.paths = task, paths
-
-    def __iter__(self) -> Iterator[tuple[str, RawRow | RowError]]:
-        return read_rows(self.task, self.paths)
-
-
-class MemoryRows:
+def memory_rows(task: Task, rows: Rows, split: str) -> Iterator[Located]:
     """Rows in memory with their places: `train[3]`, as Python counts."""
-
-    def __init__(self, task: Task, rows: Rows, split: str) -> None:
-        self.task, self.split = task, split
-        self.rows = rows.with_format(None) if isinstance(rows, Dataset) else rows
-
-    def __iter__(self) -> Iterator[tuple[str, RawRow | RowError]]:
-        features = self.rows.features if isinstance(self.rows, Dataset) else None
-        for number, row in enumerate(self.rows):
-            row_id = f"{self.split}[{number}]"
-            record = resolve_class_id(self.task, dict(row), features)
-            try:
-                unpacked = self.task.unpack(record) if self.task.unpack else (record,)
-                for each in unpacked:
-                    yield (
-                        row_id,
-                        each if isinstance(each, RowError) else renamed(self.task, dict(each)),
-                    )
-            except RowError as error:
-                yield row_id, error
+    features = None
+    if isinstance(rows, Dataset):
+        rows, features = rows.with_format(None), rows.features
+    for number, record in enumerate(rows):
+        for row in rows_of(task, resolve_class_id(task, dict(record), features)):
+            yield f"{split}[{number}]", row
 
 
-def make_examples(task: Task, rows: Located, identity: str) -> Dataset:
+def make_examples(task: Task, rows: Iterator[Located], identity: str) -> Dataset:
     """The examples of some rows, from the cache where task, code and identity of the rows are the same."""
     fingerprint = Hasher.hash([identity, Hasher.hash(task), source_hash()])
     try:
@@ -251,7 +219,7 @@ def make_examples(task: Task, rows: Located, identity: str) -> Dataset:
         raise
 
 
-def examples_of(task: Task, rows: Located) -> Iterator[dict[str, Any]]:
+def examples_of(task: Task, rows: Iterable[Located]) -> Iterator[dict[str, Any]]:
     """An example per row; where a row gives none, an empty one with the reason as `problem`."""
     for row_id, row in rows:
         yield example_row(task, row_id, row)
@@ -264,18 +232,17 @@ def example_row(task: Task, row_id: str, row: RawRow | RowError) -> dict[str, An
             raise row
         example = example_of(task, row)
         problem = f"{row_id}: {UNLABELLED}" if example is None else ""
-        by_id = example is not None and is_class_id(task, row)
     except RowError as error:
-        example, problem, by_id = None, f"{row_id}: {error}", False
-    empty = {"source": "", "target": "", "references": [], "group": ""}
-    return {**(example or empty), "problem": problem, "is_class_id": by_id}
+        example, problem = None, f"{row_id}: {error}"
+    empty = {"source": "", "target": "", "references": [], "group": "", "is_class_id": False}
+    return {**(example or empty), "problem": problem}
 
 
 @cache
 def source_hash() -> str:
     """Identity of the code that makes examples: a cache from older code is not used.
 
-    All modules of both rooms are in it: a list of those that matter would be wrong one day, without a word.
+    All modules of both packages are in it: a list of those that matter would be wrong one day, without a word.
     """
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,20 +41,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=once_each)
 def read_records(path: Path, columns: Columns | None = None) -> Iterator[Located]:
     """The records of one file, by its extension; `.gz` behind it is unpacked on the way.
 
-    Args:
-        path: the file.
-        columns: what the task says of its tables.
-
     Raises DataError where the file is missing, cannot be opened or has another extension.
     """
     extension = extension_of(path)
-    readers: dict[str, Callable[[Path], Iterator[Located]]] = {
-        "jsonl": read_jsonl,
-        "ndjson": read_jsonl,
-        "json": read_json,
-        "parquet": read_parquet,
-        "arrow": read_arrow,
-    }
+    readers = {"json": read_json, "parquet": read_parquet, "arrow": read_arrow}
     if extension not in EXTENSIONS:
         raise DataError(f"{path}: the extension is {extension!r}; allowed: {', '.join(EXTENSIONS)}")
     try:
@@ -84,10 +75,9 @@ def note_on(path: Path, columns: Columns) -> str:
 
     Raises DataError where it cannot be read.
     """
-    extension = extension_of(path)
     try:
-        if extension in DELIMITERS and is_table(path):
-            return layout_of(path, DELIMITERS[extension], columns).note
+        if is_table(path):
+            return layout_of(path, DELIMITERS[extension_of(path)], columns).note
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     return ""
@@ -145,9 +135,8 @@ def unreadable(error: ValueError | RecursionError) -> RowError:
 
 def checked(value: Any) -> RawRow | RowError:
     """The value, if it is an object."""
-    return (
-        value if isinstance(value, dict | RowError) else RowError(f"no JSON object: {value!r:.60}")
-    )
+    is_known = isinstance(value, dict | RowError)
+    return value if is_known else RowError(f"no JSON object: {value!r:.60}")
 
 
 def read_json(path: Path) -> Iterator[Located]:
@@ -189,9 +178,7 @@ def entries_of(text: str) -> list[tuple[int, RawRow | RowError]]:
         found = list(members(text, data))
     elif text[start] == "{" and (rows := rows_of_columns({key: each for key, _, each in found})):
         return [(start, row) for row in rows]
-    return [
-        (at, value if isinstance(value, RowError) else checked(value)) for _, at, value in found
-    ]
+    return [(at, checked(value)) for _, at, value in found]
 
 
 def rows_of_columns(columns: RawRow) -> list[RawRow]:
@@ -243,14 +230,9 @@ def read_parquet(path: Path) -> Iterator[Located]:
     """The rows of a parquet file, read in batches."""
     from pyarrow import parquet  # not above: the names of files are found without it
 
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            checked_names(path, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
+            yield from rows_of_batches(path, file.schema_arrow, file.iter_batches(batch_size=1024))
     except ValueError as error:  # pyarrow.ArrowInvalid
         raise DataError(f"{path}: no readable parquet file: {error}") from None
 
@@ -260,26 +242,28 @@ def read_arrow(path: Path) -> Iterator[Located]:
     import pyarrow
     from pyarrow import ipc
 
-    number = 0
     try:
         with pyarrow.memory_map(str(path)) as file:
             is_stream = file.read(6) != b"ARROW1"
             file.seek(0)
-            open_batches = ipc.open_stream if is_stream else ipc.open_file
-            reader = open_batches(file)
-            checked_names(path, reader.schema.names)
-            count = None if is_stream else reader.num_record_batches
-            batches = reader if count is None else map(reader.get_batch, range(count))
-            for batch in batches:
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
+            if is_stream:
+                reader = batches = ipc.open_stream(file)
+            else:
+                reader = ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            yield from rows_of_batches(path, reader.schema, batches)
     except ValueError as error:  # pyarrow.ArrowInvalid
         raise DataError(f"{path}: no readable arrow file: {error}") from None
 
 
-def checked_names(path: Path, names: list[str]) -> None:
-    """Raises DataError where two columns have one name: a row would keep the last."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
+def rows_of_batches(path: Path, schema: Any, batches: Iterable[Any]) -> Iterator[Located]:
+    """The rows of arrow batches, numbered from 1.
+
+    Raises DataError where two columns have one name: a row would keep the last.
+    """
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
     if twice:
         raise DataError(f"{path}: duplicate column {twice[0]!r}; give each a name of its own")
+    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", row

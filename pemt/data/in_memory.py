@@ -19,9 +19,17 @@ Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryData:
-    """The splits of a task as rows in memory. Make one with `memory_data`."""
+    """The splits of a task as rows in memory.
+
+    Raises:
+        DataError: a split is neither a `datasets.Dataset` nor a list of dicts, or is empty.
+    """
 
     splits: dict[str, Rows]
+
+    def __post_init__(self) -> None:
+        for split, rows in self.splits.items():
+            _check_rows(split, rows)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -43,7 +51,7 @@ def memory_data(
         validation, test: rows.
 
     Raises:
-        DataError: it is neither a `datasets.Dataset` nor a list of dicts, is empty, or there is no training set.
+        DataError: as `MemoryData`, or there is no training set.
     """
     given: dict[str, Any] = {"train": train, "validation": validation, "test": test}
     if isinstance(train, Mapping):
@@ -54,19 +62,7 @@ def memory_data(
         return None
     if "train" not in splits:
         raise DataError(f"train: missing; found {', '.join(splits)} alone; give training rows too")
-    for split, rows in splits.items():
-        _check_rows(split, rows)
     return MemoryData(splits=splits)
-
-
-def memory_split(split: str, rows: Rows) -> MemoryData:
-    """One split alone, to be scored.
-
-    Raises:
-        DataError: as `memory_data`.
-    """
-    _check_rows(split, rows)
-    return MemoryData(splits={split: rows})
 
 
 def _check_names(train: Mapping[str, Any], beside: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import datasets
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pemt.config import RunConfig
 from pemt.data import splits
-from pemt.data.encoding import Encoder, encode_batch
+from pemt.data.encoding import Encoder
 from pemt.data.errors import DataError
 from pemt.data.examples import DataLocation, locate_data
 from pemt.data.in_memory import MemoryData
@@ -68,10 +67,8 @@ def load_task_data(
 ) -> TaskData:
     """Loads, splits, draws and tokenises a task's data; who does it again finds all in the cache of `datasets`.
 
-    Rows in memory take the place of `data_dir`, files and hub.
-
-    Raises DataError for a missing or malformed file or row, a class that few_shot finds empty, or
-    labels longer than `max_target_length` or that the vocabulary cannot write.
+    Rows in memory take the place of `data_dir`, files and hub. Raises DataError for a missing or malformed file or row,
+    a class that few_shot finds empty, or labels longer than `max_target_length` or that the vocabulary cannot write.
     """
     seed = config.effective_data_seed
     location = locate_data(task, config.data_dir, memory)
@@ -88,7 +85,11 @@ def load_task_data(
         task, note = measured(task, parts, tokenizer)
         notes.append(note)
     encoder = Encoder(task, config, tokenizer)
-    sets, parts, origins = make_splits(location, config, encoder, parts, share)
+    if config.streaming:
+        sets, parts, origins = streamed(location, config, encoder, parts, share)
+    else:
+        sets = {}
+        parts, origins = splits.split(task, parts, seed, share)
     if share:
         sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
         notes.append(f"{task.name}: {sizes} examples by validation_split {share}, seed {seed}")
@@ -97,8 +98,7 @@ def load_task_data(
         notes += fewer
         origins["train"] = f"few_shot {config.few_shot} of {origins['train']}"
     for name, examples in parts.items():
-        sets[name], cut = encode(examples, name, encoder, config)
-        origins[name] = origin_with_limit(origins[name], name, examples, config)
+        sets[name], cut, origins[name] = encode(examples, name, origins[name], encoder, config)
         notes += cut
     return TaskData(
         origins=origins,
@@ -131,8 +131,8 @@ def load_split(
         data = load_task_data(task, config, tokenizer, memory)
         return getattr(data, split), data.notes, data.origins[split]
     examples, left_out = well_formed(location, split, config)
-    encoded, cut = encode(examples, split, Encoder(task, config, tokenizer), config)
-    origin = origin_with_limit(f"the official {split} set", split, examples, config)
+    origin, encoder = f"the official {split} set", Encoder(task, config, tokenizer)
+    encoded, cut, origin = encode(examples, split, origin, encoder, config)
     return encoded, (*location.notes, *left_out, *cut), origin
 
 
@@ -142,34 +142,6 @@ def is_given_as_is(split: str, there: Collection[str], validation_split: float |
         return split == "test" and "test" in there
     has_rule = "train" in there and not {"validation", "test"} <= set(there) and len(there) > 1
     return split in there and (split == "test" or not has_rule)
-
-
-def make_splits(
-    location: DataLocation,
-    config: RunConfig,
-    encoder: Encoder,
-    given: Mapping[str, Dataset],
-    share: float | None,
-) -> tuple[dict[str, Any], dict[str, Dataset], dict[str, str]]:
-    """The training stream, if there is one; the sets to be encoded; and what each was made from."""
-    if config.streaming:
-        if share:
-            raise DataError("validation_split: does not go with streaming; leave one of them out")
-        stream, parts = streamed(location, config, encoder, given)
-        origins = {"train": "a stream of the official train set", **stream_origins(given, parts)}
-        return {"train": stream}, parts, origins
-    seed = config.effective_data_seed
-    parts = splits.split(location.task, given, seed, share)
-    return {}, parts, splits.origins(given, parts, seed)
-
-
-def origin_with_limit(origin: str, split: str, examples: Dataset, config: RunConfig) -> str:
-    """A set's origin, with how much of it `max_train_samples` or `max_eval_samples` keeps."""
-    field = "max_train_samples" if split == "train" else "max_eval_samples"
-    maximum = getattr(config, field)
-    if maximum is None or len(examples) <= maximum:
-        return origin
-    return f"{field} {maximum} of the {len(examples)} of {origin}"
 
 
 def order_note(task: Task) -> list[str]:
@@ -213,38 +185,41 @@ def well_formed(location: DataLocation, split: str, config: RunConfig) -> tuple[
 
 
 def encode(
-    examples: Dataset, split: str, encoder: Encoder, config: RunConfig
-) -> tuple[Dataset, list[str]]:
-    """A split with token ids, no larger than the configuration wants it, and notes on what is wrong with them."""
+    examples: Dataset, split: str, origin: str, encoder: Encoder, config: RunConfig
+) -> tuple[Dataset, list[str], str]:
+    """A split with token ids, no larger than the configuration wants it; notes on what is wrong with it; its origin."""
     task, is_train = encoder.task, split == "train"
-    maximum = config.max_train_samples if is_train else config.max_eval_samples
+    field = "max_train_samples" if is_train else "max_eval_samples"
+    maximum = getattr(config, field)
     chosen = splits.limit_examples(task, examples, maximum, config.effective_data_seed)
+    if chosen is not examples:
+        origin = f"{field} {maximum} of the {len(examples)} of {origin}"
     encoded = encoder.encode(chosen, every_answer=is_train and task.train_on_every_answer)
-    columns = [*FLAGS, "target_length"]
     stats = encoder.stats(split)
-    stats.add(
-        {name: encoded[name][:] for name in columns}, lambda number, name: encoded[number][name]
-    )
-    return encoded.remove_columns(columns), stats.notes()
+    stats.add(encoded)
+    return encoded.remove_columns([*FLAGS, "target_length"]), stats.notes(), origin
 
 
 def streamed(
-    location: DataLocation, config: RunConfig, encoder: Encoder, parts: Mapping[str, Dataset]
-) -> tuple[TrainStream, dict[str, Dataset]]:
-    """A training stream, and validation and test by the rule for large tasks.
+    location: DataLocation,
+    config: RunConfig,
+    encoder: Encoder,
+    given: Mapping[str, Dataset],
+    share: float | None,
+) -> tuple[dict[str, Any], dict[str, Dataset], dict[str, str]]:
+    """The training set as a stream; validation and test by the rule for large tasks; and what each was made from.
 
     With both given they stay; otherwise the one that is there is the test set, and the stream's first
     examples are validation, to the end of the last one's group.
     """
+    if share:
+        raise DataError("validation_split: does not go with streaming; leave one of them out")
     task = location.task
-    stream = TrainStream(
-        location,
-        encode=partial(encode_batch, **encoder.settings(every_answer=task.train_on_every_answer)),
-        skip_bad_rows=config.skip_bad_rows,
-        stats=encoder.stats("train"),
-    )
-    if len(parts) == 2:
-        return stream, dict(parts)
+    stream = TrainStream(location, encoder, skip_bad_rows=config.skip_bad_rows)
+    origins = {name: f"the official {name} set" for name in ("train", *given)}
+    origins["train"] = f"a stream of {origins['train']}"
+    if len(given) == 2:
+        return {"train": stream}, dict(given), origins
     first: list[dict[str, Any]] = []
     for row in stream.well_formed():
         if len(first) >= splits.HELD_OUT and not (
@@ -258,17 +233,13 @@ def streamed(
             f"first {splits.HELD_OUT} to validation: give both sets, or train without --streaming"
         )
     stream.hold_out(first)
-    (test,) = parts.values()
-    return stream, {"validation": Dataset.from_list(first, features=test.features), "test": test}
-
-
-def stream_origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset]) -> dict[str, str]:
-    """What `streamed` has made validation and test from."""
-    if len(given) == 2:
-        return {name: f"the official {name} set" for name in made}
-    (only,) = given
-    first = f"the first {len(made['validation'])} of the official train set"
-    return {"validation": first, "test": f"the official {only} set"}
+    ((only, test),) = given.items()
+    origins |= {
+        "validation": f"the first {len(first)} of the official train set",
+        "test": origins[only],
+    }
+    validation = Dataset.from_list(first, features=test.features)
+    return {"train": stream}, {"validation": validation, "test": test}, origins
 
 
 def lengths_of(dataset: Dataset) -> np.ndarray:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pemt.data.errors import DataError
-from pemt.data.formats import EXTENSIONS, RawRow, extension_of, read_records
-from pemt.data.tables import Columns
+from pemt.data.formats import EXTENSIONS, extension_of, read_records
+from pemt.data.tables import Columns, Located, RawRow
 from pemt.tasks import RowError, Task
 
 WORDS = {
@@ -48,19 +49,14 @@ def task_files(task: Task, data_dir: str | Path | None) -> tuple[dict[str, list[
 
     Raises DataError where the folder or a file is missing.
     """
-    found, notes = (own_files(task), []) if data_dir is None else find_files(task, data_dir)
-    for file in (path for paths in found.values() for path in paths):
-        if not file.is_file():
-            raise DataError(f"{file}: no such file, which task {task.name} reads")
-    return found, notes
-
-
-def own_files(task: Task) -> dict[str, list[Path]]:
-    """The files of each split that a task names."""
+    if data_dir is not None:
+        return find_files(task, data_dir)
     files: dict[str, list[Path]] = {}
-    for split, path in task.files:
-        files.setdefault(split, []).append(Path(path))
-    return files
+    for split, name in task.files:
+        if not Path(name).is_file():
+            raise DataError(f"{name}: no such file, which task {task.name} reads")
+        files.setdefault(split, []).append(Path(name))
+    return files, []
 
 
 def find_files(task: Task, data_dir: str | Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -177,11 +173,11 @@ def best_of(folder: Path, word: str, paths: Sequence[Path]) -> list[Path]:
 
     A .txt counts where nothing else has its name: SNLI has each file as jsonl and as txt.
     """
+    files = [path for path in paths if is_data(path)]
+    folders = [path for path in paths if path.is_dir() and any(map(is_data, entries(path)))]
     for variant in VARIANTS:
-        folders = [path for path in paths if path.is_dir() and variant == "{}"]
-        files = [path for path in paths if is_data(path)]
-        named = [path for path in (*files, *folders) if matches(word, path, variant)]
-        named = [path for path in named if not path.is_dir() or any(map(is_data, entries(path)))]
+        candidates = [*files, *folders] if variant == "{}" else files
+        named = [path for path in candidates if matches(word, path, variant)]
         found = [path for path in named if extension_of(path) != "txt"] or named
         if variant == SHARD and found:
             return check_shards(found)
@@ -229,23 +225,28 @@ def columns_of(task: Task) -> Columns:
     )
 
 
-def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[tuple[str, RawRow | RowError]]:
+def read_rows(task: Task, paths: Sequence[Path]) -> Iterator[Located]:
     """The rows of published or plain files with the hub's fields, each with its place."""
     for path in paths:
         for row_id, record in read_records(path, columns_of(task)):
-            if isinstance(record, RowError):
-                yield row_id, record
+            for row in rows_of(task, record):
+                yield row_id, row
+
+
+def rows_of(task: Task, record: Mapping[str, Any] | RowError) -> Iterator[RawRow | RowError]:
+    """The rows of a record, published fields under the hub's names as well; a RowError in place of a malformed one."""
+    if isinstance(record, RowError):
+        yield record
+        return
+    try:
+        for row in task.unpack(record) if task.unpack else (record,):
+            if isinstance(row, RowError):
+                yield row
                 continue
-            try:
-                for row in task.unpack(record) if task.unpack else (record,):
-                    yield row_id, row if isinstance(row, RowError) else renamed(task, dict(row))
-            except RowError as error:
-                yield row_id, error
-
-
-def renamed(task: Task, row: RawRow) -> RawRow:
-    """The row with the fields of published files under the hub's names as well."""
-    for field, published in task.aliases:
-        if field not in row and published in row:
-            row[field] = row[published]
-    return row
+            filled = dict(row)
+            for field, published in task.aliases:
+                if field not in filled and published in filled:
+                    filled[field] = filled[published]
+            yield filled
+    except RowError as error:
+        yield error

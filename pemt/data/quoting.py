@@ -20,13 +20,9 @@ class Evidence:
     A tie in malformed rows is broken by what only a writer that quotes leaves: a quoted header,
     quotes doubled, commas in quotes and nowhere else (Excel). A field over several lines breaks rows
     of the other reading; where it does not, the quotes at its ends belong to two rows.
-
-    Args:
-        header: the first line, which says how many columns there are.
-        delimiter: what separates them.
     """
 
-    header: str
+    header: str  # says how many columns there are
     delimiter: str
     malformed_as_text: int = 0
     malformed_as_syntax: int = 0

@@ -6,7 +6,6 @@ Every draw depends on (seed, purpose) alone. Examples of one group stay on one s
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from enum import IntEnum
 
 import numpy as np
 from datasets import Dataset
@@ -17,19 +16,8 @@ from pemt.tasks import SPLITS, Task, label_with_name
 
 SMALL = 10_000  # training examples (questions, in MultiRC) below which validation is halved
 HELD_OUT = 1_000  # training examples that become validation in larger tasks
-
-
-class Purpose(IntEnum):
-    """Keeps draws with the same seed independent of each other."""
-
-    SPLIT = 1
-    FEW_SHOT = 2
-    MAXIMUM = 3
-
-
-def generator(seed: int, purpose: Purpose) -> np.random.Generator:
-    """The random generator of one purpose."""
-    return np.random.default_rng([seed, purpose])
+# What a draw is for: draws with the same seed are independent of each other.
+FOR_SPLIT, FOR_FEW_SHOT, FOR_MAXIMUM = 1, 2, 3
 
 
 def well_formed(
@@ -56,8 +44,7 @@ def well_formed(
         notes.append(
             f"{task.name}, {split}: left out {is_unlabelled.sum()} rows without gold label"
         )
-    by_id = int(np.sum(dataset["is_class_id"][:])) if "is_class_id" in dataset.column_names else 0
-    if by_id:
+    if by_id := int(np.sum(dataset["is_class_id"][:])):
         notes.append(
             f"{task.name}, {split}: {by_id:,} of {len(dataset):,} labels are numbers, read as places in `labels`: "
             f"{', '.join(f'{i} is {label}' for i, label in enumerate(task.labels))}; label_names changes that"
@@ -66,62 +53,42 @@ def well_formed(
         first = f", first {bad[0]}" if len(bad) else ""
         raise DataError(f"task {task.name}: {split} has no usable row of {len(problems)}{first}")
     kept = dataset if not is_bad.any() else dataset.select(np.flatnonzero(~is_bad))
-    done_with = [name for name in ("problem", "is_class_id") if name in kept.column_names]
-    return kept.remove_columns(done_with), notes
+    return kept.remove_columns(["problem", "is_class_id"]), notes
 
 
 def split(
-    task: Task, parts: Mapping[str, Dataset], seed: int, validation_split: float | None = None
-) -> dict[str, Dataset]:
-    """Train, validation and test by the published rule.
+    task: Task, given: Mapping[str, Dataset], seed: int, validation_split: float | None = None
+) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """Train, validation and test by the published rule, and in a few words what each was made from.
 
     With all three given they stay. Without a labelled test set a task with fewer than 10 000
     training examples halves its validation set; a larger one gives 1000 training examples to
     validation and tests on the official validation set. Without a validation set training gives
     its 1000 (never more than a tenth) all the same. A `validation_split` is the share of the training
     examples, of every class alike, that becomes validation; where there is no test set, half of it
-    becomes that. Raises DataError where neither is there, or more than the splits that are asked for.
+    becomes that. The splits are those that `check_splits` lets pass.
     """
-    check_splits(task, parts, validation_split)
-    if validation_split:
-        kept, held_out = split_in_two(
-            task, parts["train"], 1 - validation_split, seed, stratified=True
+    made = dict(given)
+    origins = {name: f"the official {name} set" for name in given}
+    is_stratified = bool(validation_split)
+    number = int(unit_ids(task, given["train"]).max()) + 1
+    if "validation" not in given or ("test" not in given and number >= SMALL):
+        if "validation" in given:
+            made["test"], origins["test"] = given["validation"], origins["validation"]
+        share = validation_split or min(HELD_OUT / number, 0.1)
+        made["train"], made["validation"] = split_in_two(
+            task, given["train"], 1 - share, seed, stratified=is_stratified
         )
-        if "test" in parts:
-            return {"train": kept, "validation": held_out, "test": parts["test"]}
-        first, second = split_in_two(task, held_out, 0.5, seed, stratified=True)
-        return {"train": kept, "validation": first, "test": second}
-    train, validation, test = (parts.get(name) for name in SPLITS)
-    assert train is not None
-    if validation is not None and test is not None:
-        return {"train": train, "validation": validation, "test": test}
-    number = int(unit_ids(task, train).max()) + 1
-    if validation is not None and number < SMALL:
-        first, second = split_in_two(task, validation, 0.5, seed)
-        return {"train": train, "validation": first, "test": second}
-    kept, held_out = split_in_two(task, train, 1 - min(HELD_OUT / number, 0.1), seed)
-    return {"train": kept, "validation": held_out, "test": test if test is not None else validation}
-
-
-def origins(given: Mapping[str, Dataset], made: Mapping[str, Dataset], seed: int) -> dict[str, str]:
-    """In a few words, what `split` has made each of its sets from.
-
-    Args:
-        given, made: what `split` got and gave.
-        seed: the same.
-    """
-    found = {}
-    for name, dataset in made.items():
-        whole = next((each for each in given if given[each] is dataset), None)
-        if whole is not None:
-            found[name] = f"the official {whole} set"
-        elif name == "train":
-            found[name] = f"the official train set without what validation got, data_seed {seed}"
-        elif made["train"] is given["train"]:
-            found[name] = f"half of the official validation set, data_seed {seed}"
-        else:
-            found[name] = f"held out of the official train set, data_seed {seed}"
-    return found
+        origins["train"] += f" without what validation got, data_seed {seed}"
+        origins["validation"] = f"held out of the official train set, data_seed {seed}"
+    elif "test" not in given:
+        origins["validation"] = f"half of the official validation set, data_seed {seed}"
+    if "test" not in made:
+        made["validation"], made["test"] = split_in_two(
+            task, made["validation"], 0.5, seed, stratified=is_stratified
+        )
+        origins["test"] = origins["validation"]
+    return {name: made[name] for name in SPLITS}, origins
 
 
 def check_splits(task: Task, found: Collection[str], validation_split: float | None = None) -> None:
@@ -164,7 +131,7 @@ def split_in_two(
     size = round(share * number)
     if not 0 < size < number:
         raise DataError(f"task {task.name}: {number} examples cannot be divided in two; give more")
-    order = generator(seed, Purpose.SPLIT).permutation(number)
+    order = np.random.default_rng([seed, FOR_SPLIT]).permutation(number)
     chosen = order[:size]
     if stratified and task.kind == "classification" and not task.group:
         # In order of class, at random within one; then every so-and-so-maniest. A class of one stays in the first.
@@ -186,7 +153,7 @@ def few_shot(task: Task, train: Dataset, k: int, seed: int) -> tuple[Dataset, li
     What has fewer than k gives all it has, as in the published code (CB's smallest class has 16, and the paper
     draws 32). Raises DataError where a class has none.
     """
-    rng = generator(seed, Purpose.FEW_SHOT)
+    rng = np.random.default_rng([seed, FOR_FEW_SHOT])
     targets = column(train, "target")
     classes = task.labels if task.kind == "classification" else (None,)
     chosen, notes = [], []
@@ -212,7 +179,7 @@ def limit_examples(task: Task, dataset: Dataset, maximum: int | None, seed: int)
     if maximum is None or len(dataset) <= maximum:
         return dataset
     units = unit_ids(task, dataset)
-    order = generator(seed, Purpose.MAXIMUM).permutation(int(units.max()) + 1)
+    order = np.random.default_rng([seed, FOR_MAXIMUM]).permutation(int(units.max()) + 1)
     sizes = np.cumsum(np.bincount(units)[order])
     chosen = order[: max(1, int(np.searchsorted(sizes, maximum, side="right")))]
     return dataset.select(np.flatnonzero(np.isin(units, chosen)))

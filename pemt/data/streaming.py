@@ -6,29 +6,15 @@ whatever the number of ranks, and no rank has to know of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
-from datasets import IterableDataset
-
 from pemt.data.batching import TrainBatches
+from pemt.data.encoding import Encoder
 from pemt.data.errors import DataError
-from pemt.data.examples import (
-    EXAMPLE,
-    UNLABELLED,
-    DataLocation,
-    LocalRows,
-    example_row,
-    examples_of,
-    hub_name,
-    hub_of,
-    load_hub,
-    resolve_class_id,
-)
-from pemt.data.vocabulary import FLAGS, EncodingStats
-from pemt.tasks import Task
+from pemt.data.examples import UNLABELLED, DataLocation
+from pemt.data.vocabulary import FLAGS
 
 Row = dict[str, Any]
 # More buffers than an epoch has: keeps the numbers of two epochs' buffers apart.
@@ -40,24 +26,16 @@ class TrainStream:
 
     Args:
         location: where the rows are, as for a set that is loaded whole.
-        encode: adds token ids and `length` to columns of examples.
+        encoder: adds token ids and `length` to examples, and counts what was cut or cannot be written.
         skip_bad_rows: leave malformed rows out instead of stopping at the first.
-        stats: counts what was cut or cannot be written in the examples that are read.
     """
 
-    def __init__(
-        self,
-        location: DataLocation,
-        *,
-        encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
-        skip_bad_rows: bool,
-        stats: EncodingStats,
-    ) -> None:
-        self.stats = stats
+    def __init__(self, location: DataLocation, encoder: Encoder, *, skip_bad_rows: bool) -> None:
+        self.stats = encoder.stats("train")
         self.task = location.task
-        self.dataset = open_stream(location)
+        self.dataset = location.stream()
         self.bad_rows: list[str] = []  # those left out, each with its place
-        self._encode = encode
+        self._encode = encoder.of_batches(every_answer=self.task.train_on_every_answer)
         self._skip_bad_rows = skip_bad_rows
         self._held_out = 0
         self._held_groups: frozenset[str] = frozenset()
@@ -99,34 +77,11 @@ class TrainStream:
     def encoded(self, rows: list[Row]) -> list[Row]:
         """Rows with token ids; one for each accepted answer where a task trains on all."""
         columns = self._encode({name: [row[name] for row in rows] for name in rows[0]})
-        flags = {name: columns.pop(name) for name in (*FLAGS, "target_length")}
-        self.stats.add(flags, lambda number, name: columns[name][number])
+        self.stats.add(columns)
+        for name in (*FLAGS, "target_length"):
+            del columns[name]
         every = zip(*columns.values(), strict=True)
         return [dict(zip(columns, values, strict=True)) for values in every]
-
-
-def open_stream(location: DataLocation) -> IterableDataset:
-    """The training set's examples, malformed ones included, read when they are asked for."""
-    task = location.task
-    if location.files is not None:
-        # A list among the arguments is one shard each: what lies before a resumed one is not read again.
-        given = {"task": task, "paths": list(location.files["train"])}
-        return IterableDataset.from_generator(local_rows, features=EXAMPLE, gen_kwargs=given)
-    hub = hub_of(task)
-    rows = load_hub(task, hub, hub.train, streaming=True)
-    rows_name, features = hub_name(hub, hub.train), rows.features
-
-    def example(row: Row, number: int) -> Row:
-        return example_row(
-            task, f"{rows_name}: row {number + 1}", resolve_class_id(task, row, features)
-        )
-
-    return rows.map(example, with_indices=True, remove_columns=rows.column_names, features=EXAMPLE)
-
-
-def local_rows(task: Task, paths: list[Path]) -> Iterator[Row]:
-    """The examples of local files."""
-    return examples_of(task, LocalRows(task, tuple(paths)))
 
 
 class StreamBatches:
@@ -138,7 +93,7 @@ class StreamBatches:
         stream: the training set.
         buffer_size: examples that are put in order of length together, rounded down to whole steps.
         position: where to resume, as `position` gave it; default: at the start.
-        batch_size, accumulation, world_size, rank, seed: as for `TrainBatches`.
+        division: batch_size, accumulation, world_size, rank and seed, as for `TrainBatches`.
     """
 
     steps_per_epoch = None  # nobody knows how long an epoch is
@@ -147,26 +102,15 @@ class StreamBatches:
         self,
         stream: TrainStream,
         *,
-        batch_size: int,
-        accumulation: int,
-        world_size: int,
-        rank: int,
-        seed: int,
         buffer_size: int,
         position: dict[str, Any] | None = None,
+        **division: int,
     ) -> None:
-        self._stream = stream
-        self._division = {
-            "batch_size": batch_size,
-            "accumulation": accumulation,
-            "world_size": world_size,
-            "rank": rank,
-            "seed": seed,
-        }
-        of_a_step = batch_size * accumulation * world_size
+        self._stream, self._division = stream, division
+        of_a_step = division["batch_size"] * division["accumulation"] * division["world_size"]
         self._buffer_size = max(1, buffer_size // of_a_step) * of_a_step
-        # `done`: steps of this buffer; `state`: the data set's where the buffer begins, None at an epoch's start.
         self._has_told = False
+        # `done`: steps of this buffer; `state`: the data set's where the buffer begins, None at an epoch's start.
         self._at = position or {"epoch": 0, "buffer": 0, "done": 0, "state": None}
 
     def position(self) -> dict[str, Any]:
@@ -181,19 +125,13 @@ class StreamBatches:
         """What was left out or cut, in a line each: at the end all of it, before that once, when it is first seen."""
         found = self._stream.stats.notes()
         if not at_end:
-            is_new, self._has_told = (
-                bool(found) and not self._has_told,
-                self._has_told or bool(found),
-            )
-            return (
-                [f"{line} (so far; counted again at the end)" for line in found] if is_new else []
-            )
-        bad = list(dict.fromkeys(self._stream.bad_rows))
-        name = self._stream.task.name
-        left_out = (
-            f"{name}, train: left out {len(bad)} malformed rows, first {bad[0] if bad else ''}"
-        )
-        return [*([left_out] if bad else []), *found]
+            is_new = bool(found) and not self._has_told
+            self._has_told = self._has_told or is_new
+            return [f"{line} (so far; counted again at the end)" for line in found if is_new]
+        if bad := list(dict.fromkeys(self._stream.bad_rows)):
+            left_out = f"left out {len(bad)} malformed rows, first {bad[0]}"
+            found.insert(0, f"{self._stream.task.name}, train: {left_out}")
+        return found
 
     def steps(self, start: int, end: int) -> Iterator[list[list[Row]]]:
         """This rank's micro-batches of rows, a list per step, from the position on."""

@@ -33,17 +33,12 @@ class ShortRow(RowError):
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What a task says of its tables.
+    """What a task says of its tables."""
 
-    Args:
-        names: the columns of a table that has no header line, as many as there are.
-        known: names that only a header line can hold.
-        quoting: "minimal" or "none" instead of what a file shows.
-    """
-
+    # the columns of a table without a header line, as many as there are
     names: tuple[str, ...] = ()
-    known: frozenset[str] = frozenset()
-    quoting: str | None = None
+    known: frozenset[str] = frozenset()  # names that only a header line can hold
+    quoting: str | None = None  # "minimal" or "none" instead of what a file shows
 
 
 @dataclass(frozen=True, kw_only=True)

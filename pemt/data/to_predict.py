@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pemt.data.errors import DataError
 from pemt.data.formats import lines_of, note_on, parsed_lines, read_records
-from pemt.data.local_files import columns_of, renamed
-from pemt.data.tables import RawRow
+from pemt.data.local_files import columns_of, rows_of
+from pemt.data.tables import Located, RawRow
 from pemt.data.text import as_utf8
-from pemt.tasks import RowError, Task, encodable, source_of
+from pemt.tasks import RowError, Task, encodable, source_of, text_of
 
 STDIN = "-"
 TEXT = "input"  # the field of a row that brings its whole source text
@@ -51,30 +51,23 @@ def note_on_inputs(task: Task, file: str) -> str:
     return "" if file == STDIN else note_on(Path(file), columns_of(task))
 
 
-def located(task: Task, file: str) -> Iterable[tuple[str, RawRow | RowError]]:
+def located(task: Task, file: str) -> Iterable[Located]:
     """Records with their places."""
     if file == STDIN:
         return parsed_lines("stdin", lines_of(as_utf8(sys.stdin.buffer, "stdin")))
     return read_records(Path(file), columns_of(task))
 
 
-def sources_of(task: Task, record: Mapping[str, Any]) -> Iterator[str]:
+def sources_of(task: Task, record: Mapping[str, Any]) -> list[str]:
     """The source texts of a record: one, or one for each example that a published record nests.
 
     The template's fields win: a whole text counts where the record has none of them.
     """
-    unpacked = task.unpack(record) if task.unpack else (record,)
-    rows = [row if isinstance(row, RowError) else renamed(task, dict(row)) for row in unpacked]
-    there = {name for row in rows if not isinstance(row, RowError) for name in row}
-    if TEXT in record and not there & set(task.fields):
-        text = record[TEXT]
-        if not isinstance(text, str):
-            raise RowError(
-                f"field {TEXT!r} must be text, found {type(text).__name__}: {text!r:.60}"
-            )
-        yield encodable(text)
-        return
-    for row in rows:
+    rows: list[RawRow] = []
+    for row in rows_of(task, record):
         if isinstance(row, RowError):
             raise row
-        yield source_of(task, row)
+        rows.append(row)
+    if TEXT not in record or any(name in row for row in rows for name in task.fields):
+        return [source_of(task, row) for row in rows]
+    return [encodable(text_of(record, TEXT))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,16 @@ MOST_MEASURED = 256
 SHOWN = 60  # characters of the first example
 
 
-def encode_texts(
+def encode_sources(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> tuple[list[list[int]], list[int]]:
-    """Token ids of sources, as the tokenizer begins and ends them, and how many each text has uncut.
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of source texts, as the tokenizer begins and ends them, and which of them had to be cut.
 
     Cut to `max_length` tokens, an end of sequence keeps its place.
     """
     every = tokenizer(list(texts), add_special_tokens=True).input_ids
-    return [_cut(ids, tokenizer, max_length) for ids in every], [len(ids) for ids in every]
+    is_cut = [len(ids) > max_length for ids in every]
+    return [_cut(ids, tokenizer, max_length) for ids in every], is_cut
 
 
 def encode_targets(
@@ -121,12 +122,8 @@ def check_labels(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 
 class EncodingStats:
-    """Counts what was cut or cannot be written in a split, over any number of batches.
-
-    Args:
-        task: whose data they are.
-        split: of which split.
-        lengths: longest source and target, in tokens.
+    """Counts what was cut or cannot be written in a split, over any number of batches; `lengths` are the longest source
+    and target, in tokens.
     """
 
     def __init__(
@@ -137,15 +134,16 @@ class EncodingStats:
         self._counts = dict.fromkeys(FLAGS, 0)
         self._first: dict[str, str] = {}
 
-    def add(self, columns: Mapping[str, Sequence[Any]], text_at: Callable[[int, str], str]) -> None:
-        """Examples by their flags and `target_length`; `text_at` gives the source or target of one by its number."""
-        self._total += len(columns["target_length"])
-        self._longest = max(self._longest, *columns["target_length"], 0)
+    def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Examples, as `encode_batch` gives them."""
+        lengths = columns["target_length"][:]
+        self._total += len(lengths)
+        self._longest = max(self._longest, *lengths, 0)
         for flag in FLAGS:
-            where = np.flatnonzero(np.asarray(columns[flag], dtype=bool))
+            where = np.flatnonzero(np.asarray(columns[flag][:], dtype=bool))
             self._counts[flag] += len(where)
             if len(where) and flag not in self._first:
-                self._first[flag] = text_at(int(where[0]), flag.partition("_")[0])
+                self._first[flag] = columns[flag.partition("_")[0]][int(where[0])]
 
     def notes(self) -> list[str]:
         """Notes, one line each."""

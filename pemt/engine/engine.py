@@ -214,8 +214,8 @@ class Engine(Job):
         """Put a saved optimizer in place (all ranks call); the weights went into the model before `prepare`.
 
         Args:
-            weights: what `trained.weights` gave: under bf16 the fp32 masters know more than the model does.
-            moments: what `trained.moments` gave.
+            weights: what `optimizer_state.weights` gave: under bf16 the fp32 masters know more than the model does.
+            moments: what `optimizer_state.moments` gave.
             step: optimizer steps that they have seen.
             batch: any batch: DeepSpeed makes its optimizer state in the first step, so one is taken with a
                 zero loss at learning rate zero.
@@ -256,6 +256,6 @@ class Engine(Job):
 
     def release(self) -> None:
         """Free the run's model and optimizer, if it has come so far; the process group lives on for the next run."""
-        for name in ("module", "model", "optimizer", "base_optimizer", "trained"):
+        for name in ("module", "model", "optimizer", "base_optimizer", "optimizer_state"):
             vars(self).pop(name, None)
         self._accelerator.free_memory()  # and collects what is garbage

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pemt.data import EvalBatches, collate, encode_sources, encode_targets
+from pemt.data import collate, encode_sources, encode_targets, eval_batches
 from pemt.model import TrainedT5, load_pretrained
 from pemt.publish.adapter_format import (
     CONFIG,
@@ -166,7 +166,7 @@ class PemtModel:
         limit = self.settings.max_source_length
         ids, _ = encode_sources(asked, self.tokenizer, max_length=limit)
         found: dict[int, T] = {}
-        for chosen in EvalBatches(
+        for chosen in eval_batches(
             [len(each) for each in ids], batch_size=batch_size, world_size=1, rank=0
         ):
             batch = collate(

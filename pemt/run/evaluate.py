@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pemt.config import RunConfig
-from pemt.data import IGNORED_LABEL, EvalBatches, collate, label_ids, lengths_of
+from pemt.data import IGNORED_LABEL, collate, eval_batches, label_ids, lengths_of
 from pemt.engine import Engine
 from pemt.model import TrainedT5
 from pemt.monitor import EvaluationBar
@@ -170,7 +170,7 @@ def map_over_ranks(
     module = engine.module
     was_training = module.training
     module.eval()
-    batches = EvalBatches(
+    batches = eval_batches(
         lengths, batch_size=batch_size, world_size=engine.world_size, rank=engine.rank
     )
     gathered: list[dict[str, Tensor]] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pemt.config import PemtError, RunConfig, spell_fields
-from pemt.data import MemoryData, Rows, load_split, memory_split
+from pemt.data import MemoryData, Rows, load_split
 from pemt.engine import Engine
 from pemt.monitor import quiet_libraries
 from pemt.run.evaluate import Evaluation, evaluate
@@ -96,7 +96,7 @@ def _data(
     config: RunConfig, run_dir: str | Path, split: str, rows: Rows | None
 ) -> MemoryData | None:
     if rows is not None:
-        return memory_split(split, rows)
+        return MemoryData(splits={split: rows})
     if config.data_fingerprint is not None and config.data_dir is None:
         raise PemtError(
             f"{run_dir}: was trained on rows in memory; give --data_dir, or in Python `evaluate_run(..., rows=...)`"

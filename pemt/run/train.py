@@ -165,7 +165,7 @@ def _make_engine(start: Fresh[Config] | Resume[Config]) -> tuple[Config, Engine]
 
 @contextmanager
 def usable_after_interrupt(engine: Engine) -> Iterator[None]:
-    """In an interactive Python a run that is told to stop ends as Ctrl-C does there, and leaves its memory behind.
+    """In an interactive Python a run that is told to stop ends as Ctrl-C does there, and its memory is freed.
 
     Raises:
         KeyboardInterrupt: in place of `Interrupted`, which would leave the interpreter.

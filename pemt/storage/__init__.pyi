@@ -31,5 +31,6 @@ from .manifest import (
     StorageError as StorageError,
     check_file as check_file,
     read_manifest as read_manifest,
+    sha256 as sha256,
 )
 from .tensor_file import TensorFile as TensorFile, open_tensors as open_tensors

@@ -15,10 +15,10 @@ from .task import (
     TaskError as TaskError,
     example_of as example_of,
     has_label as has_label,
-    is_class_id as is_class_id,
     label_with_name as label_with_name,
     longest_target as longest_target,
     source_of as source_of,
+    text_of as text_of,
 )
 from .task_file import (
     get_task as get_task,

@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
+from pemt.tasks.classification import NLI, class_task
 from pemt.tasks.task import HubSource, Task
 
 GLUE = "nyu-mll/glue"
-BINARY = ("0", "1")
-NLI = ("entailment", "neutral", "contradiction")
 
 GLUE_TASKS = (
-    Task(
+    class_task(
         name="cola",
         description="Decide whether an English sentence is grammatically acceptable or not.",
         template="sentence: {sentence}",
-        labels=BINARY,
         label_names=("unacceptable", "acceptable"),
         metrics=("matthews",),
         hub=HubSource(path=GLUE, config="cola"),
         tsv_columns=("source", "label", "star", "sentence"),
     ),
-    Task(
+    class_task(
         name="sst2",
         description="Decide whether a sentence from a film review is positive or negative.",
         template="sentence: {sentence}",
-        labels=BINARY,
         label_names=("negative", "positive"),
-        metrics=("accuracy",),
         hub=HubSource(path=GLUE, config="sst2"),
     ),
-    Task(
+    class_task(
         name="mrpc",
         description="Decide whether two sentences from the news say the same thing.",
         template="sentence1: {sentence1} sentence2: {sentence2}",
-        labels=BINARY,
         label_names=("not_equivalent", "equivalent"),
         metrics=("f1", "accuracy"),
         # The hub has MRPC's test labels; the published splits do not use them.
         hub=HubSource(path=GLUE, config="mrpc"),
         aliases=(("sentence1", "#1 String"), ("sentence2", "#2 String"), ("label", "Quality")),
     ),
-    Task(
+    class_task(
         name="qqp",
         description="Decide whether two questions from a forum ask the same thing.",
         template="question1: {question1} question2: {question2}",
-        labels=BINARY,
         label_names=("not_duplicate", "duplicate"),
         metrics=("f1", "accuracy"),
         hub=HubSource(path=GLUE, config="qqp"),
@@ -60,50 +54,33 @@ GLUE_TASKS = (
         hub=HubSource(path=GLUE, config="stsb"),
         aliases=(("label", "score"),),
     ),
-    Task(
+    class_task(
         name="mnli",
         description="Decide whether a premise entails, contradicts or leaves open a hypothesis.",
-        template="premise: {premise} hypothesis: {hypothesis}",
-        labels=("0", "1", "2"),
-        label_names=NLI,
-        no_label=("-1", "-"),
-        metrics=("accuracy",),
+        **NLI | {"aliases": (*NLI["aliases"], ("premise", "text_a"), ("hypothesis", "text_b"))},
         hub=HubSource(path=GLUE, config="mnli", validation="validation_matched"),
-        aliases=(
-            ("premise", "sentence1"),
-            ("hypothesis", "sentence2"),
-            ("label", "gold_label"),
-            ("premise", "text_a"),
-            ("hypothesis", "text_b"),
-        ),
     ),
-    Task(
+    class_task(
         name="qnli",
         description="Decide whether a sentence contains the answer to a question.",
         template="question: {question} sentence: {sentence}",
-        labels=BINARY,
         label_names=("entailment", "not_entailment"),
-        metrics=("accuracy",),
         hub=HubSource(path=GLUE, config="qnli"),
         aliases=(("question", "text_a"), ("sentence", "text_b")),
     ),
-    Task(
+    class_task(
         name="rte",
         description="Decide whether the first sentence entails the second.",
         template="sentence1: {sentence1} sentence2: {sentence2}",
-        labels=BINARY,
         label_names=("entailment", "not_entailment"),
-        metrics=("accuracy",),
         hub=HubSource(path=GLUE, config="rte"),
         aliases=(("sentence1", "premise"), ("sentence2", "hypothesis")),
     ),
-    Task(
+    class_task(
         name="wnli",
         description="Decide whether a sentence with a pronoun filled in follows from the original.",
         template="sentence1: {sentence1} sentence2: {sentence2}",
-        labels=BINARY,
         label_names=("not_entailment", "entailment"),
-        metrics=("accuracy",),
         hub=HubSource(path=GLUE, config="wnli"),
     ),
 )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricKind:
-    """What a metric asks of a task: its kind, its number of labels, and that it has a group.
+class TaskShape:
+    """A task's kind, its number of labels and whether it has a group; or what a metric asks of these.
 
     None and False ask nothing.
     """
@@ -19,21 +19,27 @@ class MetricKind:
     label_count: int | None = None
     by_group: bool = False
 
-    def fits(self, kind: str, *, label_count: int, by_group: bool) -> bool:
-        """Whether it can score such a task."""
+    def fits(self, task: TaskShape) -> bool:
+        """Whether a metric that asks for this can score such a task."""
         return (
-            self.kind in (None, kind)
-            and self.label_count in (None, label_count)
-            and (by_group or not self.by_group)
+            self.kind in (None, task.kind)
+            and self.label_count in (None, task.label_count)
+            and (task.by_group or not self.by_group)
         )
+
+    def __str__(self) -> str:
+        if self.kind != "classification":
+            return "a regression (score_step)" if self.kind == "regression" else "open answers"
+        labels = f" with {self.label_count} labels" if self.label_count else ""
+        return f"a classification{labels}{' and a group' if self.by_group else ''}"
 
 
 METRIC_KINDS = {
-    "accuracy": MetricKind(),
-    "f1": MetricKind(kind="classification", label_count=2),
-    "macro_f1": MetricKind(kind="classification"),
-    "matthews": MetricKind(kind="classification"),
-    "pearson_spearman": MetricKind(kind="regression"),
-    "squad": MetricKind(kind="answer"),
-    "multirc": MetricKind(kind="classification", label_count=2, by_group=True),
+    "accuracy": TaskShape(),
+    "f1": TaskShape(kind="classification", label_count=2),
+    "macro_f1": TaskShape(kind="classification"),
+    "matthews": TaskShape(kind="classification"),
+    "pearson_spearman": TaskShape(kind="regression"),
+    "squad": TaskShape(kind="answer"),
+    "multirc": TaskShape(kind="classification", label_count=2, by_group=True),
 }

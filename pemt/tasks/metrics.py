@@ -1,4 +1,4 @@
-"""Metrics as `evaluate.Metric` subclasses that load nothing from the network, in percent.
+"""Metrics on `evaluate.Metric` that load nothing from the network, in percent.
 
 Every metric compares texts. `predictions` are generated texts, `references` lists of accepted
 texts per example (the first is the gold label where there is only one right answer), `groups` the
@@ -13,6 +13,8 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import evaluate
@@ -22,160 +24,115 @@ POSITIVE = 1  # the index of the positive class among two labels
 # What T5's own evaluation puts in place of text that is no number (1910.10683's code).
 NO_NUMBER = -1.0
 
-Labels = Sequence[str]
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What is scored, and the task's labels in the order of their class ids."""
+
+    predictions: list[str]
+    references: list[list[str]]
+    groups: list[str]
+    labels: Sequence[str]
+
+    def class_ids(self, *, binary: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Indices into `labels`, predicted and gold [N]; -1 predicted is no label, `binary` makes it the wrong one."""
+        index = {label: i for i, label in enumerate(self.labels)}
+        predicted = np.array([index.get(text.strip(), -1) for text in self.predictions], dtype=int)
+        gold = np.array([index[texts[0]] for texts in self.references], dtype=int)
+        return np.where(predicted < 0, 1 - gold, predicted) if binary else predicted, gold
+
+
+def accuracy(answers: Answers) -> dict[str, float]:
+    """Share of predictions that are the gold text, blanks at the ends aside; 0 for empty input."""
+    pairs = zip(answers.predictions, answers.references, strict=True)
+    return {"accuracy": percent([p.strip() == texts[0].strip() for p, texts in pairs])}
+
+
+def binary_f1(answers: Answers) -> dict[str, float]:
+    """F1 of the second label. A prediction that is neither label counts as the wrong one."""
+    return {"f1": 100 * class_f1(*answers.class_ids(binary=True), POSITIVE)}
+
+
+def macro_f1(answers: Answers) -> dict[str, float]:
+    """Mean of the F1 of every label, 0 for a label that is neither gold nor predicted."""
+    ids = answers.class_ids()
+    scores = [class_f1(*ids, label) for label in range(len(answers.labels))]
+    return {"macro_f1": 100 * float(np.mean(scores))}
+
+
+def matthews(answers: Answers) -> dict[str, float]:
+    """Matthews' correlation of the class ids; an invalid prediction is a class of its own.
+
+    The multi-class form of Gorodkin (2004); 0 where either side is constant.
+    """
+    classes = np.arange(-1, len(answers.labels))
+    predicted_NC, gold_NC = ((ids[:, None] == classes).astype(float) for ids in answers.class_ids())
+    return {"matthews_correlation": 100 * correlation(predicted_NC, gold_NC)}
+
+
+def pearson_spearman(answers: Answers) -> dict[str, float]:
+    """Both correlations of the numbers in the texts; 0 where either side is constant.
+
+    Text that is no finite number counts as -1, as in T5's evaluation.
+    """
+    x = np.array([number(text) for text in answers.predictions])
+    y = np.array([number(texts[0]) for texts in answers.references])
+    return {
+        "pearson": 100 * correlation(x[:, None], y[:, None]),
+        "spearman": 100 * correlation(ranks(x)[:, None], ranks(y)[:, None]),
+    }
+
+
+def squad(answers: Answers) -> dict[str, float]:
+    """Exact match and token F1 after SQuAD's normalisation, the best over all references."""
+    pairs = list(zip(answers.predictions, answers.references, strict=True))
+    return {
+        "exact_match": percent([best(exact_match, p, texts) for p, texts in pairs]),
+        "f1": percent([best(token_f1, p, texts) for p, texts in pairs]),
+    }
+
+
+def multirc(answers: Answers) -> dict[str, float]:
+    """SuperGLUE's pair: F1 over all answers, and the share of questions answered without a fault.
+
+    A prediction that is neither label counts as the wrong one.
+    """
+    predicted, gold = answers.class_ids(binary=True)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for group, is_right in zip(answers.groups, predicted == gold, strict=True):
+        right[group].append(bool(is_right))
+    return {
+        "f1a": 100 * class_f1(predicted, gold, POSITIVE),
+        "exact_match": percent([all(each) for each in right.values()]),
+    }
+
+
+METRICS: dict[str, Callable[[Answers], dict[str, float]]] = {
+    "accuracy": accuracy,
+    "f1": binary_f1,
+    "macro_f1": macro_f1,
+    "matthews": matthews,
+    "pearson_spearman": pearson_spearman,
+    "squad": squad,
+    "multirc": multirc,
+}
 
 
 class TextMetric(evaluate.Metric):
-    """Base: predictions, references, groups as text; `labels` are the task's target texts."""
-
-    about = ""
+    """The one of METRICS that `config_name` names, of predictions, references and groups as text."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=self.about,
+            description=self.config_name,
             citation="",
-            inputs_description="predictions: texts; references: lists of texts; groups: texts",
             features=datasets.Features(
                 {"predictions": text, "references": datasets.List(text), "groups": text}
             ),
         )
 
-    def __init__(self, labels: Labels = ()) -> None:
-        super().__init__(keep_in_memory=True)
-        self.labels = tuple(labels)
-
-    def class_ids(
-        self, predictions: list[str], references: list[list[str]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Indices into `labels`; -1 for a prediction that is no label of the task."""
-        index = {label: i for i, label in enumerate(self.labels)}
-        predicted = np.array([index.get(text.strip(), -1) for text in predictions], dtype=int)
-        gold = np.array([index[texts[0]] for texts in references], dtype=int)
-        return predicted, gold
-
-
-class Accuracy(TextMetric):
-    """Share of predictions that are the gold text, blanks at the ends aside; 0 for empty input."""
-
-    about = "percentage of predictions equal to the first reference"
-
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], groups: list[str]
-    ) -> dict[str, float]:
-        hits = [p.strip() == r[0].strip() for p, r in zip(predictions, references, strict=True)]
-        return {"accuracy": percent(hits)}
-
-
-class BinaryF1(TextMetric):
-    """F1 of the second label. A prediction that is neither label counts as the wrong one."""
-
-    about = "F1 of the positive class; an invalid prediction counts as the wrong class"
-
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], groups: list[str]
-    ) -> dict[str, float]:
-        predicted, gold = self.class_ids(predictions, references)
-        predicted = np.where(predicted < 0, 1 - gold, predicted)
-        return {"f1": 100 * class_f1(predicted, gold, POSITIVE)}
-
-
-class MacroF1(TextMetric):
-    """Mean of the F1 of every label, 0 for a label that is neither gold nor predicted."""
-
-    about = "unweighted mean of the F1 of all labels"
-
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], groups: list[str]
-    ) -> dict[str, float]:
-        predicted, gold = self.class_ids(predictions, references)
-        scores = [class_f1(predicted, gold, label) for label in range(len(self.labels))]
-        return {"macro_f1": 100 * float(np.mean(scores))}
-
-
-class Matthews(TextMetric):
-    """Matthews' correlation of the class ids; an invalid prediction is a class of its own.
-
-    The multi-class form of Gorodkin (2004); 0 where either side is constant.
-    """
-
-    about = "Matthews correlation coefficient times 100"
-
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], groups: list[str]
-    ) -> dict[str, float]:
-        predicted, gold = self.class_ids(predictions, references)
-        classes = np.arange(-1, len(self.labels))
-        predicted_NC = (predicted[:, None] == classes).astype(float)
-        gold_NC = (gold[:, None] == classes).astype(float)
-        return {"matthews_correlation": 100 * correlation(predicted_NC, gold_NC)}
-
-
-class PearsonSpearman(TextMetric):
-    """Both correlations of the numbers in the texts; 0 where either side is constant.
-
-    Text that is no finite number counts as -1, as in T5's evaluation.
-    """
-
-    about = "Pearson and Spearman correlation times 100"
-
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], groups: list[str]
-    ) -> dict[str, float]:
-        x = np.array([number(text) for text in predictions])
-        y = np.array([number(texts[0]) for texts in references])
-        return {
-            "pearson": 100 * correlation(x[:, None], y[:, None]),
-            "spearman": 100 * correlation(ranks(x)[:, None], ranks(y)[:, None]),
-        }
-
-
-class Squad(TextMetric):
-    """Exact match and token F1 after SQuAD's normalisation, the best over all references."""
-
-    about = "exact match and token F1, maximum over the references"
-
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], groups: list[str]
-    ) -> dict[str, float]:
-        pairs = list(zip(predictions, references, strict=True))
-        return {
-            "exact_match": percent([best(exact_match, p, texts) for p, texts in pairs]),
-            "f1": percent([best(token_f1, p, texts) for p, texts in pairs]),
-        }
-
-
-class MultiRC(TextMetric):
-    """SuperGLUE's pair: F1 over all answers, and the share of questions answered without a fault.
-
-    A prediction that is neither label counts as the wrong one.
-    """
-
-    about = "F1a over answers and exact match over questions"
-
-    def _compute(
-        self, predictions: list[str], references: list[list[str]], groups: list[str]
-    ) -> dict[str, float]:
-        predicted, gold = self.class_ids(predictions, references)
-        predicted = np.where(predicted < 0, 1 - gold, predicted)
-        right: dict[str, list[bool]] = defaultdict(list)
-        for group, is_right in zip(groups, predicted == gold, strict=True):
-            right[group].append(bool(is_right))
-        return {
-            "f1a": 100 * class_f1(predicted, gold, POSITIVE),
-            "exact_match": percent([all(answers) for answers in right.values()]),
-        }
-
-
-METRICS: dict[str, type[TextMetric]] = {
-    "accuracy": Accuracy,
-    "f1": BinaryF1,
-    "macro_f1": MacroF1,
-    "matthews": Matthews,
-    "pearson_spearman": PearsonSpearman,
-    "squad": Squad,
-    "multirc": MultiRC,
-}
+    def _compute(self, **columns: Any) -> dict[str, float]:
+        return METRICS[self.config_name](Answers(**columns))
 
 
 def percent(values: Sequence[float] | Sequence[bool]) -> float:
@@ -261,7 +218,7 @@ def best(score: Callable[[str, str], float], prediction: str, references: Sequen
 
 def compute(
     names: Sequence[str],
-    labels: Labels,
+    labels: Sequence[str],
     predictions: list[str],
     references: list[list[str]],
     groups: list[str],
@@ -269,6 +226,8 @@ def compute(
     """Every named metric, in percent, and `average_metrics`, the mean of their values."""
     scores: dict[str, float] = {}
     for name in names:
-        metric = METRICS[name](labels)
-        scores.update(metric.compute(predictions=predictions, references=references, groups=groups))
+        metric = TextMetric(name, keep_in_memory=True)
+        scores |= metric.compute(
+            predictions=predictions, references=references, groups=groups, labels=labels
+        )
     return {**scores, "average_metrics": float(np.mean(list(scores.values())))}

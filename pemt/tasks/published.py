@@ -69,19 +69,18 @@ def optional(row: Row, name: str) -> Row:
 # Questions about a text: SQuAD's json, the MRQA 2019 jsonl
 
 
-def unpack_questions(record: Row) -> Iterator[Row | RowError]:
+def unpack_questions(record: Row) -> Iterable[Row | RowError]:
     """An article of SQuAD's json, or a context of the MRQA jsonl, to one row per question.
 
-    MRQA's header line has no rows.
+    MRQA's header line has no rows; triviaqa's rows have no context.
     """
     if "question" in record and "context" in record:
-        yield record
-    elif "paragraphs" in record:
-        yield from each(record, "paragraphs", squad_rows)
-    elif "qas" in record:
-        yield from mrqa_rows(record)
-    elif "header" not in record or "question" in record:  # triviaqa has no context
-        yield record
+        return [record]
+    if "paragraphs" in record:
+        return each(record, "paragraphs", squad_rows)
+    if "qas" in record:
+        return mrqa_rows(record)
+    return [] if "header" in record and "question" not in record else [record]
 
 
 def squad_rows(paragraph: Row) -> Iterator[Row | RowError]:
@@ -133,11 +132,10 @@ def answers_drop(row: Row) -> Row:
 # SuperGLUE
 
 
-def unpack_multirc(record: Row) -> Iterator[Row | RowError]:
+def unpack_multirc(record: Row) -> Iterable[Row | RowError]:
     """A passage with its questions and their answers to one row per answer."""
     if "passage" not in record or "paragraph" in record:
-        yield record
-        return
+        return [record]
     passage = part_of(record, "passage", dict)
     text, number = text_of(passage, "text"), field_of(record, "idx")
 
@@ -156,7 +154,7 @@ def unpack_multirc(record: Row) -> Iterator[Row | RowError]:
 
         return each(question, "answers", row_of)
 
-    yield from each(passage, "questions", rows_of)
+    return each(passage, "questions", rows_of)
 
 
 def prepare_multirc(row: Row) -> Row:
@@ -172,11 +170,10 @@ def question_multirc(row: Row) -> Row:
     return {**row, "question_id": group}
 
 
-def unpack_record(record: Row) -> Iterator[Row | RowError]:
+def unpack_record(record: Row) -> Iterable[Row | RowError]:
     """A passage with its queries to one row per query; a span's `end` is inclusive."""
     if "qas" not in record or "query" in record:
-        yield record
-        return
+        return [record]
     passage = part_of(record, "passage", dict)
     text = text_of(passage, "text")
     entities = []
@@ -193,7 +190,7 @@ def unpack_record(record: Row) -> Iterator[Row | RowError]:
         idx = {"passage": record.get("idx"), "query": query.get("idx")}
         yield {**row, "entities": list(dict.fromkeys(entities)), "idx": idx}
 
-    yield from each(record, "qas", row_of)
+    return each(record, "qas", row_of)
 
 
 def prepare_record(row: Row) -> Row:
@@ -207,12 +204,12 @@ def prepare_record(row: Row) -> Row:
     }
 
 
-def unpack_wsc(record: Row) -> Iterator[Row]:
+def unpack_wsc(record: Row) -> Iterable[Row]:
     """The spans of a published WSC record lie one level down, in `target`."""
     if "target" not in record or "span1_text" in record:
-        yield record
-        return
-    yield {**part_of(record, "target", dict), **{k: v for k, v in record.items() if k != "target"}}
+        return [record]
+    rest = {name: value for name, value in record.items() if name != "target"}
+    return [{**part_of(record, "target", dict), **rest}]
 
 
 def prepare_wsc(row: Row) -> Row:
@@ -277,21 +274,21 @@ def label_scitail(row: Row) -> Row:
     return {**row, "gold_label": "entailment"} if row.get("gold_label") == "entails" else row
 
 
-def unpack_commonsense_qa(record: Row) -> Iterator[Row]:
+def unpack_commonsense_qa(record: Row) -> Iterable[Row]:
     """The published jsonl nests stem and choices in `question`."""
     if not isinstance(record.get("question"), dict):
-        yield record
-        return
-    question = part_of(record, "question", dict)
+        return [record]
+    question = record["question"]
     choices = objects_of(question, "choices")
-    yield {
+    row = {
         "question": text_of(question, "stem"),
         "choices": {name: [field_of(c, name) for c in choices] for name in ("label", "text")},
         "answerKey": record.get("answerKey"),
     }
+    return [row]
 
 
-def unpack_paws(record: Row) -> Iterator[Row]:
+def unpack_paws(record: Row) -> Iterable[Row]:
     """PAWS-QQP writes its sentences as Python bytes literals: b'...'."""
     row = dict(record)
     for name in ("sentence1", "sentence2"):
@@ -301,17 +298,16 @@ def unpack_paws(record: Row) -> Iterator[Row]:
                 row[name] = ast.literal_eval(text).decode("utf-8")
             except (SyntaxError, ValueError):
                 raise RowError(f"field {name!r} is no bytes literal: {text:.60}") from None
-    yield row
+    return [row]
 
 
-def unpack_yelp_full(record: Row) -> Iterator[Row]:
+def unpack_yelp_full(record: Row) -> Iterable[Row]:
     """Five-star reviews (field `ori`, 0 to 4) to polarity; the middle class has no polarity."""
     if "ori" not in record or "text" in record:
-        yield record
-        return
+        return [record]
     stars = field_of(record, "label")
     if str(stars) not in ("0", "1", "2", "3", "4"):
         raise RowError(f"field 'label': unknown label {stars!r}; allowed: 0, 1, 2, 3, 4")
     polarity = {"0": 0, "1": 0, "2": -1, "3": 1, "4": 1}[str(stars)]
     text = text_of(record, "ori").replace('\\""', '"').replace("\\n", "\n")
-    yield {"text": text, "label": polarity}
+    return [{"text": text, "label": polarity}]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from pemt.tasks.metrics import best, compute, exact_match, token_f1
+from pemt.tasks.metrics import METRICS, Answers, compute
 from pemt.tasks.task import Task, TaskError
 
 _NO_METRICS = ("average_metrics", "loss", "runtime", "samples_per_second")
@@ -65,8 +65,7 @@ def check_metrics(task: Task, custom: Mapping[str, Metric]) -> None:
 
 def _custom_score(name: str, metric: Metric, predictions: list[str], references: Any) -> float:
     try:
-        value = metric(predictions, references)
-        number = float(value)
+        number = float(metric(predictions, references))
     except Exception as error:  # whatever a caller's function raises, on rank 0 alone
         raise TaskError(
             f"metrics: {name} failed on {len(predictions)} predictions: {type(error).__name__}: {error}; it gets two "
@@ -98,10 +97,11 @@ def example_scores(task: Task, prediction: str, references: Sequence[str]) -> di
     Empty for a regression, whose correlations no example has alone.
     """
     if task.kind == "classification" or "accuracy" in task.metrics:
-        return {"accuracy": 100.0 * (prediction.strip() == references[0].strip())}
-    if task.kind == "answer":
-        return {
-            "exact_match": 100 * best(exact_match, prediction, references),
-            "f1": 100 * best(token_f1, prediction, references),
-        }
-    return {}
+        metric = "accuracy"
+    elif task.kind == "answer":
+        metric = "squad"
+    else:
+        return {}
+    return METRICS[metric](
+        Answers(predictions=[prediction], references=[list(references)], groups=[""], labels=())
+    )

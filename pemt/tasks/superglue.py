@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pemt.tasks.classification import class_task
 from pemt.tasks.published import (
     prepare_multirc,
     prepare_record,
@@ -14,27 +15,22 @@ from pemt.tasks.published import (
 from pemt.tasks.task import HubSource, Task
 
 SUPERGLUE = "aps/super_glue"
-BINARY = ("0", "1")
 
 SUPERGLUE_TASKS = (
-    Task(
+    class_task(
         name="superglue-boolq",
         description="Answer a yes-or-no question about a passage.",
         template="question: {question} passage: {passage}",
-        labels=BINARY,
-        metrics=("accuracy",),
         hub=HubSource(path=SUPERGLUE, config="boolq"),
     ),
-    Task(
+    class_task(
         name="superglue-rte",
         description="Decide whether a premise entails a hypothesis.",
         template="premise: {premise} hypothesis: {hypothesis}",
-        labels=BINARY,
         label_names=("entailment", "not_entailment"),
-        metrics=("accuracy",),
         hub=HubSource(path=SUPERGLUE, config="rte"),
     ),
-    Task(
+    class_task(
         name="superglue-cb",
         description="Decide whether a speaker is committed to the truth of an embedded clause.",
         template="premise: {premise} hypothesis: {hypothesis}",
@@ -43,20 +39,17 @@ SUPERGLUE_TASKS = (
         metrics=("macro_f1", "accuracy"),
         hub=HubSource(path=SUPERGLUE, config="cb"),
     ),
-    Task(
+    class_task(
         name="superglue-copa",
         description="Choose the more plausible cause or effect of a premise.",
         # The published template leaves the question out, without which half the rows are a guess.
         template="premise: {premise} question: {question} choice1: {choice1} choice2: {choice2}",
-        labels=BINARY,
-        metrics=("accuracy",),
         hub=HubSource(path=SUPERGLUE, config="copa"),
     ),
-    Task(
+    class_task(
         name="superglue-multirc",
         description="Decide whether an answer to a question about a paragraph is correct.",
         template="question: {question} answer: {answer} paragraph: {paragraph}",
-        labels=BINARY,
         group=("question_id",),
         metrics=("multirc",),
         hub=HubSource(path=SUPERGLUE, config="multirc"),
@@ -64,20 +57,16 @@ SUPERGLUE_TASKS = (
         prepare=prepare_multirc,
         prepare_label=question_multirc,
     ),
-    Task(
+    class_task(
         name="superglue-wic",
         description="Decide whether a word has the same meaning in two sentences.",
         template="sentence1: {sentence1} sentence2: {sentence2} word: {word}",
-        labels=BINARY,
-        metrics=("accuracy",),
         hub=HubSource(path=SUPERGLUE, config="wic"),
     ),
-    Task(
+    class_task(
         name="superglue-wsc-fixed",
         description="Decide whether a marked pronoun refers to a marked noun.",
         template="text: {text}",
-        labels=BINARY,
-        metrics=("accuracy",),
         hub=HubSource(path=SUPERGLUE, config="wsc.fixed"),
         unpack=unpack_wsc,
         prepare=prepare_wsc,

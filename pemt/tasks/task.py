@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from pemt.config import PemtError
-from pemt.tasks.metric_kinds import METRIC_KINDS
+from pemt.tasks.metric_kinds import METRIC_KINDS, TaskShape
 from pemt.tasks.values import RowError, class_of, encodable, is_one_of, number_of, plain, written
 
 Row = Mapping[str, Any]
@@ -27,12 +27,15 @@ class TaskError(PemtError):
 
 
 class Example(TypedDict):
-    """One example as text. `group` is empty where every example stands alone."""
+    """One example as text. `group` is empty where every example stands alone; with `is_class_id` the label is a number
+    that nothing but the order of the task's labels gives a meaning.
+    """
 
     source: str
     target: str
     references: list[str]
     group: str
+    is_class_id: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +48,6 @@ class HubSource:
     train: str = "train"
     validation: str | None = "validation"
     test: str | None = None
-
-    def split_name(self, split: str) -> str | None:
-        """The hub's name of "train", "validation" or "test"."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +95,6 @@ class Task:
     prepare_label: Callable[[Row], Row] | None = None
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.metrics if name not in METRIC_KINDS]
-        if unknown or not self.metrics:
-            found = ", ".join(unknown) or "none"
-            allowed = ", ".join(sorted(METRIC_KINDS))
-            raise TaskError(f"task {self.name}: metrics: found {found}; allowed: {allowed}")
         self._check_metrics()
         if self.max_target_length is None and self.kind != "answer":
             object.__setattr__(self, "max_target_length", DEFAULT_TARGET_LENGTH)
@@ -111,20 +105,18 @@ class Task:
             raise TaskError(f"task {self.name}: template: no {{field}} in {self.template!r}")
 
     def _check_metrics(self) -> None:
-        """Refuse a metric that would fail, or mislead, after the training."""
-        labels, grouped = len(self.labels), bool(self.group)
-        fitting = [
-            name
-            for name, metric in METRIC_KINDS.items()
-            if metric.fits(self.kind, label_count=labels, by_group=grouped)
-        ]
+        """Refuse a metric that is not known, or would fail, or mislead, after the training."""
+        unknown = [name for name in self.metrics if name not in METRIC_KINDS]
+        if unknown or not self.metrics:
+            found = ", ".join(unknown) or "none"
+            allowed = ", ".join(sorted(METRIC_KINDS))
+            raise TaskError(f"task {self.name}: metrics: found {found}; allowed: {allowed}")
+        shape = TaskShape(kind=self.kind, label_count=len(self.labels), by_group=bool(self.group))
+        fitting = [name for name, needed in METRIC_KINDS.items() if needed.fits(shape)]
         for name in self.metrics:
             if name not in fitting:
-                metric = METRIC_KINDS[name]
-                needed = kind_text(metric.kind, metric.label_count, by_group=metric.by_group)
-                found = kind_text(self.kind, labels, by_group=grouped)
                 raise TaskError(
-                    f"task {self.name}: metrics: {name} scores {needed}, found {found}; "
+                    f"task {self.name}: metrics: {name} scores {METRIC_KINDS[name]}, found {shape}; "
                     f"allowed here: {', '.join(fitting)}"
                 )
 
@@ -187,14 +179,6 @@ def longest_target(task: Task, given: int | None) -> int:
     return given or task.max_target_length or DEFAULT_TARGET_LENGTH
 
 
-def kind_text(kind: str | None, label_count: int | None, *, by_group: bool) -> str:
-    """A kind of task in words."""
-    if kind != "classification":
-        return "a regression (score_step)" if kind == "regression" else "open answers"
-    labels = f" with {label_count} labels" if label_count else ""
-    return f"a classification{labels}{' and a group' if by_group else ''}"
-
-
 def label_with_name(task: Task, label: str) -> str:
     """A label with its name, where it has one: `0 (entailment)`."""
     return f"{label} ({task.name_of_label[label]})" if task.label_names else label
@@ -212,10 +196,15 @@ def example_of(task: Task, row: Row) -> Example | None:
     if is_unlabelled(task, answer):
         return None
     source = source_of(task, row)
-    references = [encodable(text) for text in references_of(task, answer)]
+    texts, is_class_id = references_of(task, answer)
+    references = [encodable(text) for text in texts]
     group = "/".join(str(field_of(labelled, name)) for name in task.group)
     return Example(
-        source=source, target=references[0], references=references, group=encodable(group)
+        source=source,
+        target=references[0],
+        references=references,
+        group=encodable(group),
+        is_class_id=is_class_id,
     )
 
 
@@ -270,50 +259,35 @@ def is_unlabelled(task: Task, answer: Any) -> bool:
     return is_one_of(answer, task.no_label)
 
 
-def references_of(task: Task, answer: Any) -> list[str]:
-    """Every accepted answer as target text, the one to train on first."""
+def references_of(task: Task, answer: Any) -> tuple[list[str], bool]:
+    """Every accepted answer as target text, the one to train on first; and whether it is a class by its place alone."""
     if task.kind == "classification":
-        return [task.labels[class_id(task, answer)[0]]]
+        try:
+            number, is_class_id = class_of(answer, task.labels, task.label_names)
+        except RowError as error:
+            raise RowError(f"field {task.label!r}: {error}") from None
+        return [task.labels[number]], is_class_id
     if task.score_step is not None:
-        return [score_text(answer, task.score_step)]
+        return [score_text(answer, task.score_step)], False
     texts = [written(each) for each in (answer if isinstance(answer, list) else [answer])]
     found = [text for text in texts if text is not None]
     if len(found) < len(texts):
         raise RowError(
             f"field {task.label!r} must be text or a list of texts, found {answer!r:.60}"
         )
-    return list(dict.fromkeys(found))
-
-
-def class_id(task: Task, answer: Any) -> tuple[int, bool]:
-    """The class that a label means, and whether nothing but its place in `labels` says so; RowError for none or two."""
-    try:
-        return class_of(answer, task.labels, task.label_names)
-    except RowError as error:
-        raise RowError(f"field {task.label!r}: {error}") from None
-
-
-def is_class_id(task: Task, row: Row) -> bool:
-    """Whether the label of a well-formed row is a number that means a class by nothing but its place in `labels`."""
-    if task.kind != "classification":
-        return False
-    labelled = task.prepare_label(row) if task.prepare_label else row
-    return class_id(task, field_of(labelled, task.label))[1]
+    return list(dict.fromkeys(found)), False
 
 
 def score_text(value: Any, step: float) -> str:
     """A score rounded to the next step, as T5 does for STS-B (1910.10683, section 2.4)."""
-    if isinstance(value, bool) or (isinstance(value, str) and number_of(value.strip()) is None):
-        raise RowError(f"the score must be a number, found {value!r:.60}")
+    number = number_of(value.strip()) if isinstance(value, str) else value
     try:
-        steps = round(float(value) / step)  # of NaN a ValueError, of infinity an OverflowError
+        if number is None or isinstance(number, bool):
+            raise TypeError
+        steps = round(float(number) / step)  # of NaN a ValueError, of infinity an OverflowError
     except (TypeError, ValueError):
         raise RowError(f"the score must be a number, found {value!r:.60}") from None
     except OverflowError:
         raise RowError(f"the score must be finite, found {value!r:.60}") from None
-    return f"{steps * step:.{decimals(step)}f}"
-
-
-def decimals(step: float) -> int:
-    """Digits after the point that a step needs."""
-    return len(f"{step:.6f}".rstrip("0").split(".")[1])
+    digits = len(f"{step:.6f}".rstrip("0").split(".")[1])
+    return f"{steps * step:.{digits}f}"

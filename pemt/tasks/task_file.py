@@ -94,14 +94,14 @@ def task_text(task: Task) -> str | None:
             continue
         if each.name not in READERS:
             return None
-        values[each.name] = value
-    plain: dict[str, Callable[[Any], Any]] = {
-        "aliases": _by_first,
-        "hub": dataclasses.asdict,
-        "files": lambda pairs: _by_first([(of, str(Path(name).absolute())) for of, name in pairs]),
-    }
-    for key, value in values.items():
-        values[key] = plain.get(key, lambda v: list(v) if isinstance(v, tuple) else v)(value)
+        values[each.name] = list(value) if isinstance(value, tuple) else value
+    if task.hub:
+        values["hub"] = dataclasses.asdict(task.hub)
+    if task.aliases:
+        values["aliases"] = _by_first(task.aliases)
+    if task.files:
+        absolute = [(split, str(Path(name).absolute())) for split, name in task.files]
+        values["files"] = _by_first(absolute)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -190,59 +190,45 @@ def positive_number(value: Any) -> float:
     return float(value)
 
 
-def aliases(value: Any) -> tuple[tuple[str, str], ...]:
-    """{field: name in the file, or a list of names}, as pairs."""
+def pairs(
+    value: Any, wanted: str = "a mapping of texts, or of lists of texts"
+) -> tuple[tuple[str, str], ...]:
+    """{key: a text, or a list of texts}, as pairs."""
     if not isinstance(value, dict):
-        return text_pairs(value, None)
-    pairs = [
-        (field, name)
-        for field, names in value.items()
-        for name in (names if isinstance(names, list) else [names])
+        raise WrongType(wanted)
+    found = [
+        (key, name)
+        for key, names in value.items()
+        for name in (names if isinstance(names, list) and names else [names])
     ]
-    if not all(isinstance(text, str) for pair in pairs for text in pair):
-        raise WrongType("a mapping of texts, or of lists of texts")
-    return tuple(pairs)
+    if not all(isinstance(text, str) for pair in found for text in pair):
+        raise WrongType(wanted)
+    return tuple(found)
 
 
 def files(value: Any) -> tuple[tuple[str, str], ...]:
     """{split: file, or a list of files}, as pairs."""
-    wanted = WrongType(f"a mapping that has train; keys {', '.join(SPLITS)}, values texts or lists")
-    if not isinstance(value, dict) or "train" not in value or not set(value) <= set(SPLITS):
-        raise wanted
-    pairs = [
-        (split, name)
-        for split, names in value.items()
-        for name in (names if isinstance(names, list) and names else [names])
-    ]
-    if not all(isinstance(name, str) for _, name in pairs):
-        raise wanted
-    return tuple(pairs)
+    wanted = f"a mapping that has train; keys {', '.join(SPLITS)}, values texts or lists"
+    found = pairs(value, wanted)
+    if "train" not in value or not set(value) <= set(SPLITS):
+        raise WrongType(wanted)
+    return found
 
 
 def hub(value: Any) -> HubSource:
     """{path, config, revision, train, validation, test}; null where there is no such split."""
-    keys = tuple(field.name for field in dataclasses.fields(HubSource))
-    if not isinstance(value, dict):
-        raise WrongType(f"a mapping that has path; allowed keys: {', '.join(keys)}")
-    nothing: dict[str, Any] = {
-        k: None for k in ("config", "revision", "validation", "test") if value.get(k, k) is None
-    }
-    given = {key: name for key, name in value.items() if key not in nothing}
-    pairs = text_pairs(given, keys)
-    if "path" not in given:
-        raise WrongType("a mapping that has path")
-    return HubSource(**dict(pairs), **nothing)
-
-
-def text_pairs(value: Any, keys: tuple[str, ...] | None) -> tuple[tuple[str, str], ...]:
-    """A mapping of texts, with these keys alone."""
-    allowed = f" with the keys {', '.join(keys)}" if keys else ""
-    if not isinstance(value, dict) or not all(
-        isinstance(k, str) and isinstance(v, str) and (keys is None or k in keys)
-        for k, v in value.items()
+    keys = [field.name for field in dataclasses.fields(HubSource)]
+    may_be_null = ("config", "revision", "validation", "test")
+    if (
+        not isinstance(value, dict)
+        or "path" not in value
+        or not all(
+            key in keys and (isinstance(name, str) or (name is None and key in may_be_null))
+            for key, name in value.items()
+        )
     ):
-        raise WrongType(f"a mapping of texts{allowed}")
-    return tuple(value.items())
+        raise WrongType(f"a mapping of texts that has path, with the keys {', '.join(keys)}")
+    return HubSource(**value)
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
@@ -258,7 +244,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "score_step": positive_number,
     "group": texts,
     "max_target_length": positive_integer,
-    "aliases": aliases,
+    "aliases": pairs,
     "tsv_columns": columns,
     "quoting": quoting,
     "files": files,

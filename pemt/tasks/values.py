@@ -83,15 +83,7 @@ def class_of(value: Any, labels: Sequence[str], names: Sequence[str] = ()) -> tu
     A label or name itself comes first, then the same number written otherwise (1, 1.0, "1"). True and
     false, also "True" as csv has it, are the class that says so: `true`, `yes`, `on`, `1` … opposite its
     counterpart. A number that is no label is a class id, unless some label or name is a number; 0 and 1
-    must not say something else as false and true.
-
-    Args:
-        value: what stands in the row.
-        labels: the target texts, in the order of the class ids.
-        names: what files may call the same classes.
-
-    Raises:
-        RowError: it means none of them, or may mean two.
+    must not say something else as false and true. RowError where it means none of them, or may mean two.
     """
     value = plain(value)
     text = label_text(value)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from pemt.data import EvalBatches, TrainBatches, collate
+from pemt.data import TrainBatches, collate, eval_batches
 from pemt.data.batching import MAX_KEPT, MAX_OVER_LEAST, MAX_WASTE, share_kept_together
 
 lengths_lists = st.lists(st.integers(1, 256), min_size=1, max_size=120)
@@ -162,7 +162,7 @@ def test_random_order_would_waste_much():
 @given(lengths_lists, small, st.integers(1, 4))
 def test_evaluation_sees_every_index_on_equally_many_batches_per_rank(lengths, size, world_size):
     ranks = [
-        list(EvalBatches(lengths, batch_size=size, world_size=world_size, rank=rank))
+        eval_batches(lengths, batch_size=size, world_size=world_size, rank=rank)
         for rank in range(world_size)
     ]
     assert len({len(rank) for rank in ranks}) == 1
@@ -177,7 +177,7 @@ def test_evaluation_pads_the_same_examples_together_on_any_number_of_ranks():
         return {
             tuple(batch)
             for rank in range(world_size)
-            for batch in EvalBatches(lengths, batch_size=8, world_size=world_size, rank=rank)
+            for batch in eval_batches(lengths, batch_size=8, world_size=world_size, rank=rank)
         }
 
     assert composition(1) == composition(2) == composition(3)

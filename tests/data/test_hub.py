@@ -175,13 +175,12 @@ import json, sys
 from dataclasses import replace
 from pemt.config import PemtError
 from pemt.data.examples import locate_data
-from pemt.data.streaming import open_stream
 from pemt.tasks import HubSource, get_task
 
 task = replace(get_task("rte"), hub=HubSource(path="owner/glue", config="rte", revision="v1.5"))
 location = locate_data(task, None)
 parts = {split: location.examples(split) for split in location.splits}
-streamed = [row["source"] for row in open_stream(location)]
+streamed = [row["source"] for row in location.stream()]
 assert streamed == parts["train"]["source"][:]
 print(json.dumps({split: rows["target"][:] for split, rows in parts.items()}))
 try:

@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 
 from pemt.config.schema import MixtureConfig
-from pemt.data import encoding, examples, loading
+from pemt.data import encoding, examples
 from pemt.engine import shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.run.evaluate_finished import evaluate_run
@@ -38,11 +38,10 @@ STREAMED: dict[str, Any] = {
 
 def main(world: Path, folder: Path, sizes: list[int]) -> None:
     tiny_task(TASK)
-    calls = [count(examples, "example_of"), count(loading, "encode_batch")]
-    calls.append(count(encoding, "encode_batch"))
+    calls = [count(examples, "example_of"), count(encoding, "encode_batch")]
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     measure(world, folder, sizes)
-    built = {"examples": len(calls[0]), "encoded": len(calls[1]) + len(calls[2])}
+    built = {"examples": len(calls[0]), "encoded": len(calls[1])}
     (folder / f"built-{os.environ['RANK']}.json").write_text(json.dumps(built))
     shut_down()
 

@@ -88,7 +88,7 @@ def demo_parts(folder: Path) -> None:
         gates={"encoder/0": {"diet": 1.0}, "decoder/0": {"diet": 1.0}},
     )
     rows = [row, demo.Row(**{**vars(row), "method": "adapter"})]
-    made.report(rows)
+    made.report(rows, {"diet": 1.0})
 
 
 def stages(config: SourceConfig, folder: Path) -> None:

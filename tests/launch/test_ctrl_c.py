@@ -117,6 +117,7 @@ def test_what_a_forked_process_gets_is_not_counted() -> None:
 def test_a_command_with_nothing_to_save_leaves_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import pemt.commands, pemt.commands.overview, os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background\n"
         "pemt.commands.overview.overview = None\n"
         "def stop(arguments): os.kill(os.getpid(), signal.SIGINT)\n"
         "pemt.commands.COMMANDS['tasks'] = stop\n"

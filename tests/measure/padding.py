@@ -16,8 +16,8 @@ import numpy as np
 
 from pemt.data import TrainBatches
 from pemt.data.batching import share_kept_together
-from pemt.data.encoding import encode_sources
 from pemt.data.local_files import read_rows
+from pemt.data.vocabulary import encode_sources
 from pemt.model.tokenizer import load_tokenizer
 from pemt.tasks import example_of, get_task
 

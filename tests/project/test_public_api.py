@@ -1,4 +1,4 @@
-"""The public interface is documented and typed, and the tools that hold the house are the pinned ones."""
+"""The public interface is documented and typed, and the tools that check the project are the pinned ones."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from pemt.checkpoint.train_state import TrainState, train_state_of
 from pemt.commands import COMMANDS
 from pemt.config.schema import AdaptConfig
 from pemt.data import splits
+from pemt.engine import Engine
 from pemt.publish.card import Card, model_card
 from pemt.run.results import checkpoint_line, results_block
 from pemt.run.train import run_adapt
@@ -81,8 +84,8 @@ def test_where_each_set_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     train, validation, test = rows(30), rows(10), rows(8)
 
     def told(**given: Dataset) -> list[str]:
-        made = splits.split(rte, given, seed=4096)
-        return [splits.origins(given, made, 4096)[name] for name in ("train", "validation", "test")]
+        made, origins = splits.split(rte, given, seed=4096)
+        return [origins[name] for name in made]
 
     whole = [f"the official {name} set" for name in ("train", "validation", "test")]
     assert told(train=train, validation=validation, test=test) == whole
@@ -203,3 +206,22 @@ def test_a_run_without_validation_says_so() -> None:
     results |= {"sources": [], "split": "test", "examples": 3, "split_origin": "x"}
     block = results_block({**results, "test_f1": 1.0}, {}).splitlines()
     assert block[-2:] == ["test: 3 examples, x", checkpoint_line(results)]
+
+
+def test_nothing_of_a_run_stays_in_memory_with_its_engine(
+    run: tuple[AdaptConfig, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook, where the traceback of an interrupted run keeps its frames."""
+    engines, trained = [], []
+
+    def release(engine: Engine) -> None:
+        engines.append(engine)
+        trained.extend(weakref.ref(each) for _, each in engine.optimizer_state.parameters)
+        original(engine)
+
+    original = Engine.release
+    monkeypatch.setattr(Engine, "release", release)
+    run_adapt(replace(run[0], output_dir=str(tmp_path / "run"), max_steps=1))
+    gc.collect()
+    assert trained
+    assert [each() for each in trained if each() is not None] == []

@@ -13,7 +13,7 @@ from pemt.bank.entries import read_entry
 from pemt.bank.tools import export_peft
 from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, ExpertConfig, PemtError
-from pemt.data.vocabulary import encode_targets, encode_texts, unknown
+from pemt.data.vocabulary import encode_sources, encode_targets, unknown
 from pemt.model import base_digest, checked_base, load_pretrained
 from pemt.model.lazy import is_lazy, materialize_all
 from pemt.plan.count import sizes, weights
@@ -125,7 +125,7 @@ def test_an_answer_begins_and_ends_as_the_decoder_wants_it(world: Path) -> None:
     pad, eos, bos, word = tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<bos>", "yes"])
     assert (ids[0], lengths) == ([word, eos], [2, 4])
     assert ids[1] == [*tokenizer.convert_tokens_to_ids(["the", "red"]), eos]
-    (source,), _ = encode_texts(["the red box"], tokenizer, max_length=3)
+    (source,), _ = encode_sources(["the red box"], tokenizer, max_length=3)
     assert source == [bos, *tokenizer.convert_tokens_to_ids(["the", "red"])]
     last = tokenizer.unk_token_id
     assert unknown([[bos, word], [bos, last], [bos, word, eos], [bos, pad, word]], tokenizer) == [

@@ -199,9 +199,8 @@ def test_paws_bytes_literals_are_decoded():
 
 
 def test_five_stars_become_polarity_and_the_middle_has_none():
-    rows = [
-        next(unpack_yelp_full({"ori": 'so \\""good\\""\\n\\nyes', "label": n})) for n in range(5)
-    ]
+    records = [{"ori": 'so \\""good\\""\\n\\nyes', "label": n} for n in range(5)]
+    rows = [row for record in records for row in unpack_yelp_full(record)]
     assert [row["label"] for row in rows] == [0, 0, -1, 1, 1]
     assert rows[0]["text"] == 'so "good"\n\nyes'
     assert example_of(get_task("yelp_polarity"), rows[2]) is None

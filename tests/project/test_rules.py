@@ -1,4 +1,4 @@
-"""The house rules that no linter holds: small files and functions, every dependency declared."""
+"""The project's rules that no linter checks: small files and functions, every dependency declared."""
 
 from __future__ import annotations
 
@@ -61,29 +61,29 @@ def test_native_sources_are_finished() -> None:
     assert [name_of(p) for p in NATIVE_FILES if any(word in p.read_text() for word in words)] == []
 
 
-def test_the_picture_of_the_house_shows_every_room() -> None:
+def test_the_map_shows_every_package() -> None:
     text = (ROOT / "docs" / "CONTRIBUTING.md").read_text()
-    picture, floors = re.findall(r"^```text\n(.*?)^```", text, re.M | re.S)
+    picture, layer_lines = re.findall(r"^```text\n(.*?)^```", text, re.M | re.S)
     drawn = set(re.findall(r"^  (\w+)(?:/|\.py)", picture, re.M))
-    rooms = {each.name for each in (ROOT / "pemt").iterdir() if (each / "__init__.py").is_file()}
+    packages = {each.name for each in (ROOT / "pemt").iterdir() if (each / "__init__.py").is_file()}
     loose = {path.stem for path in (ROOT / "pemt").glob("*.py")}
     assert loose == {"__init__", "__main__"}
-    assert drawn == rooms | loose | {"recipes"}
+    assert drawn == packages | loose | {"recipes"}
     (layers,) = re.findall(
         r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S
     )
-    assert floors.splitlines() == re.findall(r'"(.+)"', layers)
+    assert layer_lines.splitlines() == re.findall(r'"(.+)"', layers)
 
 
-def test_rooms_are_imported_by_their_package() -> None:
-    """From another room a name comes from the package that hands it out, not from one of its files."""
+def test_packages_are_imported_as_a_whole() -> None:
+    """A name of another package is imported from that package, not from one of its files."""
     inner = []
     for path in PACKAGE:
-        room = path.relative_to(ROOT / "pemt").parts[0]
+        package = path.relative_to(ROOT / "pemt").parts[0]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pemt."):
                 of = str(node.module).split(".")
-                if len(of) > 2 and of[1] not in (room, "ops", "commands"):
+                if len(of) > 2 and of[1] not in (package, "ops", "commands"):
                     inner.append(f"{name_of(path)}: {node.module}")
     assert inner == []
 
