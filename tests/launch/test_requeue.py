@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, free_port, kill_session
+from tests.launch.test_slurm import fake_slurm
 from tests.support.jobs import World, assert_same_end, last_step, status
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.soak]
@@ -22,10 +22,7 @@ def test_a_warned_job_goes_back_into_the_queue_and_ends_with_the_same_bits(
 ) -> None:
     run = tmp_path / "runs" / "adapt-colours"
     environment = {
-        **os.environ,
-        "PATH": f"{ROOT / 'tests' / 'support' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "FAKE_SLURM": str(tmp_path),
+        **fake_slurm(tmp_path),
         "TARGET_TASK": "colours",
         "BANK_DIR": str(tmp_path / "bank"),
         "OUTPUT_DIR": str(tmp_path / "runs"),

@@ -59,6 +59,13 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
+def fake_slurm(folder: Path) -> dict[str, str]:
+    """Variables with which the stand-ins are found, and their folder."""
+    places = (ROOT / "tests" / "support" / "slurm", Path(sys.executable).parent, os.environ["PATH"])
+    path = ":".join(map(str, places))
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "FAKE_SLURM": str(folder)}
+
+
 def submit(
     world: Path, script: str, *, arguments: tuple[str, ...] = (), **variables: str
 ) -> tuple[str, str]:
@@ -67,10 +74,7 @@ def submit(
     With FORKED_PYTHON its `python` is no fresh interpreter.
     """
     environment = {
-        **os.environ,
-        "PATH": f"{ROOT / 'tests' / 'support' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "FAKE_SLURM": str(world / "fake"),
+        **fake_slurm(world / "fake"),
         "MODEL": str(world / "base"),
         "BANK_DIR": str(world / "bank"),
         "OUTPUT_DIR": str(world / "runs"),
@@ -273,12 +277,10 @@ def test_an_interrupted_job_is_queued_again_and_a_failed_one_is_not(
         "set -euo pipefail\nsource launchers/slurm_common.sh\nJOB_NAME=job\n"
         f"run_and_requeue {tmp_path} {sys.executable} {tmp_path}/child.py {tmp_path} {told} {then}\n"
     )
-    environment = {**os.environ, "FAKE_SLURM": str(tmp_path)}
-    environment["PATH"] = f"{ROOT / 'tests' / 'support' / 'slurm'}:{os.environ['PATH']}"
     job = subprocess.Popen(
         ["sbatch", str(script)],
         cwd=ROOT,
-        env=environment,
+        env=fake_slurm(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -122,12 +122,14 @@ def test_a_malicious_pickle(tmp_path: Path, call: Any, legacy: bool) -> None:
     argument = str(made) if call is os.mkdir else f"__import__('os').mkdir({str(made)!r})"
     if call is os.system:
         argument = f"mkdir {made}"
-    saved = {"lora": Evil(call, argument)}
-    torch.save(saved, tmp_path / "lora.pt", _use_new_zipfile_serialization=not legacy)
-    torch.save(torch.ones(2, 16), tmp_path / "task_embedding.pt")
-    with pytest.raises(OfficialError, match=r"lora\.pt: refused: it would call") as raised:
-        read_official(tmp_path, name="x")
-    assert "only plain tensors are taken" in str(raised.value)
+    good = {"lora.pt": {lora_key("A"): torch.ones(4, 48)}, "task_embedding.pt": torch.ones(2, 16)}
+    for evil in good:
+        for name, content in {**good, evil: {"evil": Evil(call, argument)}}.items():
+            torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(OfficialError, match=f"{evil}: refused: it would call") as raised:
+            read_official(tmp_path, name="x")
+        assert "only plain tensors are taken" in str(raised.value)
+        assert "\n" not in str(raised.value)
     assert not made.exists()
 
 
