@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from pemt.config import ExpertConfig, PemtError
 from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
 from pemt.engine import EngineError, check_world_size
 from pemt.run.train import run_adapt, run_source
-from tests.conftest import Launch, python
+from tests.conftest import python, start_ranks
+from tests.support.jobs import Job, clean
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
 TASK = "tiny-errors"
@@ -183,15 +186,21 @@ def test_a_run_is_not_written_over(world: Path) -> None:
 
 
 @pytest.mark.launch
-def test_two_ranks_complain_once(
-    world: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The other rank waits for the one that has left; it would have complained after 5 s.
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "6")
-    launched = launch("-m", "pemt", *command(world, "--bank_dir", "nowhere"), zero=2, check=False)
-    assert launched.output.count("pemt: error:") == 1
-    assert "pemt/" not in launched.output.split("Traceback")[0], "a traceback of ours"
-    assert "exitcode  : 2" in launched.output
+def test_two_ranks_complain_once(world: Path) -> None:
+    options = ["--config_file", "launchers/accelerate/cpu.yaml", "--num_processes", "2"]
+    options += ["--deepspeed_config_file", "ds_configs/zero2.json", "-m", "pemt"]
+    words = [*options, *command(world, "--bank_dir", "nowhere")]
+    with clean(Job(words, world / "told", {}, start=partial(start_ranks, forked=True))) as job:
+        job.until(lambda: "pemt: error:" in job.output)
+        time.sleep(6)  # the other rank would complain after 5 s
+        for rank in (
+            job.ranks()
+        ):  # it waits for the one that has left, until the launcher kills it after 30 s
+            rank.kill()
+        assert job.end() != 0
+    assert job.output.count("pemt: error:") == 1
+    assert "pemt/" not in job.output.split("Traceback")[0], "a traceback of ours"
+    assert "exitcode  : 2" in job.output
 
 
 def test_exit_code_of_the_real_command(world: Path) -> None:
