@@ -29,7 +29,7 @@ from pemt.bank.manifests import (
 from pemt.bank.official import OfficialError, read_official
 from pemt.config import installed_version
 from pemt.model import ExpertSource, ModelError, sites_of
-from pemt.storage import MANIFEST, read_tensors, tensor_writer, write_folders
+from pemt.storage import MANIFEST, open_tensors, tensor_writer, write_folders
 
 
 def write_entry(
@@ -128,7 +128,7 @@ def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
     """
     folder = Path(path)
     manifest, raw = manifest_of(folder)
-    weights = read_tensors(folder, TENSORS, raw)
+    weights = dict(open_tensors(folder, TENSORS, raw))
     if PROMPT not in weights:
         raise BankError(f"{folder / TENSORS}: has no tensor `{PROMPT}`; write the entry again")
     prompt_PD = weights.pop(PROMPT)

@@ -9,12 +9,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from json import dumps
+from operator import truediv
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pemt.bench.op import in_turn
 from pemt.bench.step import PROMPT_TOKENS, StepBench, build_model, plain_base
 
 VARIANTS = ("plain", "longer", "pemt")
@@ -75,39 +76,25 @@ def measure(bench: GenerateBench) -> dict[str, Any]:
     computed: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for call in calls.values():  # warm-up; builds kernels
         call()
-    for number in range(bench.rounds):
-        turn = number % len(VARIANTS)  # no variant always follows the same other
-        for name in VARIANTS[turn:] + VARIANTS[:turn]:
-            began = time.perf_counter(), time.process_time()
-            calls[name]()
-            if bench.device != "cpu":
-                torch.cuda.synchronize()
-            clock[name].append(time.perf_counter() - began[0])
-            computed[name].append(time.process_time() - began[1])
+    for name in in_turn(VARIANTS, bench.rounds):
+        began = time.perf_counter(), time.process_time()
+        calls[name]()
+        if bench.device != "cpu":
+            torch.cuda.synchronize()
+        clock[name].append(time.perf_counter() - began[0])
+        computed[name].append(time.process_time() - began[1])
     return {
         **asdict(bench),
         "threads": torch.get_num_threads(),
         "milliseconds": {name: 1e3 * statistics.median(clock[name]) for name in VARIANTS},
         "pemt_over": {
             other: {
-                "clock": _median_ratio(clock["pemt"], clock[other]),
-                "computed": _median_ratio(computed["pemt"], computed[other]),
+                "clock": statistics.median(map(truediv, clock["pemt"], clock[other])),
+                "computed": statistics.median(map(truediv, computed["pemt"], computed[other])),
             }
             for other in ("plain", "longer")
         },
     }
-
-
-def _median_ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
-
-
-def run(*, threads: int | None = None, json: bool = False, **options: Any) -> None:
-    """Measure and print; the options are those of `pemt bench generate`, and what is left out has its default."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    result = measure(GenerateBench(**options))
-    print(dumps(result) if json else table(result))
 
 
 def table(result: dict[str, Any]) -> str:

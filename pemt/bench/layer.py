@@ -158,7 +158,8 @@ def step_ops(layer: Layer, implementation: str) -> None:
 class Floor:
     """The matrix products that no way round the identities saves, and nothing else.
 
-    Those with frozen weights are by the library that the fused op has them by; `libraries` counts them.
+    Those with frozen weights are by the library that the fused op has them by; `libraries` counts them. `flops` are
+    of all products, each multiply-add counted as two.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -176,33 +177,27 @@ class Floor:
                 (latent, up.T), (wide, adapter_up), (wide.T, hidden),
                 (hidden, adapter_down), (hidden.T, wide),
             ]  # fmt: skip
-        self.products = frozen + others
+        self.flops = sum(2 * len(left) * right.numel() for left, right in frozen + others)
         self.libraries: Counter[str] = Counter()
         self.runs = [self._run(left, right) for left, right in frozen]
         self.runs += [self._blas(left, right) for left, right in others]
 
     def _run(self, left: Tensor, right: Tensor) -> Callable[[], object]:
-        transposed = not right.is_contiguous()
-        if left.device.type != "cpu" or left.dtype != torch.float32:
-            return self._blas(left, right)
-        if products.choose(len(left), *right.shape, transposed=transposed) != products.ONEDNN:
-            return self._blas(left, right)
-        self.libraries[products.ONEDNN] += 1
-        return partial(products.onednn, left, right.T)
+        if left.device.type == "cpu" and left.dtype == torch.float32:
+            transposed = not right.is_contiguous()
+            if products.choose(len(left), *right.shape, transposed=transposed) == products.ONEDNN:
+                self.libraries[products.ONEDNN] += 1
+                return partial(products.onednn, left, right.T)
+        return self._blas(left, right)
 
     def _blas(self, left: Tensor, right: Tensor) -> Callable[[], object]:
         self.libraries[products.BLAS] += 1
         return partial(torch.mm, left, right, out=left @ right)
 
+    @torch.no_grad()
     def __call__(self) -> None:
-        with torch.no_grad():
-            for run in self.runs:
-                run()
-
-    @property
-    def flops(self) -> int:
-        """Of all products, each multiply-add counted as two."""
-        return sum(2 * left.shape[0] * right.numel() for left, right in self.products)
+        for run in self.runs:
+            run()
 
 
 @contextlib.contextmanager

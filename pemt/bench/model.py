@@ -48,7 +48,6 @@ def random_sources(
     *,
     ranks: Sequence[int],
     prompt_tokens: int,
-    names: Sequence[str] | None = None,
     sites: Sequence[Sequence[Site]] | None = None,
 ) -> list[ExpertSource]:
     """K LoRA experts whose outputs are about as large as those of trained ones.
@@ -57,12 +56,11 @@ def random_sources(
         shape: `base_shape` of the base model.
         ranks: of each expert.
         prompt_tokens: P of each one's prompt.
-        names: of each; by default source-0 and on.
         sites: of each; by default every FFN's output.
     """
     return [
         ExpertSource(
-            name=names[k] if names else f"source-{k}",
+            name=f"source-{k}",
             kind="lora",
             rank=rank,
             alpha=rank,

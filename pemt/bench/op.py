@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from json import dumps
+from operator import truediv
 from typing import Any
 
 import torch
 
-from pemt.bench.layer import (
-    Floor,
-    Layer,
-    OpBench,
-    forward_frozen,
-    forward_loop,
-    forward_stacked,
-    step,
-    step_ops,
-)
-from pemt.config import PemtError
+from pemt.bench import layer
 
 RATIOS = (("fused", "floor"), ("loop", "fused"), ("stacked", "fused"), ("packed", "fused"),
           ("loop", "floor"), ("fused", "frozen"))  # fmt: skip
@@ -62,17 +52,24 @@ def time_once(run: Callable[[], object], device: str) -> float:
     return start.elapsed_time(end)
 
 
-def measure(bench: OpBench) -> dict[str, object]:
+def in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Every name once a round; each round begins with another one, so that none always follows the same other."""
+    for number in range(rounds):
+        turn = number % len(names)
+        yield from (*names[turn:], *names[:turn])
+
+
+def measure(bench: layer.OpBench) -> dict[str, Any]:
     """Times all variants in turn, `rounds` times: milliseconds, ratios and the floor's rate."""
-    layer = Layer(bench)
-    floor = Floor(layer)
+    ffn = layer.Layer(bench)
+    floor = layer.Floor(ffn)
     runs: dict[str, Callable[[], object]] = {
-        "loop": partial(step, layer, forward_loop),
-        "stacked": partial(step, layer, forward_stacked),
-        "packed": partial(step_ops, layer, "packed"),
-        "fused": partial(step_ops, layer, bench.device),
+        "loop": partial(layer.step, ffn, layer.forward_loop),
+        "stacked": partial(layer.step, ffn, layer.forward_stacked),
+        "packed": partial(layer.step_ops, ffn, "packed"),
+        "fused": partial(layer.step_ops, ffn, bench.device),
         "floor": floor,
-        "frozen": partial(step, layer, forward_frozen),
+        "frozen": partial(layer.step, ffn, layer.forward_frozen),
     }
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with torch.set_grad_enabled(not bench.forward_only):
@@ -81,15 +78,11 @@ def measure(bench: OpBench) -> dict[str, object]:
             run()
         if bench.cuda_graph:
             runs = {name: captured(run) for name, run in runs.items()}
-        for number in range(bench.rounds):
-            turn = number % len(VARIANTS)  # no variant always follows the same other
-            for name in VARIANTS[turn:] + VARIANTS[:turn]:
-                times[name].append(time_once(runs[name], bench.device))
+        for name in in_turn(VARIANTS, bench.rounds):
+            times[name].append(time_once(runs[name], bench.device))
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = {
-        f"{over}/{under}": statistics.median(
-            a / b for a, b in zip(times[over], times[under], strict=True)
-        )
+        f"{over}/{under}": statistics.median(map(truediv, times[over], times[under]))
         for over, under in RATIOS
     }
     return {
@@ -102,34 +95,17 @@ def measure(bench: OpBench) -> dict[str, object]:
     }
 
 
-def run(
-    *, shape: Sequence[str], threads: int | None = None, json: bool = False, **options: Any
-) -> None:
-    """Measure and print; the options are those of `pemt bench op`, and what is left out has its default."""
-    if options.get("cuda_graph") and options.get("device") != "cuda":
-        raise PemtError("pemt bench op: --cuda_graph needs --device cuda")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    for each in shape:
-        result = measure(OpBench(shape=each, **options))
-        print(dumps(result) if json else table(result))
-
-
-def table(result: dict[str, object]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The result as text."""
-    milliseconds, ratios = result["milliseconds"], result["ratios"]
-    assert isinstance(milliseconds, dict)
-    assert isinstance(ratios, dict)
     head = (
         f"{result['shape']}: {result['batch']} x {result['tokens']} tokens, {result['dtype']} on"
         f" {result['device']} ({result['threads']} threads), medians of {result['rounds']} rounds"
         f"{' of CUDA graphs' if result['cuda_graph'] else ''}"
     )
-    rows = [f"  {name:<8} {value:10.3f} ms" for name, value in milliseconds.items()]
-    rows += [f"  {name:<15} {value:8.3f}" for name, value in ratios.items()]
-    products = result["floor_products"]
-    assert isinstance(products, dict)
-    by_library = ", ".join(f"{count} by {library}" for library, count in products.items())
+    rows = [f"  {name:<8} {value:10.3f} ms" for name, value in result["milliseconds"].items()]
+    rows += [f"  {name:<15} {value:8.3f}" for name, value in result["ratios"].items()]
+    products = result["floor_products"].items()
+    by_library = ", ".join(f"{count} by {library}" for library, count in products)
     return "\n".join(
         [head, *rows, f"  floor at {result['floor_tflops']:.3f} TFLOP/s: products {by_library}"]
     )

@@ -8,10 +8,10 @@ B batch, S tokens, F d_ff, D d_model, K experts, R rank.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from json import dumps
+from operator import sub, truediv
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import T5ForConditionalGeneration
 
 from pemt.bench.layer import ADAPTER_REDUCTION, EXPERTS, RANK, forced
 from pemt.bench.model import random_sources, random_t5
-from pemt.bench.op import time_once
+from pemt.bench.op import in_turn, time_once
 from pemt.config import AdapterConfig, MixtureConfig
 from pemt.engine import peak, watch_peak
 from pemt.model import MIXTURES, LoraMixture, PemtT5, Site, base_shape, target_sites
@@ -130,11 +130,8 @@ class Step:
     def __call__(self) -> float:
         """The loss before the step."""
         with forced(self.implementation):
-            return self._step()
-
-    def _step(self) -> float:
-        loss = self.model(**self.batch).loss
-        loss.backward()
+            loss = self.model(**self.batch).loss
+            loss.backward()
         if self.masters is self.trained:
             self.optimizer.step()
         else:
@@ -153,13 +150,10 @@ class Step:
 
     def held_bytes(self) -> int:
         """What lies between two steps: weights, buffers, masters, moments."""
-        tensors = {id(each): each for each in self._held()}
-        return sum(each.numel() * each.element_size() for each in tensors.values())
-
-    def _held(self) -> Iterator[Tensor]:
-        yield from (*self.model.parameters(), *self.model.buffers(), *self.masters)
+        held = {*self.model.parameters(), *self.model.buffers(), *self.masters}
         for state in self.optimizer.state.values():
-            yield from (each for each in state.values() if isinstance(each, Tensor))
+            held |= {each for each in state.values() if isinstance(each, Tensor)}
+        return sum(each.nbytes for each in held)
 
 
 def plain_base(bench: StepBench) -> T5ForConditionalGeneration:
@@ -227,10 +221,8 @@ def take(bench: StepBench, variants: Sequence[str]) -> dict[str, Taken]:
     for name, step in steps.items():  # warm-up; builds kernels and moments
         torch.manual_seed(1)  # the same dropout for all
         losses[name] = step()
-    for number in range(bench.rounds):
-        turn = number % len(variants)  # no variant always follows the same other
-        for name in (*variants[turn:], *variants[:turn]):
-            times[name].append(time_once(steps[name], bench.device))
+    for name in in_turn(variants, bench.rounds):
+        times[name].append(time_once(steps[name], bench.device))
     return {
         name: Taken(
             first_loss=losses[name],
@@ -252,9 +244,6 @@ def measure(bench: StepBench) -> dict[str, Any]:
     tokens = bench.batch * (bench.source + PROMPT_TOKENS + bench.target)
     medians = {name: statistics.median(each.milliseconds) for name, each in taken.items()}
     without = taken["adapter"].milliseconds
-    pairs = {
-        name: list(zip(each.milliseconds, without, strict=True)) for name, each in taken.items()
-    }
     needed = {name: flops(bench.job(name)) for name in variants}
     rates = {name: needed[name] / medians[name] / 1e9 for name in variants}  # TFLOP/s
     result: dict[str, Any] = {
@@ -264,12 +253,12 @@ def measure(bench: StepBench) -> dict[str, Any]:
         "milliseconds": medians,
         "tokens_per_second": {name: 1e3 * tokens / value for name, value in medians.items()},
         "over_adapter": {
-            name: statistics.median(ours / other for ours, other in pair)
-            for name, pair in pairs.items()
+            name: statistics.median(map(truediv, each.milliseconds, without))
+            for name, each in taken.items()
         },
         "mixture_milliseconds": {
-            name: statistics.median(ours - other for ours, other in pair)
-            for name, pair in pairs.items()
+            name: statistics.median(map(sub, each.milliseconds, without))
+            for name, each in taken.items()
         },
         "flops": needed,
         "tflops_per_second": rates,
@@ -280,14 +269,6 @@ def measure(bench: StepBench) -> dict[str, Any]:
         most = CHIPS[bench.chip].flops / 1e12
         result["share_of_chip"] = {name: rate / most for name, rate in rates.items()}
     return result
-
-
-def run(*, threads: int | None = None, json: bool = False, **options: Any) -> None:
-    """Measure and print; the options are those of `pemt bench step`, and what is left out has its default."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    result = measure(StepBench(**options))
-    print(dumps(result) if json else table(result))
 
 
 def table(result: dict[str, Any]) -> str:

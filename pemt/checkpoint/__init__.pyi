@@ -1,4 +1,4 @@
-from .checkpoint import Checkpoints as Checkpoints
+from .checkpoint import Checkpoints as Checkpoints, load_lazily as load_lazily
 from .choose import Checkpoint as Checkpoint
 from .folder import (
     CONFIG as CONFIG,
@@ -12,7 +12,6 @@ from .folder import (
     tracker_runs as tracker_runs,
     write_tracker_runs as write_tracker_runs,
 )
-from .load import copy_weights as copy_weights, load_lazily as load_lazily
 from .lock import LockError as LockError, RunLock as RunLock, check_lock as check_lock
 from .names import checkpoint_folders as checkpoint_folders
 from .resume import (

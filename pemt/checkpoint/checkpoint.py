@@ -11,17 +11,20 @@ import json
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pemt.checkpoint.choose import FORMAT, Checkpoint, CheckpointChooser, CheckpointError
 from pemt.checkpoint.folder import plain_values
 from pemt.checkpoint.names import checkpoint_folders, step_of
 from pemt.checkpoint.train_state import MOMENTS, RANDOM, WEIGHTS, TrainState
-from pemt.checkpoint.writer import BackgroundWriter, Snapshot
+from pemt.checkpoint.writer import BackgroundWriter
 from pemt.config import RunConfig
+from pemt.model import make_lazy
 from pemt.storage import (
     StorageError,
     TensorFile,
@@ -95,7 +98,7 @@ class Checkpoints:
             "format": FORMAT,
             "run": self._chooser.identity,
             "config": self._chooser.config,
-            "progress": state.state_dict(),
+            "progress": asdict(state),
             "world_size": self._engine.world_size,
             "zero_stage": self._engine.zero_stage,
         }
@@ -108,8 +111,9 @@ class Checkpoints:
             return folder
 
         blocked_seconds = time.perf_counter() - began
-        snapshot = Snapshot(step=state.step, write=write, blocked_seconds=blocked_seconds)
-        self._writer.write(snapshot, needed=state.best_step)
+        self._writer.write(
+            state.step, write, blocked_seconds=blocked_seconds, needed=state.best_step
+        )
 
     def _check_ranks_agree(self, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
         """Every rank must be where rank 0 is, with finite weights and moments (all ranks call)."""
@@ -118,9 +122,7 @@ class Checkpoints:
             bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
         self._engine.barrier()
         # As text, in which NaN equals NaN: a metric may be one.
-        votes = self._engine.all_gather_object(
-            (json.dumps(state.state_dict(), sort_keys=True), bad)
-        )
+        votes = self._engine.all_gather_object((json.dumps(asdict(state), sort_keys=True), bad))
         first, bad = votes[0]
         for rank, (theirs, _) in enumerate(votes):
             if theirs != first:
@@ -207,15 +209,30 @@ class Checkpoints:
                 are gone, or a rank does not see it.
         """
         found = self._engine.on_rank0(
-            lambda: self._choose(checkpoint, expected), "checking the checkpoint to resume from"
+            lambda: self._chooser.choose(checkpoint, expected),
+            "checking the checkpoint to resume from",
         )
         if found is not None:
             for file in (found.weights, found.moments, found.random):
                 self._check_visible(file)
+            if found.folder.resolve().parent == self._output_dir.resolve():
+                self.saved = found.state.step
         return found
 
-    def _choose(self, checkpoint: str | None, expected: int | None) -> Checkpoint | None:
-        found = self._chooser.choose(checkpoint, expected)
-        if found and found.folder.resolve().parent == self._output_dir.resolve():
-            self.saved = found.state.step
-        return found
+
+def load_lazily(weights: TensorFile, trained: Mapping[str, nn.Parameter]) -> None:
+    """Have a checkpoint's weights take the place of the model's; each is read when `Engine.prepare` places it.
+
+    Raises:
+        CheckpointError: the checkpoint trains other tensors than this run.
+    """
+    theirs = weights.shapes()
+    ours = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"{weights.path}: tensor `{name}` is {theirs.get(name, 'missing')} there and "
+                f"{ours.get(name, 'not trained')} in this run; use the run's own configuration"
+            )
+    for name, parameter in trained.items():
+        make_lazy(parameter, partial(weights.__getitem__, name))

@@ -64,7 +64,9 @@ class CheckpointChooser:
         remove_partial_writes(self.output_dir, is_checkpoint_name)
         found = self._newest_usable() if checkpoint is None else self._read(Path(checkpoint))
         if found:
-            self._remove_later(found.state)
+            for folder in checkpoint_folders(self.output_dir):
+                if (step_of(folder) or 0) > found.state.step:  # these steps will be taken again
+                    remove_folder(folder)
             return self._with_intact_best(found)
         if expected is not None:
             raise CheckpointError(
@@ -72,12 +74,6 @@ class CheckpointChooser:
                 "back, or start again with --overwrite_output_dir true"
             )
         return None
-
-    def _remove_later(self, state: TrainState) -> None:
-        """Checkpoints of steps that will be taken again."""
-        for folder in checkpoint_folders(self.output_dir):
-            if (step_of(folder) or 0) > state.step:
-                remove_folder(folder)
 
     def _with_intact_best(self, found: Checkpoint) -> Checkpoint:
         """Forget a best checkpoint that is damaged or not in this run's folder, with a note.
@@ -89,8 +85,7 @@ class CheckpointChooser:
         if best is None or folder.resolve() == found.folder.resolve():
             return found
         try:
-            manifest = read_manifest(folder)
-            self._check(folder, manifest)
+            manifest, _ = self._manifest(folder)
             open_tensors(folder, WEIGHTS, manifest)
         except (StorageError, CheckpointError) as error:
             lost = "missing"
@@ -128,11 +123,10 @@ class CheckpointChooser:
 
     def _read(self, folder: Path) -> Checkpoint:
         try:
-            manifest = read_manifest(folder)
-            self._check(folder, manifest)
+            manifest, state = self._manifest(folder)
             return Checkpoint(
                 folder=folder,
-                state=train_state_of(manifest),
+                state=state,
                 weights=open_tensors(folder, WEIGHTS, manifest),
                 moments=open_tensors(folder, MOMENTS, manifest),
                 random=open_tensors(folder, RANDOM, manifest),
@@ -141,7 +135,9 @@ class CheckpointChooser:
         except StorageError as error:
             raise CheckpointError(str(error)) from error
 
-    def _check(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def _manifest(self, folder: Path) -> tuple[dict[str, Any], TrainState]:
+        """The manifest of a checkpoint of this run, and the state in it."""
+        manifest = read_manifest(folder)
         if manifest.get("format") != FORMAT or not isinstance(manifest.get("run"), dict):
             raise CheckpointError(
                 f"{folder}: format {manifest.get('format')}, this version reads format {FORMAT}"
@@ -155,6 +151,7 @@ class CheckpointChooser:
                 raise CheckpointError(
                     f"{folder}: was saved with {key} {theirs}, this run has {ours}; make them agree or start a new run"
                 )
+        return manifest, state
 
     def _changes(self, manifest: dict[str, Any]) -> tuple[str, ...]:
         """A line on the fields that this run sets otherwise than the checkpoint's."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +40,24 @@ def check_run_folder(config: RunConfig) -> None:
         RunFolderError: `output_dir` holds a run of another configuration, or this one and resuming was
             refused by `resume_from_checkpoint: false`; and overwriting was not asked for.
     """
-    folder = Path(config.output_dir)
+    folder, chosen = Path(config.output_dir), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"output_dir: {folder} is a file; give a folder")
-    if (
-        isinstance(config.resume_from_checkpoint, str)
-        and not Path(config.resume_from_checkpoint).is_dir()
-    ):
-        raise RunFolderError(
-            f"resume_from_checkpoint: no folder {config.resume_from_checkpoint}; give a checkpoint-<step> "
-            "folder, or `true` for the newest one in output_dir"
-        )
-    elsewhere = (
-        isinstance(config.resume_from_checkpoint, str)
-        and Path(config.resume_from_checkpoint).resolve().parent != folder.resolve()
-    )
-    if elsewhere and holds_run(folder):
-        raise RunFolderError(
-            f"output_dir: {folder} already holds a run, and {config.resume_from_checkpoint} is a checkpoint "
-            "of another; give a new output_dir"
-        )
-    if not holds_run(folder) or config.overwrite_output_dir or config.resume_from_checkpoint:
+    if isinstance(chosen, str):
+        if not Path(chosen).is_dir():
+            raise RunFolderError(
+                f"resume_from_checkpoint: no folder {chosen}; give a checkpoint-<step> folder, or `true` for the "
+                "newest one in output_dir"
+            )
+        if Path(chosen).resolve().parent != folder.resolve() and holds_run(folder):
+            raise RunFolderError(
+                f"output_dir: {folder} already holds a run, and {chosen} is a checkpoint of another; give a new "
+                "output_dir"
+            )
+    if not holds_run(folder) or config.overwrite_output_dir or chosen:
         return
     differences = _differences(config, folder)
-    if differences or config.resume_from_checkpoint is False:
+    if differences or chosen is False:
         raise RunFolderError(
             f"output_dir: {folder} already holds a run{differences}; give --resume_from_checkpoint true to resume "
             "it all the same, --overwrite_output_dir true to delete it, or another folder"
@@ -80,30 +74,26 @@ def _differences(config: RunConfig, folder: Path) -> str:
     keys = field_keys(type(config))  # so that a mapping of the user's own is compared whole
     ours = flatten(plain_values(config), keys)
     # A field that was not there when the run began had the default.
-    defaults = {each.name: each.default for each in fields(config)} | _section_defaults(config)
-    theirs = {
-        **{name: defaults.get(name, value) for name, value in ours.items()},
-        **flatten(theirs, keys),
-    }
+    theirs = {**flatten(_defaults(config), keys), **flatten(theirs, keys)}
     if None in (ours["bf16"], theirs["bf16"]):  # left to the device, which is asked later
         ours["bf16"] = theirs["bf16"]
     found = [
-        f"{name} {theirs[name]}, not {value}"
+        f"{name} {theirs.get(name)}, not {value}"
         for name, value in ours.items()
-        if name not in NON_IDENTITY_FIELDS and theirs[name] != value
+        if name not in NON_IDENTITY_FIELDS and theirs.get(name) != value
     ]
     return f" with {'; '.join(found)}" if found else ""
 
 
-def _section_defaults(config: RunConfig) -> dict[str, Any]:
-    """The defaults of the fields in sections, by their dotted names."""
-    sections: dict[str, Any] = {each.name: each.default_factory for each in fields(config)}
-    return {
-        f"{name}.{key}": value
-        for name, section in sections.items()
-        if isinstance(section, type) and is_dataclass(section)
-        for key, value in asdict(section()).items()
-    }
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    """The fields that nobody needs to set, as `plain_values` gives them."""
+    values: dict[str, Any] = {}
+    for each in fields(config):
+        if each.default_factory is not MISSING:
+            values[each.name] = each.default_factory()
+        elif each.default is not MISSING:
+            values[each.name] = each.default
+    return json.loads(json.dumps(values, default=asdict))
 
 
 def saved_config(folder: Path) -> dict[str, Any] | None:
@@ -126,10 +116,9 @@ def finished_results(config: RunConfig) -> dict[str, Any] | None:
     if config.resume_from_checkpoint or config.overwrite_output_dir or not path.is_file():
         return None
     try:
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # the checkpoint is still there, and the test is made again
-    return results
 
 
 def holds_run(folder: Path) -> bool:
@@ -201,8 +190,7 @@ def write_tracker_runs(folder: Path, runs: Mapping[str, str | None]) -> None:
 
 def plain_values(config: RunConfig) -> dict[str, Any]:
     """A configuration as JSON and YAML give it back."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return values
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _remove_run(folder: Path) -> None:

@@ -8,11 +8,11 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from pemt.config import PemtError
-from pemt.engine import start_ticks
+from pemt.engine import ProcessId, this_process
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
@@ -24,25 +24,6 @@ class LockError(PemtError):
     """Another run is under way in this folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Holder:
-    """Who holds a lock.
-
-    Args:
-        started: when the process began, in the kernel's ticks: process ids are given out again.
-    """
-
-    host: str
-    pid: int
-    started: int
-
-    @staticmethod
-    def me() -> Holder:
-        """This process."""
-        pid = os.getpid()
-        return Holder(host=socket.gethostname(), pid=pid, started=start_ticks(pid) or 0)
-
-
 class RunLock:
     """The lock of a run's folder; made once, by rank 0.
 
@@ -51,7 +32,7 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK
-        self._me = Holder.me()
+        self._me = this_process()
         self._released = threading.Event()
         self.lost = False  # somebody took this process for dead, and the lock with it
 
@@ -110,7 +91,7 @@ def check_lock(folder: Path) -> None:
     first = _touched(path)
     while path.exists() and not _is_stale(path):
         holder = _holder(path)
-        if holder is None or holder.host == socket.gethostname() or _touched(path) != first:
+        if holder is None or holder.is_on_this_host() or _touched(path) != first:
             raise _refusal(path)
         time.sleep(1.0)
 
@@ -119,8 +100,8 @@ def _is_stale(path: Path) -> bool:
     holder, touched = _holder(path), _touched(path)
     if touched is None:
         return True
-    if holder is not None and holder.host == socket.gethostname():
-        return start_ticks(holder.pid) != holder.started
+    if holder is not None and holder.is_on_this_host():
+        return not holder.is_alive()
     # By the disk's own clock: hosts disagree about the time.
     probe = path.with_name(f"{LOCK}-{socket.gethostname()}-{os.getpid()}-now")
     probe.touch()
@@ -139,9 +120,9 @@ def _touched(path: Path) -> float | None:
         return None
 
 
-def _holder(path: Path) -> Holder | None:
+def _holder(path: Path) -> ProcessId | None:
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+        return ProcessId(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

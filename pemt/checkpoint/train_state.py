@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from math import prod
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,6 @@ class TrainState:
     skipped: int = 0
     position: dict[str, Any] | None = None
     ended: int | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The values to be saved, which `train_state_of` reads back from a manifest."""
-        return asdict(self)
 
     def measured(self, metric: float, loss: float) -> TrainState:
         """The state after a validation at this step; the best is the highest metric, of equal ones the lowest loss."""
@@ -92,19 +87,18 @@ def train_state_of(manifest: dict[str, Any]) -> TrainState:
         found = {**dict.fromkeys(_ADDED), **found}
     if not isinstance(found, dict) or found.keys() != set(names):
         raise StorageError(f"manifest.json: progress: found {found}, expected {names}")
-    position = found["position"]
-    if position is not None and not _is_position(position):
-        raise StorageError(
-            f"manifest.json: progress.position: found {position!r}, which is no data position"
-        )
     for name, value in found.items():
-        if name == "position":
+        if value is None and name not in ("step", "skipped"):
             continue
-        optional = name not in ("step", "skipped")
-        kinds = (int, float) if name in ("best_metric", "best_loss") else (int,)
-        if not (optional and value is None) and (type(value) not in kinds or value < 0):
+        if name == "position":
+            fits, expected = _is_position(value), "a position in the data"
+        elif name in ("best_metric", "best_loss"):  # a metric may be negative, or NaN
+            fits, expected = type(value) in (int, float), "a number"
+        else:
+            fits, expected = type(value) is int and value >= 0, "a count"
+        if not fits:
             raise StorageError(
-                f"manifest.json: progress.{name}: found {value!r}, expected a number"
+                f"manifest.json: progress.{name}: found {value!r}, expected {expected}"
             )
     return TrainState(**found)
 
@@ -115,7 +109,7 @@ def trained_count(folder: Path) -> int | None:
         tensors = read_manifest(folder)["files"][WEIGHTS]["tensors"]
     except (StorageError, KeyError):
         return None
-    return sum(prod(tensor["shape"]) for tensor in tensors.values())
+    return sum(math.prod(tensor["shape"]) for tensor in tensors.values())
 
 
 def _is_position(value: Any) -> bool:

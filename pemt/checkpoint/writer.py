@@ -6,29 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from pemt.storage import StorageError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A checkpoint that is to be written.
-
-    Args:
-        step: optimizer steps done; its name.
-        write: writes it from copies of its own, and gives the folder.
-        blocked_seconds: for which training stood still while the copies were made.
-    """
-
-    step: int
-    write: Callable[[], Path]
-    blocked_seconds: float
-
-
 class BackgroundWriter:
-    """Writes snapshots in a thread; `write` waits for the one before.
+    """Writes checkpoints in a thread; `write` waits for the one before.
 
     What could not be written is kept, if it is still needed, and tried again with the next one.
     """
@@ -36,18 +20,22 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._lines: deque[str] = deque()
-        self._unwritten: dict[int, Snapshot] = {}
+        self._unwritten: dict[int, tuple[Callable[[], Path], float]] = {}
         self.error: StorageError | None = None  # of the last attempt; None after a success
 
-    def write(self, snapshot: Snapshot, *, needed: int | None) -> None:
-        """Begin to write a snapshot.
+    def write(
+        self, step: int, save: Callable[[], Path], *, blocked_seconds: float, needed: int | None
+    ) -> None:
+        """Begin to write `checkpoint-<step>`.
 
         Args:
+            save: writes it from copies of its own, and gives the folder.
+            blocked_seconds: for which training stood still while the copies were made.
             needed: the step of an earlier one that must not be lost, if that could not be written.
         """
         self.wait()
-        self._unwritten = {step: old for step, old in self._unwritten.items() if step == needed}
-        self._unwritten[snapshot.step] = snapshot
+        self._unwritten = {old: each for old, each in self._unwritten.items() if old == needed}
+        self._unwritten[step] = save, blocked_seconds
         # Not a daemon: Python waits for it at exit. Before `os._exit`, which does not, somebody must `wait`.
         self._thread = threading.Thread(target=self._write_all, name="checkpoint", daemon=False)
         self._thread.start()
@@ -74,10 +62,10 @@ class BackgroundWriter:
         return [self._lines.popleft() for _ in range(len(self._lines))]
 
     def _write_all(self) -> None:
-        for step, snapshot in list(self._unwritten.items()):
+        for step, (save, blocked_seconds) in list(self._unwritten.items()):
             began = time.perf_counter()
             try:
-                folder = snapshot.write()
+                folder = save()
             except StorageError as error:
                 self.error = error
                 self._lines.append(f"checkpoint-{step} was not saved: {error}")
@@ -92,7 +80,7 @@ class BackgroundWriter:
             # with the time and the rank before it, one line of a terminal
             self._lines.append(
                 f"{folder.name}: {_short(megabytes)} MB in {_short(seconds)} s, "
-                f"blocked {_short(snapshot.blocked_seconds)} s"
+                f"blocked {_short(blocked_seconds)} s"
             )
 
 

@@ -39,9 +39,9 @@ class Command:
         parser: Parser = self._module().make_parser()
         if self.takes_fields:
             # not at the top: `pemt doctor` runs without its libraries
-            from pemt.commands.fields import add_fields
+            from pemt.commands.fields import STAGES, add_fields
 
-            add_fields(parser)
+            add_fields(parser, STAGES.get(self.name, STAGES["adapt"]))
         return parser
 
     def _module(self) -> Any:
@@ -52,8 +52,8 @@ class Command:
 COMMANDS = {
     each.name: each
     for each in (
-        Command("source", "an expert, into a bank"),
-        Command("adapt", "a target task over a bank"),
+        Command("source", "an expert, into a bank", takes_fields=True),
+        Command("adapt", "a target task over a bank", takes_fields=True),
         Command("evaluate", "score a finished run", takes_fields=True),
         Command("predict", "answer a jsonl or stdin", takes_fields=True),
         Command("report", "a page about runs"),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pemt.commands.fields import fields_parser, run_stage
-from pemt.config import AdaptConfig, Parser
+from pemt.commands.fields import run_stage, stage_parser
+from pemt.config import Parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt adapt`."""
-    run_stage(AdaptConfig, "adapt", arguments)
+    run_stage("adapt", arguments)
 
 
 def make_parser() -> Parser:
-    """What a shell can complete behind it; `run` reads its fields by jsonargparse."""
-    return fields_parser("adapt", AdaptConfig, "Adapt to a target task.")
+    """What a shell can complete behind it, less the fields; `run` reads both by jsonargparse."""
+    return stage_parser("adapt", "Adapt to a target task.")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pemt.commands.bank_show import list_entries, show
+from pemt.commands.export import warn_of_local_base
 from pemt.config import Parser, PemtError, command_parser, verb_parser
-
-if TYPE_CHECKING:
-    from pemt.bank import Added
 
 OVERWRITE_THERE = "replace entries of the same name that differ; default: refuse to"
 OVERWRITE = "replace the bank's entry of that name, with its scores; default: refuse to"
@@ -21,7 +17,8 @@ OVERWRITE = "replace the bank's entry of that name, with its scores; default: re
 def run(arguments: list[str]) -> None:
     """`pemt bank VERB`."""
     options = vars(make_parser().parse_args(arguments))
-    _VERBS[options.pop("verb")](**options)
+    call, _, _ = _VERBS[options.pop("verb")]
+    call(**options)
 
 
 def make_parser() -> Parser:
@@ -33,69 +30,41 @@ def make_parser() -> Parser:
         "pemt bank add --help",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    listing = verb_parser(verbs, "list", "one line per entry", "pemt bank list bank")
-    listing.add_argument("bank_dir")
-    _add_showing(verbs)
-    verifying = verb_parser(
-        verbs, "verify", "checksums, shapes and values of the entries", "pemt bank verify bank"
-    )
-    verifying.add_argument("bank_dir")
-    verifying.add_argument("tasks", nargs="*", metavar="task", help="default: all")
-    removing = verb_parser(verbs, "remove", "take entries out", "pemt bank remove bank mnli qnli")
-    removing.add_argument("bank_dir")
-    removing.add_argument("tasks", nargs="+", metavar="task")
-    merging = verb_parser(
-        verbs, "merge", "copy other banks' entries into one", "pemt bank merge bank mine theirs"
-    )
+    parsers = {
+        name: verb_parser(verbs, name, about, f"pemt bank {name} {example}")
+        for name, (_, about, example) in _VERBS.items()
+    }
+    for name in ("list", "verify", "remove", "export"):
+        parsers[name].add_argument("bank_dir")
+    parsers["verify"].add_argument("tasks", nargs="*", metavar="task", help="default: all")
+    parsers["remove"].add_argument("tasks", nargs="+", metavar="task")
+    merging, exporting = parsers["merge"], parsers["export"]
     merging.add_argument("bank_dir", help="receives the entries; made if it does not exist")
     merging.add_argument("others", nargs="+", metavar="other")
-
-    _add_adding(verbs)
-    _add_importing(verbs)
-    _add_pushing(verbs)
-    _add_pulling(verbs)
-    exporting = verb_parser(
-        verbs,
-        "export",
-        "write the lora sources as PEFT adapters, a folder each",
-        "pemt bank export bank --peft adapters",
-    )
-    exporting.add_argument("bank_dir")
     exporting.add_argument("--peft", required=True, metavar="FOLDER", help="receives the folders")
     exporting.add_argument("--tasks", nargs="+", metavar="TASK", help="default: every lora source")
+    _add_showing(parsers["show"])
+    _add_adding(parsers["add"])
+    _add_importing(parsers["import-official"])
+    _add_pushing(parsers["push"])
+    _add_pulling(parsers["pull"])
     return parser
 
 
-def _add_showing(verbs: Any) -> None:
-    showing = verb_parser(
-        verbs,
-        "show",
-        "all that is known of one entry, or which entries are most like a task",
-        "pemt bank show bank mnli\n  pemt bank show bank --task_name rte",
-    )
+def _add_showing(showing: Parser) -> None:
     showing.add_argument("bank_dir", nargs="?", default=argparse.SUPPRESS)
     showing.add_argument("task", nargs="?", help="the entry")
     showing.add_argument("--bank_dir", metavar="DIR", help="the bank, where it is not named first")
-    showing.add_argument(
-        "--task_name", help="rank the entries for this task, by the similarity of their prompts"
-    )
-    showing.add_argument(
-        "--task_file", help="YAML file with a task of your own: see docs/extending.md"
-    )
-    showing.add_argument(
-        "--model_name_or_path", help="with --task_name: the base model; default: as the entries say"
-    )
-    showing.add_argument("--tokenizer_name", help="default: the base model's own")
+    for name, about in (
+        ("task_name", "rank the entries for this task, by the similarity of their prompts"),
+        ("task_file", "YAML file with a task of your own: see docs/extending.md"),
+        ("model_name_or_path", "with --task_name: the base model; default: as the entries say"),
+        ("tokenizer_name", "default: the base model's own"),
+    ):
+        showing.add_argument(f"--{name}", help=about)
 
 
-def _add_adding(verbs: Any) -> None:
-    adding = verb_parser(
-        verbs,
-        "add",
-        "LoRA adapters in PEFT's format, on any linear layers, become experts",
-        "pemt bank add --peft someone/flan-t5-base-mnli-lora --task mnli --bank_dir bank",
-    )
+def _add_adding(adding: Parser) -> None:
     adding.add_argument("--peft", required=True, nargs="+", metavar="PATH_OR_HUB_ID")
     adding.add_argument("--bank_dir", required=True)
     adding.add_argument(
@@ -117,14 +86,7 @@ def _add_adding(verbs: Any) -> None:
     adding.add_argument("--overwrite", action="store_true", help=OVERWRITE)
 
 
-def _add_importing(verbs: Any) -> None:
-    importing = verb_parser(
-        verbs,
-        "import-official",
-        "what the published code saved: task_embedding.pt, and lora.pt or adapter.pt",
-        "pemt bank import-official outputs/mnli --bank_dir bank --task mnli "
-        "--model_name_or_path google-t5/t5-base",
-    )
+def _add_importing(importing: Parser) -> None:
     importing.add_argument("folder", help="folder of one source task")
     importing.add_argument("--bank_dir", required=True)
     importing.add_argument("--task", required=True, help="name of the entry")
@@ -139,13 +101,7 @@ def _add_importing(verbs: Any) -> None:
     importing.add_argument("--overwrite", action="store_true", help=OVERWRITE)
 
 
-def _add_pushing(verbs: Any) -> None:
-    pushing = verb_parser(
-        verbs,
-        "push",
-        "the whole bank to the Hugging Face hub, as one commit with a model card",
-        "pemt bank push me/flan-t5-large-bank --bank_dir bank",
-    )
+def _add_pushing(pushing: Parser) -> None:
     pushing.add_argument("repo_id", metavar="OWNER/NAME", help="made if it does not exist")
     pushing.add_argument("--bank_dir", required=True)
     pushing.add_argument("--private", action="store_true", help="if it is made now")
@@ -165,13 +121,7 @@ def _add_pushing(verbs: Any) -> None:
     )
 
 
-def _add_pulling(verbs: Any) -> None:
-    pulling = verb_parser(
-        verbs,
-        "pull",
-        "every expert of a pushed bank into a bank here",
-        "pemt bank pull me/flan-t5-large-bank --bank_dir bank",
-    )
+def _add_pulling(pulling: Parser) -> None:
     pulling.add_argument("repo_id", metavar="OWNER/NAME")
     pulling.add_argument("--bank_dir", required=True, help="made if it does not exist")
     pulling.add_argument("--revision", help="branch, tag or commit")
@@ -213,27 +163,22 @@ def _add(
                 f"--{name}: found {len(values)} for {len(peft)} adapters; give one for each, or none"
             )
     from pemt.bank import Adapter, add_peft
+    from pemt.model import projections_of
 
     nothing = [None] * len(peft)
     adapters = map(Adapter, peft, task or nothing, description or nothing)
     for added in add_peft(list(adapters), **options):
-        _print_added(added)
-
-
-def _print_added(added: Added) -> None:
-    from pemt.model import projections_of
-
-    prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
-    lora = added.lora
-    print(
-        f"{added.folder}: lora on {projections_of(lora.sites)}, rank {lora.rank}, on {added.base_name}; "
-        f"prompt: {prompt}"
-    )
-    if lora.absent:
+        prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
+        lora = added.lora
         print(
-            f"the adapter leaves {len(lora.absent)} of {len(lora.absent) + len(lora.sites)} such layers alone: "
-            f"{', '.join(lora.absent)}"
+            f"{added.folder}: lora on {projections_of(lora.sites)}, rank {lora.rank}, on {added.base_name}; "
+            f"prompt: {prompt}"
         )
+        if lora.absent:
+            print(
+                f"the adapter leaves {len(lora.absent)} of {len(lora.absent) + len(lora.sites)} such layers alone: "
+                f"{', '.join(lora.absent)}"
+            )
 
 
 def _push(*, repo_id: str, bank_dir: str, **options: Any) -> None:
@@ -242,12 +187,7 @@ def _push(*, repo_id: str, bank_dir: str, **options: Any) -> None:
     pushed = push_bank(bank_dir, repo_id, **options)
     print(f"{repo_id}: {pushed.changes.summary()}")
     print(pushed.address or "nothing to push")
-    if Path(pushed.base_model).is_dir():
-        print(
-            f"pemt: the card names the base model as {pushed.base_model}, a folder of this machine; others need its "
-            "name on the hub: --base_model",
-            file=sys.stderr,
-        )
+    warn_of_local_base("the card names the base model as", pushed.base_model)
 
 
 def _pull(*, repo_id: str, bank_dir: str, **options: Any) -> None:
@@ -271,15 +211,40 @@ def _import(*, bank_dir: str, task: str, model_name_or_path: str, **options: Any
     print(import_official(bank_dir=bank_dir, task=task, base=base, **options))
 
 
-_VERBS: dict[str, Callable[..., None]] = {
-    "list": list_entries,
-    "show": show,
-    "verify": _verify,
-    "remove": _remove,
-    "merge": _merge,
-    "add": _add,
-    "push": _push,
-    "pull": _pull,
-    "export": _export,
-    "import-official": _import,
+# Name: what it calls, what it does, an example's arguments.
+_VERBS: dict[str, tuple[Callable[..., None], str, str]] = {
+    "list": (list_entries, "one line per entry", "bank"),
+    "show": (
+        show,
+        "all that is known of one entry, or which entries are most like a task",
+        "bank mnli\n  pemt bank show bank --task_name rte",
+    ),
+    "verify": (_verify, "checksums, shapes and values of the entries", "bank"),
+    "remove": (_remove, "take entries out", "bank mnli qnli"),
+    "merge": (_merge, "copy other banks' entries into one", "bank mine theirs"),
+    "add": (
+        _add,
+        "LoRA adapters in PEFT's format, on any linear layers, become experts",
+        "--peft someone/flan-t5-base-mnli-lora --task mnli --bank_dir bank",
+    ),
+    "import-official": (
+        _import,
+        "what the published code saved: task_embedding.pt, and lora.pt or adapter.pt",
+        "outputs/mnli --bank_dir bank --task mnli --model_name_or_path google-t5/t5-base",
+    ),
+    "push": (
+        _push,
+        "the whole bank to the Hugging Face hub, as one commit with a model card",
+        "me/flan-t5-large-bank --bank_dir bank",
+    ),
+    "pull": (
+        _pull,
+        "every expert of a pushed bank into a bank here",
+        "me/flan-t5-large-bank --bank_dir bank",
+    ),
+    "export": (
+        _export,
+        "write the lora sources as PEFT adapters, a folder each",
+        "bank --peft adapters",
+    ),
 }

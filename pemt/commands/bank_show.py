@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pemt.config import PemtError
@@ -11,39 +10,19 @@ from pemt.config import PemtError
 
 def list_entries(*, bank_dir: str) -> None:
     """`pemt bank list`."""
-    from pemt.bank import entry_folder, entry_names, listed_tensors, manifest_of
+    from pemt.bank import entry_folder, entry_names, listed_tensors, manifest_of, site_names
+    from pemt.model import projections_of
 
     entries = [manifest_of(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
     width = max(len(entry.task) for entry, _ in entries)
     for entry, raw in entries:
         score = entry.metrics.get("average_metrics")
         score_text = "" if score is None else f", test score {score:.1f}"
+        layers = projections_of(site_names(listed_tensors(raw)))
         print(
-            f"{entry.task:<{width}}  {entry.kind} on {_layers(listed_tensors(raw))}, rank {entry.rank}, "
+            f"{entry.task:<{width}}  {entry.kind} on {layers}, rank {entry.rank}, "
             f"alpha {entry.alpha:g}, on {entry.base['name']}{score_text}"
         )
-
-
-def _layers(tensors: Iterable[str]) -> str:
-    """What an expert's tensors are on, as a person says it: `q, v`."""
-    from pemt.bank import site_names
-    from pemt.model import projections_of
-
-    return projections_of(site_names(tensors))
-
-
-def _where(sites: list[str], shape: Mapping[str, Any]) -> str:
-    """The layers that an expert is on, and those of the same kinds that it leaves alone."""
-    from pemt.model import absent_sites, projections_of
-
-    absent = absent_sites(sites, shape)
-    layers = (
-        f"{len(sites)} of {len(sites) + len(absent)} such layers"
-        if absent
-        else f"{len(sites)} layers"
-    )
-    alone = f"; not on {', '.join(absent)}" if absent else ""
-    return f"{projections_of(sites)} ({layers}{alone})"
 
 
 def show(*, bank_dir: str | None, task: str | None, task_name: str | None, **options: Any) -> None:
@@ -79,17 +58,23 @@ def _rank(bank_dir: str, task_name: str, *, task_file: str | None, **base: str |
 
 def _show_entry(bank_dir: str, task: str) -> None:
     from pemt.bank import PROMPT, entry_folder, read_shapes, site_names
+    from pemt.model import absent_sites, projections_of
 
     folder = entry_folder(bank_dir, task)
     manifest, shapes = read_shapes(folder)
     prompt_length, _ = shapes.pop(PROMPT)
+    sites = site_names(shapes)
+    absent = absent_sites(sites, manifest.base)
+    many = f"{len(sites)} layers"
+    if absent:  # of the same kinds
+        many = f"{len(sites)} of {len(sites) + len(absent)} such layers; not on {', '.join(absent)}"
     size = sum(path.stat().st_size for path in folder.iterdir())
     shape = {key: value for key, value in manifest.base.items() if key != "name"}
     rows = {
         "entry": str(folder),
         "description": manifest.description or "not known",
         "expert": f"{manifest.kind}, rank {manifest.rank}, alpha {manifest.alpha:g}",
-        "on": _where(site_names(shapes), manifest.base),
+        "on": f"{projections_of(sites)} ({many})",
         "prompt": f"{prompt_length} tokens",
         "base model": manifest.base.get("name"),
         "its shape": ", ".join(f"{key} {value}" for key, value in shape.items()),

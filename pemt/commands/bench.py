@@ -7,16 +7,15 @@ them at once. An option that is left out has the default of `OpBench`, `StepBenc
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
-from pemt.config import Parser, command_parser, count, verb_parser
+from pemt.config import Parser, PemtError, command_parser, count, verb_parser
 from pemt.plan import CHIPS, KNOWN
 
-# Sizes of `pemt bench step` by name.
+# Options of `pemt bench step` by name.
 # lorahub: the T5 and the layers of LoraHub's adapters, and as many as its paper composes.
-ROWS: dict[str, dict[str, Any]] = {
-    "lorahub": {"size": "flan-t5-large", "sites": ["q", "v"], "rank": 16, "experts": 20}
-}
+ROWS = {"lorahub": "--size flan-t5-large --sites q v --rank 16 --experts 20"}
 OP = """
     loop     the reference: a loop over experts, again for the cosines, autograd's own backward
     stacked  the same with the K outputs made once and kept
@@ -51,12 +50,29 @@ clock and of the time that the process's threads computed."""
 
 def run(arguments: list[str]) -> None:
     """`pemt bench op`, `pemt bench step` and `pemt bench generate`."""
-    options = vars(make_parser().parse_args(arguments))
-    verb = options.pop("verb")
-    options = {**ROWS.get(options.pop("row", ""), {}), **options}
-    from pemt.bench import generate, op, step
+    parser = make_parser()
+    options = vars(parser.parse_args(arguments))
+    if row := options.pop("row", None):
+        options = {**vars(parser.parse_args(["step", *ROWS[row].split()])), **options}
+    verb, threads = options.pop("verb"), options.pop("threads", None)
+    as_json, shapes = options.pop("json", False), options.pop("shape", [])
+    if options.get("cuda_graph") and options.get("device") != "cuda":
+        raise PemtError("pemt bench op: --cuda_graph needs --device cuda")
+    import torch
 
-    {"op": op.run, "step": step.run, "generate": generate.run}[verb](**options)
+    from pemt.bench import generate, layer, op, step
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "op": (op, layer.OpBench),
+        "step": (step, step.StepBench),
+        "generate": (generate, generate.GenerateBench),
+    }
+    module, kind = kinds[verb]
+    for each in [{"shape": shape, **options} for shape in shapes] or [options]:
+        result = module.measure(kind(**each))
+        print(json.dumps(result) if as_json else module.table(result))
 
 
 def make_parser() -> Parser:
@@ -68,82 +84,46 @@ def make_parser() -> Parser:
         "pemt bench op --help",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_op(verbs)
-    step = _verb(
-        verbs,
-        "step",
-        "a whole training step of stage 2, with the experts mixed in three ways and without any",
-        STEP,
-        "pemt bench step --size t5-base --rounds 10",
+    about = "one FFN's mixture, target adapter and sparsity loss, forward and backward"
+    op = _verb(verbs, "op", about, OP, "--shape t5-base t5-large --rounds 20", ("float16",))
+    op.add_argument("--shape", nargs="+", choices=list(KNOWN), default=["t5-large"])
+    op.add_argument("--tokens", type=count, help="per sample")
+    op.add_argument("--forward_only", action="store_true", help="no gradients, no sparsity loss")
+    op.add_argument(
+        "--cuda_graph", action="store_true", help="each variant as a graph: the device's time alone"
     )
-    _add_sizes(step, "batch", "source", "target", "rounds")
+    about = "a whole training step of stage 2, with the experts mixed in three ways and without any"
+    step = _verb(verbs, "step", about, STEP, "--size t5-base --rounds 10")
     step.add_argument(
         "--sites", nargs="+", metavar="NAME", help="where the experts are, as expert.target_modules"
     )
     step.add_argument("--experts", type=count, help="how many")
     step.add_argument("--rank", type=count, help="of each expert")
-    step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {_rows_text()}")
+    rows = "; ".join(f"{name} is {line}" for name, line in ROWS.items())
+    step.add_argument("--row", choices=list(ROWS), help=f"other defaults: {rows}")
     step.add_argument("--chip", choices=list(CHIPS), help="tell the share of its rate")
-    step.add_argument("--json", action="store_true", help="one JSON object")
-    generate = _verb(
-        verbs,
-        "generate",
-        "answering with PEMT beside the base model's own",
-        GENERATE,
-        "pemt bench generate --size t5-small --batch 8 --num_beams 4",
-    )
-    _add_sizes(generate, "batch", "source", "target", "num_beams", "rounds")
-    generate.add_argument("--json", action="store_true", help="one JSON object")
+    about = "answering with PEMT beside the base model's own"
+    example = "--size t5-small --batch 8 --num_beams 4"
+    generate = _verb(verbs, "generate", about, GENERATE, example)
+    generate.add_argument("--num_beams", type=count)
+    for each in (step, generate):
+        each.add_argument("--size", choices=list(KNOWN))
+        each.add_argument("--layers", type=count, help="of each stack; by default the size's own")
+        each.add_argument("--source", type=count)
+        each.add_argument("--target", type=count)
     return parser
 
 
-def _rows_text() -> str:
-    rows = (
-        f"{name} is --size {row['size']} --sites {' '.join(row['sites'])} --rank {row['rank']} "
-        f"--experts {row['experts']}"
-        for name, row in ROWS.items()
-    )
-    return "; ".join(rows)
-
-
-def _add_op(verbs: Any) -> None:
-    parser = _verb(
-        verbs,
-        "op",
-        "one FFN's mixture, target adapter and sparsity loss, forward and backward",
-        OP,
-        "pemt bench op --shape t5-base t5-large --rounds 20",
-    )
-    parser.add_argument("--shape", nargs="+", choices=list(KNOWN), default=["t5-large"])
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--tokens", type=int, help="per sample")
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument(
-        "--forward_only", action="store_true", help="no gradients, no sparsity loss"
-    )
-    parser.add_argument(
-        "--cuda_graph", action="store_true", help="each variant as a graph: the device's time alone"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object per shape")
-
-
-def _add_sizes(parser: Parser, *numbers: str) -> None:
-    """What a step and an answer have in common."""
-    parser.add_argument("--size", choices=list(KNOWN))
-    parser.add_argument("--layers", type=count, help="of each stack; by default the size's own")
-    for name in numbers:
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int)
-
-
-def _verb(verbs: Any, name: str, about: str, method: str, example: str) -> Parser:
-    """A verb's parser, which leaves out of its result what is not given."""
-    parser = verb_parser(verbs, name, about, example)
+def _verb(
+    verbs: Any, name: str, about: str, method: str, example: str, more_dtypes: tuple[str, ...] = ()
+) -> Parser:
+    """A verb's parser with the options of all verbs; it leaves out of its result what is not given."""
+    parser = verb_parser(verbs, name, about, f"pemt bench {name} {example}")
     parser.description = f"{parser.description}\n{method}"
     parser.argument_default = argparse.SUPPRESS
+    for number in ("batch", "rounds", "threads"):
+        parser.add_argument(f"--{number}", type=count)
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", *more_dtypes])
+    parser.add_argument("--json", action="store_true", help="as JSON, one object per line")
     return parser

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pemt.commands import COMMANDS
 from pemt.config import Parser, command_parser
 
-SHELLS = ("bash", "zsh")
-# What completes `--config`: recipes and files (`RECIPE_OR_FILE` in fields.py names them).
+# By shell, what completes `--config`: recipes and files (`RECIPE_OR_FILE` in fields.py names them).
 FUNCTIONS = {
     "bash": '_pemt_recipes() {{ compgen -W "{recipes}" -- $1; compgen -f -- $1; }}',
     "zsh": "_pemt_recipes() {{ _alternative 'recipes:recipe:({recipes})' 'files:file:_files' }}",
@@ -15,23 +14,7 @@ FUNCTIONS = {
 
 def run(arguments: list[str]) -> None:
     """`pemt completion`."""
-    print(completion_script(make_parser().parse_args(arguments).shell))
-
-
-def make_parser() -> Parser:
-    """The command line of `pemt completion`."""
-    parser = command_parser(
-        "completion",
-        "Print a completion script, for a file that the shell reads.",
-        "pemt completion bash > ~/.local/share/bash-completion/completions/pemt",
-        "pemt completion zsh > ~/.zfunc/_pemt          # with fpath+=~/.zfunc before compinit",
-    )
-    parser.add_argument("shell", choices=SHELLS)
-    return parser
-
-
-def completion_script(shell: str) -> str:
-    """The script for a shell, one of SHELLS."""
+    shell = make_parser().parse_args(arguments).shell
     import shtab
 
     from pemt.config import recipe_names
@@ -44,5 +27,16 @@ def completion_script(shell: str) -> str:
         about = (parser.description or name).split("\n")[0]
         commands.add_parser(name, parents=[parser], add_help=False, help=about, description=about)
     function = FUNCTIONS[shell].format(recipes=" ".join(recipe_names()))
-    script: str = shtab.complete(root, shell, preamble=function)
-    return script
+    print(shtab.complete(root, shell, preamble=function))
+
+
+def make_parser() -> Parser:
+    """The command line of `pemt completion`."""
+    parser = command_parser(
+        "completion",
+        "Print a completion script, for a file that the shell reads.",
+        "pemt completion bash > ~/.local/share/bash-completion/completions/pemt",
+        "pemt completion zsh > ~/.zfunc/_pemt          # with fpath+=~/.zfunc before compinit",
+    )
+    parser.add_argument("shell", choices=list(FUNCTIONS))
+    return parser

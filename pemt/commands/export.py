@@ -8,8 +8,6 @@ from pathlib import Path
 
 from pemt.config import Parser, command_parser
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def run(arguments: list[str]) -> None:
     """`pemt export`."""
@@ -17,25 +15,24 @@ def run(arguments: list[str]) -> None:
     from pemt.run import check_finished
 
     check_finished(options["run_dir"])
-    from pemt.publish import export_run  # with all the libraries
+    from pemt.publish import CONFIG, export_run  # with all the libraries
 
     folder = export_run(**options)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
         f"{folder}: {size / 2**20:.1f} MiB; read its README.md, then `pemt push {folder} OWNER/NAME`"
     )
-    warn_of_local_base(folder)
+    path = folder / CONFIG
+    if path.exists():  # of a full model there is none
+        base = json.loads(path.read_text())["base_model_name_or_path"]
+        warn_of_local_base("the base model is", base)
 
 
-def warn_of_local_base(folder: Path) -> None:
-    """Tell, on stderr, where an adapter sends others to a folder of this machine for its base model."""
-    from pemt.publish import CONFIG
-
-    path = folder / CONFIG  # a full model has none
-    base = json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else ""
-    if base and Path(base).is_dir():
+def warn_of_local_base(what: str, base: str) -> None:
+    """Tell, on stderr, where others are sent to a folder of this machine for the base model."""
+    if Path(base).is_dir():
         print(
-            f"pemt: the base model is {base}, a folder of this machine; others need its name on the hub: --base_model",
+            f"pemt: {what} {base}, a folder of this machine; others need its name on the hub: --base_model",
             file=sys.stderr,
         )
 
@@ -56,7 +53,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the tensors; float32 (default) answers exactly as the run, the others are half the size",
     )

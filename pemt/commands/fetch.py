@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pemt.commands.plan_batch import STAGES
+from pemt.commands.fields import STAGES
 from pemt.config import AdaptConfig, ConfigError, Parser, RunConfig, command_parser, parse_config
 from pemt.engine import importing_libraries
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pemt.config import AdaptConfig, Parser, RunConfig, SourceConfig, command_parser, field_keys
 from pemt.engine import StopSignals, importing_libraries
 
+STAGES: dict[str, type[RunConfig]] = {"adapt": AdaptConfig, "source": SourceConfig}
 FILES = {"task_file", "peft_config"}
 FOLDERS = {"data_dir", "output_dir", "bank_dir", "model_name_or_path", "tokenizer_name"}
 # The shell functions that offer recipes and files; `pemt completion` prints them.
@@ -28,21 +29,21 @@ def split_fields(parser: Parser, arguments: list[str]) -> tuple[dict[str, Any], 
     return vars(options), rest
 
 
-def fields_parser(name: str, kind: type[RunConfig], about: str) -> Parser:
-    """The parser of a command that takes fields alone."""
+def stage_parser(name: str, about: str) -> Parser:
+    """The parser of a command that takes fields alone, less these."""
     parser = command_parser(name, about)
     parser.add_argument(
         "--print_config", action="store_true", help="the whole configuration; nothing runs"
     )
-    return add_fields(parser, kind)
+    return parser
 
 
-def run_stage(kind: type[RunConfig], name: str, arguments: list[str]) -> None:
+def run_stage(name: str, arguments: list[str]) -> None:
     """What `pemt source` and `pemt adapt` do."""
     with StopSignals():  # from here on, since reading libraries and data takes minutes
         from pemt.config import parse_config
 
-        config = parse_config(kind, arguments, prog=f"pemt {name}")
+        config = parse_config(STAGES[name], arguments, prog=f"pemt {name}")
         with importing_libraries():
             from pemt.run import check_early
         check_early(config)
@@ -55,8 +56,8 @@ def run_stage(kind: type[RunConfig], name: str, arguments: list[str]) -> None:
             run_adapt(config)
 
 
-def add_fields(parser: Parser, kind: type[RunConfig] = AdaptConfig) -> Parser:
-    """Add `--config` and a configuration's fields, so that a shell can complete them; gives the parser."""
+def add_fields(parser: Parser, kind: type[RunConfig]) -> None:
+    """Add `--config` and a configuration's fields, so that a shell can complete them."""
     import shtab
 
     from pemt.tasks import task_names
@@ -73,7 +74,6 @@ def add_fields(parser: Parser, kind: type[RunConfig] = AdaptConfig) -> Parser:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
         elif key in FOLDERS:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    return parser
 
 
 def _choices(kind: Any, key: str) -> list[str]:

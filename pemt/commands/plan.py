@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pemt.commands import plan_batch, plan_sweep
-from pemt.commands.plan_sweep import EXPERTS, TOKENS_A_WORD
+from pemt.commands.plan_sweep import EXPERTS, TOKENS_A_WORD, check_numbers
 from pemt.config import AdapterConfig, ConfigError, ExpertConfig, Parser, RunConfig, command_parser
 from pemt.model import projections_of, target_sites
 from pemt.plan import (
@@ -21,7 +21,6 @@ from pemt.plan import (
     Division,
     Job,
     PlanError,
-    Wanted,
     describe,
     divide,
     figures,
@@ -39,6 +38,7 @@ def run(arguments: list[str]) -> None:
         plan_sweep.run(arguments)
         return
     options = make_parser().parse_args(arguments)
+    check_numbers(options)
     cluster = _cluster(options)
     division = _division(options, cluster)
     cluster = replace(cluster, gpus_per_node=division.ranks_per_node)
@@ -78,28 +78,15 @@ def make_parser() -> Parser:
     machines.add_argument("--gpus_per_node", type=int, default=8, metavar="N")
     machines.add_argument("--gpu", choices=list(CHIPS), default="h100-80")
     machines.add_argument("--ds_config", type=Path, default="ds_configs/zero2.json", metavar="JSON")
-    machines.add_argument(
-        "--gpu_memory_gb", type=float, metavar="GB", help="default: the data sheet's"
-    )
-    machines.add_argument(
-        "--gpu_tflops", type=float, metavar="T", help="dense bf16; default: the data sheet's"
-    )
-    machines.add_argument(
-        "--link_gb_s", type=float, metavar="GB/S", help="between GPUs of a node, one way"
-    )
-    machines.add_argument(
-        "--network_gbit_s", type=float, default=200.0, metavar="GBIT/S", help="of a node (200)"
-    )
-    machines.add_argument(
-        "--latency_us", type=float, default=10.0, metavar="US", help="between nodes (10)"
-    )
-    machines.add_argument(
-        "--efficiency",
-        type=float,
-        default=0.4,
-        metavar="X",
-        help="share of those TFLOP/s that is reached (0.4)",
-    )
+    for name, unit, default, about in (
+        ("gpu_memory_gb", "GB", None, "default: the data sheet's"),
+        ("gpu_tflops", "T", None, "dense bf16; default: the data sheet's"),
+        ("link_gb_s", "GB/S", None, "between GPUs of a node, one way"),
+        ("network_gbit_s", "GBIT/S", 200.0, "of a node (200)"),
+        ("latency_us", "US", 10.0, "between nodes (10)"),
+        ("efficiency", "X", 0.4, "share of those TFLOP/s that is reached (0.4)"),
+    ):
+        machines.add_argument(f"--{name}", type=float, metavar=unit, default=default, help=about)
     parser.add_argument("--json", action="store_true", help="all figures as one JSON object")
     return parser
 
@@ -120,57 +107,29 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         help="`source` is stage 1",
     )  # fmt: skip
     training.add_argument(
-        "--bank_dir", metavar="DIR", help="the experts to mix; else as the next two say"
-    )
-    training.add_argument("--num_experts", type=int, default=EXPERTS, metavar="K", help="(6)")
-    training.add_argument(
-        "--expert_rank", type=int, default=ExpertConfig.rank, metavar="R", help="(64)"
+        "--bank_dir", metavar="DIR", help="the experts to mix; else as the next three say"
     )
     training.add_argument(
         "--expert_target_modules", nargs="+", default=["wo"], metavar="NAME",
         help="the layers that an expert is on: q k v o wi wi_0 wi_1 wo (wo)",
     )  # fmt: skip
+    rank, reduction = ExpertConfig.rank, AdapterConfig.reduction_factor
+    length = RunConfig.max_source_length
+    batch = "examples of a step on all ranks; default: the recipe's, unless the next one is given"
+    for name, letter, default, about in (
+        ("num_experts", "K", EXPERTS, f"({EXPERTS})"),
+        ("expert_rank", "R", rank, f"({rank})"),
+        ("prompt_tokens", "N", None, "default: guessed from the description"),
+        ("adapter_reduction_factor", "N", reduction, f"({reduction})"),
+        ("global_batch_size", "N", None, batch),
+        ("per_device_train_batch_size", "N", None, "default: what keeps the global batch"),
+        ("gradient_accumulation_steps", "N", None, "default: what keeps the global batch, or 1"),
+        ("max_source_length", "N", length, f"({length})"),
+        ("max_target_length", "N", None, "default: the task's own, or 16"),
+    ):
+        training.add_argument(f"--{name}", type=int, metavar=letter, default=default, help=about)
     training.add_argument(
         "--gate", choices=["learned", "uniform"], default="learned", help="(learned)"
-    )
-    training.add_argument(
-        "--prompt_tokens", type=int, metavar="N", help="default: guessed from the description"
-    )
-    training.add_argument(
-        "--adapter_reduction_factor",
-        type=int,
-        default=AdapterConfig.reduction_factor,
-        metavar="N",
-        help="(16)",
-    )
-    _batch_options(training)
-
-
-def _batch_options(training: argparse._ArgumentGroup) -> None:
-    length = RunConfig.max_source_length
-    training.add_argument(
-        "--global_batch_size",
-        type=int,
-        metavar="N",
-        help="examples of a step on all ranks; default: the recipe's, unless the next one is given",
-    )
-    training.add_argument(
-        "--per_device_train_batch_size",
-        type=int,
-        metavar="N",
-        help="default: what keeps the global batch",
-    )
-    training.add_argument(
-        "--gradient_accumulation_steps",
-        type=int,
-        metavar="N",
-        help="default: what keeps the global batch, or 1",
-    )
-    training.add_argument(
-        "--max_source_length", type=int, default=length, metavar="N", help=f"({length})"
-    )
-    training.add_argument(
-        "--max_target_length", type=int, metavar="N", help="default: the task's own, or 16"
     )
     training.add_argument(
         "--precision",
@@ -183,26 +142,20 @@ def _batch_options(training: argparse._ArgumentGroup) -> None:
 
 def _division(options: argparse.Namespace, cluster: Cluster) -> Division:
     """The recipe's global batch over all GPUs, unless another one or a rank's share was typed."""
-    _at_least_one(
-        options, "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"
-    )
     micro, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     recipe = _recipe_batch(options)
+    total = options.global_batch_size or recipe
     if micro is not None and options.global_batch_size is None:
-        return Division(
-            nodes=cluster.nodes,
-            ranks_per_node=cluster.gpus_per_node,
-            micro_batch=micro,
-            accumulation=accumulation or 1,
-        )
-    wanted = Wanted(
-        global_batch=options.global_batch_size or recipe,
+        total = cluster.world_size * micro * (accumulation or 1)
+    return divide(
+        total,
+        nodes=cluster.nodes,
+        ranks_per_node=cluster.gpus_per_node,
         most=recipe,
         micro_batch=micro,
         accumulation=accumulation,
         all_ranks=not (micro is None and accumulation is None),
     )
-    return divide(wanted, nodes=cluster.nodes, ranks_per_node=cluster.gpus_per_node)
 
 
 def _recipe_batch(options: argparse.Namespace) -> int:
@@ -219,15 +172,6 @@ def _beside_recipe(options: argparse.Namespace, division: Division) -> str:
 
 
 def _job(options: argparse.Namespace, division: Division) -> Job:
-    _at_least_one(
-        options,
-        "num_experts",
-        "expert_rank",
-        "prompt_tokens",
-        "adapter_reduction_factor",
-        "max_source_length",
-        "max_target_length",
-    )
     words, target = 15, 16
     if options.task_name:
         from pemt.tasks import get_task
@@ -235,8 +179,8 @@ def _job(options: argparse.Namespace, division: Division) -> Job:
         task = get_task(options.task_name)
         words, target = len(task.description.split()), task.max_target_length or target
     prompt = options.prompt_tokens or math.ceil(TOKENS_A_WORD * words)
-    shape, experts = read_shape(options.model_name_or_path), options.num_experts
-    experts = 1 if options.method == "source" else experts
+    shape = read_shape(options.model_name_or_path)
+    experts = 1 if options.method == "source" else options.num_experts
     sites = target_sites(options.expert_target_modules, shape.base_shape)
     job = Job(
         shape=shape,
@@ -289,12 +233,6 @@ def _bank(bank_dir: str) -> dict[str, Any]:
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
-    _at_least_one(options, "num_nodes", "gpus_per_node")
-    rates = ("gpu_memory_gb", "gpu_tflops", "link_gb_s", "network_gbit_s", "efficiency")
-    for name in rates:
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"--{name}: found {value}, it must be above 0")
     chip = CHIPS[options.gpu]
     given = {
         "memory": options.gpu_memory_gb and 1e9 * options.gpu_memory_gb,
@@ -309,13 +247,6 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         latency=options.latency_us * 1e-6,
         efficiency=options.efficiency,
     )
-
-
-def _at_least_one(options: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}: found {value}, at least 1 is needed")
 
 
 def _experts(job: Job) -> str:

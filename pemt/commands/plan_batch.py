@@ -5,21 +5,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from pemt.commands.fields import STAGES
 from pemt.config import (
-    AdaptConfig,
     Parser,
     RunConfig,
-    SourceConfig,
     command_parser,
     count,
     parse_config,
     read_recipe,
     value_sources,
 )
-from pemt.plan import Division, Wanted, divide
+from pemt.plan import Division, divide
 
 MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
-STAGES: dict[str, type[RunConfig]] = {"adapt": AdaptConfig, "source": SourceConfig}
 
 
 def run(arguments: list[str]) -> None:
@@ -29,16 +27,18 @@ def run(arguments: list[str]) -> None:
     config = parse_config(kind, fields, prog=f"pemt {options.stage}")
     typed = {key for key, source in value_sources(kind, fields).items() if source == "command line"}
     recipe = parse_config(kind, without(fields, MICRO, ACCUMULATION), prog=f"pemt {options.stage}")
-    begun = None if MICRO in typed else begun_micro_batch(config)
-    wanted = Wanted(
-        global_batch=options.global_batch_size
-        or recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps,
+    total = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    found = divide(
+        options.global_batch_size or total,
+        nodes=options.num_nodes,
+        ranks_per_node=options.ranks_per_node,
         most=recipe.per_device_train_batch_size,
-        micro_batch=config.per_device_train_batch_size if MICRO in typed else begun,
+        micro_batch=config.per_device_train_batch_size
+        if MICRO in typed
+        else begun_micro_batch(config),
         accumulation=config.gradient_accumulation_steps if ACCUMULATION in typed else None,
         all_ranks=bool(typed & {MICRO, ACCUMULATION}),
     )
-    found = divide(wanted, nodes=options.num_nodes, ranks_per_node=options.ranks_per_node)
     print(found.ranks_per_node, found.micro_batch, found.accumulation, flush=True)
     if options.global_batch_size:
         whose = "as --global_batch_size says"

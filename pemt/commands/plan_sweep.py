@@ -32,7 +32,6 @@ from pemt.plan import (
     fp32_bytes,
     hours_of,
     read_shape,
-    steps_of,
 )
 
 TOKENS_A_WORD = 1.3  # of English descriptions in T5's vocabulary, about
@@ -41,14 +40,21 @@ MACHINES = ((1, "h100-80"), (8, "a100-80"))
 PROMPT_TUNING = 100  # tokens, unless peft_config says otherwise
 STAGE_1 = "stage 1"
 EXPERTS = 6
+ASSUMED = """\
+Formulas; nothing is measured. Assumed: {efficiency:.0%} of the data sheet's dense bf16 FLOP/s,
+since a base T5's products are small (--efficiency); no step takes less than {least_step_ms:.0f} ms, to start its
+kernels (--least_step_ms); every example has max_source_length tokens (most of GLUE's have far fewer);
+an evaluated batch is as dear as a trained one. Global batches stay the recipe's: GPUs share one, and
+some idle where it does not divide. Left out: starts, loading, tokenising, saving, stragglers.
+lora, bitfit, prompt and peft are counted as `adapter`, whose trainable state is larger.
+Disk: checkpoints alone (the newest save_total_limit and the best). The base model ({base_gb:.1f} GB), the hub's
+downloads and tokenised data come on top."""
 
 
 def run(arguments: list[str]) -> None:
     """`pemt plan --sweep FILE`."""
     options = make_parser().parse_args(arguments)
-    for name in ("efficiency", "least_step_ms"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise ConfigError(f"--{name}: found {getattr(options, name)}, it must be above 0")
+    check_numbers(options)
     from pemt.sweep import read_sweep
 
     path = sweep_file(options.sweep)
@@ -56,23 +62,31 @@ def run(arguments: list[str]) -> None:
     ranks = {source.task_name: source.expert.rank for source in sweep.sources}
     planned = [_planned(source, STAGE_1, ranks) for source in sweep.sources]
     planned += [_planned(each.config, each.method, ranks) for each in sweep.runs]
-    found: list[tuple[int, str, dict[str, Hours]]] = []
+    zero, least = Zero(name="zero2.json", stage=2), options.least_step_ms / 1000
+    found: list[dict[str, Any]] = []
     for gpus, gpu in MACHINES:
         cluster = Cluster(
             nodes=1, gpus_per_node=gpus, chip=CHIPS[gpu], efficiency=options.efficiency
         )
-        zero = Zero(name="zero2.json", stage=2)
-        least = options.least_step_ms / 1000
-        found.append((gpus, gpu, hours_of(planned, zero, cluster, least=least)))
+        groups = hours_of(planned, zero, cluster, least=least)
+        found.append({"gpus": gpus, "gpu": gpu, "groups": groups})
     if options.json:
-        rows = [{"gpus": gpus, "gpu": gpu, "groups": groups} for gpus, gpu, groups in found]
-        print(json.dumps(rows, indent=2, default=asdict))
+        print(json.dumps(found, indent=2, default=asdict))
         return
     base = sweep.runs[0].config.model_name_or_path
     print(f"{path}: {len(planned)} runs, one after another, of {base}\n")
     for each in found:
-        print(_table(*each) + "\n")
-    print(_honesty(options, fp32_bytes(planned[0].job.shape)))
+        print(_table(**each) + "\n")
+    print(ASSUMED.format(**vars(options), base_gb=fp32_bytes(planned[0].job.shape) / 1e9))
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raise `ConfigError` for a whole number below 1, and for any other number not above 0; a latency may be 0."""
+    for name, value in vars(options).items():
+        if type(value) is int and value < 1:
+            raise ConfigError(f"--{name}: found {value}, at least 1 is needed")
+        if type(value) is float and not 0 < value < math.inf and (name, value) != ("latency_us", 0):
+            raise ConfigError(f"--{name}: found {value}, it must be above 0")
 
 
 def make_parser() -> Parser:
@@ -117,13 +131,9 @@ def _planned(config: RunConfig, group: str, ranks: dict[str, int]) -> PlannedRun
         min(each, config.max_eval_samples or each) for each in (sets.validation, sets.test)
     )
     job = _job(config, len(task.description.split()), task.max_target_length or 16, ranks)
-    steps, validations = steps_of(
-        train,
-        batch=job.batch,
-        epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        eval_each_epoch=config.eval_strategy == "epoch",
-    )
+    an_epoch = math.ceil(train / job.batch)
+    steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * an_epoch
+    validations = math.ceil(steps / an_epoch) if config.eval_strategy == "epoch" else 0
     return PlannedRun(
         group=group,
         job=job,
@@ -136,7 +146,7 @@ def _planned(config: RunConfig, group: str, ranks: dict[str, int]) -> PlannedRun
 
 def _job(config: RunConfig, words: int, target: int, ranks: dict[str, int]) -> Job:
     shape = read_shape(config.model_name_or_path)
-    prompt, sources = math.ceil(TOKENS_A_WORD * words), 0
+    prompt = math.ceil(TOKENS_A_WORD * words)
     given: dict[str, Any] = {"method": "adapter"}
     if isinstance(config, SourceConfig):
         sites = target_sites(config.expert.target_modules, shape.base_shape)
@@ -149,19 +159,17 @@ def _job(config: RunConfig, words: int, target: int, ranks: dict[str, int]) -> J
     elif isinstance(config, AdaptConfig):
         given["adapter_reduction"] = config.adapter.reduction_factor
         given["train_layer_norms"] = config.mixture.train_layer_norms
+        if config.method in ("pemt", "full"):
+            given["method"] = config.method
         if config.method == "pemt":
             mixed = config.source_tasks or [STAGE_1] * EXPERTS
-            sources = len(mixed)
-            mixed_ranks = tuple(ranks.get(name, ExpertConfig.rank) for name in mixed)
-            given |= {"method": "pemt", "ranks": mixed_ranks}
-        elif config.method == "full":
-            given["method"] = "full"
+            given["ranks"] = tuple(ranks.get(name, ExpertConfig.rank) for name in mixed)
+            given["source_prompt_tokens"] = prompt * len(mixed)
         elif config.method == "prompt":
             prompt = (config.peft_config or {}).get("num_virtual_tokens", PROMPT_TUNING)
     return Job(
         shape=shape,
         prompt_tokens=prompt,
-        source_prompt_tokens=prompt * sources,
         batch=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         source=config.max_source_length,
         target=config.max_target_length or target,
@@ -175,10 +183,9 @@ def _table(gpus: int, gpu: str, groups: dict[str, Hours]) -> str:
     lines = [
         f"{head:<20}{'runs':>6}{'training h':>12}{'evaluation h':>14}{'GPU hours':>11}{'disk GB':>9}"
     ]
-    for name, each in groups.items():
-        lines.append(_row(name, gpus, each))
     together = added(list(groups.values()))
-    lines.append(_row("together", gpus, together))
+    rows = {**groups, "together": together}
+    lines += [_row(name, gpus, each) for name, each in rows.items()]
     shortest = together.shortest / together.training
     lines.append(
         f"{together.total:,.0f} hours by the clock; {shortest:.0%} of the training in steps of the least length"
@@ -191,21 +198,4 @@ def _row(name: str, gpus: int, each: Hours) -> str:
     return (
         f"{name:<20}{each.runs:>6}{each.training:>12,.1f}{each.evaluation:>14,.1f}"
         f"{gpus * each.total:>11,.1f}{each.disk / 1e9:>9,.1f}{fits}"
-    )
-
-
-def _honesty(options: argparse.Namespace, base: int) -> str:
-    return "\n".join(
-        [
-            f"Formulas; nothing is measured. Assumed: {options.efficiency:.0%} of the data sheet's dense bf16 FLOP/s,",
-            "since a base T5's products are small (--efficiency); no step takes less than "
-            f"{options.least_step_ms:.0f} ms, to start its",
-            "kernels (--least_step_ms); every example has max_source_length tokens (most of GLUE's have far fewer);",
-            "an evaluated batch is as dear as a trained one. Global batches stay the recipe's: GPUs share one, and",
-            "some idle where it does not divide. Left out: starts, loading, tokenising, saving, stragglers.",
-            "lora, bitfit, prompt and peft are counted as `adapter`, whose trainable state is larger.",
-            "Disk: checkpoints alone (the newest save_total_limit and the best). The base model "
-            f"({base / 1e9:.1f} GB), the hub's",
-            "downloads and tokenised data come on top.",
-        ]
     )

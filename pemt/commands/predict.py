@@ -7,13 +7,12 @@ from pemt.commands.fields import split_fields
 from pemt.config import Parser, PemtError, command_parser, count
 from pemt.engine import importing_libraries
 
-# Fields of the run, under the names that generation goes by.
+# Fields of the run under the names that generation goes by, and what `--help` says of them.
 NAMES = {
-    "batch_size": "per_device_eval_batch_size",
-    "max_new_tokens": "max_target_length",
-    "num_beams": "num_beams",
+    "batch_size": ("per_device_eval_batch_size", "inputs at a time; default: as the run's"),
+    "max_new_tokens": ("max_target_length", "default: the task's longest answer"),
+    "num_beams": ("num_beams", "default: as the run was scored"),
 }
-GENERATION = ("max_new_tokens", "num_beams")
 
 
 def run(arguments: list[str]) -> None:
@@ -21,14 +20,14 @@ def run(arguments: list[str]) -> None:
     options, overrides = split_fields(make_parser(), arguments)
     asked = options.pop("constrain_labels")
     constrain = None if asked is None else asked == "true"
-    generating = [name for name in GENERATION if options[name] is not None]
+    generating = [name for name in ("max_new_tokens", "num_beams") if options[name] is not None]
     if generating:
         if constrain:
             raise PemtError(
                 f"--constrain_labels true: --{generating[0]} is for generated answers; leave one of them out"
             )
         constrain = False
-    for name, field in NAMES.items():
+    for name, (field, _) in NAMES.items():
         value = options.pop(name)
         overrides += [] if value is None else [f"--{field}", str(value)]
     with importing_libraries():
@@ -57,11 +56,7 @@ def make_parser() -> Parser:
         help='jsonl: rows with the task\'s fields, without a label, or {"input": text}; default: stdin',
     )
     parser.add_argument("--output_file", metavar="FILE", help="jsonl; default: stdout")
-    for name, about in (
-        ("batch_size", "inputs at a time; default: as the run's"),
-        ("max_new_tokens", "default: the task's longest answer"),
-        ("num_beams", "default: as the run was scored"),
-    ):
+    for name, (_, about) in NAMES.items():
         parser.add_argument(f"--{name}", type=count, metavar="N", help=about)
     parser.add_argument(
         "--constrain_labels",

@@ -7,10 +7,10 @@ from pemt.config import Parser, command_parser
 
 def run(arguments: list[str]) -> None:
     """`pemt pull`."""
-    options = make_parser().parse_args(arguments)
+    options = vars(make_parser().parse_args(arguments))
     from pemt.publish import pull_folder
 
-    print(pull_folder(options.repo, options.folder, revision=options.revision))
+    print(pull_folder(**options))
 
 
 def make_parser() -> Parser:
@@ -18,7 +18,7 @@ def make_parser() -> Parser:
     parser = command_parser(
         "pull", "Fetch what was pushed into a folder.", "pemt pull me/flan-t5-base-cb cb-adapter"
     )
-    parser.add_argument("repo", metavar="OWNER/NAME")
+    parser.add_argument("repo_id", metavar="OWNER/NAME")
     parser.add_argument("folder", metavar="DIR", help="new or empty")
     parser.add_argument("--revision", help="branch, tag or commit")
     return parser

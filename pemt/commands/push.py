@@ -7,12 +7,10 @@ from pemt.config import Parser, command_parser
 
 def run(arguments: list[str]) -> None:
     """`pemt push`."""
-    options = make_parser().parse_args(arguments)
+    options = vars(make_parser().parse_args(arguments))
     from pemt.publish import push_folder
 
-    print(
-        push_folder(options.folder, options.repo, private=options.private, message=options.message)
-    )
+    print(push_folder(**options))
 
 
 def make_parser() -> Parser:
@@ -23,7 +21,7 @@ def make_parser() -> Parser:
         "pemt push cb-export me/flan-t5-base-cb",
     )
     parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("repo", metavar="OWNER/NAME", help="made if it does not exist")
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="made if it does not exist")
     parser.add_argument("--private", action="store_true", help="if it is made now")
     parser.add_argument("--message", default="pemt export", help="of the commit")
     return parser

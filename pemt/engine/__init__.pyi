@@ -7,17 +7,14 @@ from .environment import (
 )
 from .exit import finish as finish, run_and_exit as run_and_exit
 from .job import Job as Job
-from .launcher import (
-    EngineError as EngineError,
-    check_world_size as check_world_size,
-    shut_down as shut_down,
-)
-from .optimizer_state import MOMENTS as MOMENTS, full_size as full_size
+from .launcher import EngineError as EngineError, shut_down as shut_down
+from .optimizer_state import full_size as full_size
 from .precision import bf16_is_native as bf16_is_native
 from .process import (
+    ProcessId as ProcessId,
     launcher_began as launcher_began,
     peak as peak,
-    start_ticks as start_ticks,
+    this_process as this_process,
     watch_peak as watch_peak,
 )
 from .signals import (

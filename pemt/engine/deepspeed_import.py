@@ -7,14 +7,10 @@ import contextlib
 import logging
 import sys
 
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether to show a line: not that each rank runs on a CPU, which pemt tells of them all."""
-    return "Setting accelerator to CPU" not in record.getMessage()
-
-
-# The logger that DeepSpeed is about to use, before it looks for a GPU.
-logging.getLogger("DeepSpeed").addFilter(_is_news)
+# Before DeepSpeed looks for a GPU: that each rank runs on a CPU is no news, pemt tells it of them all.
+logging.getLogger("DeepSpeed").addFilter(
+    lambda record: "Setting accelerator to CPU" not in record.getMessage()
+)
 with contextlib.redirect_stdout(sys.stderr):
     import deepspeed
 

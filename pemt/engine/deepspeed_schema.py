@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import pemt.engine.deepspeed_import  # noqa: F401
 
-# isort: split
-
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import CSVConfig, TensorBoardConfig
+from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -39,24 +38,9 @@ MODELS: dict[str, type[DeepSpeedConfigModel]] = {
 # Sections that DeepSpeed reads key by key; it passes over any other key.
 PLAIN_KEYS: dict[str, tuple[str, ...]] = {
     "activation_checkpointing": tuple(ACT_CHKPT_DEFAULT),
-    "aio": (
-        "block_size",
-        "queue_depth",
-        "intra_op_parallelism",
-        "single_submit",
-        "overlap_events",
-        "use_gds",
-    ),
+    "aio": tuple(AIO_DEFAULT_DICT),
     "data_types": ("grad_accum_dtype",),
-    "flops_profiler": (
-        "enabled",
-        "recompute_fwd_factor",
-        "profile_step",
-        "module_depth",
-        "top_modules",
-        "detailed",
-        "output_file",
-    ),
+    "flops_profiler": tuple(vars(DeepSpeedFlopsProfilerConfig({}))),
     "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
 }
 
@@ -93,19 +77,19 @@ def _check_model(
     known = {field.alias or name: field for name, field in model.model_fields.items()}
     known |= dict(model.model_fields)
     for key, value in found.items():
+        name = f"{where}.{key}"
         if key not in known:
-            raise _unknown(f"{where}.{key}", [f"{where}.{each}" for each in known], path)
+            raise _unknown(name, [f"{where}.{each}" for each in known], path)
         if value == "auto":
             raise DeepSpeedConfigError(
-                f'{path}: {where}.{key}: found "auto", which nothing fills in there; '
+                f'{path}: {name}: found "auto", which nothing fills in there; '
                 "write a value, or leave the key out for DeepSpeed's own"
             )
-        inner = next(_inner_models(known[key].annotation), None)
+        inner = _inner_model(known[key].annotation)
         if inner and value is not None:
-            name = f"{where}.{key}"
             _check_model(inner, _mapping(value, name, path), name, path)
         else:
-            _check_value(known[key], value, f"{where}.{key}", path)
+            _check_value(known[key], value, name, path)
 
 
 def _check_value(field: FieldInfo, value: Any, name: str, path: Path) -> None:
@@ -123,11 +107,12 @@ def _check_value(field: FieldInfo, value: Any, name: str, path: Path) -> None:
         ) from None
 
 
-def _inner_models(annotation: Any) -> Iterator[type[DeepSpeedConfigModel]]:
+def _inner_model(annotation: Any) -> type[DeepSpeedConfigModel] | None:
     """The configuration model in `X` or `Optional[X]`."""
     for each in (annotation, *get_args(annotation)):
         if isinstance(each, type) and issubclass(each, DeepSpeedConfigModel):
-            yield each
+            return each
+    return None
 
 
 def _mapping(value: Any, name: str, path: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import pemt.engine.deepspeed_import  # noqa: F401
 
-# isort: split
-
 import contextlib
 import math
 import warnings
@@ -57,18 +55,16 @@ class Engine(Job):
         native = bf16_is_native_everywhere(self.device)
         self.config = config = resolve_precision(config, native=native)
         self.precision = precision_text(config, native=native)
-        plugin, path = deepspeed_plugin(config)
-        self._plugin = plugin
+        self._plugin, self._deepspeed_json = deepspeed_plugin(config)
         half = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
         # Under DeepSpeed the precision stands in its configuration.
         self._accelerator = Accelerator(
-            mixed_precision=None if plugin else half, deepspeed_plugin=plugin
+            mixed_precision=None if self._plugin else half, deepspeed_plugin=self._plugin
         )
         # transformers would hand out empty shards at stage 3; PEMT's modules are built on weights that are
         # whole by their shape, and unread: `prepare` shards them.
         unset_hf_deepspeed_config()
-        self.zero_stage: int | None = plugin.zero_stage if plugin else None
-        self._deepspeed_json = path
+        self.zero_stage: int | None = self._plugin.zero_stage if self._plugin else None
         if config.bf16 and not native and self.is_main:
             warn_of_emulation(self.device)
 
@@ -100,14 +96,9 @@ class Engine(Job):
         if self.zero_stage is not None:
             # Where moments are offloaded, accelerate has put DeepSpeed's CPU Adam in its place.
             self.base_optimizer = self.model.basic_optimizer
+        wrapper = getattr(self.model, "optimizer", None)
         self.optimizer_state = OptimizerState(
-            model,
-            self.base_optimizer,
-            getattr(self.model, "optimizer", None),
-            zero_stage=self.zero_stage,
-            rank=self.rank,
-            world_size=self.world_size,
-            device=self.device,
+            model, self.base_optimizer, wrapper, zero_stage=self.zero_stage, job=self
         )
         if self.zero_stage is not None:
             self._check_deepspeed_agrees()
@@ -126,22 +117,16 @@ class Engine(Job):
         )
 
     def _check_deepspeed_agrees(self) -> None:
-        config = self.config
+        model, config = self.model, self.config
+        micro_batch = model.train_micro_batch_size_per_gpu()
+        accumulation = model.gradient_accumulation_steps()
         for what, theirs, ours in (
-            ("world size", self.model.dp_world_size, self.world_size),
-            (
-                "micro batch",
-                self.model.train_micro_batch_size_per_gpu(),
-                config.per_device_train_batch_size,
-            ),
-            (
-                "accumulation",
-                self.model.gradient_accumulation_steps(),
-                config.gradient_accumulation_steps,
-            ),
-            ("gradient clipping", self.model.gradient_clipping(), config.max_grad_norm),
-            ("bf16", self.model.bfloat16_enabled(), config.bf16),
-            ("fp16", self.model.fp16_enabled(), config.fp16),
+            ("world size", model.dp_world_size, self.world_size),
+            ("micro batch", micro_batch, config.per_device_train_batch_size),
+            ("accumulation", accumulation, config.gradient_accumulation_steps),
+            ("gradient clipping", model.gradient_clipping(), config.max_grad_norm),
+            ("bf16", model.bfloat16_enabled(), config.bf16),
+            ("fp16", model.fp16_enabled(), config.fp16),
         ):
             if theirs != ours:
                 raise EngineError(

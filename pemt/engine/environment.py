@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import sys
 
-TEMPORARY = "pemt-{}"  # by the user's number, in the folder for temporary files
+READABLE = (
+    "HF_HUB_CACHE",
+    "TORCH_EXTENSIONS_DIR",
+)  # caches that are of use where they can only be read
 
 
 def leave_working_folder() -> None:
@@ -21,7 +24,10 @@ def leave_working_folder() -> None:
         here = os.path.realpath(os.getcwd())
     except OSError:  # it has been deleted
         return
-    if here in _library_folders():
+    import site
+
+    libraries = (*site.getsitepackages(), site.getusersitepackages(), os.path.dirname(os.__file__))
+    if here in map(os.path.realpath, libraries):
         return
     others = [entry for entry in sys.path if os.path.realpath(entry or ".") != here]
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -30,13 +36,6 @@ def leave_working_folder() -> None:
     wanted.add(os.path.realpath(os.path.join(os.path.dirname(__file__), "..", "..")))
     kept = [here] if here in wanted and len(others) < len(sys.path) else []
     sys.path[:] = [*others, *kept]
-
-
-def _library_folders() -> set[str]:
-    import site
-
-    folders = [*site.getsitepackages(), site.getusersitepackages(), os.path.dirname(os.__file__)]
-    return {os.path.realpath(folder) for folder in folders}
 
 
 def open_streams() -> None:
@@ -80,8 +79,8 @@ def use_writable_caches() -> None:
     is there already stays, since it can be read.
     """
     moved = []
-    for variable, folder, can_be_read in _caches():
-        if can_be_written(folder) or (can_be_read and os.path.isdir(folder)):
+    for variable, folder in _caches().items():
+        if can_be_written(folder) or (variable in READABLE and os.path.isdir(folder)):
             continue
         os.environ[variable] = os.path.join(temporary_folder(), variable.lower())
         moved.append(folder)
@@ -94,8 +93,8 @@ def use_writable_caches() -> None:
         )
 
 
-def _caches() -> list[tuple[str, str, bool]]:
-    """Variable, folder as the library would choose it, and whether it is of use where it can only be read."""
+def _caches() -> dict[str, str]:
+    """By its variable, each cache's folder as the library would choose it."""
     given = os.environ.get
     home = os.path.expanduser("~")
     cache = given("XDG_CACHE_HOME") or os.path.join(home, ".cache")
@@ -113,14 +112,7 @@ def _caches() -> list[tuple[str, str, bool]]:
         "TRITON_CACHE_DIR": os.path.join(home, ".triton", "cache"),
         "MPLCONFIGDIR": os.path.join(settings, "matplotlib"),
     }
-    return [
-        (
-            name,
-            os.path.expanduser(given(name) or folder),
-            name in ("HF_HUB_CACHE", "TORCH_EXTENSIONS_DIR"),
-        )
-        for name, folder in folders.items()
-    ]
+    return {name: os.path.expanduser(given(name) or folder) for name, folder in folders.items()}
 
 
 def can_be_written(folder: str) -> bool:
@@ -153,7 +145,7 @@ def temporary_folder() -> str:
     import stat
     import tempfile
 
-    folder = os.path.join(tempfile.gettempdir(), TEMPORARY.format(os.getuid()))
+    folder = os.path.join(tempfile.gettempdir(), f"pemt-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:

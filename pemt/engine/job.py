@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pemt.engine.deepspeed_import  # noqa: F401
 
-# isort: split
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -14,10 +12,12 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list, gather, parse_flag_from_env, reduce
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from pemt.config import PemtError, RunConfig
 from pemt.engine.exit import before_exit
 from pemt.engine.launcher import (
+    all_reduce_cpu,
     check_world_size,
     cpu_group,
     process_group_kwargs,
@@ -44,7 +44,6 @@ class Job:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        # DeepSpeed compiles something of its own the first time.
         with re_rendezvous(), show_status("opening the process group"):
             state = PartialState(
                 cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_kwargs(config)
@@ -62,18 +61,15 @@ class Job:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate over ranks along dimension 0; the same shape on every rank."""
-        gathered: Tensor = gather(tensor.contiguous())
-        return gathered
+        return gather(tensor.contiguous())
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Mean over ranks."""
-        mean: Tensor = reduce(tensor, reduction="mean")
-        return mean
+        return reduce(tensor, reduction="mean")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
-        total: Tensor = reduce(tensor, reduction="sum")
-        return total
+        return reduce(tensor, reduction="sum")
 
     def memory(self) -> dict[str, float]:
         """GB (1e9 bytes) that the rank with the most has in use, by tag (all ranks call)."""
@@ -127,19 +123,11 @@ class Job:
 
     def all_reduce_max(self, value: int) -> int:
         """The highest of all ranks' values; from host to host, so that no device is waited for."""
-        if self._hosts is None:
-            return value
-        values = torch.tensor([value])
-        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._hosts)
-        return int(values)
+        return all_reduce_cpu([value], ReduceOp.MAX)[0]
 
     def totals(self, values: list[int]) -> list[int]:
         """The sums over all ranks, element by element; from host to host, as `all_reduce_max`."""
-        if self._hosts is None:
-            return values
-        totals = torch.tensor(values)
-        torch.distributed.all_reduce(totals, group=self._hosts)
-        return [int(total) for total in totals]
+        return all_reduce_cpu(values, ReduceOp.SUM)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, rank 0's first; small ones, from host to host."""

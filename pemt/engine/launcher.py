@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pemt.engine.deepspeed_import  # noqa: F401
 
-# isort: split
-
 import contextlib
 import functools
 import os
-import socket
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,12 +15,15 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils.other import get_free_port
+from torch.distributed import ReduceOp, TCPStore
 
 from pemt.config import PemtError, RunConfig, launched_deepspeed_json
 from pemt.engine.deepspeed_schema import check_schema
 from pemt.engine.precision import bf16_is_native
 from pemt.engine.waiting import waiting_of_job
+from pemt.engine.watchdog import connected
 
 
 class EngineError(PemtError):
@@ -51,8 +51,7 @@ def re_rendezvous() -> Iterator[None]:
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         yield
         return
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    launchers = torch.distributed.TCPStore(*address, is_master=False)
+    launchers = connected(seconds=300)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 keeps the new store
     if os.environ["RANK"] != "0":
         me = uuid4().hex
@@ -60,9 +59,7 @@ def re_rendezvous() -> Iterator[None]:
         os.environ["MASTER_PORT"] = launchers.get(f"pemt/port/{me}").decode()
         yield
         return
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    os.environ["MASTER_PORT"] = str(get_free_port())
     met = threading.Event()
     threading.Thread(target=_answer, args=(launchers, met), daemon=True).start()
     try:
@@ -71,7 +68,7 @@ def re_rendezvous() -> Iterator[None]:
         met.set()
 
 
-def _answer(launchers: torch.distributed.TCPStore, met: threading.Event) -> None:
+def _answer(launchers: TCPStore, met: threading.Event) -> None:
     """Tell the port to whoever asks for it: not by the restart's number, which machines count each for itself."""
     asking = [f"pemt/asks/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))]
     while not met.wait(0.1):
@@ -84,12 +81,12 @@ def process_group_kwargs(config: RunConfig) -> dict[str, Any]:
     """What accelerate's state needs to open the process group."""
     if "LOCAL_RANK" not in os.environ:
         return {}
-    return InitProcessGroupKwargs(
+    return {
         # On a machine without GPU accelerate names no backend, and launched ranks never find each other.
-        backend=None if torch.cuda.is_available() else "gloo",
+        "backend": None if torch.cuda.is_available() else "gloo",
         # DeepSpeed's groups do not mind it. No rank works long while another waits in a collective.
-        timeout=timedelta(seconds=config.ddp_timeout),
-    ).to_kwargs()
+        "timeout": timedelta(seconds=config.ddp_timeout),
+    }
 
 
 @functools.cache
@@ -100,15 +97,20 @@ def cpu_group() -> torch.distributed.ProcessGroup | None:
     return torch.distributed.new_group(backend="gloo")
 
 
+def all_reduce_cpu(values: list[int], op: ReduceOp.RedOpType) -> list[int]:
+    """Each value reduced over all ranks, from host to host: no device is waited for (all ranks call)."""
+    if (group := cpu_group()) is None:
+        return values
+    reduced = torch.tensor(values)
+    torch.distributed.all_reduce(reduced, op, group=group)
+    return reduced.tolist()
+
+
 @functools.cache
 def bf16_is_native_everywhere(device: torch.device) -> bool:
     """Whether every rank's device computes natively in bf16 (all ranks call; they vote once in a job)."""
-    native, group = bf16_is_native(device), cpu_group()
-    if group is None:
-        return native
-    votes = torch.tensor([int(native)])
-    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=group)
-    return bool(votes)
+    (lowest,) = all_reduce_cpu([int(bf16_is_native(device))], ReduceOp.MIN)
+    return bool(lowest)
 
 
 def shut_down() -> None:

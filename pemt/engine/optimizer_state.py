@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import pemt.engine.deepspeed_import  # noqa: F401
 
-# isort: split
-
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -25,6 +23,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from pemt.engine.job import Job
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -36,6 +36,7 @@ class OptimizerState:
         optimizer: the optimizer that steps, beneath every wrapper.
         wrapper: what DeepSpeed put around it; None without DeepSpeed.
         zero_stage: None without DeepSpeed.
+        job: its ranks.
     """
 
     def __init__(
@@ -45,14 +46,11 @@ class OptimizerState:
         wrapper: Any,
         *,
         zero_stage: int | None,
-        rank: int,
-        world_size: int,
-        device: torch.device,
+        job: Job,
     ) -> None:
         self.parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._optimizer = optimizer
-        self._zero_stage = zero_stage
-        self._rank, self._world_size, self._device = rank, world_size, device
+        self._zero_stage, self._job = zero_stage, job
         self._masters = _fp32_masters(wrapper) if zero_stage == 0 else {}
         # At stage 0 in half precision DeepSpeed takes an empty step to make the states, and Adam counts it.
         self._set_adam_step(0)
@@ -62,7 +60,7 @@ class OptimizerState:
         weights = {}
         for name, parameter in self.parameters:
             full = self._full_weight(parameter)
-            if self._rank == 0:
+            if self._job.is_main:
                 weights[name] = _copy(full)
         return weights
 
@@ -80,7 +78,7 @@ class OptimizerState:
                     full = safe_get_full_optimizer_state(parameter, key)
                 else:
                     full = self._moment(parameter, key)
-                if self._rank == 0:
+                if self._job.is_main:
                     moments[f"{name}.{key}"] = _copy(full)
         return moments
 
@@ -120,7 +118,7 @@ class OptimizerState:
                 ),
                 torch.no_grad(),
             ):
-                if self._zero_stage != 3 or self._rank == 0:
+                if self._zero_stage != 3 or self._job.is_main:
                     parameter.copy_(weights[name])
 
     def _set_adam_step(self, step: int) -> None:
@@ -133,16 +131,16 @@ class OptimizerState:
     def _set_sharded(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Write an fp32 master (`key` None) or a moment of a parameter that DeepSpeed holds in shares."""
         if not hasattr(parameter, "ds_id"):
-            value = value.to(self._device)
+            value = value.to(self._job.device)
             if key is None:
                 safe_set_full_fp32_param(parameter, value)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
             return
         # At stage 3 DeepSpeed's own setters fail where the ranks do not divide the parameter.
-        share = cast("Any", parameter).ds_tensor.ds_numel
-        padded = nn.functional.pad(value.flatten(), (0, share * self._world_size - value.numel()))
-        mine = padded.narrow(0, share * self._rank, share).to(self._device)
+        job, share = self._job, cast("Any", parameter).ds_tensor.ds_numel
+        padded = nn.functional.pad(value.flatten(), (0, share * job.world_size - value.numel()))
+        mine = padded.narrow(0, share * job.rank, share).to(job.device)
         if key is None:
             safe_set_local_fp32_param(parameter, mine)
         else:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import pemt.engine.deepspeed_import  # noqa: F401
 
-# isort: split
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

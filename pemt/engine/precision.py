@@ -8,21 +8,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from pemt.config import RunConfig
 
-Config = TypeVar("Config", bound=RunConfig)
-
-NATIVE_FROM = (8, 0)  # sm_80
 _CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 # What ONEDNN_MAX_CPU_ISA can name below bf16; it ignores a word that it does not know.
-_ISA_BELOW = {
-    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"),
-    *("AVX512_CORE", "AVX512_CORE_VNNI"),
-}
+_ISA_BELOW = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 # One projection of t5-base's FFN over so many tokens: long enough to be measured, on either device.
 _IN, _OUT = 768, 3072
 _TOKENS_ON_CPU, _TOKENS_ON_GPU = 64, 16_384
@@ -34,7 +27,7 @@ def bf16_is_native(device: torch.device) -> bool:
     Of a CPU it says what PyTorch and oneDNN may use: ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA can take it away.
     """
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= NATIVE_FROM
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
     named = [os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")]
@@ -54,7 +47,7 @@ def _flags_of_cpu() -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
-def resolve_precision(config: Config, *, native: bool) -> Config:
+def resolve_precision(config: RunConfig, *, native: bool) -> RunConfig:
     """The configuration with `bf16` decided, where it is left to the device."""
     if config.bf16 is not None:
         return config
@@ -65,9 +58,8 @@ def precision_text(config: RunConfig, *, native: bool) -> str:
     """A run's precision in a few words, and whether the devices have bf16."""
     if config.fp16:
         return "fp16"
-    if config.bf16:
-        return f"bf16 ({'native' if native else 'emulated'} here)"
-    return f"fp32 (bf16 would be {'native' if native else 'emulated'} here)"
+    computed = "native" if native else "emulated"
+    return f"bf16 ({computed} here)" if config.bf16 else f"fp32 (bf16 would be {computed} here)"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Processes as the operating system knows them: memory of this one, when another began."""
+"""Processes as the operating system knows them: memory of this one, which one another is, when it began."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import gc
 import os
 import re
 import resource
-import sys
+import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 def memory_in_use(device: torch.device) -> dict[str, float]:
     """GB (1e9 bytes): resident now, the most resident so far, and of a GPU the most allocated so far."""
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    now = _resident() or peak
+    now, peak = _resident(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # The kernel takes down a new peak a little late.
     used = {"memory/rss_gb": now / 1e9, "memory/peak_rss_gb": max(now, peak) / 1e9}
     if device.type == "cuda":
@@ -61,12 +60,35 @@ def peak(device: torch.device) -> int:
 
 
 def _resident() -> int:
-    """Bytes; 0 where there is no /proc."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
+    """Bytes, which the kernel counts in pages."""
+    return resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessId:
+    """A process, told from every other one of any host and time.
+
+    Args:
+        started: when it began, in the kernel's ticks: process ids are given out again.
+    """
+
+    host: str
+    pid: int
+    started: int
+
+    def is_on_this_host(self) -> bool:
+        """Whether it is a process of this host."""
+        return self.host == socket.gethostname()
+
+    def is_alive(self) -> bool:
+        """Whether it is on this host and still the one that started."""
+        return self.is_on_this_host() and start_ticks(self.pid) == self.started
+
+
+def this_process() -> ProcessId:
+    """The one that calls."""
+    pid = os.getpid()
+    return ProcessId(host=socket.gethostname(), pid=pid, started=start_ticks(pid) or 0)
 
 
 def start_ticks(pid: int) -> int | None:
@@ -91,9 +113,7 @@ def launcher_began(marked_by: str) -> float | None:
         except (OSError, IndexError):
             return None
         if not any(each.startswith(f"{marked_by}=".encode()) for each in variables):
-            age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf(
-                "SC_CLK_TCK"
-            )
-            return time.time() - age
+            began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the machine
+            return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + began
         pid = int(fields[1])
     return None

@@ -4,54 +4,19 @@ from __future__ import annotations
 
 import pemt.engine.deepspeed_import  # noqa: F401
 
-# isort: split
-
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, MLflowTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker as Tracker, MLflowTracker
 
 from pemt.config import TENSORBOARD, TRACKER_RUNS, ConfigError, RunConfig
 
 PROJECT = "pemt"  # of wandb, the experiment of mlflow, ...
-
-
-class Tracker(Protocol):
-    """What accelerate's trackers have in common (`accelerate.tracking.GeneralTracker`)."""
-
-    name: str
-    tracker: Any  # the tracker's own run
-
-    def start(self) -> None:
-        """Open the run."""
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep a run's configuration, a plain value each."""
-
-    def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Record values by tag."""
-
-    def finish(self) -> None:
-        """Send what is held back, and end the run."""
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """How a tracker tells which run it has opened, and what it takes to open that one again."""
-
-    id_of: Callable[[Any], str]
-    again: Callable[[str], dict[str, Any]]
-
-
 # trackio is not among them: it resumes the newest run of a name, and every sweep has its `seed-0`s.
-_RUNS = {
-    "wandb": _Runs(lambda run: run.id, lambda known: {"id": known, "resume": "allow"}),
-    "mlflow": _Runs(lambda run: run.info.run_id, lambda known: {"run_id": known}),
-}
+_RESUMED = ("wandb", "mlflow")
 
 
 def open_trackers(
@@ -84,10 +49,10 @@ def open_trackers(
                 f"report_to: {name} does not open: {what}; leave it out, or see to its account and settings"
                 f"{instead if runs.get(name) else ''}"
             ) from error
-        if name in runs and name not in _RUNS:
+        if name in runs and name not in _RESUMED:
             print(
                 f"pemt: report_to: {name}: what follows is another run there; a resumed run goes on in the same one in "
-                f"{', '.join(_RUNS)} alone",
+                f"{', '.join(_RESUMED)} alone",
                 file=sys.stderr,
                 flush=True,
             )
@@ -98,15 +63,28 @@ def _open(name: str, folder: Path, run: str | None) -> Tracker:
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
     if name == "mlflow" and run is not None:
         kind = _ResumedMLflow
+    project = os.environ.get("WANDB_PROJECT", PROJECT) if name == "wandb" else PROJECT
     place = (str(folder),) if kind.requires_logging_directory else ()
-    again = {} if run is None or name not in _RUNS else _RUNS[name].again(run)
-    tracker: Tracker = kind(_project(name), *place, **{**_settings(name, folder), **again})
+    tracker: Tracker = kind(project, *place, **_settings(name, folder, run))
     tracker.start()
     return tracker
 
 
-def _run_of(name: str, tracker: Tracker) -> str | None:
-    return _RUNS[name].id_of(tracker.tracker) if name in _RUNS else None
+def _settings(name: str, folder: Path, run: str | None) -> dict[str, Any]:
+    """What a tracker's own call takes for a run's name, the folder that it writes into, and the run to go on in."""
+    if name == "wandb":
+        again = {"id": run, "resume": "allow"} if run else {}
+        return {"name": folder.name, "dir": str(folder), **again}
+    if name == "mlflow":
+        return {"run_name": folder.name, **({"run_id": run} if run else {})}
+    return {"name": folder.name} if name == "trackio" else {}
+
+
+def _run_of(name: str, tracker: Any) -> str | None:
+    """Which run a tracker has opened; None where it cannot be opened again."""
+    if name == "wandb":
+        return tracker.tracker.id
+    return tracker.tracker.info.run_id if name == "mlflow" else None
 
 
 class _ResumedMLflow(MLflowTracker):
@@ -116,17 +94,3 @@ class _ResumedMLflow(MLflowTracker):
         """Record what is new."""
         known = self.tracker.data.params
         super().store_init_configuration({k: v for k, v in values.items() if k not in known})
-
-
-def _project(name: str) -> str:
-    return os.environ.get("WANDB_PROJECT", PROJECT) if name == "wandb" else PROJECT
-
-
-def _settings(name: str, folder: Path) -> dict[str, Any]:
-    """What a tracker's own call takes for a run's name, and for the folder that it writes into."""
-    known: dict[str, dict[str, Any]] = {
-        "wandb": {"name": folder.name, "dir": str(folder)},
-        "mlflow": {"run_name": folder.name},
-        "trackio": {"name": folder.name},
-    }
-    return known.get(name, {})

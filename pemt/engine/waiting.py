@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed import TCPStore
 
 from pemt.config import PemtError
-from pemt.engine.process import start_ticks
+from pemt.engine.process import this_process
 from pemt.engine.signals import Interrupted, StopSignals
 from pemt.engine.status_lines import is_due, print_line
 from pemt.engine.watchdog import DEATH_SECONDS, FAILED_STATUS, Heartbeat, connected
@@ -56,15 +55,7 @@ class Waiting:
         self.on_wait: Callable[[], None] | None = None
         self.store_server: TCPStore | None = None  # on rank 0
         self._keys = [str(each) for each in range(world_size)]
-        pid = os.getpid()
-        self._me = Heartbeat(
-            number=0,
-            progress=0,
-            step=0,
-            host=socket.gethostname(),
-            pid=pid,
-            started=start_ticks(pid) or 0,
-        )
+        self._me = Heartbeat(**vars(this_process()))
         self._status_since = time.monotonic()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -142,16 +133,13 @@ class Waiting:
                 and is_due(last_line)
             ):
                 last_line = time.monotonic()
-                if not self._is_waited_for():  # who waits says so
+                self._read_beats()
+                if self._waiting(on_host=True) == [self._rank]:  # else those that wait say so
                     print_line(f"{self._me.status}: {last_line - self._status_since:.0f} s so far")
-
-    def _is_waited_for(self) -> bool:
-        self._read_beats()
-        return any(beat.is_on_this_host() and beat.status == WAITING for beat in self._beats)
 
     def _read_beats(self) -> None:
         """Read the ranks' heartbeats; what was read before stays where the store does not answer."""
-        if self._store is None or self._port is None:
+        if self._store is None:
             return
         with self._lock:
             try:
@@ -175,9 +163,8 @@ class Waiting:
             self._read_beats()
             while late := [rank for rank in ranks if self._beats[rank].progress < progress]:
                 time.sleep(pause)
-                pause = min(
-                    1.5 * pause, longest
-                )  # at most half as long again as what is waited for
+                # at most half as long again as what is waited for
+                pause = min(1.5 * pause, longest)
                 self._read_beats()
                 if self.on_wait is not None:
                     self.on_wait()

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from pemt.engine.process import start_ticks
+from pemt.engine.process import ProcessId, this_process
 
 # The launcher ends the others as soon as one has died. Told so by SIGTERM, which a run takes for a wish
 # to save, they could wait for the dead one; after this long they end by themselves.
@@ -30,34 +29,22 @@ FAILED_STATUS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heartbeat:
+class Heartbeat(ProcessId):
     """A rank's heartbeat, as the others read it.
 
     Args:
         number: beats so far; constant while the process is stopped.
         progress: of the main thread, heartbeats (here) or barriers (waiting.py) so far; constant in a hanging call.
         step: optimizer steps done.
-        started: as in `lock.Holder`.
         left: it has left the run; its silence is no failure.
         status: what it works at, while others may wait for it.
     """
 
-    number: int
-    progress: int
-    step: int
-    host: str
-    pid: int
-    started: int
+    number: int = 0
+    progress: int = 0
+    step: int = 0
     left: bool = False
     status: str = ""
-
-    def is_on_this_host(self) -> bool:
-        """Whether its process is on this host."""
-        return self.host == socket.gethostname()
-
-    def is_alive(self) -> bool:
-        """Whether its process is on this host and still the one that started."""
-        return self.is_on_this_host() and start_ticks(self.pid) == self.started
 
 
 class Watchdog:
@@ -118,14 +105,11 @@ class Watchdog:
                 self._publish(-1, left=True)
 
     def _publish(self, number: int, *, left: bool = False) -> None:
-        pid = os.getpid()
         beat = Heartbeat(
+            **vars(this_process()),
             number=number,
             progress=self._progress,
             step=self._step,
-            host=socket.gethostname(),
-            pid=pid,
-            started=start_ticks(pid) or 0,
             left=left,
         )
         self._store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(beat)))

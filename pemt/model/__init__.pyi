@@ -22,7 +22,11 @@ from .families import (
     stack_size as stack_size,
 )
 from .inject import checked_base as checked_base
-from .lazy import make_lazy as make_lazy, materialize as materialize, read_lazy as read_lazy
+from .lazy import (
+    make_lazy as make_lazy,
+    materialize_all as materialize_all,
+    read_lazy as read_lazy,
+)
 from .mixture import MIXTURES as MIXTURES, LoraMixture as LoraMixture
 from .peft_model import (
     PREFIXES as PREFIXES,

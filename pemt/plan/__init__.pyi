@@ -1,4 +1,4 @@
-from .batch import Division as Division, Wanted as Wanted, divide as divide
+from .batch import Division as Division, divide as divide
 from .examples import examples_of as examples_of
 from .hours import (
     Hours as Hours,
@@ -6,7 +6,6 @@ from .hours import (
     added as added,
     fp32_bytes as fp32_bytes,
     hours_of as hours_of,
-    steps_of as steps_of,
 )
 from .job import (
     CHIPS as CHIPS,

@@ -19,35 +19,28 @@ def saved(job: Job, hardware: Hardware) -> float:
     """Bytes kept at the end of the forward pass."""
     shape, kept = job.shape, _Kept(job, hardware)
     source, target = job.batch * job.encoder_tokens, job.batch * job.target
-    encoders = [kept.block("encoder", layer) for layer in range(shape.num_layers)]
-    decoders = [kept.block("decoder", layer) for layer in range(shape.num_decoder_layers)]
-    widths = {stack: shape.of(stack).d_model for stack in ("encoder", "decoder")}
+    blocks = [kept.block(stack, layer) for stack, layer in shape.blocks]
+    encoder, decoder = (shape.of(stack).d_model for stack in ("encoder", "decoder"))
     # of each stack's output, and of the encoder's input: the decoder's embeddings need no gradient
-    ends = kept.dropout(2 * source, widths["encoder"]) + kept.dropout(target, widths["decoder"])
-    ends += kept.norm(source, widths["encoder"]) + kept.norm(target, widths["decoder"])
+    ends = kept.dropout(2 * source, encoder) + kept.dropout(target, decoder)
+    ends += kept.norm(source, encoder) + kept.norm(target, decoder)
     ends -= kept.without_gradient(target)
     if kept.full:  # the head's input
-        ends += job.bytes_per_value * widths["decoder"] * target
+        ends += job.bytes_per_value * decoder * target
     cross = [site for site in shape.sites if site.in_decoder and site.reads_encoder]
     if any(kept.keeps_input(site) for site in cross):  # one for the keys and values of all layers
         ends += job.bytes_per_value * shape.d_model * source
     if any(site.in_decoder and job.mixed_at(site) for site in shape.sites):
         ends += 4 * shape.d_model * job.batch  # what all the decoder's gates read
+    ends += kept.biases() + kept.loss(target)
     if not job.gradient_checkpointing:
-        return sum(encoders) + sum(decoders) + ends + kept.biases() + kept.loss(target)
+        return sum(blocks) + ends
     # Every block's input, and one block at a time in full.
-    inputs = shape.num_layers * source * widths["encoder"]
-    inputs += shape.num_decoder_layers * target * widths["decoder"]
-    return (
-        job.bytes_per_value * inputs
-        + max(*encoders, *decoders)
-        + ends
-        + kept.biases()
-        + kept.loss(target)
-    )
+    inputs = shape.num_layers * source * encoder + shape.num_decoder_layers * target * decoder
+    return job.bytes_per_value * inputs + max(blocks) + ends
 
 
-def transient(job: Job, hardware: Hardware) -> float:
+def transient(job: Job) -> float:
     """The larger of what the loss and an encoder's FFN make on the way back."""
     shape, value = job.shape, job.bytes_per_value
     source, target = job.batch * job.encoder_tokens, job.batch * job.target
@@ -120,19 +113,22 @@ class _Kept:
         return total
 
     def norm(self, tokens: int, width: int) -> float:
-        """An RMS norm: its input (in half precision an fp32 copy too), the factor, the normed input."""
-        job = self.job
-        trains = self.full or (job.method in ("pemt", "adapter") and job.train_layer_norms)
+        """An RMS norm: what a frozen one keeps, and the normed input."""
+        value = 4 if self.eager else self.value
+        trained = self.full or self.job.trains_norms
+        return self.frozen_norm(tokens, width) + (tokens * value * width if trained else 0)
+
+    def frozen_norm(self, tokens: int, width: int) -> float:
+        """Its input (in half precision an fp32 copy too) and the factor."""
         if self.eager:  # Gemma's, in fp32 throughout
-            return tokens * (4 + 4 * width * (2 if trains else 1))
+            return tokens * (4 + 4 * width)
         copy = 4 * width if self.value < 4 else 0
-        return tokens * (copy + 4 + self.value * width * (2 if trains else 1))
+        return tokens * (copy + 4 + self.value * width)
 
     def attention(self, tokens: int, seen: int, sizes: Widths) -> float:
         """Queries, keys, values, what SDPA keeps, and the dropout behind it."""
-        shape, batch = self.shape, self.job.batch
-        keys = batch * seen
-        heads = sizes.inner * (tokens + 2 * keys)
+        shape = self.shape
+        heads = sizes.inner * (tokens + 2 * self.job.batch * seen)
         scores = sizes.heads * tokens * seen
         if self.eager:
             # the capped scores, their softmax in fp32, and in half precision a copy of it
@@ -154,7 +150,7 @@ class _Kept:
             activation = 3
         total = float(tokens * sizes.d_ff * value * activation)
         total += self.dropout(tokens, sizes.d_ff)
-        if job.method in ("pemt", "adapter"):
+        if job.has_adapters:
             inner = sizes.d_model // job.adapter_reduction
             total += tokens * value * (sizes.d_model + 2 * inner)
         return total + self.dropout(tokens, sizes.d_model)
@@ -169,16 +165,12 @@ class _Kept:
         """What the decoder's first self-attention does not save: nothing before it is trained."""
         if self.full:
             return 0.0
-        sizes, trains = self.shape.of("decoder"), self.job.train_layer_norms
-        width = sizes.d_model
-        if self.job.method == "source" or not trains:
-            first = [each for each in self.shape.blocks["decoder", 0] if each.part == "self"]
-            attends = any(self.job.ranks_at(site) for site in first)  # it has something trained
-            whole = 0 if attends else self.attention(tokens, self.job.target, sizes)
-            return self.norm(tokens, width) + whole
-        if self.eager:
-            return tokens * (4 + 4 * width)
-        return tokens * ((4 * width if self.value < 4 else 0) + 4 + self.value * width)
+        sizes = self.shape.of("decoder")
+        first = [site for site in self.shape.blocks["decoder", 0] if site.part == "self"]
+        spared = self.frozen_norm(tokens, sizes.d_model)
+        if self.job.trains_norms or any(self.job.ranks_at(site) for site in first):
+            return spared
+        return spared + self.attention(tokens, self.job.target, sizes)
 
     def biases(self) -> float:
         """The masks, with the position biases of a family that has them, one for every kind of attention."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from dataclasses import replace
 from pathlib import Path
 
 from pemt.plan.job import Cluster, Job, Zero, read_zero
@@ -10,15 +11,7 @@ from pemt.plan.memory import activations, memory
 from pemt.plan.speed import step_time
 
 NODES = (1, 2, 4, 8, 20)
-MOST = 65_536
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """The JSON to take, and why."""
-
-    name: str
-    why: str
+MOST = 131_071  # examples of a micro-batch that are tried
 
 
 def fits(job: Job, zero: Zero, cluster: Cluster) -> bool:
@@ -30,63 +23,51 @@ def largest_batch(job: Job, zero: Zero, cluster: Cluster) -> int:
     """The largest micro-batch that fits; 0 where not even one example does."""
     needed = memory(job, zero, cluster)
     room = cluster.chip.memory - cluster.reserved - (needed.total - needed.activations)
-
-    def has_room(batch: int) -> bool:
-        return activations(replace(job, batch=batch), cluster) <= room
-
-    fitting, too_large = 0, 1
-    while too_large <= MOST and has_room(too_large):
-        fitting, too_large = too_large, 2 * too_large
-    while too_large - fitting > 1:
-        middle = (fitting + too_large) // 2
-        if has_room(middle):
-            fitting = middle
-        else:
-            too_large = middle
-    return fitting
+    batches = range(1, MOST + 1)
+    return bisect_right(
+        batches, room, key=lambda batch: activations(replace(job, batch=batch), cluster)
+    )
 
 
-def scaling(job: Job, zero: Zero, cluster: Cluster) -> dict[int, tuple[float, float]]:
-    """Nodes -> (seconds of a step, share of one GPU's throughput that each keeps)."""
+def scaling(job: Job, zero: Zero, cluster: Cluster) -> dict[int, dict[str, float]]:
+    """Nodes -> seconds of a step, and the share of one GPU's throughput that each keeps."""
     alone = step_time(job, zero, replace(cluster, nodes=1, gpus_per_node=1)).total
     by_nodes = {}
     for nodes in sorted({*NODES, cluster.nodes}):
         seconds = step_time(job, zero, replace(cluster, nodes=nodes)).total
-        by_nodes[nodes] = (seconds, min(1.0, alone / seconds))
+        by_nodes[nodes] = {"step_seconds": seconds, "efficiency": min(1.0, alone / seconds)}
     return by_nodes
 
 
-def advise(job: Job, cluster: Cluster, folder: Path, given: Zero) -> Advice:
-    """The JSON of `ds_configs` that fits and is quickest; among equals zero2, the default, goes first.
+def advise(job: Job, cluster: Cluster, folder: Path, given: Zero) -> dict[str, str]:
+    """The JSON of `ds_configs` that fits and is quickest, and why; among equals zero2, the default, goes first.
 
     Args:
         folder: where the JSONs lie.
         given: the one asked about, a candidate too.
+
+    Returns:
+        `name` and `why`.
     """
     candidates = _candidates(folder, given)
-    rated = [
-        (step_time(job, zero, cluster).total, zero)
-        for zero in candidates
-        if fits(job, zero, cluster)
-    ]
-    if not rated:
-        best = max(candidates, key=lambda zero: largest_batch(job, zero, cluster))
-        batch = largest_batch(job, best, cluster)
-        if batch:
-            return Advice(
-                name=best.name, why=f"nothing fits this batch; here {batch} examples a GPU would"
-            )
-        return Advice(name="none", why="not one example fits; take more GPUs or larger ones")
-    quickest = min(seconds for seconds, _ in rated)
-    seconds, best = next((seconds, zero) for seconds, zero in rated if seconds <= 1.02 * quickest)
+    fitting = [zero for zero in candidates if fits(job, zero, cluster)]
+    if not fitting:
+        batches = {zero.name: largest_batch(job, zero, cluster) for zero in candidates}
+        name = max(batches, key=batches.__getitem__)
+        if batches[name]:
+            why = f"nothing fits this batch; here {batches[name]} examples a GPU would"
+            return {"name": name, "why": why}
+        return {"name": "none", "why": "not one example fits; take more GPUs or larger ones"}
+    seconds = [step_time(job, zero, cluster).total for zero in fitting]
+    quickest = min(seconds)
+    time, best = next(
+        pair for pair in zip(seconds, fitting, strict=True) if pair[0] <= 1.02 * quickest
+    )
     needed = memory(job, best, cluster).total
-    why = f"it fits ({needed / 1e9:.1f} GB a GPU), "
-    if seconds == quickest:
-        why += "and nothing that fits is quicker"
-    else:
-        why += "and nothing that fits is more than 2 % quicker"
-    passed = [zero.name for zero in candidates if not fits(job, zero, cluster)]
-    return Advice(name=best.name, why=why + (f"; too large: {', '.join(passed)}" if passed else ""))
+    margin = "quicker" if time == quickest else "more than 2 % quicker"
+    why = f"it fits ({needed / 1e9:.1f} GB a GPU), and nothing that fits is {margin}"
+    passed = [zero.name for zero in candidates if zero not in fitting]
+    return {"name": best.name, "why": why + (f"; too large: {', '.join(passed)}" if passed else "")}
 
 
 def _candidates(folder: Path, given: Zero) -> list[Zero]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pemt.model import Site
 from pemt.plan.job import Job
@@ -13,8 +12,7 @@ from pemt.plan.job import Job
 Role = Literal["frozen", "expert", "trained"]
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """One parameter; `expert` is frozen too, but comes from the bank. Of a frozen one `experts` values do, too."""
 
     name: str
@@ -35,13 +33,11 @@ class Weight:
 
 def weights(job: Job) -> list[Weight]:
     """All parameters, tied ones once, in the order of a pass, which is the model's own but for T5Gemma."""
-    found = [
-        Weight(f"base.{name}", shape, "trained" if job.method == "full" else role, *experts)
-        for name, shape, role, *experts in _base(job)
-    ]
+    found = [each._replace(name=f"base.{each.name}") for each in _base(job)]
     d_model = job.shape.d_model
-    if job.method != "full":
-        found.append(Weight("prompt.prompt", (job.prompt_tokens, d_model), "trained"))
+    if job.method == "full":
+        return [each._replace(role="trained") for each in found]
+    found.append(Weight("prompt.prompt", (job.prompt_tokens, d_model), "trained"))
     if job.experts:
         found.append(Weight("prompt.sources", (job.source_prompt_tokens, d_model), "expert"))
     return found
@@ -56,64 +52,59 @@ def sizes(found: list[Weight]) -> dict[Role, int]:
     return total
 
 
-_Row = tuple[str, tuple[int, ...], Role] | tuple[str, tuple[int, ...], Role, int]  # as `Weight`
-
-
-def _base(job: Job) -> Iterator[_Row]:
+def _base(job: Job) -> Iterator[Weight]:
     shape, family = job.shape, job.shape.family
     embedded: set[str] = set()
     for stack, embedding in zip(family.stacks, family.embeddings, strict=True):
         sizes = shape.of(stack)
         if embedding not in embedded:
-            yield f"{embedding}.weight", (sizes.vocab_size, sizes.d_model), "frozen"
+            yield Weight(f"{embedding}.weight", (sizes.vocab_size, sizes.d_model), "frozen")
         embedded.add(embedding)
         for layer in range(sizes.layers):
             yield from _block(job, stack, layer)
-        yield f"{family.stacks[stack]}.{family.final_norm}.weight", (sizes.d_model,), _norm(job)
+        yield _norm(job, f"{family.stacks[stack]}.{family.final_norm}", sizes.d_model)
     if not shape.tied:
-        yield f"{family.head}.weight", (sizes.vocab_size, sizes.d_model), "frozen"
+        yield Weight(f"{family.head}.weight", (sizes.vocab_size, sizes.d_model), "frozen")
 
 
-def _block(job: Job, stack: str, layer: int) -> Iterator[_Row]:
+def _block(job: Job, stack: str, layer: int) -> Iterator[Weight]:
     shape, family = job.shape, job.shape.family
-    sizes, block = shape.of(stack), family.block(stack, layer)
+    block, d_model = family.block(stack, layer), shape.of(stack).d_model
     for name, part in family.parts[stack].items():
         for site in shape.blocks[stack, layer]:
             if site.part == name:
-                yield from (
-                    (f"{site.module}.{weight}", *rest) for weight, *rest in _linear(job, site)
-                )
+                yield from _linear(job, site)
         if family.position_bias and name == "self" and (layer == 0 or shape.bias_everywhere):
             bias = f"{block}.{part.module}.{family.position_bias}.weight"
-            yield bias, (shape.buckets, shape.num_heads), "frozen"
+            yield Weight(bias, (shape.buckets, shape.num_heads), "frozen")
         for norm in part.norms:
-            yield f"{block}.{norm}.weight", (sizes.d_model,), _norm(job)
+            yield _norm(job, f"{block}.{norm}", d_model)
 
 
-def _linear(job: Job, site: Site) -> Iterator[_Row]:
+def _linear(job: Job, site: Site) -> Iterator[Weight]:
     """What stands in a linear layer's place."""
-    inputs, outputs = site.widths(job.shape.base_shape)
+    name, (inputs, outputs) = site.module, site.widths(job.shape.base_shape)
     mixed = job.mixed_at(site)
     # under the layer's own weight are the experts' down projections: see `LoraExperts`
-    yield "weight", (outputs + sum(mixed), inputs), "frozen", sum(mixed) * inputs
+    stacked = (outputs + sum(mixed), inputs)
+    yield Weight(f"{name}.weight", stacked, "frozen", experts=sum(mixed) * inputs)
     if job.method == "source":
         for rank in job.ranks_at(site):
-            yield "expert.down", (rank, inputs), "trained"
-            yield "expert.up", (outputs, rank), "trained"
+            yield Weight(f"{name}.expert.down", (rank, inputs), "trained")
+            yield Weight(f"{name}.expert.up", (outputs, rank), "trained")
     if mixed:
-        yield "up", (outputs, sum(mixed)), "expert"
-    if site.is_ffn_output and job.method in ("pemt", "adapter"):
+        yield Weight(f"{name}.up", (outputs, sum(mixed)), "expert")
+    if site.is_ffn_output and job.has_adapters:
         inner = outputs // job.adapter_reduction
-        yield "adapter.down.weight", (inner, outputs), "trained"
-        yield "adapter.down.bias", (inner,), "trained"
-        yield "adapter.up.weight", (outputs, inner), "trained"
-        yield "adapter.up.bias", (outputs,), "trained"
+        yield Weight(f"{name}.adapter.down.weight", (inner, outputs), "trained")
+        yield Weight(f"{name}.adapter.down.bias", (inner,), "trained")
+        yield Weight(f"{name}.adapter.up.weight", (outputs, inner), "trained")
+        yield Weight(f"{name}.adapter.up.bias", (outputs,), "trained")
     if mixed and job.learned_gates:
         # the decoder's read the encoder's states
         width = job.shape.d_model if site.in_decoder else inputs
-        yield "gate.weight", (width, len(mixed)), "trained"
+        yield Weight(f"{name}.gate.weight", (width, len(mixed)), "trained")
 
 
-def _norm(job: Job) -> Role:
-    adapts = job.method in ("pemt", "adapter") and job.train_layer_norms
-    return "trained" if adapts else "frozen"
+def _norm(job: Job, name: str, width: int) -> Weight:
+    return Weight(f"{name}.weight", (width,), "trained" if job.trains_norms else "frozen")

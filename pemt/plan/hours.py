@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pemt.plan.advice import fits
-from pemt.plan.batch import Division, Wanted, divide
+from pemt.plan.batch import divide
 from pemt.plan.count import sizes, weights
 from pemt.plan.job import Cluster, Job, Zero
 from pemt.plan.shapes import Shape
@@ -73,15 +73,24 @@ def hours_of(
     Args:
         least: seconds that a step takes at least: starting its kernels, whatever the GPU's rate.
     """
-    found: dict[str, Hours] = {}
+    groups: dict[str, list[Hours]] = {}
     known: dict[str, _Step] = {}  # most runs differ in their data alone
     for run in runs:
         key = repr((run.job, run.eval_batch))
-        if key not in known:
-            known[key] = _step(run, zero, cluster)
-        more, had = _of_one(run, known[key], least), found.get(run.group)
-        found[run.group] = more if had is None else added([had, more])
-    return found
+        step = known[key] = known.get(key) or _step(run, zero, cluster)
+        shortest = least * step.accumulation
+        training = run.steps * max(shortest, step.training) / 3600
+        passes = math.ceil(run.evaluated / (run.eval_batch * step.ranks))
+        found = Hours(
+            runs=1,
+            training=training,
+            shortest=training if step.training < shortest else 0.0,
+            evaluation=passes * max(least, step.evaluation) / 3600,
+            disk=run.checkpoints * step.checkpoint,
+            all_fit=step.fits,
+        )
+        groups.setdefault(run.group, []).append(found)
+    return {group: added(each) for group, each in groups.items()}
 
 
 def added(parts: list[Hours]) -> Hours:
@@ -99,7 +108,8 @@ def added(parts: list[Hours]) -> Hours:
 class _Step(NamedTuple):
     """Of a job: seconds of a step and of an evaluated batch by formula, and what does not depend on them."""
 
-    division: Division
+    ranks: int
+    accumulation: int
     training: float
     evaluation: float
     checkpoint: int
@@ -107,11 +117,14 @@ class _Step(NamedTuple):
 
 
 def _step(run: PlannedRun, zero: Zero, cluster: Cluster) -> _Step:
-    division = default_division(run.job, cluster)
+    # fewer GPUs where the global batch does not divide
+    batch, nodes, gpus = run.job.batch, cluster.nodes, cluster.gpus_per_node
+    division = divide(batch, nodes=nodes, ranks_per_node=gpus, most=batch)
     used = replace(cluster, gpus_per_node=division.ranks_per_node)
     job = replace(run.job, batch=division.micro_batch, accumulation=division.accumulation)
     return _Step(
-        division=division,
+        ranks=used.world_size,
+        accumulation=division.accumulation,
         training=step_time(job, zero, used).total,
         evaluation=step_time(replace(job, batch=run.eval_batch, accumulation=1), zero, used).total,
         checkpoint=CHECKPOINT * sizes(weights(job))["trained"],
@@ -119,36 +132,6 @@ def _step(run: PlannedRun, zero: Zero, cluster: Cluster) -> _Step:
     )
 
 
-def _of_one(run: PlannedRun, step: _Step, least: float) -> Hours:
-    shortest = least * step.division.accumulation
-    training = run.steps * max(shortest, step.training) / 3600
-    ranks = step.division.nodes * step.division.ranks_per_node
-    passes = math.ceil(run.evaluated / (run.eval_batch * ranks))
-    return Hours(
-        runs=1,
-        training=training,
-        shortest=training if step.training < shortest else 0.0,
-        evaluation=passes * max(least, step.evaluation) / 3600,
-        disk=run.checkpoints * step.checkpoint,
-        all_fit=step.fits,
-    )
-
-
-def default_division(job: Job, cluster: Cluster) -> Division:
-    """The global batch over a cluster's GPUs; fewer of them where it does not divide."""
-    wanted = Wanted(global_batch=job.batch, most=job.batch)
-    return divide(wanted, nodes=cluster.nodes, ranks_per_node=cluster.gpus_per_node)
-
-
 def fp32_bytes(shape: Shape) -> int:
     """Of a base model's files."""
     return 4 * sizes(weights(Job(shape=shape, method="full")))["trained"]
-
-
-def steps_of(
-    examples: int, *, batch: int, epochs: int, max_steps: int, eval_each_epoch: bool
-) -> tuple[int, int]:
-    """Optimizer steps of a run, and how often it validates."""
-    an_epoch = math.ceil(examples / batch)
-    steps = max_steps if max_steps > 0 else epochs * an_epoch
-    return steps, math.ceil(steps / an_epoch) if eval_each_epoch else 0

@@ -57,6 +57,16 @@ class Job:
         """K of the mixture; 0 where none is."""
         return len(self.ranks) if self.method == "pemt" else 0
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether every FFN has a target adapter."""
+        return self.method in ("pemt", "adapter")
+
+    @property
+    def trains_norms(self) -> bool:
+        """Whether of a frozen base the layer norms are trained."""
+        return self.has_adapters and self.train_layer_norms
+
     def tokens_at(self, site: Site) -> int:
         """Of one example, those that go through a linear layer."""
         return self.encoder_tokens if site.reads_encoder else self.target

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from pemt.plan.activations import Hardware, saved, transient
+from pemt.plan.activations import saved, transient
 from pemt.plan.count import Weight, weights
 from pemt.plan.gather import gathered, is_kept
 from pemt.plan.job import Cluster, Job, Zero
@@ -43,29 +43,31 @@ class Memory:
 def memory(job: Job, zero: Zero, cluster: Cluster) -> Memory:
     """A rank's memory at the peak of a step."""
     found, world = weights(job), cluster.world_size
-    hardware: Hardware = "gpu" if cluster.backend == "nccl" else "cpu"
-    held = {
-        role: sum(_held(each, zero, world, job) for each in found if each.role == role)
-        for role in ("frozen", "expert", "trained")
-    }
+    held = [(each, _held(each, zero, world, job)) for each in found]
+    of_base = sum(size for each, size in held if each.role != "expert")
+    of_experts = sum(size for each, size in held if each.role == "expert")
     # the experts' part of what is one parameter with a weight of the base
-    of_experts = sum(_held(each, zero, world, job) * each.experts / each.size for each in found)
-    buffers = _buffers(found, zero, job, world, hardware)
+    shared = sum(size * each.experts / each.size for each, size in held)
     result = Memory(
-        weights=held["frozen"] + held["trained"] - of_experts,
-        experts=held["expert"] + of_experts,
+        weights=of_base - shared,
+        experts=of_experts + shared,
         gradients=gradient_bytes(found, zero, job, world),
         optimizer=optimizer_bytes(found, zero, job, world),
-        buffers=buffers,
+        buffers=_buffers(found, zero, job, cluster),
         activations=activations(job, cluster),
     )
-    return _offloaded(result, zero)
+    if zero.offload_optimizer:
+        moved = result.host + result.optimizer + result.gradients
+        result = replace(result, optimizer=0, gradients=0, host=moved)
+    if zero.offload_param:
+        moved = result.host + result.weights + result.experts
+        result = replace(result, weights=0, experts=0, host=moved)
+    return result
 
 
 def activations(job: Job, cluster: Cluster) -> float:
     """Of a rank's memory all that depends on the batch, bytes."""
-    hardware: Hardware = "gpu" if cluster.backend == "nccl" else "cpu"
-    return saved(job, hardware) + transient(job, hardware)
+    return saved(job, "gpu" if cluster.backend == "nccl" else "cpu") + transient(job)
 
 
 def optimizer_bytes(found: list[Weight], zero: Zero, job: Job, world: int) -> int:
@@ -126,12 +128,12 @@ def _overlapping(trained: list[Weight], part: int, rank: int) -> int:
     return total + max(0, end - max(at, begin))
 
 
-def _held(weight: Weight, zero: Zero, world: int, job: Job) -> float:
+def _held(weight: Weight, zero: Zero, world: int, job: Job) -> int:
     """Bytes of a weight while nothing is gathered."""
     value = job.bytes_per_value
     if zero.stage < 3 or world == 1:
         return value * weight.size
-    mine: float = value * share(weight.size, world)
+    mine = value * share(weight.size, world)
     if zero.secondary > 1:
         mine += value * share(weight.size, min(zero.secondary, world))
     if is_kept(weight.size, zero):
@@ -139,14 +141,15 @@ def _held(weight: Weight, zero: Zero, world: int, job: Job) -> float:
     return mine
 
 
-def _buffers(found: list[Weight], zero: Zero, job: Job, world: int, hardware: Hardware) -> float:
+def _buffers(found: list[Weight], zero: Zero, job: Job, cluster: Cluster) -> float:
+    world = cluster.world_size
     trained = [each for each in found if each.role == "trained"]
     size, value = sum(each.size for each in trained), job.bytes_per_value
     if zero.stage == 0:
         # one flat copy for the all-reduce; under half precision the step's fp32 gradients
         return max(value * size, 4 * size if value < 4 else 0)
     # On a CPU, memory that was never written to is none.
-    bucket = zero.bucket if hardware == "gpu" else min(zero.bucket, size)
+    bucket = zero.bucket if cluster.backend == "nccl" else min(zero.bucket, size)
     buckets = value * zero.buckets * bucket
     step = 0 if zero.offload_optimizer else 4 * _trained_share(trained, zero, world)
     taken = 0
@@ -155,14 +158,3 @@ def _buffers(found: list[Weight], zero: Zero, job: Job, world: int, hardware: Ha
         taken = value * (passes.live + passes.largest)
     # Gathered weights are given back before the step makes its fp32 gradients.
     return buckets + max(taken, step)
-
-
-def _offloaded(on_gpu: Memory, zero: Zero) -> Memory:
-    host = 0.0
-    if zero.offload_optimizer:
-        host += on_gpu.optimizer + on_gpu.gradients
-        on_gpu = replace(on_gpu, optimizer=0, gradients=0)
-    if zero.offload_param:
-        host += on_gpu.weights + on_gpu.experts
-        on_gpu = replace(on_gpu, weights=0, experts=0)
-    return replace(on_gpu, host=host)

@@ -13,14 +13,7 @@ from pemt.plan.memory import Memory, memory
 from pemt.plan.speed import flops, step_time
 from pemt.plan.traffic import at_start, per_step
 
-WORDS = {
-    "weights": "weights",
-    "experts": "experts",
-    "gradients": "gradients",
-    "optimizer": "fp32 masters and moments",
-    "activations": "activations",
-    "buffers": "buffers",
-}
+HELD = ("weights", "experts", "gradients", "optimizer", "activations", "buffers")
 
 
 def figures(job: Job, zero: Zero, cluster: Cluster, folder: Path) -> dict[str, Any]:
@@ -50,48 +43,42 @@ def figures(job: Job, zero: Zero, cluster: Cluster, folder: Path) -> dict[str, A
         "step_seconds": {**asdict(seconds), "total": seconds.total},
         "global_batch_size": samples,
         "samples_per_hour": 3600 * samples / seconds.total,
-        "nodes": {
-            nodes: {"step_seconds": time, "efficiency": share}
-            for nodes, (time, share) in scaling(job, zero, cluster).items()
-        },
+        "nodes": scaling(job, zero, cluster),
         "checkpoint_bytes": 12 * count["trained"],
-        "advice": asdict(advise(job, cluster, folder, zero)),
+        "advice": advise(job, cluster, folder, zero),
     }
 
 
 def describe(found: dict[str, Any], job: Job, zero: Zero, cluster: Cluster) -> str:
     """The table."""
     parts = [_parameters(found), _memory(found), _wire(found, cluster), _time(found, cluster)]
-    advice = found["advice"]
-    parts.append(f"take {advice['name']}: {advice['why']}")
-    parts.append(_honesty(job, zero, cluster))
-    return "\n\n".join(parts)
+    advice = f"take {found['advice']['name']}: {found['advice']['why']}"
+    return "\n\n".join([*parts, advice, _honesty(job, zero, cluster)])
 
 
 def _parameters(found: dict[str, Any]) -> str:
     count = found["parameters"]
-    trained = count["trained"] / count["total"]
-    return "\n".join(
-        [
-            _row("parameters", f"{count['total']:,}", ""),
-            _row("  frozen", f"{count['frozen']:,}", ""),
-            _row("  experts", f"{count['expert']:,}", ""),
-            _row("  trained", f"{count['trained']:,}", f"{trained:.2%}"),
-            _row("a checkpoint", _bytes(found["checkpoint_bytes"]), "12 bytes a trained parameter"),
-        ]
-    )
+    lines = [
+        _row("parameters", f"{count['total']:,}"),
+        _row("  frozen", f"{count['frozen']:,}"),
+        _row("  experts", f"{count['expert']:,}"),
+        _row("  trained", f"{count['trained']:,}", f"{count['trained'] / count['total']:.2%}"),
+        _row("a checkpoint", _bytes(found["checkpoint_bytes"]), "12 bytes a trained parameter"),
+    ]
+    return "\n".join(lines)
 
 
 def _memory(found: dict[str, Any]) -> str:
     held = found["bytes_per_gpu"]
     lines = ["memory of a GPU at the peak of a step"]
-    lines += [_row(f"  {words}", _bytes(held[key]), "") for key, words in WORDS.items()]
+    words = {"optimizer": "fp32 masters and moments"}
+    lines += [_row(f"  {words.get(key, key)}", _bytes(held[key])) for key in HELD]
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     lines.append(
         _row("  together", _bytes(held["total"]), f"{verdict} into {_bytes(held['available'])}")
     )
     if held["host"]:
-        lines.append(_row("  in CPU memory, a rank", _bytes(held["host"]), ""))
+        lines.append(_row("  in CPU memory, a rank", _bytes(held["host"])))
     lines.append(_row("  largest micro-batch", f"{found['largest_micro_batch']:,}", "examples"))
     return "\n".join(lines)
 
@@ -103,8 +90,8 @@ def _wire(found: dict[str, Any], cluster: Cluster) -> str:
         for each in found["wire_per_step"]
         if each["sent"]
     ]
-    lines.append(_row("  together", _bytes(found["sent_per_step"]), ""))
-    lines.append(_row("  once, at the start", _bytes(found["sent_at_start"]), ""))
+    lines.append(_row("  together", _bytes(found["sent_per_step"])))
+    lines.append(_row("  once, at the start", _bytes(found["sent_at_start"])))
     return "\n".join(lines)
 
 
@@ -116,14 +103,18 @@ def _over(each: dict[str, Any], cluster: Cluster) -> str:
 
 def _time(found: dict[str, Any], cluster: Cluster) -> str:
     seconds = found["step_seconds"]
+    split = (
+        f"passes {seconds['compute']:.3f}, transfers not hidden {seconds['exposed']:.3f}, "
+        f"optimizer {seconds['optimizer']:.3f}"
+    )
     lines = [
         "time (a model, not a measurement)",
         _row("  FLOPs of a step", f"{found['flops_per_step'] / 1e12:,.1f} T", "all ranks"),
-        _row("  a step", f"{seconds['total']:.3f} s", _split(seconds)),
+        _row("  a step", f"{seconds['total']:.3f} s", split),
         _row(
             "  samples of a step", f"{found['global_batch_size']:,}", "ranks × batch × accumulation"
         ),
-        _row("  samples an hour", f"{found['samples_per_hour']:,.0f}", ""),
+        _row("  samples an hour", f"{found['samples_per_hour']:,.0f}"),
     ]
     for nodes, at_nodes in found["nodes"].items():
         here = "  <- this job" if nodes == cluster.nodes else ""
@@ -132,13 +123,6 @@ def _time(found: dict[str, Any], cluster: Cluster) -> str:
         name = f"  {nodes} node{'s' if nodes > 1 else ''} of {cluster.gpus_per_node}"
         lines.append(_row(name, f"{at_nodes['step_seconds']:.3f} s", each))
     return "\n".join(lines)
-
-
-def _split(seconds: dict[str, float]) -> str:
-    return (
-        f"passes {seconds['compute']:.3f}, transfers not hidden {seconds['exposed']:.3f}, "
-        f"optimizer {seconds['optimizer']:.3f}"
-    )
 
 
 def _honesty(job: Job, zero: Zero, cluster: Cluster) -> str:
@@ -163,7 +147,7 @@ def _honesty(job: Job, zero: Zero, cluster: Cluster) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, value: str, remark: str) -> str:
+def _row(name: str, value: str, remark: str = "") -> str:
     return f"{name:<54} {value:>13}  {remark}".rstrip()
 
 

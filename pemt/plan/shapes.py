@@ -54,15 +54,13 @@ class Shape:
     def of(self, stack: str) -> Widths:
         """One stack's sizes."""
         size = partial(stack_size, self.base_shape, stack)
-        heads, keys, d_kv = size("num_heads"), size("num_key_value_heads"), size("d_kv")
         return Widths(
             vocab_size=size("vocab_size"),
             d_model=size("d_model"),
             d_ff=size("d_ff"),
             layers=self.num_decoder_layers if stack == "decoder" else self.num_layers,
-            heads=heads,
-            inner=heads * d_kv,
-            keys=keys * d_kv,
+            heads=size("num_heads"),
+            inner=size("num_heads") * size("d_kv"),
         )
 
     @cached_property
@@ -91,7 +89,7 @@ class Widths:
     """One stack's sizes.
 
     Args:
-        inner: width of an attention's queries together; keys: of its keys, and of its values.
+        inner: width of an attention's queries together.
     """
 
     vocab_size: int
@@ -100,7 +98,6 @@ class Widths:
     layers: int
     heads: int
     inner: int
-    keys: int
 
 
 # d_model, d_kv, d_ff, layers of each stack, heads

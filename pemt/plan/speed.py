@@ -93,13 +93,14 @@ def _forward(job: Job) -> tuple[float, float, float]:
     scores += 4.0 * decoder.layers * decoder.inner * (target**2 + target * source)
     if job.method == "full":
         return 0.0, frozen, scores
+    experts = sum(_expert_flops(job, site) for site in shape.sites)
     if job.method == "source":
-        return frozen, sum(_expert_flops(job, site) for site in shape.sites), scores
+        return frozen, experts, scores
     trained = sum(
         4.0 * stack.layers * tokens * stack.d_model * (stack.d_model // job.adapter_reduction)
         for stack, tokens in ((encoder, source), (decoder, target))
     )
-    return frozen + sum(_expert_flops(job, site) for site in shape.sites), trained, scores
+    return frozen + experts, trained, scores
 
 
 def _expert_flops(job: Job, site: Site) -> float:

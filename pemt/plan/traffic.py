@@ -9,7 +9,7 @@ much or less. Received is as much as sent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from pemt.plan.count import Weight, sizes, weights
@@ -17,10 +17,8 @@ from pemt.plan.gather import gathered, is_kept
 from pemt.plan.job import Cluster, Job, Zero
 from pemt.plan.memory import padded, share
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Collective:
     """A kind of transfer within a step.
 
@@ -33,56 +31,45 @@ class Collective:
     """
 
     what: str
-    kind: Kind
+    kind: Literal["all-reduce", "all-gather", "reduce-scatter", "broadcast"]
+    _: KW_ONLY
     size: float
-    calls: int
+    calls: int = 1
     ranks: int
-    overlaps: bool
+    overlaps: bool = False
 
     def sent(self, backend: str) -> float:
         """Bytes that a rank sends in a step."""
         if self.ranks < 2:
             return 0.0
-        rounds = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "broadcast": 0}[self.kind]
-        if self.kind == "reduce-scatter" and backend == "gloo":
-            rounds = 2
         if self.kind == "broadcast":
             return (
                 self.size
             )  # along a chain or a tree; rank 0 of gloo's tree sends it log2(W) times
-        return rounds * self.size * (self.ranks - 1) / self.ranks
+        twice = self.kind == "all-reduce" or (self.kind == "reduce-scatter" and backend == "gloo")
+        return (2 if twice else 1) * self.size * (self.ranks - 1) / self.ranks
 
 
 def per_step(job: Job, zero: Zero, cluster: Cluster) -> list[Collective]:
     """A step's collectives from the third step on, without those of a few bytes (norms, overflow flags)."""
     found, world = weights(job), cluster.world_size
     if zero.stage == 3:
-        return _stage_three(job, zero, cluster, found)
+        return _stage_three(job, zero, world, found)
     trained, value = sizes(found)["trained"], job.bytes_per_value
     # Stage 2 reduces the gradients of every micro-batch, stages 0 and 1 the sum of all.
     times = job.accumulation if zero.stage == 2 else 1
-    steps = [
-        Collective(
-            what="gradients",
-            kind="all-reduce",
-            size=times * trained * value,
-            calls=times * max(1, -(-trained // zero.bucket)),
-            ranks=world,
-            overlaps=zero.buckets == 2,
-        )
-    ]
-    if zero.stage:
-        steps.append(
-            Collective(
-                what="updated weights",
-                kind="all-gather",
-                size=padded(trained, world) * value,
-                calls=1,
-                ranks=world,
-                overlaps=False,
-            )
-        )
-    return steps
+    gradients = Collective(
+        "gradients",
+        "all-reduce",
+        size=times * trained * value,
+        calls=times * max(1, -(-trained // zero.bucket)),
+        ranks=world,
+        overlaps=zero.buckets == 2,
+    )
+    if zero.stage == 0:
+        return [gradients]
+    size = padded(trained, world) * value
+    return [gradients, Collective("updated weights", "all-gather", size=size, ranks=world)]
 
 
 def at_start(job: Job, zero: Zero, cluster: Cluster) -> list[Collective]:
@@ -90,68 +77,57 @@ def at_start(job: Job, zero: Zero, cluster: Cluster) -> list[Collective]:
 
     At stage 3 DeepSpeed gathers each of them again, to hang its hooks on them.
     """
-    found, world = weights(job), cluster.world_size
-    trained = [each for each in found if each.role == "trained"]
-    size = {
-        "broadcast": sum(each.size for each in trained),
-        "all-gather": sum(share(each.size, world) * world for each in trained),
-    }
-    kinds: list[Kind] = ["broadcast", "all-gather"] if zero.stage == 3 else ["broadcast"]
-    return [
-        Collective(
-            what="trained weights",
-            kind=kind,
-            size=job.bytes_per_value * size[kind],
-            calls=len(trained),
-            ranks=world,
-            overlaps=False,
+    world = cluster.world_size
+    trained = [each.size for each in weights(job) if each.role == "trained"]
+    size = job.bytes_per_value * sum(trained)
+    start = [Collective("trained weights", "broadcast", size=size, calls=len(trained), ranks=world)]
+    if zero.stage == 3:
+        size = job.bytes_per_value * sum(share(each, world) * world for each in trained)
+        start.append(
+            Collective("trained weights", "all-gather", size=size, calls=len(trained), ranks=world)
         )
-        for kind in kinds
-    ]
+    return start
 
 
-def _stage_three(job: Job, zero: Zero, cluster: Cluster, found: list[Weight]) -> list[Collective]:
-    world, value = cluster.world_size, job.bytes_per_value
+def _stage_three(job: Job, zero: Zero, world: int, found: list[Weight]) -> list[Collective]:
     role = {each.name: each.role for each in found}
     # Every rank's share is rounded up.
     size = {each.name: share(each.size, world) * world for each in found}
     taken = gathered(found, zero).names
-    # With a second copy in each node (hpZ) only trained weights, which change, cross nodes, and once.
-    local = zero.secondary > 1
     frozen = sum(size[name] for name in taken if role[name] != "trained")
     trained = sum(size[name] for name in taken if role[name] == "trained")
-    kept = sum(size[each.name] for each in found if is_kept(each.size, zero))
+    kept = [size[each.name] for each in found if is_kept(each.size, zero)]
     gradients = sum(size[each.name] for each in found if each.role == "trained")
+    value, times = job.bytes_per_value, job.accumulation
     gathered_value = 1 if zero.quantized_weights else value
-    times = job.accumulation
     return [
         Collective(
-            what="frozen weights",
-            kind="all-gather",
+            "frozen weights",
+            "all-gather",
             size=times * frozen * gathered_value,
             calls=times * max(1, frozen // max(1, zero.prefetch)),
-            ranks=min(zero.secondary, world) if local else world,
+            # with a second copy in each node (hpZ) only trained weights, which change, cross nodes, and once
+            ranks=min(zero.secondary, world) if zero.secondary > 1 else world,
             overlaps=True,
         ),
         Collective(
-            what="trained weights",
-            kind="all-gather",
+            "trained weights",
+            "all-gather",
             size=times * trained * gathered_value,
             calls=times,
             ranks=world,
             overlaps=True,
         ),
         Collective(
-            what=f"weights of at most {zero.persistence:,} elements",
-            kind="all-gather",
-            size=kept * value,
-            calls=sum(is_kept(each.size, zero) for each in found),
+            f"weights of at most {zero.persistence:,} elements",
+            "all-gather",
+            size=sum(kept) * value,
+            calls=len(kept),
             ranks=world,
-            overlaps=False,
         ),
         Collective(
-            what="gradients",
-            kind="reduce-scatter",
+            "gradients",
+            "reduce-scatter",
             size=times * gradients * value,
             calls=times * max(1, -(-gradients // zero.bucket)),
             ranks=world,

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pemt.checkpoint import WEIGHTS, TrainState, copy_weights
+from pemt.checkpoint import WEIGHTS, TrainState, load_lazily
 from pemt.config import AdaptConfig, RunConfig
 from pemt.engine import Engine
-from pemt.model import base_digest, checked_base, fetch_base, load_base, read_lazy
+from pemt.model import base_digest, checked_base, fetch_base, load_base, materialize_all, read_lazy
 from pemt.run.build import BuiltModel, build_model, build_ops
 from pemt.run.finished_config import FinishedError, best_checkpoint, finished_config, task_of_run
-from pemt.storage import read_manifest, read_tensors
+from pemt.storage import open_tensors, read_manifest
 from pemt.tasks import Task, longest_target
 
 
@@ -70,8 +70,9 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
         as_trained = replace(config, source_tasks=list(manifest["run"]["sources"]))
     description = getattr(own, "description", None) or own_task.description
     built = build_model(as_trained, base=base, tokenizer=tokenizer, description=description)
-    weights = read_tensors(checkpoint, WEIGHTS, manifest)
-    copy_weights(weights, dict(built.model.trainable_parameters()), where=str(checkpoint))
+    weights = open_tensors(checkpoint, WEIGHTS, manifest)
+    load_lazily(weights, dict(built.model.trainable_parameters()))
+    materialize_all(built.model)
     task = task_of_run(run_dir, config)
     if task.max_target_length is None:  # open answers: what the run has measured
         length = manifest["run"].get("max_target_length")

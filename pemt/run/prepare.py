@@ -158,7 +158,7 @@ def prepare(
     """Optimizer over the trained parameters alone, schedule, and the model into the engine."""
     trained = dict(model.trainable_parameters())
     if resumed:
-        load_lazily(resumed, trained)
+        load_lazily(resumed.weights, trained)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.torch_compile:

@@ -1,7 +1,6 @@
 from .folders import (
     TEMPORARY as TEMPORARY,
     move_files as move_files,
-    read_tensors as read_tensors,
     recover_interrupted_replace as recover_interrupted_replace,
     remove_folder as remove_folder,
     remove_partial_writes as remove_partial_writes,

@@ -20,31 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from pemt.storage.manifest import (
-    MANIFEST,
-    StorageError,
-    check_file,
-    check_name,
-    check_tensors,
-    listed_file,
-    read_manifest,
-    with_checksum,
-)
+from pemt.storage.manifest import MANIFEST, StorageError, listed_file, with_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "MANIFEST",
-    "TEMPORARY",
-    "StorageError",
-    "read_manifest",
-    "read_tensors",
-    "recover_interrupted_replace",
-    "remove_folder",
-    "save_tensors",
-    "write_folder",
-]
 TEMPORARY = ".writing-"
 
 
@@ -100,7 +80,18 @@ def tensor_writer(
     files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
 ) -> Callable[[Path], None]:
     """A writer for `write_folders` of what `write_folder` takes."""
-    return partial(_write_tensors, files=files, manifest=manifest)
+
+    def write(temporary: Path) -> None:
+        listed = {}
+        for name, tensors in files.items():
+            whole = {key: value.contiguous() for key, value in tensors.items()}
+            fs_op(save_tensors, whole, temporary / name)
+            fs_op(_sync, temporary / name)
+            listed[name] = listed_file(temporary / name, tensors)
+        fs_op(_write, with_checksum({**manifest, "files": listed}), temporary / MANIFEST)
+        fs_op(_sync, temporary / MANIFEST)
+
+    return write
 
 
 def move_files(source: Path, names: Sequence[str]) -> Callable[[Path], None]:
@@ -112,19 +103,6 @@ def move_files(source: Path, names: Sequence[str]) -> Callable[[Path], None]:
             fs_op(_sync, temporary / name)
 
     return move
-
-
-def _write_tensors(
-    temporary: Path, files: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
-) -> None:
-    listed = {}
-    for name, tensors in files.items():
-        whole = {key: value.contiguous() for key, value in tensors.items()}
-        fs_op(save_tensors, whole, temporary / name)
-        fs_op(_sync, temporary / name)
-        listed[name] = listed_file(temporary / name, tensors)
-    fs_op(_write, with_checksum({**manifest, "files": listed}), temporary / MANIFEST)
-    fs_op(_sync, temporary / MANIFEST)
 
 
 def fs_op(operation: Callable[..., Any], *arguments: Any) -> None:
@@ -153,25 +131,6 @@ def remove_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # what cannot be removed stays, and is no reason to stop
         fs_op(os.rename, folder, removed)
     fs_op(_remove_tree, removed)
-
-
-def read_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one file, after its size and checksum have been found right.
-
-    Raises:
-        StorageError: the manifest does not list the file, or the file is missing, a link, cut or altered.
-    """
-    from safetensors.torch import load_file
-
-    check_name(folder / MANIFEST, name)
-    path = folder / name
-    try:
-        check_file(path, manifest["files"].get(name))
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path}: cannot be read: {error}") from None
-    check_tensors(path, manifest["files"][name], tensors)
-    return tensors
 
 
 def recover_interrupted_replace(parent: Path) -> None:

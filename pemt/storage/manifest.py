@@ -66,11 +66,10 @@ def _parsed(path: Path) -> tuple[Any, str]:
         if size > MOST_BYTES:
             raise StorageError(f"{path}: has {size} bytes, a manifest has {MOST_BYTES} at most")
         text = path.read_bytes().decode("utf-8")
-        return json.loads(text), text
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"{path}: cannot be read: {error}") from None
-    except StorageError:
-        raise
+    try:
+        return json.loads(text), text
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise StorageError(f"{path}: malformed JSON: {error}") from None
 
@@ -94,16 +93,6 @@ def check_file(path: Path, listed: Any) -> None:
         raise StorageError(
             f"{path}: checksum mismatch (size or sha256 is not what {MANIFEST} lists); the file is damaged"
         )
-
-
-def check_tensors(path: Path, listed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Hold what a file gave against the manifest's list of tensors.
-
-    Raises:
-        StorageError: other names, shapes or dtypes.
-    """
-    if described(tensors) != listed.get("tensors"):
-        raise StorageError(f"{path}: holds other tensors than {MANIFEST} lists; it is damaged")
 
 
 def check_name(path: Path, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pemt.storage.manifest import MANIFEST, StorageError, check_file, check_name
+from pemt.storage.manifest import MANIFEST, StorageError, check_file, check_name, described
 
 # Network file systems may hide a new file from other machines for so long (NFS: acdirmax).
 VISIBLE_WITHIN_SECONDS = 90.0
@@ -59,9 +59,8 @@ class TensorFile(Mapping[str, Tensor]):
 
     def _is_visible(self) -> bool:
         try:
-            with self.path.open(
-                "rb"
-            ) as file:  # opened, since network file systems remember old sizes
+            # opened, since network file systems remember old sizes
+            with self.path.open("rb") as file:
                 return file.seek(0, 2) == self.listed["bytes"]
         except OSError:
             return False
@@ -74,18 +73,13 @@ def open_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> Tensor
         StorageError: the manifest does not list the file, or the file is missing, a link, cut or altered.
     """
     check_name(folder / MANIFEST, name)
-    path = folder / name
+    path, listed = folder / name, manifest["files"].get(name)
     try:
-        check_file(path, manifest["files"].get(name))
-        with safe_open(path, "pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        check_file(path, listed)
+        with safe_open(path, "pt") as file:  # the tensors are mapped, and not read for this
+            found = described({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path}: cannot be read: {error}") from None
-    opened = TensorFile(path, manifest["files"][name])
-    try:
-        listed = opened.shapes()
-    except (LookupError, TypeError, AttributeError):
-        listed = {}
-    if found != listed:
+    if found != listed.get("tensors"):
         raise StorageError(f"{path}: holds other tensors than {MANIFEST} lists; it is damaged")
-    return opened
+    return TensorFile(path, listed)

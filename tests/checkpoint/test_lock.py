@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from pemt.checkpoint import lock
-from pemt.checkpoint.lock import LOCK, LockError, RunLock, check_lock, start_ticks
+from pemt.checkpoint.lock import LOCK, LockError, RunLock, check_lock
+from pemt.engine.process import start_ticks
 from pemt.run import loop
 from pemt.run.train import run_adapt
 from tests.conftest import ROOT, python

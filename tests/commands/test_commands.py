@@ -14,7 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from pemt.commands import COMMANDS, readiness as doctor
+from pemt.commands import COMMANDS, doctor
 from pemt.commands.overview import overview
 from pemt.config import PemtError, version_line
 from tests.conftest import ROOT, python, start_ranks
@@ -184,7 +184,7 @@ def test_doctor_tells_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     *_, wrong, absent = doctor.packages()
     assert wrong.state == absent.state == "missing"
     assert wrong.advice == "pip install 'accelerate==0.1.*'"
-    assert wrong.lines()[1] == "      -> pip install 'accelerate==0.1.*'"
+    assert str(wrong).splitlines()[1] == "      -> pip install 'accelerate==0.1.*'"
     assert absent.advice == "pip install no-such-package"
 
 

@@ -14,7 +14,7 @@ import pytest
 import pemt.__main__
 from pemt.config import ExpertConfig, PemtError
 from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
-from pemt.engine import EngineError, check_world_size
+from pemt.engine.launcher import EngineError, check_world_size
 from pemt.run.train import run_adapt, run_source
 from tests.conftest import python, start_ranks
 from tests.support.jobs import Job, clean

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pemt.commands import readiness as doctor
+from pemt.commands import doctor
 from pemt.config import DISTRIBUTION, how_to_install, other_distribution, version_line
 from tests.conftest import ROOT, python
 

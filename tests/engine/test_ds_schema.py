@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
-from pemt.engine import Engine, EngineError, check_world_size
+from pemt.engine import Engine
 from pemt.engine.deepspeed_schema import check_schema
+from pemt.engine.launcher import EngineError, check_world_size
 from tests.config.test_ds_configs import FILES, filled
 from tests.conftest import ROOT, Launch
 from tests.support.ranks import deepspeed_json

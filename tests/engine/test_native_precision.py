@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pemt.checkpoint.folder import RunFolderError, check_run_folder, start_run_folder
 from pemt.checkpoint.resume import resolve_run
-from pemt.commands import readiness as doctor
+from pemt.commands import doctor
 from pemt.config.parse import parse_config
 from pemt.config.schema import AdaptConfig, RunConfig
 from pemt.engine import Engine, launcher, precision

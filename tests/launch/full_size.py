@@ -23,7 +23,7 @@ from pemt.bench.model import t5_config
 from pemt.model import base_shape
 from pemt.plan import Job
 from pemt.plan.shapes import KNOWN
-from tests.launch.launched_plan import random_sources
+from tests.launch.launched_plan import sources_of
 from tests.support.tiny import WORDS, make_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -40,7 +40,7 @@ def make_world(folder: Path, job: Job) -> None:
     write_base(folder / "base", job)
     shape = base_shape(t5_config(job.shape))
     entry = {"name": str(folder / "base"), **shape}
-    for source in random_sources(job, shape, names=SOURCES):  # fp32, as `pemt source` leaves them
+    for source in sources_of(job, shape, names=SOURCES):  # fp32, as `pemt source` leaves them
         write_entry(folder / "bank", source, base=entry, description=None, metrics={})
     write_task(folder, job)
 

@@ -22,8 +22,9 @@ import torch
 
 from pemt.checkpoint import Fresh
 from pemt.config.schema import AdapterConfig, ExpertConfig, MixtureConfig, RunConfig
-from pemt.engine import MOMENTS, Engine, shut_down
+from pemt.engine import Engine, shut_down
 from pemt.engine.exit import run_and_exit
+from pemt.engine.optimizer_state import MOMENTS
 from pemt.model import PemtT5
 from pemt.run.build import build_model
 from pemt.run.caller_inputs import CallerInputs

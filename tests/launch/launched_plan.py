@@ -98,7 +98,9 @@ def sources_of(
     """Random experts such as a job plans with, for a base model of this `base_shape`."""
     prompt = job.source_prompt_tokens // len(job.ranks)
     sites = [[Site.from_name(name, shape) for name in each] for each in job.ranks_by_site] or None
-    return random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, names=names, sites=sites)
+    sources = random_sources(shape, ranks=job.ranks, prompt_tokens=prompt, sites=sites)
+    names = names or [each.name for each in sources]
+    return [replace(each, name=name) for each, name in zip(sources, names, strict=True)]
 
 
 def main(world: Path, folder: Path, names: list[str]) -> None:

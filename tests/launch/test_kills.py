@@ -84,13 +84,12 @@ def test_killed_in_a_save_on_two_ranks(world: World, undisturbed: Path, operatio
 
 def bytes_lost(run: Path) -> int:
     """Of published checkpoints: how many bytes are not as their manifests say."""
-    from pemt.storage import read_manifest
-    from pemt.storage.folders import read_tensors
+    from pemt.storage import open_tensors, read_manifest
 
     lost = 0
     for folder in run.glob("checkpoint-*"):
         manifest = read_manifest(folder)
         for name, listed in manifest["files"].items():
-            read_tensors(folder, name, manifest)  # raises where a checksum differs
+            open_tensors(folder, name, manifest)  # raises where a checksum differs
             lost += abs(os.path.getsize(folder / name) - listed["bytes"])
     return lost

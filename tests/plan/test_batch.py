@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from pemt.commands import COMMANDS
 from pemt.config import PemtError
-from pemt.plan import Division, PlanError, Wanted, divide
+from pemt.plan import Division, PlanError, divide
 
 small = st.integers(1, 40)
 
@@ -22,7 +23,7 @@ def test_what_comes_out_is_what_was_wanted(
 ) -> None:
     """Or nothing does, and then no number of ranks would."""
     total = micro * rounds
-    wanted = Wanted(global_batch=total, most=micro, micro_batch=fixed, accumulation=accumulation)
+    wanted: dict[str, Any] = {"most": micro, "micro_batch": fixed, "accumulation": accumulation}
     possible = [
         (ranks_of_node, each, count)
         for ranks_of_node in range(1, ranks + 1)
@@ -32,9 +33,9 @@ def test_what_comes_out_is_what_was_wanted(
     ]
     if not possible:
         with pytest.raises(PlanError, match=f"global batch of {total};"):
-            divide(wanted, nodes=nodes, ranks_per_node=ranks)
+            divide(total, nodes=nodes, ranks_per_node=ranks, **wanted)
         return
-    found = divide(wanted, nodes=nodes, ranks_per_node=ranks)
+    found = divide(total, nodes=nodes, ranks_per_node=ranks, **wanted)
     assert found.global_batch == total
     # as many ranks as can be, then as few micro-batches
     assert (found.ranks_per_node, found.micro_batch, found.accumulation) == max(possible)

@@ -293,7 +293,7 @@ def test_advice(chip: str, name: str) -> None:
     cluster = replace(CLUSTER, chip=CHIPS[chip])
     given = read_zero(ROOT / "ds_configs" / "zero2.json")
     advice = advise(job, cluster, ROOT / "ds_configs", given)
-    assert advice.name == name
+    assert advice["name"] == name
     assert fits(job, read_zero(ROOT / "ds_configs" / name), cluster)
     most = largest_batch(job, given, cluster)
     assert fits(replace(job, batch=most), given, cluster) == (most > 0)

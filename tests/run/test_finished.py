@@ -13,8 +13,7 @@ from pemt.checkpoint.checkpoint import WEIGHTS
 from pemt.config import AdaptConfig, PemtError, SourceConfig
 from pemt.run.finished import finished_config, load_finished
 from pemt.run.train import run_adapt
-from pemt.storage import read_manifest
-from pemt.storage.folders import read_tensors
+from pemt.storage import open_tensors, read_manifest
 from pemt.storage.manifest import with_checksum
 from tests.support.damages import flip_a_bit
 from tests.support.tiny import adapt_config, make_base
@@ -44,7 +43,7 @@ def test_a_run_comes_back_with_its_best_weights(
     assert (finished.stage, finished.source_names) == (stage, names)
     results = json.loads((world / stage / "all_results.json").read_text())
     assert finished.checkpoint.name == results["best_checkpoint"]
-    saved = read_tensors(finished.checkpoint, WEIGHTS, read_manifest(finished.checkpoint))
+    saved = open_tensors(finished.checkpoint, WEIGHTS, read_manifest(finished.checkpoint))
     trained = dict(finished.model.trainable_parameters())
     assert saved.keys() == trained.keys()
     assert all(torch.equal(saved[name], parameter) for name, parameter in trained.items())

@@ -68,6 +68,14 @@ def test_a_checkpoint_from_before_goes_on_and_its_best_wins_a_tie() -> None:
         train_state_of({"progress": {**content, "validations": "x"}})
 
 
+@pytest.mark.parametrize("metric", [-0.5, NAN])
+def test_a_metric_below_zero_or_nan_is_read_back(metric: float) -> None:
+    """A metric of the user's own is the negative of an error; correlations are below zero at times."""
+    kept = TrainState(step=5, best_metric=metric, best_loss=1.0, best_step=5, validations=1)
+    found = train_state_of({"progress": asdict(kept)})
+    assert found.best_metric == pytest.approx(metric, nan_ok=True)
+
+
 def test_one_metric_is_told_once_and_two_with_their_mean() -> None:
     rest = {"average_metrics": 1.0, "loss": 2.0, "moe_weight_0": 1.0, "runtime": 3.0}
     assert "average_metrics" not in without_redundant_mean({"accuracy": 1.0, **rest})

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from pemt.storage import StorageError, folders as storage, read_manifest
+from pemt.storage import StorageError, folders as storage, open_tensors, read_manifest
 from pemt.storage.folders import (
     move_files,
-    read_tensors,
     replacing,
     write_folder,
     write_folders,
@@ -34,7 +33,7 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
     folder = written(tmp_path / "entry")
     manifest = read_manifest(folder)
     assert manifest["format"] == 1
-    assert torch.equal(read_tensors(folder, "a.safetensors", manifest)["w"], torch.ones(64))
+    assert torch.equal(open_tensors(folder, "a.safetensors", manifest)["w"], torch.ones(64))
     assert [path.name for path in tmp_path.iterdir()] == ["entry"]
 
 
@@ -64,13 +63,13 @@ def test_every_flipped_byte_and_every_cut_is_found(tmp_path: Path) -> None:
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with pytest.raises(StorageError, match="damaged"):
-            read_tensors(folder, "a.safetensors", manifest)
+            open_tensors(folder, "a.safetensors", manifest)
         path.write_bytes(whole[:position])
         with pytest.raises(StorageError, match="damaged"):
-            read_tensors(folder, "a.safetensors", manifest)
+            open_tensors(folder, "a.safetensors", manifest)
     path.unlink()
     with pytest.raises(StorageError, match=r"a\.safetensors"):
-        read_tensors(folder, "a.safetensors", manifest)
+        open_tensors(folder, "a.safetensors", manifest)
 
 
 @pytest.mark.parametrize("step", ["save_tensors", "_sync", "_put_in_place"])
@@ -86,7 +85,7 @@ def test_a_crash_while_replacing_keeps_the_old(
     with pytest.raises(KeyboardInterrupt):
         written(folder, 2.0)
     monkeypatch.undo()
-    assert read_tensors(folder, "a.safetensors", read_manifest(folder))["w"][0] == 1.0
+    assert open_tensors(folder, "a.safetensors", read_manifest(folder))["w"][0] == 1.0
     written(folder, 3.0)
     assert [path.name for path in tmp_path.iterdir()] == ["entry"], "leftovers stayed"
 
@@ -95,7 +94,7 @@ def test_a_crash_between_the_renames_brings_the_old_one_back(tmp_path: Path) -> 
     folder = written(tmp_path / "entry", 1.0)
     folder.rename(tmp_path / f"{storage.TEMPORARY}replaced-entry")
     storage.remove_partial_writes(tmp_path, lambda name: name == "entry")
-    assert read_tensors(folder, "a.safetensors", read_manifest(folder))["w"][0] == 1.0
+    assert open_tensors(folder, "a.safetensors", read_manifest(folder))["w"][0] == 1.0
 
 
 def test_anothers_unfinished_folder_is_left_alone(tmp_path: Path) -> None:
@@ -166,7 +165,7 @@ def test_several_folders_are_there_together_or_not_at_all(
     def values() -> dict[str, float]:
         found = {}
         for folder in bank.glob("[!.]*"):
-            tensors = read_tensors(folder, files[0], read_manifest(folder))
+            tensors = open_tensors(folder, files[0], read_manifest(folder))
             found[folder.name] = tensors["w"][0].item()
         return found
 

@@ -23,8 +23,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pemt.storage import StorageError, folders as storage, read_manifest
-from pemt.storage.folders import read_tensors, write_folder
+from pemt.storage import StorageError, folders as storage, open_tensors, read_manifest
+from pemt.storage.folders import write_folder
 from pemt.storage.manifest import MANIFEST, listed_file
 
 KILLS = [15, pytest.param(200, marks=pytest.mark.soak)]
@@ -73,7 +73,7 @@ def is_bad(folder: Path) -> bool:
     """Whether a reader would refuse it, or take it for what it is not."""
     try:
         manifest = read_manifest(folder)
-        values = [read_tensors(folder, name, manifest)["w"] for name in NAMES]
+        values = [open_tensors(folder, name, manifest)["w"] for name in NAMES]
     except StorageError:
         return True
     return any(value.tolist() != [float(manifest["step"])] * 20_000 for value in values)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from pemt.storage.folders import read_tensors, write_folder
+from pemt.storage import open_tensors
+from pemt.storage.folders import write_folder
 from pemt.storage.manifest import MANIFEST, StorageError, read_manifest, with_checksum
 
 NAMES = ("trained.safetensors", "moments.safetensors")
@@ -33,7 +34,7 @@ def whole(tmp_path: Path) -> Path:
 
 def read(folder: Path) -> list[dict[str, torch.Tensor]]:
     manifest = read_manifest(folder)
-    return [read_tensors(folder, name, manifest) for name in NAMES]
+    return [dict(open_tensors(folder, name, manifest)) for name in NAMES]
 
 
 def any_file(folder: Path, draw: random.Random) -> Path:
@@ -141,7 +142,7 @@ def test_names_in_a_manifest_are_no_paths(whole: Path, name: str) -> None:
     with pytest.raises(StorageError, match="no plain name"):
         read(whole)
     with pytest.raises(StorageError, match="no plain name"):
-        read_tensors(whole, name, manifest)
+        open_tensors(whole, name, manifest)
 
 
 def test_a_huge_manifest_is_not_read(whole: Path) -> None:
