@@ -18,7 +18,6 @@ from .manifests import (
     chosen_entries as chosen_entries,
     entry_folder as entry_folder,
     entry_names as entry_names,
-    listed_tensors as listed_tensors,
     manifest_of as manifest_of,
     manifests_in as manifests_in,
     read_shapes as read_shapes,
@@ -30,6 +29,7 @@ from .sharing import (
     Changes as Changes,
     check_entries as check_entries,
     compare as compare,
+    merge as merge,
     move_entries as move_entries,
 )
-from .tools import export_peft as export_peft, merge as merge, remove as remove, verify as verify
+from .tools import export_peft as export_peft, remove as remove, verify as verify

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pemt.bank.entries import entry_writer
+from pemt.bank.entries import write_entry
 from pemt.bank.manifests import BankError, check_free, entry_folder, manifest_of
-from pemt.bank.peft_files import FILES, PeftFormatError
+from pemt.bank.peft_files import FILES
 from pemt.bank.peft_format import PeftLora, read_base_name, read_peft
 from pemt.model import (
     ExpertSource,
@@ -72,13 +72,13 @@ class Added:
         folder: the new entry.
         base_name: the base model it belongs to.
         lora: the expert: its rank, where it is, and where it is not.
-        prompt: `its own`, or the description that the prompt was made from.
+        prompt: the description that its prompt was made from; None where the adapter has one of its own.
     """
 
     folder: Path
     base_name: str
     lora: PeftLora
-    prompt: str
+    prompt: str | None
 
 
 def add_peft(
@@ -103,8 +103,8 @@ def add_peft(
         overwrite: replace entries of these names.
 
     Raises:
-        BankError: the bank has such an entry, two have one name, or one has neither prompt nor description.
-        PeftFormatError: one is no plain LoRA on linear layers, or fits another base model.
+        BankError: the bank has such an entry, two have one name, or one has neither prompt nor description, is no plain
+            LoRA on linear layers, or fits another base model.
         PemtError: the base model or the hub cannot be read, or the bank cannot be written.
     """
     _check_names(adapters, bank_dir, overwrite=overwrite)
@@ -112,22 +112,21 @@ def add_peft(
     base_name = model_name_or_path or _common_base(folders)
     base, tokenizer = load_pretrained(base_name, tokenizer_name or base_name, lazy=True)
     shape = base_shape(base.config)
-    read = [
-        _read(adapter, read_peft(folder, shape), base, tokenizer)
-        for adapter, folder in zip(adapters, folders, strict=True)
-    ]
     writers: dict[Path, Callable[[Path], None]] = {}
     added = []
-    for adapter, path, (source, lora, text, prompt) in zip(adapters, folders, read, strict=True):
-        folder, writers[folder] = entry_writer(
+    for adapter, path in zip(adapters, folders, strict=True):
+        lora, sentence = read_peft(path, shape), adapter.sentence()
+        folder = write_entry(
             bank_dir,
-            source,
+            _expert(adapter, lora, base, tokenizer),
             base={"name": base_name, **shape},
-            description=text,
+            description=sentence,
             metrics={},
             origin=adapter.origin(path),
             licence=licence_in(path),
+            write=writers.update,
         )
+        prompt = sentence if lora.prompt_PD is None else None
         added.append(Added(folder=folder, base_name=base_name, lora=lora, prompt=prompt))
     write_folders(writers)
     return added
@@ -142,7 +141,7 @@ def is_made_of(bank_dir: str | Path, adapter: Adapter) -> bool:
     folder = entry_folder(bank_dir, adapter.entry)
     if not (folder / MANIFEST).exists():
         return False
-    origin = manifest_of(folder)[0].origin
+    origin = manifest_of(folder).origin
     return origin is not None and origin.rpartition("@")[0] == adapter.path_or_id
 
 
@@ -162,17 +161,19 @@ def _check_names(adapters: Sequence[Adapter], bank_dir: str | Path, *, overwrite
             )
 
 
-def _read(
+def _expert(
     adapter: Adapter, lora: PeftLora, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ExpertSource, PeftLora, str | None, str]:
-    """The expert, its adapter, its description and what its prompt is made of."""
-    description = adapter.sentence()
-    prompt_PD, origin = lora.prompt_PD, "its own"
+) -> ExpertSource:
+    prompt_PD = lora.prompt_PD
     if prompt_PD is None:
-        if description is None:
-            raise _no_description(adapter)
-        prompt_PD, origin = description_prompt(tokenizer, base, description), description
-    source = ExpertSource(
+        sentence = adapter.sentence()
+        if sentence is None:
+            raise BankError(
+                f"description: missing; {adapter.path_or_id} has no task prompt and `{adapter.entry}` is no task that "
+                "`pemt tasks` lists: say in one sentence what it does, --description '...'"
+            )
+        prompt_PD = description_prompt(tokenizer, base, sentence)
+    return ExpertSource(
         name=adapter.entry,
         kind="lora",
         rank=lora.rank,
@@ -181,29 +182,21 @@ def _read(
         prompt_PD=prompt_PD,
         base_sha256=base_digest(checked_base(base)),
     )
-    return source, lora, description, origin
 
 
 def _common_base(folders: Sequence[Path]) -> str:
     names = {folder: read_base_name(folder) for folder in folders}
     for folder, name in names.items():
         if not name:
-            raise PeftFormatError(
+            raise BankError(
                 f"{folder}: does not name its base model; give it with --model_name_or_path"
             )
     (first, base_name), *others = names.items()
     for folder, name in others:
         if name != base_name:
-            raise PeftFormatError(
+            raise BankError(
                 f"{folder}: is for the base model {name}, and {first} is for {base_name}; a bank is for one: add them "
                 "to two banks, or give --model_name_or_path where both names mean one model"
             )
     assert base_name is not None
     return base_name
-
-
-def _no_description(adapter: Adapter) -> BankError:
-    return BankError(
-        f"description: missing; {adapter.path_or_id} has no task prompt and `{adapter.entry}` is no task that "
-        "`pemt tasks` lists: say in one sentence what it does, --description '...'"
-    )

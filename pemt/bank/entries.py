@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pemt.bank.manifests import (
     FORMAT,
@@ -26,7 +27,7 @@ from pemt.bank.manifests import (
     last_part,
     manifest_of,
 )
-from pemt.bank.official import OfficialError, read_official
+from pemt.bank.official import read_official
 from pemt.config import installed_version
 from pemt.model import ExpertSource, ModelError, sites_of
 from pemt.storage import MANIFEST, open_tensors, tensor_writer, write_folders
@@ -39,9 +40,9 @@ def write_entry(
     base: Mapping[str, Any],
     description: str | None,
     metrics: Mapping[str, float],
-    dtype: str = "float32",
     origin: str | None = None,
     licence: str | None = None,
+    write: Callable[[Mapping[Path, Callable[[Path], None]]], None] = write_folders,
 ) -> Path:
     """Write one entry atomically; an older one of the same task is replaced.
 
@@ -50,57 +51,20 @@ def write_entry(
         source: expert and prompt.
         base: `name` of the base model, and its `base_shape`.
         description, metrics, origin, licence: see `Manifest`.
-        dtype: what to store the tensors in.
+        write: is given the entry's folder and what fills it. Of several that are to be there together or not at all
+            these are collected for one `write_folders`.
 
     Returns:
         The entry's folder.
 
     Raises:
-        BankError: the task's name cannot be a folder's, or a tensor is not finite in that dtype.
+        BankError: the task's name cannot be a folder's, or a tensor is not finite.
         ModelError: the expert does not fit that base model.
         StorageError: it cannot be written.
     """
-    folder, write = entry_writer(
-        bank_dir,
-        source,
-        base=base,
-        description=description,
-        metrics=metrics,
-        dtype=dtype,
-        origin=origin,
-        licence=licence,
-    )
-    write_folders({folder: write})
-    return folder
-
-
-def entry_writer(
-    bank_dir: str | Path,
-    source: ExpertSource,
-    *,
-    base: Mapping[str, Any],
-    description: str | None,
-    metrics: Mapping[str, float],
-    dtype: str = "float32",
-    origin: str | None = None,
-    licence: str | None = None,
-) -> tuple[Path, Callable[[Path], None]]:
-    """An entry's folder, and what `write_folders` writes there: several that are to be there together or not at all.
-
-    Args and Raises: as `write_entry`, but for the disk's errors.
-    """
     folder = entry_folder(bank_dir, source.name)
     source.check(base)
-    tensors = {**source.weights, PROMPT: source.prompt_PD}
-    tensors = {
-        key: tensor.detach().cpu().to(getattr(torch, dtype)) for key, tensor in tensors.items()
-    }
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise BankError(
-                f"{folder}: not written: tensor `{key}` has infinite or NaN values in {dtype}; "
-                "the training diverged, lower learning_rate"
-            )
+    tensors = _finite(folder, source)
     manifest = Manifest(
         format=FORMAT,
         task=source.name,
@@ -110,13 +74,27 @@ def entry_writer(
         kind=source.kind,
         rank=source.rank,
         alpha=source.alpha,
-        dtype=dtype,
+        dtype="float32",
         metrics=dict(metrics),
         versions=_versions(),
         origin=origin,
         licence=licence,
     )
-    return folder, tensor_writer({TENSORS: tensors}, asdict(manifest))
+    write({folder: tensor_writer({TENSORS: tensors}, asdict(manifest))})
+    return folder
+
+
+def _finite(folder: Path, source: ExpertSource) -> dict[str, Tensor]:
+    """What an entry stores, in float32."""
+    tensors = {**source.weights, PROMPT: source.prompt_PD}
+    for key, tensor in tensors.items():
+        tensors[key] = tensor.detach().cpu().float()
+        if not torch.isfinite(tensors[key]).all():
+            raise BankError(
+                f"{folder}: not written: tensor `{key}` has infinite or NaN values in float32; "
+                "the training diverged, lower learning_rate"
+            )
+    return tensors
 
 
 def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
@@ -127,14 +105,14 @@ def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
         StorageError: a file is missing, malformed or damaged.
     """
     folder = Path(path)
-    manifest, raw = manifest_of(folder)
-    weights = dict(open_tensors(folder, TENSORS, raw))
+    manifest = manifest_of(folder)
+    weights = dict(open_tensors(folder, TENSORS, {"files": manifest.files}))
     if PROMPT not in weights:
         raise BankError(f"{folder / TENSORS}: has no tensor `{PROMPT}`; write the entry again")
     prompt_PD = weights.pop(PROMPT)
     source = ExpertSource(
         name=manifest.task,
-        kind="lora" if manifest.kind == "lora" else "bottleneck",
+        kind=manifest.kind,
         rank=manifest.rank,
         alpha=manifest.alpha,
         weights=weights,
@@ -203,15 +181,15 @@ def import_official(
         The entry's folder.
 
     Raises:
-        OfficialError: a file is missing, would run code, or is not what the published code saves.
-        BankError: the bank has such an entry, or as `write_entry`.
+        BankError: a file is missing, would run code, or is not what the published code saves; the bank has such an
+            entry; or as `write_entry`.
         ModelError, StorageError: as `write_entry`.
     """
     check_free(bank_dir, task, overwrite=overwrite)
     source = read_official(Path(folder), name=task, kind=kind, alpha=alpha)
     for site in sites_of(base):
         if site.is_ffn_output and not source.is_on(site.name):
-            raise OfficialError(
+            raise BankError(
                 f"{folder}: the expert of {site.name}'s FFN is missing; needed is one per layer of this base model "
                 f"({base['num_layers']} encoder, {base['num_decoder_layers']} decoder layers)"
             )

@@ -8,11 +8,11 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pemt.config import PemtError
 from pemt.storage import (
@@ -54,6 +54,7 @@ class Manifest:
         origin: the adapter on the hub that it was made of, `owner/name@commit`; None for one that was trained here, or
             came from a folder.
         licence: that adapter's, as its own card spells it; None where it is not known.
+        files: what `storage` lists of the tensors' file: size, checksum, shapes.
     """
 
     format: int
@@ -61,14 +62,22 @@ class Manifest:
     description: str | None
     base: dict[str, Any]
     base_sha256: str | None
-    kind: str
+    kind: Literal["lora", "bottleneck"]
     rank: int
     alpha: float
     dtype: str
     metrics: dict[str, float]
     versions: dict[str, str]
-    origin: str | None = None  # the last two are lacking in older entries
+    origin: str | None = None  # these two are lacking in older entries
     licence: str | None = None
+    files: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[str]:
+        """Where the expert is, by the tensors that are listed."""
+        listed = self.files.get(TENSORS)
+        tensors = listed.get("tensors") if isinstance(listed, dict) else None
+        return site_names(tensors) if isinstance(tensors, dict) else []
 
 
 def entry_names(bank_dir: str | Path) -> list[str]:
@@ -91,8 +100,8 @@ def _names_in(bank: Path) -> list[str]:
     return sorted(name for name in names if _is_name(name))
 
 
-def manifests_in(bank_dir: str | Path) -> dict[str, tuple[Manifest, dict[str, Any]]]:
-    """What `manifest_of` gives of each entry; nothing where there is no bank, or an empty one.
+def manifests_in(bank_dir: str | Path) -> dict[str, Manifest]:
+    """Each entry's manifest by its name; nothing where there is no bank, or an empty one.
 
     Raises:
         BankError, StorageError: as `manifest_of`.
@@ -106,13 +115,6 @@ def manifests_in(bank_dir: str | Path) -> dict[str, tuple[Manifest, dict[str, An
 def site_names(tensors: Iterable[str]) -> list[str]:
     """The sites that an expert's tensors are on, each once: see `pemt.model.Site`."""
     return list(dict.fromkeys(name.partition(".down")[0] for name in tensors if ".down" in name))
-
-
-def listed_tensors(raw: Mapping[str, Any]) -> list[str]:
-    """The names of an entry's tensors, by its manifest alone: what `manifest_of` read it from."""
-    listed = raw["files"].get(TENSORS)
-    tensors = listed.get("tensors") if isinstance(listed, dict) else None
-    return [name for name in tensors if name != PROMPT] if isinstance(tensors, dict) else []
 
 
 def chosen_entries(bank_dir: str | Path, tasks: Sequence[str] | None) -> list[str]:
@@ -148,8 +150,9 @@ def read_shapes(folder: Path) -> tuple[Manifest, dict[str, list[int]]]:
     Raises:
         BankError, StorageError: as `read_entry`.
     """
-    manifest, raw = manifest_of(folder)
-    path, listed = folder / TENSORS, raw["files"].get(TENSORS)
+    manifest = manifest_of(folder)
+    path = folder / TENSORS
+    listed: Any = manifest.files.get(TENSORS)
     try:
         check_file(path, listed)
     except OSError as error:
@@ -175,11 +178,11 @@ def check_free(bank_dir: str | Path, task: str, *, overwrite: bool) -> None:
 
 def same_base(one: Manifest, other: Manifest) -> bool:
     """Whether two entries belong to one base model: by its weights where both know them, else by its name."""
-    shapes = [{**each.base, "name": None} for each in (one, other)]
+    if {**one.base, "name": None} != {**other.base, "name": None}:
+        return False
     if one.base_sha256 is not None and other.base_sha256 is not None:
-        return shapes[0] == shapes[1] and one.base_sha256 == other.base_sha256
-    names = [last_part(str(each.base.get("name"))) for each in (one, other)]
-    return shapes[0] == shapes[1] and names[0] == names[1]
+        return one.base_sha256 == other.base_sha256
+    return last_part(str(one.base.get("name"))) == last_part(str(other.base.get("name")))
 
 
 def check_one_base(manifests: Sequence[Manifest], *, where: str) -> None:
@@ -225,8 +228,8 @@ def _is_name(task: str) -> bool:
     return _NAME.fullmatch(task) is not None
 
 
-def manifest_of(folder: Path) -> tuple[Manifest, dict[str, Any]]:
-    """An entry's manifest, checked, and the JSON object it was read from.
+def manifest_of(folder: Path) -> Manifest:
+    """An entry's manifest, checked.
 
     Raises:
         BankError: it lacks a key, or a value is none that can be.
@@ -234,13 +237,11 @@ def manifest_of(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     """
     path = folder / MANIFEST
     raw = read_manifest(folder)
-    missing = [each.name for each in fields(Manifest) if each.default is MISSING]
-    missing = [name for name in missing if name not in raw]
-    if missing:
-        raise BankError(f"{path}: lacks `{missing[0]}`; it is no entry of an expert bank")
-    manifest = Manifest(
-        **{each.name: raw[each.name] for each in fields(Manifest) if each.name in raw}
-    )
+    known = {each.name: each.default for each in fields(Manifest)}
+    for key, default in known.items():
+        if default is MISSING and key not in raw:
+            raise BankError(f"{path}: lacks `{key}`; it is no entry of an expert bank")
+    manifest = Manifest(**{key: value for key, value in raw.items() if key in known})
     rank, alpha = manifest.rank, manifest.alpha
     rules = {
         "format": (manifest.format == FORMAT, str(FORMAT)),
@@ -257,7 +258,7 @@ def manifest_of(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     for key, (fine, allowed) in rules.items():
         if not fine:
             raise BankError(f"{path}: {key}: found {raw[key]!r}, allowed is {allowed}")
-    return manifest, raw
+    return manifest
 
 
 def _are_numbers(values: Any) -> bool:

@@ -43,7 +43,7 @@ def rank_entries(
         ModelError: the description has no tokens.
     """
     names = entry_names(bank_dir)
-    manifests = [manifest for manifest, _ in manifests_in(bank_dir).values()]
+    manifests = list(manifests_in(bank_dir).values())
     check_one_base(manifests, where=str(bank_dir))
     base_name = model_name_or_path or str(manifests[0].base.get("name"))
     base, tokenizer = load_pretrained(base_name, tokenizer_name or base_name, lazy=True)

@@ -13,8 +13,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from pemt.bank.manifests import BankError
 from pemt.bank.pickles import load_pickle, tensors_of
-from pemt.config import PemtError
 from pemt.model import ExpertSource
 
 FILES: dict[Literal["lora", "bottleneck"], str] = {"lora": "lora.pt", "bottleneck": "adapter.pt"}
@@ -31,30 +31,20 @@ _KEYS = {
 _LORA = {"A": "down", "B": "up"}
 
 
-class OfficialError(PemtError):
-    """A file that is not what the published code saves, or that would run code."""
-
-
 def read_official(
     folder: Path, *, name: str, kind: str | None = None, alpha: float = 64.0
 ) -> ExpertSource:
-    """One source task as the published code left it.
-
-    Args:
-        folder: holds `task_embedding.pt`, and `lora.pt` or `adapter.pt`.
-        name: the source task.
-        kind: `lora` or `bottleneck`; default: that of the one file which is there.
-        alpha: the LoRA expert's alpha.
+    """One source task as the published code left it; for the arguments see `import_official`.
 
     Raises:
-        OfficialError: a file is missing, would run code, or holds something else.
+        BankError: a file is missing, would run code, or holds something else.
     """
     chosen = _choose(folder, kind)
     path = folder / FILES[chosen]
     weights = _expert(path, chosen)
     down = weights.get("encoder.0.down", weights.get("encoder.0.down.weight"))
     if down is None or down.dim() != 2:
-        raise OfficialError(f"{path}: has no expert for the first encoder layer's FFN")
+        raise BankError(f"{path}: has no expert for the first encoder layer's FFN")
     return ExpertSource(
         name=name,
         kind=chosen,
@@ -73,23 +63,21 @@ def _choose(folder: Path, kind: str | None) -> Literal["lora", "bottleneck"]:
         return there[0]
     if there:
         names = " and ".join(FILES.values())
-        raise OfficialError(f"{folder}: holds both {names}; choose with kind lora or bottleneck")
+        raise BankError(f"{folder}: holds both {names}; choose with kind lora or bottleneck")
     wanted = f" of kind {kind}" if kind is not None else ""
-    raise OfficialError(
-        f"{folder}: holds no expert{wanted}; needed is {' or '.join(FILES.values())}"
-    )
+    raise BankError(f"{folder}: holds no expert{wanted}; needed is {' or '.join(FILES.values())}")
 
 
 def _expert(path: Path, kind: Literal["lora", "bottleneck"]) -> dict[str, Tensor]:
-    saved = load_pickle(path, OfficialError)
+    saved = load_pickle(path)
     if not isinstance(saved, Mapping):
-        raise OfficialError(f"{path}: found a {type(saved).__name__}, needed is a dict of tensors")
+        raise BankError(f"{path}: found a {type(saved).__name__}, needed is a dict of tensors")
     weights: dict[str, Tensor] = {}
     tasks = set()
     for key, value in saved.items():
         match = _KEYS[kind].search(str(key))
         if match is None or not isinstance(value, Tensor):
-            raise OfficialError(f"{path}: `{key}` is no part of a {kind} expert on an FFN's output")
+            raise BankError(f"{path}: `{key}` is no part of a {kind} expert on an FFN's output")
         site = f"{match['stack']}.{match['layer']}"
         if kind == "lora":
             ours = f"{site}.{_LORA[match['factor']]}"
@@ -98,7 +86,7 @@ def _expert(path: Path, kind: Literal["lora", "bottleneck"]) -> dict[str, Tensor
             tasks.add(match["task"])
         weights[ours] = value.detach().float()
     if len(tasks) > 1:
-        raise OfficialError(
+        raise BankError(
             f"{path}: holds experts of {len(tasks)} tasks; needed is one: {sorted(tasks)}"
         )
     return weights
@@ -106,11 +94,9 @@ def _expert(path: Path, kind: Literal["lora", "bottleneck"]) -> dict[str, Tensor
 
 def _prompt(path: Path) -> Tensor:
     """The prompt [P,D]: the file's tensor, or the only one in its dict."""
-    saved = load_pickle(path, OfficialError)
+    saved = load_pickle(path)
     tensors = tensors_of(saved)
     if len(tensors) != 1 or tensors[0].dim() != 2:
         found = [list(tensor.shape) for tensor in tensors]
-        raise OfficialError(
-            f"{path}: found tensors {found}, needed is one prompt [tokens, d_model]"
-        )
+        raise BankError(f"{path}: found tensors {found}, needed is one prompt [tokens, d_model]")
     return tensors[0].detach().float()

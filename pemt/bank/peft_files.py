@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pemt.bank.manifests import BankError
 from pemt.bank.pickles import load_pickle
-from pemt.config import PemtError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # what PEFT once wrote; read where there is no other
@@ -22,29 +22,25 @@ CARD = "README.md"
 FILES = (CONFIG, TENSORS, PICKLED, PROMPT_FILE, CARD)
 
 
-class PeftFormatError(PemtError):
-    """A folder that is no LoRA adapter on linear layers of a T5 in PEFT's format."""
-
-
 def load_adapter(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """An adapter's file of tensors, and what it holds.
 
     Raises:
-        PeftFormatError: there is none, or it is damaged, would run code or holds something else.
+        BankError: there is none, or it is damaged, would run code or holds something else.
     """
     path = folder / TENSORS
     if not path.exists() and (folder / PICKLED).is_file():
         path = folder / PICKLED
-        saved = load_pickle(path, PeftFormatError)
+        saved = load_pickle(path)
         if not isinstance(saved, Mapping) or not all(map(_is_plain, saved.values())):
-            raise PeftFormatError(f"{path}: found something else than a dict of plain tensors")
+            raise BankError(f"{path}: found something else than a dict of plain tensors")
         return path, {str(key): tensor.detach() for key, tensor in saved.items()}
     try:
         return path, load_file(path)
     except FileNotFoundError:
-        raise PeftFormatError(f"{path}: does not exist, and no {PICKLED} either") from None
+        raise BankError(f"{path}: does not exist, and no {PICKLED} either") from None
     except (OSError, SafetensorError) as error:
-        raise PeftFormatError(f"{path}: cannot be read: {error}") from None
+        raise BankError(f"{path}: cannot be read: {error}") from None
 
 
 def _is_plain(value: Any) -> bool:
@@ -56,7 +52,7 @@ def read_prompt(folder: Path) -> Tensor | None:
     """The task prompt [P,D] beside an adapter, if there is one.
 
     Raises:
-        PeftFormatError: it cannot be read.
+        BankError: it cannot be read.
     """
     path = folder / PROMPT_FILE
     if not path.is_file():
@@ -64,4 +60,4 @@ def read_prompt(folder: Path) -> Tensor | None:
     try:
         return load_file(path)[PROMPT].float()
     except (OSError, SafetensorError, KeyError) as error:
-        raise PeftFormatError(f"{path}: cannot be read: {error}") from None
+        raise BankError(f"{path}: cannot be read: {error}") from None

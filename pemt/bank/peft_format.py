@@ -17,20 +17,22 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from pemt.bank.manifests import BankError
 from pemt.bank.peft_files import (
     CONFIG,
     PROMPT,
     PROMPT_FILE,
     TENSORS,
-    PeftFormatError,
     load_adapter,
     read_prompt,
 )
+from pemt.config import read_json_object
 from pemt.model import ExpertSource, Site, absent_sites, is_linear, sites_of
 from pemt.storage import Count, Positive, checked, save_tensors
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _FACTORS = {"A": "down", "B": "up"}
+_LETTERS = {ours: theirs for theirs, ours in _FACTORS.items()}
 # Settings that leave the adapter a plain LoRA whatever they say; any other must be empty or false.
 _HARMLESS = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules"),
@@ -63,7 +65,6 @@ class PeftLora:
     """A LoRA adapter as an expert.
 
     Args:
-        base_name: the base model that its configuration names; None where it names none.
         rank: of the layer that has the most.
         alpha: of all layers; output = (alpha / rank) · (x downᵀ) upᵀ.
         weights: by `<site>.down` [R,F] and `<site>.up` [D,R], fp32.
@@ -72,7 +73,6 @@ class PeftLora:
         absent: sites of the same kinds that it is not on, as with PEFT's `layers_to_transform`.
     """
 
-    base_name: str | None
     rank: int
     alpha: float
     weights: dict[str, Tensor]
@@ -85,7 +85,7 @@ def read_base_name(folder: Path) -> str | None:
     """The base model that an adapter's configuration names.
 
     Raises:
-        PeftFormatError: the configuration cannot be read.
+        BankError: the configuration cannot be read.
     """
     return _read_settings(folder).base_model_name_or_path
 
@@ -97,7 +97,7 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
     `up`, which changes no output.
 
     Raises:
-        PeftFormatError: a file is missing or malformed, the adapter is no plain LoRA, or it is on
+        BankError: a file is missing or malformed, the adapter is no plain LoRA, or it is on
             something else than linear layers of the base.
     """
     settings = _read_settings(folder)
@@ -117,7 +117,6 @@ def read_peft(folder: Path, shape: Mapping[str, Any]) -> PeftLora:
         weights[f"{site.name}.up"] = pair["up"] * (scales[site] / common)
     rank = max(len(pair["down"]) for pair in factors.values())
     return PeftLora(
-        base_name=settings.base_model_name_or_path,
         rank=rank,
         alpha=common * rank,
         weights=weights,
@@ -132,37 +131,30 @@ def write_peft(
 ) -> Path:
     """Write a LoRA source as `peft.PeftModel.from_pretrained` reads it, and its prompt beside it.
 
-    Args:
-        folder: new or empty.
-        source: what is written.
-        base_name, shape: its base model's name and `base_shape`.
-
     Raises:
-        PeftFormatError: the expert is no LoRA, the folder is not empty, or cannot be written.
+        BankError: the expert is no LoRA, the folder is not empty, or cannot be written.
     """
     if source.kind != "lora":
-        raise PeftFormatError(
+        raise BankError(
             f"source `{source.name}`: is a {source.kind} expert, and PEFT has no such adapter; "
             "only lora experts can be exported"
         )
     config = {"base_model_name_or_path": base_name, **_lora_settings(source, shape)}
-    letters = {ours: theirs for theirs, ours in _FACTORS.items()}
     tensors = {}
     for key, tensor in source.weights.items():
         site, _, factor = key.rpartition(".")
-        name = (
-            f"base_model.model.{Site.from_name(site, shape).module}.lora_{letters[factor]}.weight"
-        )
+        module = Site.from_name(site, shape).module
+        name = f"base_model.model.{module}.lora_{_LETTERS[factor]}.weight"
         tensors[name] = tensor.float().contiguous()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise PeftFormatError(f"{folder}: is not empty; give a new folder")
+            raise BankError(f"{folder}: is not empty; give a new folder")
         save_tensors(tensors, folder / TENSORS)
         save_tensors({PROMPT: source.prompt_PD.float().contiguous()}, folder / PROMPT_FILE)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise PeftFormatError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise BankError(f"{folder}: cannot be written: {error.strerror}") from None
     return folder
 
 
@@ -211,20 +203,16 @@ def _plain(number: float) -> float:
 
 def _read_settings(folder: Path) -> _Settings:
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PeftFormatError(f"{path}: does not exist; needed is an adapter's folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PeftFormatError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise PeftFormatError(f"{path}: peft_type: found {found}, allowed is LORA")
+    if not path.is_file():
+        raise BankError(f"{path}: does not exist; needed is an adapter's folder")
+    config = read_json_object(path, BankError)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise BankError(f"{path}: peft_type: found {kind}, allowed is LORA")
     _check_plain(path, config)
     try:
         return checked(_Settings, config)
     except ValueError as error:
-        raise PeftFormatError(f"{path}: {error}; save the adapter again with PEFT") from None
+        raise BankError(f"{path}: {error}; save the adapter again with PEFT") from None
 
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:
@@ -232,12 +220,12 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
     for key, value in config.items():
         if key not in _HARMLESS and value and (key, value) != ("bias", "none"):
             shown = json.dumps(value)
-            raise PeftFormatError(
+            raise BankError(
                 f"{path}: {key}: found {shown[:80]}, which is more than a plain LoRA; allowed is none"
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
-        raise PeftFormatError(
+        raise BankError(
             f"{path}: init_lora_weights: found `{start}`, which changes the base model's own weights; "
             "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
@@ -253,7 +241,7 @@ def _factors(
         match = _TENSOR.fullmatch(key)
         site = sites.get(match["module"]) if match else None
         if match and site is None and is_linear(match["module"]):
-            raise PeftFormatError(
+            raise BankError(
                 f"{path}: has a LoRA on {match['module']}, this base model has {shape['num_layers']} encoder and "
                 f"{shape['num_decoder_layers']} decoder layers of feed_forward_proj {shape['feed_forward_proj']}; "
                 "name the base model it was trained on"
@@ -264,7 +252,7 @@ def _factors(
         factors.setdefault(site, {})[_FACTORS[match["factor"]]] = tensor.float()
     if strangers:
         modules = sorted({_module(key) for key in strangers})
-        raise PeftFormatError(
+        raise BankError(
             f"{path}: found adapters on {', '.join(modules)} ({len(strangers)} of {len(tensors)} "
             f"tensors); an expert is a LoRA on {_allowed(sites)} alone: train it with these as "
             "target_modules"
@@ -272,7 +260,7 @@ def _factors(
     halves = [site.name for site, pair in factors.items() if len(pair) < 2]
     if not factors or halves:
         what = f"one factor of {halves[0]} alone" if halves else "no tensor"
-        raise PeftFormatError(f"{path}: has {what}; save the adapter again")
+        raise BankError(f"{path}: has {what}; save the adapter again")
     return factors
 
 
@@ -295,11 +283,11 @@ def _scale(path: Path, settings: _Settings, site: Site, rank: int) -> float:
         expected = _of_pattern(settings.rank_pattern or {}, site.module, settings.r)
         alpha = _of_pattern(settings.alpha_pattern or {}, site.module, settings.lora_alpha)
     except (re.error, OverflowError, RecursionError) as error:
-        raise PeftFormatError(
+        raise BankError(
             f"{path.with_name(CONFIG)}: rank_pattern, alpha_pattern: a key is no regular expression: {error}"
         ) from None
     if rank != expected:
-        raise PeftFormatError(
+        raise BankError(
             f"{path}: the LoRA on {site.name} has rank {rank}, {CONFIG} says {expected}"
         )
     return alpha / rank**0.5 if settings.use_rslora else alpha / rank
@@ -320,8 +308,7 @@ def _check_widths(
     needed = {"down": (rank, inputs), "up": (outputs, rank)}
     for factor, size in needed.items():
         if tuple(pair[factor].shape) != size:
-            letter = {ours: theirs for theirs, ours in _FACTORS.items()}[factor]
-            raise PeftFormatError(
-                f"{path}: lora_{letter} of {site.name} is {list(pair[factor].shape)}, this base model "
+            raise BankError(
+                f"{path}: lora_{_LETTERS[factor]} of {site.name} is {list(pair[factor].shape)}, this base model "
                 f"needs {list(size)}; name the base model it was trained on"
             )

@@ -11,46 +11,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pemt.config import PemtError
+from pemt.bank.manifests import BankError
 from pemt.model import refusal
 
 
-def load_pickle(path: Path, refused: type[PemtError]) -> Any:
+def load_pickle(path: Path) -> Any:
     """What `torch.save` put into a file, on the CPU.
 
-    Args:
-        path: the file.
-        refused: what is raised.
-
     Raises:
-        PemtError: it is missing, cut, would run code, or claims more numbers than it holds.
+        BankError: it is missing, cut, would run code, or claims more numbers than it holds.
     """
     try:
-        _check_unpacked(path, refused)
+        _check_unpacked(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise refused(f"{path}: does not exist") from None
+        raise BankError(f"{path}: does not exist") from None
     except pickle.UnpicklingError as error:
-        raise refused(f"{path}: refused: {refusal(error)}; only plain tensors are taken") from None
+        raise BankError(
+            f"{path}: refused: {refusal(error)}; only plain tensors are taken"
+        ) from None
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0] or "it ends too early"
-        raise refused(f"{path}: cannot be read: {reason}") from None
+        raise BankError(f"{path}: cannot be read: {reason}") from None
     for tensor in tensors_of(saved):
         if tensor.numel() * tensor.element_size() > path.stat().st_size:
-            raise refused(
+            raise BankError(
                 f"{path}: a tensor of shape {list(tensor.shape)} claims more numbers than the file holds"
             )
     return saved
 
 
-def _check_unpacked(path: Path, refused: type[PemtError]) -> None:
+def _check_unpacked(path: Path) -> None:
     """torch.save compresses nothing; what unpacks to more than the file was made to fill the memory."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
     if size > path.stat().st_size:
-        raise refused(
+        raise BankError(
             f"{path}: would unpack to {size} bytes, and torch.save packs nothing; it is refused"
         )
 

@@ -1,4 +1,4 @@
-"""What `pemt bank` does to a bank beside listing it: add from PEFT, export, verify, remove, merge."""
+"""What `pemt bank` does to a bank beside listing it: export to PEFT, verify, remove."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from pathlib import Path
 
 import torch
 
-from pemt.bank.entries import entry_writer, read_entry
-from pemt.bank.manifests import (
-    TENSORS,
-    BankError,
-    Manifest,
-    check_one_base,
-    entry_folder,
-    entry_names,
-    manifests_in,
-)
+from pemt.bank.entries import read_entry
+from pemt.bank.manifests import TENSORS, BankError, entry_folder, entry_names
 from pemt.bank.peft_format import write_peft
 from pemt.config import PemtError
-from pemt.model import ExpertSource
-from pemt.storage import MANIFEST, TEMPORARY, write_folders
+from pemt.storage import MANIFEST, TEMPORARY
 
 
 def export_peft(
@@ -35,8 +26,7 @@ def export_peft(
         tasks: which; default: every LoRA source.
 
     Raises:
-        BankError: no such entry, or the bank has no LoRA source.
-        PeftFormatError: a named one is no LoRA, or its folder is not empty.
+        BankError: no such entry, no LoRA source at all, a named one is none, or its folder is not empty.
     """
     entries = [read_entry(path) for path in _entries(bank_dir, tasks)]
     if tasks is None:
@@ -76,50 +66,6 @@ def remove(bank_dir: str | Path, tasks: Sequence[str]) -> list[str]:
         folder.rename(hidden)
         shutil.rmtree(hidden)
     return [folder.name for folder in folders]
-
-
-def merge(bank_dir: str | Path, others: Sequence[str | Path]) -> list[str]:
-    """Copy every entry of other banks into one, which is made if it does not exist.
-
-    Nothing is written unless every entry is intact, no name occurs twice, and all are for one base model.
-
-    Returns:
-        The names of the entries that were added.
-
-    Raises:
-        BankError: a name occurs twice, or base models differ.
-    """
-    there = materialize_all(bank_dir) if manifests_in(bank_dir) else []
-    coming = [(other, entry) for other in others for entry in materialize_all(other)]
-    merged = [manifest for manifest, _ in there]
-    for other, (manifest, _) in coming:
-        if manifest.task in [each.task for each in merged]:
-            raise BankError(
-                f"{other}: has an entry `{manifest.task}`, and so has {bank_dir} or another of these banks; "
-                "remove one of the two with `pemt bank remove`"
-            )
-        check_one_base([*merged, manifest], where=str(other))
-        merged.append(manifest)
-    writers = [
-        entry_writer(
-            bank_dir,
-            source,
-            base=manifest.base,
-            description=manifest.description,
-            metrics=manifest.metrics,
-            dtype=manifest.dtype,
-            origin=manifest.origin,
-            licence=manifest.licence,
-        )
-        for _, (manifest, source) in coming
-    ]
-    write_folders(dict(writers))
-    return [manifest.task for _, (manifest, _) in coming]
-
-
-def materialize_all(bank_dir: str | Path) -> list[tuple[Manifest, ExpertSource]]:
-    """Every entry of a bank, checked."""
-    return [read_entry(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
 
 
 def _entries(bank_dir: str | Path, tasks: Sequence[str] | None) -> list[Path]:

@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity, gelu, linear
 from pemt import ops
 from pemt.ops import products, reference
 from pemt.ops.linear import mixture_step
+from pemt.ops.packed import rank_factors
 from pemt.plan import KNOWN
 
 EXPERTS, RANK, ADAPTER_REDUCTION, SPARSITY_WEIGHT = 6, 64, 16, 0.1
@@ -69,9 +70,7 @@ class Layer:
         self.stacked = torch.cat([self.weight, self.down])
         self.x = draw(bench.batch, bench.tokens, d_ff)
         self.gates = draw(bench.batch, EXPERTS).float().softmax(dim=-1)
-        per_rank = [self.gates[:, k : k + 1].expand(-1, rank) for k, rank in enumerate(self.ranks)]
-        scaled = [scale * each for scale, each in zip(self.scales, per_rank, strict=True)]
-        self.factors = torch.cat(scaled, dim=1)[:, None].to(self.x.dtype)
+        self.factors = rank_factors(self.gates, self.scales, self.ranks)[:, None].to(self.x.dtype)
         self.adapter = [draw(inner, d_model, fan_in=d_model), draw(inner),
                         draw(d_model, inner, fan_in=inner), draw(d_model)]  # fmt: skip
         self.dz = draw(bench.batch, bench.tokens, d_model)

@@ -103,7 +103,7 @@ class LoopMixture(LoraMixture):
         weight_DF, down_NF = self.weight.split(self.sizes)
         frozen = (weight_DF, down_NF, self.up)
         z_BSD, loss = reference.ffn_output(
-            x_BSF, *frozen, gates_BK, self.adapter.tensors, self.scales, self.ranks, self.token_weights_BS
+            x_BSF, *frozen, gates_BK, self.adapter_tensors, self.scales, self.ranks, self.token_weights_BS
         )  # fmt: skip
         return z_BSD, loss if sparsity else None, gates_BK.detach()
 

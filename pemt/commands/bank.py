@@ -168,7 +168,7 @@ def _add(
     nothing = [None] * len(peft)
     adapters = map(Adapter, peft, task or nothing, description or nothing)
     for added in add_peft(list(adapters), **options):
-        prompt = "its own" if added.prompt == "its own" else f"made from `{added.prompt}`"
+        prompt = "its own" if added.prompt is None else f"made from `{added.prompt}`"
         lora = added.lora
         print(
             f"{added.folder}: lora on {projections_of(lora.sites)}, rank {lora.rank}, on {added.base_name}; "
@@ -205,9 +205,9 @@ def _export(*, bank_dir: str, peft: str, tasks: list[str] | None) -> None:
 
 def _import(*, bank_dir: str, task: str, model_name_or_path: str, **options: Any) -> None:
     from pemt.bank import import_official
-    from pemt.model import load_shape
+    from pemt.model import base_shape, load_config
 
-    base = {"name": model_name_or_path, **load_shape(model_name_or_path)}
+    base = {"name": model_name_or_path, **base_shape(load_config(model_name_or_path))}
     print(import_official(bank_dir=bank_dir, task=task, base=base, **options))
 
 

@@ -10,17 +10,16 @@ from pemt.config import PemtError
 
 def list_entries(*, bank_dir: str) -> None:
     """`pemt bank list`."""
-    from pemt.bank import entry_folder, entry_names, listed_tensors, manifest_of, site_names
+    from pemt.bank import entry_folder, entry_names, manifest_of
     from pemt.model import projections_of
 
     entries = [manifest_of(entry_folder(bank_dir, name)) for name in entry_names(bank_dir)]
-    width = max(len(entry.task) for entry, _ in entries)
-    for entry, raw in entries:
+    width = max(len(entry.task) for entry in entries)
+    for entry in entries:
         score = entry.metrics.get("average_metrics")
         score_text = "" if score is None else f", test score {score:.1f}"
-        layers = projections_of(site_names(listed_tensors(raw)))
         print(
-            f"{entry.task:<{width}}  {entry.kind} on {layers}, rank {entry.rank}, "
+            f"{entry.task:<{width}}  {entry.kind} on {projections_of(entry.sites)}, rank {entry.rank}, "
             f"alpha {entry.alpha:g}, on {entry.base['name']}{score_text}"
         )
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pemt.config import Parser, command_parser
 
 
 def run(arguments: list[str]) -> None:
     """`pemt pull`."""
     options = vars(make_parser().parse_args(arguments))
-    from pemt.publish import pull_folder
+    from pemt.storage import download
 
-    print(pull_folder(**options))
+    print(download(**options))
 
 
 def make_parser() -> Parser:
@@ -19,6 +21,6 @@ def make_parser() -> Parser:
         "pull", "Fetch what was pushed into a folder.", "pemt pull me/flan-t5-base-cb cb-adapter"
     )
     parser.add_argument("repo_id", metavar="OWNER/NAME")
-    parser.add_argument("folder", metavar="DIR", help="new or empty")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="new or empty")
     parser.add_argument("--revision", help="branch, tag or commit")
     return parser

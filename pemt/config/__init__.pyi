@@ -23,6 +23,8 @@ from .errors import (
     flags_in_messages as flags_in_messages,
     spell_fields as spell_fields,
 )
+from .help import described as described
+from .json_file import read_json_object as read_json_object
 from .parse import (
     field_keys as field_keys,
     flatten as flatten,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pemt.config.errors import PemtError
+from pemt.config.json_file import read_json_object
 from pemt.config.schema import RunConfig
 
 
@@ -21,36 +22,14 @@ class DeepSpeedConfigError(PemtError):
 
 
 SECTIONS = (
-    "activation_checkpointing",
-    "aio",
-    "bf16",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "compression_training",
-    "csv_monitor",
-    "data_types",
-    "disable_allgather",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "sequence_parallel_size",
-    "sparse_gradients",
-    "steps_per_print",
-    "tensorboard",
-    "torch_autocast",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "use_data_before_expert_parallelism",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
+    *("activation_checkpointing", "aio", "bf16", "comms_logger", "communication_data_type"),
+    *("compile", "compression_training", "csv_monitor", "data_types", "disable_allgather"),
+    *("dump_state", "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_clipping"),
+    *("gradient_predivide_factor", "memory_breakdown", "prescale_gradients"),
+    *("sequence_parallel_size", "sparse_gradients", "steps_per_print", "tensorboard"),
+    *("torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu"),
+    *("use_data_before_expert_parallelism", "wall_clock_breakdown"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"),
 )
 
 # DeepSpeed copies a frozen weight into an int8 tensor as it is, -0.3 as 0, next to scales of memory that was
@@ -65,34 +44,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         DeepSpeedConfigError: unreadable, malformed, a key given twice, an unknown section, no ZeRO stage, or frozen
             weights to be kept in int8.
     """
-    content = _parsed(path)
+    content = read_json_object(path, DeepSpeedConfigError)
     _check_sections(content, path)
     _check_zero(content, path)
-    return content
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise DeepSpeedConfigError(f"{path}: duplicate key `{key}`; keep one")
-        return dict(pairs)
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise DeepSpeedConfigError(
-            f"{path}, line {error.lineno}: malformed JSON: {error.msg}"
-        ) from None
-    except DeepSpeedConfigError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, or too many digits
-        raise DeepSpeedConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise DeepSpeedConfigError(
-            f"{path}: found {type(content).__name__} at the top level, expected an object"
-        )
     return content
 
 

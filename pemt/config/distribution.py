@@ -13,9 +13,9 @@ OTHER = "pemt"
 _OUR_COMMAND = "pemt.__main__:program"
 
 
-def installed_version() -> str | None:
-    """The version that is installed; None where the package is run without being installed."""
-    found = _distribution(DISTRIBUTION)
+def installed_version(name: str = DISTRIBUTION) -> str | None:
+    """The version of a distribution; None where it is not installed, as this one where it is run from a checkout."""
+    found = _distribution(name)
     return found.version if found else None
 
 

@@ -41,9 +41,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 REST = "experts and mixture"  # what a stage has of its own: sections, bank, method
+_SHOWN = "# --print_config behind it shows the whole configuration, and nothing runs"
 _EXAMPLES = {
-    "source": "--config source --task_name mnli --output_dir runs/mnli --bank_dir bank",
-    "adapt": "--config adapt --task_name superglue-cb --output_dir runs/cb --bank_dir bank",
+    "source": (
+        "pemt source --config source --task_name mnli \\",
+        "    --output_dir runs/mnli --bank_dir bank",
+    ),
+    "adapt": (
+        "pemt adapt --config adapt --task_name superglue-cb \\",
+        "    --output_dir runs/cb --bank_dir bank",
+    ),
 }
 _METAVARS = {str: "TEXT", int: "INT", float: "FLOAT", bool: "{true,false}"}
 
@@ -59,21 +66,14 @@ class Described:
 
 
 def help_text(kind: type[Any], prog: str, recipe: Mapping[str, Any], recipes: list[str]) -> str:
-    """The help of `pemt source` or `pemt adapt`.
-
-    Args:
-        kind: the configuration.
-        prog: the command.
-        recipe: the values of the published recipe, by their keys on the command line.
-        recipes: the names that `--config` takes.
-    """
+    """The help of `pemt source` or `pemt adapt`, given the values of its own recipe and the names of all recipes."""
     name = prog.rpartition(" ")[2]
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} [--config FILE] [--field value ...]",
         description=f"{(kind.__doc__ or '').split(chr(10), 1)[0]} In each group the fields of the published recipe "
         f"(--config {name}) come first.",
-        epilog=_epilog(prog, name),
+        epilog=epilog(*_EXAMPLES[name], _SHOWN) if name in _EXAMPLES else None,
         formatter_class=_Formatter,
     )
     parser.add_argument(
@@ -109,12 +109,8 @@ def grouped(kind: type[Any]) -> dict[str, list[Described]]:
 
 def described(kind: type[Any], prefix: str = "") -> Iterator[Described]:
     """Every field, those of sections with dots, in the dataclass's order."""
-    about: dict[str, str] = {}
-    for parent in reversed(kind.__mro__):
-        parsed = docstring_parser.parse(parent.__dict__.get("__doc__") or "")
-        about |= {
-            each.arg_name: " ".join((each.description or "").split()) for each in parsed.params
-        }
+    parsed = docstring_parser.parse(kind.__doc__ or "")
+    about = {each.arg_name: " ".join((each.description or "").split()) for each in parsed.params}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         section: Any = field.default_factory
@@ -138,17 +134,6 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         if text.startswith("example:"):
             return super()._fill_text(text, width, indent)
         return argparse.HelpFormatter._fill_text(self, text, width, indent)
-
-
-def _epilog(prog: str, name: str) -> str | None:
-    if name not in _EXAMPLES:
-        return None
-    words = _EXAMPLES[name].split()
-    return epilog(
-        f"{prog} {' '.join(words[:4])} \\",
-        f"    {' '.join(words[4:])}",
-        "# --print_config behind it shows the whole configuration, and nothing runs",
-    )
 
 
 def _required(field: Described) -> bool:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -23,8 +23,9 @@ import yaml
 
 from pemt.config.command_line import nearest
 from pemt.config.errors import ConfigError, flags_in_messages
-from pemt.config.help import help_text
+from pemt.config.help import described, help_text
 from pemt.config.schema import RunConfig
+from pemt.config.types import expected
 from pemt.config.yaml_file import load_yaml
 
 PRINT_CONFIG = "--print_config"
@@ -87,8 +88,23 @@ _FileValues: TypeAlias = dict[str, tuple[Any, "Path | None"]]
 
 
 def _read_arguments(kind: type[Any], arguments: list[str]) -> tuple[_FileValues, list[str]]:
-    """What the files behind `--config` hold, and all else that was typed; every key of both is known."""
-    files, flags = _split_config_files(_expand_peft_config(arguments))
+    """What the files behind `--config` hold, and all else that was typed; every key of both is known.
+
+    A file behind `--peft_config` is replaced by what it holds, so that the run's config.yaml holds it too.
+    """
+    files, flags = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name not in ("--config", f"--{PEFT_CONFIG}"):
+            flags.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        if name == "--config":
+            files.append(_config_file(value))
+        else:
+            content = _mapping_in_file(value)
+            flags.append(f"{name}={content if isinstance(content, str) else json.dumps(content)}")
     keys = field_keys(kind)
     _check_flags(flags, keys)
     return _read_files(files, keys), flags
@@ -112,25 +128,27 @@ def _add(from_files: _FileValues, key: str, value: Any, file: Path | None, keys:
         raise ConfigError(f"{where}{key}: found `{value}`, expected `key: value` lines")
 
 
-def flatten(values: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, Any]:
+def flatten(
+    values: Mapping[str, Any], keys: list[str] | None = None, prefix: str = ""
+) -> dict[str, Any]:
     """Nested mappings as one, its keys joined by dots.
 
     Args:
         keys: a configuration's; a field that is no section of its own, as peft_config, stays as it is. Default: all
             mappings are unfolded.
+        prefix: of the keys.
     """
     unfolded: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value and (keys is None or is_section(key, keys)):
-            dotted = f"{key}."
-            inner = keys and [each.removeprefix(dotted) for each in keys if each.startswith(dotted)]
-            unfolded |= {f"{key}.{name}": each for name, each in flatten(value, inner).items()}
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value and (keys is None or is_section(name, keys)):
+            unfolded |= flatten(value, keys, f"{name}.")
         else:
-            unfolded[str(key)] = value
+            unfolded[name] = value
     return unfolded
 
 
-def is_section(key: str, keys: list[str]) -> bool:
+def is_section(key: str, keys: Iterable[str]) -> bool:
     """Whether a key of a configuration stands for others below it."""
     return any(each.startswith(f"{key}.") for each in keys)
 
@@ -144,7 +162,7 @@ def _config(kind: type[Config], prog: str, from_files: _FileValues, flags: list[
     except ConfigError:
         raise
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(_one_line(str(error), from_files)) from None
+        raise ConfigError(_one_line(str(error), kind, from_files)) from None
     values.pop("config", None)
     return kind(**values)
 
@@ -176,7 +194,7 @@ def _with_sources(
 ) -> Iterator[str]:
     for key, value in values.items():
         name = f"{section}{key}"
-        if isinstance(value, dict) and any(each.startswith(f"{name}.") for each in sources):
+        if isinstance(value, dict) and is_section(name, sources):
             yield f"{key}:"
             yield from (f"  {line}" for line in _with_sources(value, sources, f"{name}."))
         else:
@@ -187,7 +205,6 @@ def _with_sources(
             yield f"{key}: {text.strip()[1:-1]}  # {sources[name]}"
 
 
-@cache
 @cache  # 50 ms each, and a sweep has hundreds of configurations
 def _parser(kind: Any, prog: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
@@ -230,48 +247,16 @@ def field_keys(kind: type[Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _split_config_files(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """The files that `--config` names, recipes among them, and the other arguments."""
-    files, others = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument != "--config" and not argument.startswith("--config="):
-            others.append(argument)
-            continue
-        name = next(rest, None) if argument == "--config" else argument.removeprefix("--config=")
-        if name is None:
-            raise ConfigError(f"--config: no file behind it; {_what_config_takes()}")
-        files.append(_config_file(name))
-    return files, others
-
-
 def _config_file(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file() and (RECIPES / f"{name}.yaml").is_file():
         path = RECIPES / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"--config {name}: no such file; {_what_config_takes()}")
+        found = f"--config {name}: no such file" if name else "--config: no file behind it"
+        raise ConfigError(
+            f"{found}; give a YAML file or a recipe's name ({', '.join(recipe_names())})"
+        )
     return path
-
-
-def _what_config_takes() -> str:
-    return f"give a YAML file or a recipe's name ({', '.join(recipe_names())})"
-
-
-def _expand_peft_config(arguments: list[str]) -> list[str]:
-    """Replace a file behind `--peft_config` by what it holds, so that the run's config.yaml holds it too."""
-    resolved = list(arguments)
-    for place, argument in enumerate(arguments):
-        name, _, inline = argument.partition("=")
-        if name != f"--{PEFT_CONFIG}" or (not inline and place + 1 == len(arguments)):
-            continue
-        content = _mapping_in_file(inline or arguments[place + 1])
-        text = content if isinstance(content, str) else json.dumps(content)
-        if inline:
-            resolved[place] = f"{name}={text}"
-        else:
-            resolved[place + 1] = text
-    return resolved
 
 
 def _mapping_in_file(value: Any) -> Any:
@@ -322,21 +307,16 @@ def _flag_name(flag: str) -> str:
     return re.split(r"[=+]", flag[2:], maxsplit=1)[0]
 
 
-def _one_line(message: str, from_files: _FileValues) -> str:
+def _one_line(message: str, kind: type[Any], from_files: _FileValues) -> str:
     """jsonargparse's complaint as `file: key: found …, expected …`."""
     where = re.search(r'Parser key "([\w.]+)"', message)
     found = re.search(r"(?:Got value|Given value): (.*)", message)
-    expected = re.search(r"Expected an? (.+?)\. Got|Subtypes: (.*)", message)
     if not where:
         return " ".join(message.split())
     key = where[1]
     file = from_files.get(key, (None, None))[1]
     prefix = f"{file}: " if file else ""
-    if not found or not expected:
+    hints = {each.key: each.type for each in described(kind)}
+    if not found or key not in hints:
         return f"{prefix}{key}: " + " ".join(message.split("\n", 1)[-1].split())
-    wanted = re.sub(r"<class '(\w+)'>|typing\.", r"\1", expected[1] or expected[2]).replace(
-        "NoneType", "null"
-    )
-    if "list" in wanted:
-        wanted += ", written like [a,b]"
-    return f"{prefix}{key}: found `{found[1].strip()}`, expected {wanted}"
+    return f"{prefix}{key}: found `{found[1].strip()}`, expected {expected(hints[key])}"

@@ -8,37 +8,32 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 from pemt.config.errors import ConfigError
 from pemt.config.parts import TENSORBOARD, TRACKERS, AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.config.types import check_finite, check_types, inherits_docs
+from pemt.config.types import check_types, inherits_docs
 
 # Fields that may change when a run resumes: they say where and how, not what is computed. The
 # accumulation is among them because the global batch counts, which checkpoints tell.
 NON_IDENTITY_FIELDS = (
-    "output_dir",
-    "gradient_accumulation_steps",
-    "logging_steps",
-    "report_to",
-    "max_skipped_steps",
-    "save_steps",
-    "save_total_limit",
-    "save_errors",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "ddp_timeout",
+    *("output_dir", "gradient_accumulation_steps", "logging_steps", "report_to"),
+    *("max_skipped_steps", "save_steps", "save_total_limit", "save_errors"),
+    *("resume_from_checkpoint", "overwrite_output_dir", "ddp_timeout"),
 )
-
 # Fields that name files or folders: `~` in them is home, as in a shell.
 PATHS = (
-    "model_name_or_path",
-    "tokenizer_name",
-    "output_dir",
-    "task_file",
-    "data_dir",
-    "resume_from_checkpoint",
-    "bank_dir",
+    *("model_name_or_path", "tokenizer_name", "output_dir", "task_file", "data_dir"),
+    *("resume_from_checkpoint", "bank_dir"),
+)
+# Fields of both stages that are at least 1 where they are given.
+COUNTS = (
+    *("max_source_length", "max_target_length", "few_shot", "shuffle_buffer_size"),
+    *("pad_to_multiple_of", "preprocessing_num_workers", "max_train_samples", "max_eval_samples"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("num_train_epochs", "max_skipped_steps", "logging_steps", "eval_steps", "save_steps"),
+    *("save_total_limit", "num_beams", "ddp_timeout"),
 )
 MOST_SEED = 2**32 - 1  # numpy's
 
@@ -159,33 +154,20 @@ class RunConfig:
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
-        self._read_types()
-        check_finite(self)
-        self._check_trackers()
-        self._at_least(
-            1,
-            "max_source_length",
-            "max_target_length",
-            "few_shot",
-            "shuffle_buffer_size",
-            "pad_to_multiple_of",
-            "preprocessing_num_workers",
-            "max_train_samples",
-            "max_eval_samples",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "num_train_epochs",
-            "max_skipped_steps",
-            "logging_steps",
-            "eval_steps",
-            "save_steps",
-            "save_total_limit",
-            "num_beams",
-            "ddp_timeout",
-        )
+        check_types(self)
+        for name in PATHS:
+            value = getattr(self, name, None)
+            if isinstance(value, str):
+                object.__setattr__(self, name, os.path.expanduser(value))
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(f"report_to: found `{name}`, allowed are {', '.join(TRACKERS)}")
+        self._at_least(1, *COUNTS)
         self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
-        self._check_seeds()
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST_SEED:
+                raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
         if self.validation_split is not None and not 0 < self.validation_split < 1:
             raise ConfigError(
                 f"validation_split: found {self.validation_split}, a number between 0 and 1 is needed"
@@ -207,25 +189,6 @@ class RunConfig:
                 "to start over or to resume"
             )
 
-    def _read_types(self) -> None:
-        """Types are right, and `~` is home."""
-        check_types(self)
-        for name in PATHS:
-            value = getattr(self, name, None)
-            if isinstance(value, str):
-                object.__setattr__(self, name, os.path.expanduser(value))
-
-    def _check_seeds(self) -> None:
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MOST_SEED:
-                raise ConfigError(f"{name}: found {value}, allowed is 0 to {MOST_SEED}")
-
-    def _check_trackers(self) -> None:
-        for name in self.report_to:
-            if name not in TRACKERS:
-                raise ConfigError(f"report_to: found `{name}`, allowed are {', '.join(TRACKERS)}")
-
     def _check_streaming(self) -> None:
         if self.max_steps <= 0:
             raise ConfigError(
@@ -241,9 +204,15 @@ class RunConfig:
 
     def _at_least(self, least: float, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
+            value = attrgetter(name)(self)
             if value is not None and value < least:
                 raise ConfigError(f"{name}: found {value}, at least {least} is needed")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = attrgetter(name)(self)
+            if value <= 0:
+                raise ConfigError(f"{name}: found {value}, it must be positive")
 
     @property
     def effective_data_seed(self) -> int:
@@ -269,11 +238,7 @@ class SourceConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "alpha", "reduction_factor"):
-            if getattr(self.expert, name) <= 0:
-                raise ConfigError(
-                    f"expert.{name}: found {getattr(self.expert, name)}, it must be positive"
-                )
+        self._positive("expert.rank", "expert.alpha", "expert.reduction_factor")
         if self.expert.kind == "bottleneck" and self.expert.target_modules != ["wo"]:
             raise ConfigError(
                 f"expert.target_modules: found {self.expert.target_modules}, a bottleneck expert is on [wo]; "
@@ -331,14 +296,8 @@ class AdaptConfig(RunConfig):
                 f"peft_config: `method: {self.method}` does not read it; "
                 f"it goes with {', '.join(PEFT_METHODS)}"
             )
-        if self.adapter.reduction_factor <= 0:
-            raise ConfigError(
-                f"adapter.reduction_factor: found {self.adapter.reduction_factor}, it must be positive"
-            )
-        if self.mixture.top_sources is not None and self.mixture.top_sources < 1:
-            raise ConfigError(
-                f"mixture.top_sources: found {self.mixture.top_sources}, at least 1 is needed"
-            )
+        self._positive("adapter.reduction_factor")
+        self._at_least(1, "mixture.top_sources")
         if not 0 <= self.mixture.prompt_dropout < 1:
             raise ConfigError(
                 f"mixture.prompt_dropout: found {self.mixture.prompt_dropout}, allowed is [0, 1)"

@@ -30,15 +30,14 @@ class TaskData:
     Columns: `input_ids` and `labels` (ids with the end of sequence, unpadded), `length` (of
     input_ids), and what scoring needs: `source`, `target`, `references` (open answers as the vocabulary
     writes them), `group`. `max_target_length` bounds the labels and what is to be generated, in tokens,
-    and was measured where `is_measured`; `pad_to_multiple_of` is the configuration's; `notes` says in one
-    line each what was left out, cut or guessed; `origins` in a few words what each set was made from.
+    and was measured where `is_measured`; `notes` says in one line each what was left out, cut or guessed;
+    `origins` in a few words what each set was made from.
     """
 
     train: Dataset | TrainStream
     validation: Dataset
     test: Dataset
     max_target_length: int
-    pad_to_multiple_of: int | None
     notes: tuple[str, ...]
     origins: dict[str, str]
     is_measured: bool = False
@@ -104,7 +103,6 @@ def load_task_data(
         origins=origins,
         **sets,
         max_target_length=encoder.max_target_length,
-        pad_to_multiple_of=config.pad_to_multiple_of,
         notes=tuple(notes),
         is_measured=is_measured,
     )

@@ -6,13 +6,12 @@ is then trained with all seeds: the same number of runs for each row. All in one
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pemt.checkpoint import RESULTS, merit_of
+from pemt.checkpoint import merit_of
 from pemt.config import SourceConfig
 from pemt.demo.evidence_report import Outcome, write_evidence
 from pemt.demo.run import Demo
@@ -23,7 +22,7 @@ from pemt.sweep import Run, Sweep, SweepError, run_sweep
 SEEDS = (0, 1, 2, 3, 4)
 LEARNING_RATES = (3e-4, 3e-3, 1e-2, 3e-2, 3e-1)
 BATCH_SIZE = 16  # of one process, as on the demo's two ranks
-# A row's fields beside those of the demo's stage 2, PEMT's own row first; two have more in `Evidence._run`.
+# A row's fields beside those of the demo's stage 2, PEMT's own row first; two have more in `_run`.
 ROWS: dict[str, dict[str, Any]] = {
     "pemt": {},
     "adapter": {"method": "adapter"},
@@ -47,12 +46,12 @@ def run_evidence(output_dir: Path, cache_dir: Path, *, worlds: Sequence[int]) ->
     check_baselines(output_dir)
     outcomes: list[Outcome] = []
     for number, world in enumerate(worlds, start=1):
-        evidence = Evidence(Demo(output_dir / f"world-{world}", cache_dir, world))
-        evidence.demo.say(f"world {world}, {number} of {len(worlds)}: its texts and its base model")
-        evidence.demo.prepare()
+        demo = Demo(output_dir / f"world-{world}", cache_dir, world)
+        demo.say(f"world {world}, {number} of {len(worlds)}: its texts and its base model")
+        demo.prepare()
         for place, row in enumerate(ROWS, start=1):
-            evidence.demo.say(f"world {world}, {row}, {place} of {len(ROWS)} rows")
-            outcomes += [Outcome.of(row, world, run) for run in evidence.train(row)]
+            demo.say(f"world {world}, {row}, {place} of {len(ROWS)} rows")
+            outcomes += [Outcome.of(row, world, run) for run in train(demo, row)]
     write_evidence(outcomes, output_dir)
 
 
@@ -68,69 +67,55 @@ def check_baselines(output_dir: Path) -> None:
             check_method(demo.adapt(TARGETS[0], row, **fields))
 
 
-class Evidence:
-    """The runs of a world.
+def train(demo: Demo, row: str) -> list[Run]:
+    """A row's runs of all seeds, each target's with the learning rate of its best trial."""
+    return train_tuned(
+        TARGETS, LEARNING_RATES, SEEDS, partial(_run, demo, row), partial(_sweep, demo, row)
+    )
 
-    Args:
-        demo: the world's files, base model and banks.
-    """
 
-    def __init__(self, demo: Demo) -> None:
-        self.demo = demo
+def _sweep(demo: Demo, row: str, runs: list[Run]) -> Sweep:
+    return Sweep(
+        output_dir=demo.output_dir / row,
+        methods=[_name(rate) for rate in LEARNING_RATES],
+        tasks=list(TARGETS),
+        seeds=list(SEEDS),
+        runs=runs,
+        sources=[_source(demo, row, number) for number in range(len(SOURCES))],
+    )
 
-    def train(self, row: str) -> list[Run]:
-        """The runs of all seeds, each target's with the learning rate of its best trial."""
-        return train_tuned(
-            TARGETS, LEARNING_RATES, SEEDS, partial(self._run, row), partial(self._sweep, row)
-        )
 
-    def _sweep(self, row: str, runs: list[Run]) -> Sweep:
-        return Sweep(
-            output_dir=self.demo.output_dir / row,
-            methods=[_name(rate) for rate in LEARNING_RATES],
-            tasks=list(TARGETS),
-            seeds=list(SEEDS),
-            runs=runs,
-            sources=[self._source(row, number) for number in range(len(SOURCES))],
-        )
+def _source(demo: Demo, row: str, number: int) -> SourceConfig:
+    """Stage 1; `untrained-experts` are what it begins with, another draw for each source."""
+    task = SOURCES[number]
+    fields: dict[str, Any] = {"per_device_train_batch_size": BATCH_SIZE, "num_train_epochs": 1}
+    if row == "untrained-experts":
+        folder = demo.output_dir / f"source-{task}-untrained"
+        fields |= {"output_dir": str(folder), "bank_dir": _untrained_bank(demo)}
+        fields |= {"max_steps": 1, "learning_rate": 0.0, "seed": number}
+    return demo.source(task, **fields)
 
-    def _source(self, row: str, number: int) -> SourceConfig:
-        """Stage 1; `untrained-experts` are what it begins with, another draw for each source."""
-        task = SOURCES[number]
-        fields = {"per_device_train_batch_size": BATCH_SIZE, "num_train_epochs": 1}
-        if row != "untrained-experts":
-            return self.demo.source(task, **fields)
-        return self.demo.source(
-            task,
-            output_dir=str(self.demo.output_dir / f"source-{task}-untrained"),
-            bank_dir=self._untrained_bank,
-            max_steps=1,
-            learning_rate=0.0,
-            seed=number,
-            **fields,
-        )
 
-    @property
-    def _untrained_bank(self) -> str:
-        return str(self.demo.output_dir / "bank-untrained")
+def _untrained_bank(demo: Demo) -> str:
+    return str(demo.output_dir / "bank-untrained")
 
-    def _run(self, row: str, target: str, rate: float, seed: int) -> Run:
-        folder = self.demo.output_dir / row / target / _name(rate) / f"seed-{seed}"
-        fields = dict(ROWS[row])
-        if row == "without-related":
-            fields["source_tasks"] = [each for each in SOURCES if each != RELATED[target]]
-        if row == "untrained-experts":
-            fields["bank_dir"] = self._untrained_bank
-        config = self.demo.adapt(
-            target,
-            str(folder.relative_to(self.demo.output_dir)),
-            learning_rate=rate,
-            seed=seed,
-            data_seed=seed,
-            per_device_train_batch_size=BATCH_SIZE,
-            **fields,
-        )
-        return Run(method=_name(rate), task=target, seed=seed, config=config)
+
+def _run(demo: Demo, row: str, target: str, rate: float, seed: int) -> Run:
+    fields = dict(ROWS[row])
+    if row == "without-related":
+        fields["source_tasks"] = [each for each in SOURCES if each != RELATED[target]]
+    if row == "untrained-experts":
+        fields["bank_dir"] = _untrained_bank(demo)
+    config = demo.adapt(
+        target,
+        f"{row}/{target}/{_name(rate)}/seed-{seed}",
+        learning_rate=rate,
+        seed=seed,
+        data_seed=seed,
+        per_device_train_batch_size=BATCH_SIZE,
+        **fields,
+    )
+    return Run(method=_name(rate), task=target, seed=seed, config=config)
 
 
 def train_tuned(
@@ -170,7 +155,7 @@ def best_of(runs: Sequence[Run]) -> Run:
     """The run with the best validation; of equal ones that with the lower loss."""
 
     def merit(run: Run) -> tuple[float, float]:
-        results = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+        results = run.results
         return merit_of(results["best_validation_average_metrics"], results["best_validation_loss"])
 
     return max(runs, key=merit)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from pemt.checkpoint import RESULTS, trained_count
 from pemt.monitor import LOG_FILE, read_log
 from pemt.storage import write_text
 from pemt.sweep import Run
@@ -40,16 +39,15 @@ class Outcome:
     @classmethod
     def of(cls, row: str, world: int, run: Run) -> Outcome:
         """Of a run that is finished."""
-        results = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
         log = read_log(run.folder / LOG_FILE)
         return cls(
             row=row,
             world=world,
             target=run.task,
             seed=run.seed,
-            accuracy=results["test_accuracy"],
+            accuracy=run.results["test_accuracy"],
             learning_rate=run.config.learning_rate,
-            trained=trained_count(run.folder / results["best_checkpoint"]),
+            trained=run.trained,
             seconds=max((line.get("elapsed", 0.0) for line in log), default=0.0),
         )
 

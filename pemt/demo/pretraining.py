@@ -72,7 +72,9 @@ class Pretraining:
         first = self._restored(state)
         if first and engine.is_main:
             progress_logger().info(f"pre-training resumes after step {first} of {STEPS}: {state}")
-        lines = _Lines(first, shown=engine.is_main)
+        bar, began = None, time.monotonic()
+        if engine.is_main:
+            bar = ProgressBar(total_steps=STEPS, initial_step=first, description="pre-training")
         with StopSignals() as signals:
             for step, rows in enumerate(self._batches(first), start=first + 1):
                 try:
@@ -80,7 +82,9 @@ class Pretraining:
                 except RuntimeError:
                     engine.waiting.report_dead_ranks()
                     raise
-                lines.add(step, loss)
+                if bar and (step % STEPS_A_LINE == 0 or step == STEPS):
+                    rate = (step - first) * BATCH / (time.monotonic() - began)
+                    bar.advance(step, loss=loss, samples_per_second=rate)
                 if stop or step % STEPS_A_SAVE == 0:
                     self._save(state, step)
                 if stop:
@@ -90,7 +94,8 @@ class Pretraining:
                             "resumes from it"
                         )
                     raise Interrupted(signals.reason() or "another rank was told to")
-        lines.close()
+        if bar:
+            bar.close()
         return self.model
 
     def _take_step(self, rows: list[Row], step: int, *, stop: bool) -> tuple[float, bool]:
@@ -157,29 +162,6 @@ def write_state(saved: dict[str, Any], state: Path) -> None:
     """Write the state of pre-training, whole or not at all."""
     with replacing(state) as new:
         torch.save(saved, new)
-
-
-class _Lines:
-    """A bar on a terminal, lines elsewhere, on one rank."""
-
-    def __init__(self, first: int, *, shown: bool) -> None:
-        self._bar = None
-        if shown:
-            self._bar = ProgressBar(
-                total_steps=STEPS, initial_step=first, description="pre-training"
-            )
-        self._at = first, time.monotonic()
-
-    def add(self, step: int, loss: float) -> None:
-        if self._bar is not None and (step % STEPS_A_LINE == 0 or step == STEPS):
-            before, since = self._at
-            self._at = step, time.monotonic()
-            rate = (step - before) * BATCH / (self._at[1] - since)
-            self._bar.advance(step, loss=loss, samples_per_second=rate)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _tokens(rows: list[Row]) -> int:

@@ -6,7 +6,6 @@ import collections
 import hashlib
 import json
 import math
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ SHAPE: dict[str, Any] = {
 
 
 def cached_base(
-    world: World, texts: Iterable[str], cache_dir: Path, *, seed: int, engine: Engine
+    world: World, texts: list[str], cache_dir: Path, *, seed: int, engine: Engine
 ) -> Path:
     """The folder of the pre-trained base model; made on the first call (all ranks call).
 
@@ -50,7 +49,6 @@ def cached_base(
         Interrupted: a rank was told to stop; what was trained is saved.
     """
     digest = hashlib.sha256(str(seed).encode())
-    texts = list(texts)
     digest.update("\n".join(texts).encode())
     for module in (__file__, world_module.__file__, pretraining_module.__file__):
         digest.update(Path(module).read_bytes())

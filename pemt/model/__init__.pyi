@@ -1,10 +1,8 @@
 from .base import (
     bars_on_terminals_alone as bars_on_terminals_alone,
     fetch_base as fetch_base,
-    load_base as load_base,
     load_config as load_config,
     load_pretrained as load_pretrained,
-    load_shape as load_shape,
     precision_warning as precision_warning,
 )
 from .base_files import refusal as refusal

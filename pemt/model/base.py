@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
@@ -14,83 +15,53 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from pemt.config import PemtError, RunConfig
-from pemt.model.base_files import WeightFileError, lazy_base, refusal, weight_files
+from pemt.config import RunConfig
+from pemt.model.base_files import BaseModelError, lazy_base, refusal, weight_files
 from pemt.model.families import FAMILIES, STACKS, UNFIT, family_of, stack_size
 from pemt.model.generation import clean_generation_config, ignored_settings, use_clean_generation
 from pemt.model.shape import base_shape
 from pemt.model.tokenizer import load_tokenizer
-
-_told_of: set[str] = set()
-
-
-class BaseModelError(PemtError):
-    """A base model that cannot be loaded, is of no family in `families`, or does not go with the tokenizer."""
-
-
-def load_base(
-    config: RunConfig, *, lazy: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Base model in fp32 and tokenizer of a run.
-
-    Args:
-        config: `model_name_or_path`, and `tokenizer_name` where the tokenizer lies elsewhere.
-        lazy: leave the weights in their files, where these can be mapped; `Engine.prepare` reads them.
-
-    Raises:
-        BaseModelError: the model cannot be loaded, is no T5, or embeds fewer tokens than there are.
-        TokenizerError: the tokenizer cannot be loaded.
-    """
-    name = config.model_name_or_path
-    return load_pretrained(name, config.tokenizer_name or name, lazy=lazy)
 
 
 def fetch_base(config: RunConfig) -> None:
     """Bring a base model's weights from the hub into its cache, where they are not there and no folder is named.
 
     Raises:
-        BaseModelError: as `load_base`.
+        BaseModelError: as `load_pretrained`.
     """
     name = config.model_name_or_path
-    if Path(name).is_dir():
-        return
-    load_config(name)  # tells best what is wrong with a name
-    try:
-        weight_files(name)
-    except WeightFileError as error:
-        raise BaseModelError(str(error)) from None
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, error) from None
+    if not Path(name).is_dir():
+        load_config(name)  # tells best what is wrong with a name
+        with _loading(name):
+            weight_files(name)
 
 
 def load_pretrained(
-    name: str, tokenizer_name: str, *, lazy: bool = False
+    name: str, tokenizer_name: str | None = None, *, lazy: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Base model in fp32 and tokenizer, each by hub id or folder.
+    """Base model in fp32 and tokenizer.
+
+    Args:
+        name: hub id or folder.
+        tokenizer_name: likewise, where the tokenizer lies elsewhere.
+        lazy: leave the weights in their files, where these can be mapped; `Engine.prepare` reads them.
 
     Raises:
-        BaseModelError, TokenizerError: as `load_base`.
+        BaseModelError: the model cannot be loaded, is no T5, or embeds fewer tokens than there are.
+        TokenizerError: the tokenizer cannot be loaded.
     """
     model_config = load_config(name)
+    tokenizer_name = tokenizer_name or name
     tokenizer = load_tokenizer(tokenizer_name)
-    embedded = _embedded(model_config)
-    if len(tokenizer) > embedded:
-        raise BaseModelError(
-            f"tokenizer_name: `{tokenizer_name}` has {len(tokenizer)} tokens, the base model "
-            f"`{name}` embeds {embedded}; give the tokenizer it was trained with"
-        )
-    if tokenizer.eos_token_id is None:
-        raise BaseModelError(
-            f"tokenizer_name: `{tokenizer_name}` has no eos_token, which ends every answer; give the tokenizer "
-            f"that `{name}` was trained with"
-        )
-    try:
+    _check_tokenizer(tokenizer, tokenizer_name, model_config)
+    with _loading(name):
         # DeepSpeed casts to the run's precision and keeps its masters; everything starts from fp32.
         base = lazy_base(name, model_config) if lazy else None
         if base is None:
@@ -103,32 +74,32 @@ def load_pretrained(
                     # The files' own may be refused; it is not used anyway.
                     generation_config=clean_generation_config(model_config, tokenizer),
                 )
-    except WeightFileError as error:
-        raise BaseModelError(str(error)) from None
-    except pickle.UnpicklingError as error:
-        raise BaseModelError(
-            f"model_name_or_path: `{name}`: its weights are refused: {refusal(error)}; "
-            "give a model in safetensors"
-        ) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_loaded(name, error) from None
     use_clean_generation(base, tokenizer)
-    _report_ignored_settings(name, base)
+    if os.environ.get("RANK", "0") == "0":
+        _tell_ignored_settings(name, tuple(ignored_settings(name, base.generation_config)))
     return base, tokenizer
 
 
-def _embedded(config: PreTrainedConfig) -> int:
-    """How many tokens both stacks embed."""
-    shape = base_shape(config)
-    return min(stack_size(shape, stack, "vocab_size") for stack in STACKS)
+def _check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, tokenizer_name: str, config: PreTrainedConfig
+) -> None:
+    shape, name = base_shape(config), config.name_or_path
+    embedded = min(stack_size(shape, stack, "vocab_size") for stack in STACKS)
+    if len(tokenizer) > embedded:
+        raise BaseModelError(
+            f"tokenizer_name: `{tokenizer_name}` has {len(tokenizer)} tokens, the base model "
+            f"`{name}` embeds {embedded}; give the tokenizer it was trained with"
+        )
+    if tokenizer.eos_token_id is None:
+        raise BaseModelError(
+            f"tokenizer_name: `{tokenizer_name}` has no eos_token, which ends every answer; give the tokenizer "
+            f"that `{name}` was trained with"
+        )
 
 
-def _report_ignored_settings(name: str, base: PreTrainedModel) -> None:
-    """Once a process and base model, on rank 0."""
-    if name in _told_of or os.environ.get("RANK", "0") != "0":
-        return
-    _told_of.add(name)
-    if settings := ignored_settings(name, base.generation_config):
+@functools.cache  # once a process
+def _tell_ignored_settings(name: str, settings: tuple[str, ...]) -> None:
+    if settings:
         print(
             f"pemt: generation settings of {name} are not used: {', '.join(settings)}; answers and scores are by "
             "num_beams and max_target_length alone",
@@ -149,42 +120,28 @@ def precision_warning(config: RunConfig, base: PreTrainedModel) -> str | None:
     )
 
 
-def load_shape(name: str) -> dict[str, Any]:
-    """`base_shape` of a base model, from its configuration alone.
-
-    Raises:
-        BaseModelError: it cannot be read, or is of no family in `families`.
-    """
-    return base_shape(load_config(name))
-
-
 def load_config(name: str) -> PreTrainedConfig:
     """A base model's config.json, by hub id or folder.
 
     Raises:
         BaseModelError: it cannot be read, or is of no family in `families`.
     """
-    try:
+    with _loading(name):
         # Looked at before a class is chosen: of a type that it does not know, transformers' AutoConfig would
         # offer to run the repository's own code.
-        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        found = PreTrainedConfig.get_config_dict(name)[0]
+        model_type = found.get("model_type")
         if model_type not in tuple(FAMILIES):  # it may be anything that JSON can hold
             why = f", and {UNFIT[model_type]}" if model_type in tuple(UNFIT) else ""
             raise BaseModelError(
                 f"model_name_or_path: `{name}` is a {model_type} model{why}; PEMT needs one of {', '.join(FAMILIES)}"
             )
-        _refuse_quantized(name)
-        kind: type[PreTrainedConfig] = getattr(transformers, FAMILIES[model_type].config)
-        return kind.from_pretrained(name, name_or_path=name)
-    except BaseModelError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, error) from None
+        _refuse_quantized(name, found.get("quantization_config"))
+        return CONFIG_MAPPING[model_type].from_pretrained(name, name_or_path=name)
 
 
-def _refuse_quantized(name: str) -> None:
+def _refuse_quantized(name: str, found: Any) -> None:
     """8-bit and 4-bit weights, and what else is no plain number."""
-    found = PreTrainedConfig.get_config_dict(name)[0].get("quantization_config")
     if not found:
         return
     settings = found if isinstance(found, dict) else {}
@@ -211,9 +168,21 @@ def bars_on_terminals_alone() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _not_loaded(name: str, error: Exception) -> BaseModelError:
-    first_line = str(error).strip().split("\n")[0]
-    return BaseModelError(
-        f"model_name_or_path: `{name}` cannot be loaded ({first_line}); "
-        "give a hub id, or a folder with config.json and weights"
-    )
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """What fails to load within is told in one line, as a BaseModelError."""
+    try:
+        yield
+    except BaseModelError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise BaseModelError(
+            f"model_name_or_path: `{name}`: its weights are refused: {refusal(error)}; "
+            "give a model in safetensors"
+        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise BaseModelError(
+            f"model_name_or_path: `{name}` cannot be loaded ({first_line}); "
+            "give a hub id, or a folder with config.json and weights"
+        ) from None

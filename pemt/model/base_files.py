@@ -29,8 +29,8 @@ from pemt.config import PemtError
 from pemt.model.lazy import lazy_parameter
 
 
-class WeightFileError(PemtError):
-    """A base model's weight files do not hold what its configuration says."""
+class BaseModelError(PemtError):
+    """A base model that cannot be loaded, is of no family in `families`, or does not go with the tokenizer."""
 
 
 FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
@@ -49,7 +49,7 @@ def lazy_base(name: str, config: PreTrainedConfig) -> PreTrainedModel | None:
         None where its files cannot be mapped: there are none, or they are of torch's format before 1.6.
 
     Raises:
-        WeightFileError: a tensor is missing, or of another shape than the configuration says.
+        BaseModelError: a tensor is missing, or of another shape than the configuration says.
         OSError, SafetensorError: a file is unreadable or cut short.
     """
     files = weight_files(name)
@@ -87,10 +87,10 @@ def _parts(index: Path) -> list[str]:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         parts = sorted(set(listed))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightFileError(f"{index}: cannot be read as an index of weights: {error}") from None
+        raise BaseModelError(f"{index}: cannot be read as an index of weights: {error}") from None
     for part in parts:
         if not isinstance(part, str) or Path(part).name != part or not part:
-            raise WeightFileError(
+            raise BaseModelError(
                 f"{index}: weight_map: found `{part}`, which is no plain file name"
             )
     return parts
@@ -102,7 +102,7 @@ def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
             for key in opened.keys():  # noqa: SIM118 it is no mapping
                 tensor = opened.get_slice(key)
                 if tensor.get_dtype() not in FLOATS:
-                    raise WeightFileError(
+                    raise BaseModelError(
                         f"model_name_or_path: {file}: tensor `{key}` holds {tensor.get_dtype()}, needed is one of "
                         f"{', '.join(FLOATS)}; a quantized model cannot be trained on: give the one it was made from"
                     )
@@ -134,7 +134,7 @@ def _install_lazy(base: PreTrainedModel, entries: dict[str, Entry], name: str) -
         for key in stored:
             found, read = entries.get(key, (None, None))
             if read is None or found != shape:
-                raise WeightFileError(
+                raise BaseModelError(
                     f"model_name_or_path: `{name}`: tensor `{key}` is {'missing' if found is None else list(found)} "
                     f"in its weight files, its config.json needs {list(shape)}; give a complete model"
                 )

@@ -1,75 +1,27 @@
 """The baselines that need nothing but the base model: full fine-tuning, and BitFit.
 
-Shapes: B batch, S tokens, D d_model, T target tokens.
+Shapes: B batch, S tokens, D d_model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pemt.model.decoding import fast_generate
-from pemt.model.inject import Base, checked_base, norm_class, stack_of
-from pemt.model.likelihood import decoder_of, log_likelihoods
-from pemt.model.trainable import Trainable
-from pemt.model.trained_t5 import PemtOutput, TrainedT5, mean_cross_entropy
+from pemt.model.experts import Trainable
+from pemt.model.inject import checked_base, layer_norms
+from pemt.model.trained_t5 import TrainedT5
 
 
-class BaselineT5(TrainedT5):
-    """A T5 without experts and gates: the loss is the cross-entropy alone."""
+class FullT5(TrainedT5):
+    """Full fine-tuning: every parameter is trained, tied ones once."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
         self.base = checked_base(base)
-
-    @property
-    def called(self) -> Any:
-        """What takes T5's arguments."""
-        return self.base
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
-        out = self.called(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=self.base.prepare_decoder_input_ids_from_labels(labels),
-            use_cache=False,
-        )
-        ce_loss = mean_cross_entropy(out.logits, labels)
-        return PemtOutput(
-            loss=ce_loss,
-            ce_loss=ce_loss,
-            logits=out.logits,
-            encoder_last_hidden_state=out.encoder_last_hidden_state,
-        )
-
-    @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
-    ) -> Tensor:
-        given = {**self.generation_cache(), **generation_kwargs}
-        with fast_generate(self.base):
-            return self.called.generate(input_ids=input_ids, attention_mask=attention_mask, **given)
-
-    @torch.no_grad()
-    def label_log_likelihoods(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
-    ) -> tuple[Tensor, Tensor | None]:
-        with fast_generate(self.base):
-            encoder = stack_of(self.base, "encoder")
-            states = encoder(input_ids=input_ids, attention_mask=attention_mask)
-            decoder = decoder_of(self.base, states, attention_mask)
-            return log_likelihoods(decoder, labels, input_ids), None
-
-
-class FullT5(BaselineT5):
-    """Full fine-tuning: every parameter is trained, tied ones once."""
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        super().__init__(base)
         self.freeze_untrained()
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:
@@ -93,7 +45,7 @@ class BiasedNorm(Trainable):
         return self.norm(x_BSD) + self.bias
 
 
-class BitFitT5(BaselineT5):
+class BitFitT5(TrainedT5):
     """BitFit: biases alone are trained.
 
     T5 has none, so zeros are put into every linear layer (the head's included) and onto every
@@ -101,8 +53,13 @@ class BitFitT5(BaselineT5):
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
-        super().__init__(base)
-        _put_biases(self.base)
+        super().__init__()
+        self.base = checked_base(base)
+        for module in self.base.modules():
+            if isinstance(module, nn.Linear):
+                module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+        for name, norm in layer_norms(self.base).items():
+            self.base.set_submodule(name, BiasedNorm(norm))
         self.freeze_untrained()
 
     def declared_parameters(self) -> Iterator[nn.Parameter]:
@@ -111,13 +68,3 @@ class BitFitT5(BaselineT5):
                 yield module.bias
             elif isinstance(module, Trainable):
                 yield from module.trainable_parameters()
-
-
-def _put_biases(base: Base) -> None:
-    norm = norm_class(base)
-    for module in list(base.modules()):
-        if isinstance(module, nn.Linear):
-            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
-        for name, child in list(module.named_children()):
-            if isinstance(child, norm):
-                setattr(module, name, BiasedNorm(child))

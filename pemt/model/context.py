@@ -17,10 +17,13 @@ from pemt.ops import prompt_mean, token_weights
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """What a site's mixture reports: its gates, and at an FFN's output its task sparsity loss, a scalar."""
+    """What a site's mixture reports: its gates, and at an FFN's output, but for `generate`, its task sparsity loss.
+
+    The loss is a scalar. In the decoder's part of `generate` the rows of the gates are repeated for beams.
+    """
 
     gates_BK: Tensor
-    sparsity_loss: Tensor | None
+    sparsity_loss: Tensor | None = None
 
 
 @dataclass
@@ -37,11 +40,11 @@ class PassContext:
     """
 
     prompt_length: int
+    is_generating: bool = False
     encoder_prompt_BD: Tensor | None = None
     encoder_weights_BS: Tensor | None = None
     decoder_weights_BS: Tensor | None = None
     _records: list[SiteRecord] | None = field(default=None, repr=False)
-    _generate_gates: list[Tensor] | None = field(default=None, repr=False)
 
     @contextmanager
     def recording(
@@ -59,26 +62,17 @@ class PassContext:
         try:
             yield records
         finally:
-            self._records = None
-            self.encoder_prompt_BD = None
+            self._records = self.encoder_prompt_BD = None
 
     @contextmanager
-    def generating(self) -> Iterator[list[Tensor]]:
-        """One `generate`: what is constant over its steps is computed at the first.
-
-        Gives every site's gates [B,K], in the order of a pass; a decoder's rows are repeated for beams.
-        """
-        gates: list[Tensor] = []
-        self.encoder_prompt_BD, self._generate_gates = None, gates
+    def generating(self) -> Iterator[list[SiteRecord]]:
+        """One `generate`: what is constant over its steps is computed, and recorded, at the first."""
+        records: list[SiteRecord] = []
+        self.is_generating, self._records, self.encoder_prompt_BD = True, records, None
         try:
-            yield gates
+            yield records
         finally:
-            self.encoder_prompt_BD, self._generate_gates = None, None
-
-    @property
-    def is_generating(self) -> bool:
-        """Inside `generating`."""
-        return self._generate_gates is not None
+            self.is_generating, self._records, self.encoder_prompt_BD = False, None, None
 
     def keep_encoder_prompt(self, states_BSD: Tensor) -> None:
         """Take the mean over the prompt of the encoder's last states."""
@@ -86,26 +80,12 @@ class PassContext:
         if not (self.is_generating and kept_BD is not None and len(kept_BD) == len(states_BSD)):
             self.encoder_prompt_BD = prompt_mean(states_BSD, self.prompt_length)
 
-    @contextmanager
-    def seeing(self, encoder_prompt_BD: Tensor | None) -> Iterator[None]:
-        """Within the block, what the decoder's gates read is this."""
-        newer_BD, self.encoder_prompt_BD = self.encoder_prompt_BD, encoder_prompt_BD
-        try:
-            yield
-        finally:
-            self.encoder_prompt_BD = newer_BD
-
-    def record_generate_gates(self, gates_BK: Tensor) -> None:
-        """Keep what one site's gates were in this `generate`."""
-        assert self._generate_gates is not None
-        self._generate_gates.append(gates_BK)
-
     @property
     def wants_sparsity(self) -> bool:
         """False in `generate`. True in a recompute, which must save what the first pass saved."""
-        return self._records is not None or torch.is_grad_enabled()
+        return not self.is_generating and (self._records is not None or torch.is_grad_enabled())
 
-    def record(self, gates_BK: Tensor, sparsity_loss: Tensor | None) -> None:
-        """Keep a record, its gates detached, of the forward pass proper; a recompute's is dropped: each counts once."""
+    def record(self, gates_BK: Tensor, sparsity_loss: Tensor | None = None) -> None:
+        """Keep a record, its gates detached, of the pass proper; a recompute's is dropped: each counts once."""
         if self._records is not None:
             self._records.append(SiteRecord(gates_BK, sparsity_loss))

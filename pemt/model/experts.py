@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pemt.config import ExpertConfig, PemtError
 from pemt.model.families import STACKS, stack_size
 from pemt.model.sites import Site, sites_of
-from pemt.model.trainable import Trainable
 from pemt.ops.linear import linear
 
 
@@ -80,20 +79,18 @@ class ExpertSource:
         """`expert_shapes` of this expert's own sites; a site may have a lower rank than the largest."""
         if self.kind != "lora":
             return expert_shapes(self.kind, self.rank, shape)
-        sites = [
-            site
-            for site in sites_of(shape)
-            if any(f"{site.name}.{tensor}" in self.weights for tensor in TENSORS["lora"])
-        ]
-        if not sites:
-            sites = [site for site in sites_of(shape) if site.is_ffn_output]
+        owners = {key.rpartition(".")[0] for key in self.weights}
+        every = sites_of(shape)
+        sites = [site for site in every if site.name in owners]
+        sites = sites or [site for site in every if site.is_ffn_output]
         ranks = {site: self._rank_at(site.name) for site in sites}
         if self.rank not in ranks.values():
             ranks = dict.fromkeys(sites, self.rank)
-        expected: dict[str, tuple[int, ...]] = {}
-        for site, rank in ranks.items():
-            expected |= expert_shapes("lora", rank, shape, [site])
-        return expected
+        return {
+            key: size
+            for site, rank in ranks.items()
+            for key, size in expert_shapes("lora", rank, shape, [site]).items()
+        }
 
     def _rank_at(self, site: str) -> int:
         down_RF = self.weights.get(f"{site}.down")
@@ -144,6 +141,14 @@ def expert_shapes(
     return shapes
 
 
+class Trainable(nn.Module):
+    """A module that declares its trained parameters: all that it has, unless it says otherwise."""
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What this module trains; what child `Trainable`s declare may be among it."""
+        yield from self.parameters()
+
+
 class LoraExpert(Trainable):
     """o = (alpha/R) · (x downᵀ) upᵀ, both factors Kaiming-uniform (a = √5) at the start."""
 
@@ -154,9 +159,6 @@ class LoraExpert(Trainable):
         self.up = nn.Parameter(like.new_empty(d_model, rank))
         for factor in (self.down, self.up):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.parameters()
 
     def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
         """o [B,S,D]; `ffn_input_BSD` is not used."""
@@ -170,9 +172,6 @@ class BottleneckExpert(Trainable):
         super().__init__()
         self.down = adapter_linear(d_ff, inner, like)
         self.up = adapter_linear(inner, d_model, like)
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.parameters()
 
     def forward(self, x_BSF: Tensor, ffn_input_BSD: Tensor | None) -> Tensor:
         """o [B,S,D]; `ffn_input_BSD` is the residual, the FFN's layer-normed input."""

@@ -37,7 +37,6 @@ class Family:
     Args:
         model_type: in its config.json.
         title: for people.
-        model, config, norm: its classes in transformers.
         stacks: the modules of encoder and decoder, and `blocks` the blocks within one.
         parts: of a block of each stack: `self`, `cross`, `ffn`.
         final_norm: of a stack.
@@ -47,7 +46,6 @@ class Family:
         decoder_start: where its configuration has the id that a decoder starts from.
         sizes: where its configuration has what `base_shape` tells; `decoder_` begins those of a decoder with sizes
             of its own.
-        always_gated: FFNs have two input projections whatever `feed_forward_proj` is.
         tied_by_config: its configuration's `tie_word_embeddings` tells whether the head is the decoder's embedding.
         cache_as_deep_as_encoder: transformers gives the cache of its `generate` the encoder's depth, not the decoder's.
         takes_prefix: peft's prefixes fit before the keys and values of its decoder.
@@ -56,9 +54,6 @@ class Family:
 
     model_type: str
     title: str
-    model: str
-    config: str
-    norm: str
     stacks: Mapping[str, str]
     blocks: str
     parts: Mapping[str, Mapping[str, Part]]
@@ -68,7 +63,6 @@ class Family:
     head: str
     decoder_start: str
     sizes: Mapping[str, str]
-    always_gated: bool
     tied_by_config: bool
     cache_as_deep_as_encoder: bool
     takes_prefix: bool
@@ -113,9 +107,6 @@ def _t5(model_type: str, title: str) -> Family:
     return Family(
         model_type=model_type,
         title=title,
-        model=f"{title.upper()}ForConditionalGeneration",
-        config=f"{title.upper()}Config",
-        norm=f"{title.upper()}LayerNorm",
         stacks={stack: stack for stack in STACKS},
         blocks="block",
         parts={
@@ -132,7 +123,6 @@ def _t5(model_type: str, title: str) -> Family:
         head="lm_head",
         decoder_start="decoder_start_token_id",
         sizes={key: key for key in _T5_SIZES},
-        always_gated=False,
         tied_by_config=False,  # not since transformers 5
         cache_as_deep_as_encoder=True,  # as of transformers 5.23
         takes_prefix=True,
@@ -156,9 +146,6 @@ def _t5gemma() -> Family:
     return Family(
         model_type="t5gemma",
         title="T5Gemma",
-        model="T5GemmaForConditionalGeneration",
-        config="T5GemmaConfig",
-        norm="T5GemmaRMSNorm",
         stacks={stack: f"model.{stack}" for stack in STACKS},
         blocks="layers",
         parts={
@@ -177,7 +164,6 @@ def _t5gemma() -> Family:
             "feed_forward_proj": "encoder.hidden_activation",
             **{f"decoder_{key}": f"decoder.{name}" for key, name in _GEMMA_SIZES.items()},
         },
-        always_gated=True,
         tied_by_config=True,
         cache_as_deep_as_encoder=False,
         takes_prefix=False,  # fewer heads have keys, and local attention would forget it
@@ -219,5 +205,5 @@ def stack_size(shape: Mapping[str, Any], stack: str, name: str) -> int:
 
 def is_gated(shape: Mapping[str, Any]) -> bool:
     """Whether the FFNs of a base model of this `base_shape` have two input projections."""
-    gated = str(shape["feed_forward_proj"]).startswith("gated")
-    return family_of(shape).always_gated or gated
+    always = "wi" not in family_of(shape).parts["encoder"]["ffn"].linears
+    return always or str(shape["feed_forward_proj"]).startswith("gated")

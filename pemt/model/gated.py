@@ -1,56 +1,129 @@
-"""What linear layers with experts share: what a gate reads, generating a token at a time, LoRA experts laid out.
+"""Stage 2, in the place of a frozen linear layer: what every kind of experts shares, the gate and the target adapter.
 
-    class             in the place of          experts      target adapter, sparsity loss
-    LoraMixture       an FFN's output          LoRA         both
-    BottleneckMixture an FFN's output          bottleneck   both
-    AdapterProjection an FFN's output          none         the adapter
-    SiteMixture       another linear layer     LoRA         none
-
-Shapes: B batch, S tokens, F input width, D output width, K experts, N ranks of all, C width of the gate's context.
+Shapes: B batch, S tokens, F input width, D output width, K experts, H the adapter's inner width, C width of the
+gate's context.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pemt.config import AdapterConfig
 from pemt.model.context import PassContext
-from pemt.model.experts import ExpertSource
-from pemt.model.factors import rank_factors, side_by_side
-from pemt.model.gate import GateKind, make_gate
+from pemt.model.experts import ExpertSource, ModelError, Trainable, adapter_linear
 from pemt.model.inject import LinearSite
-from pemt.model.lazy import is_lazy, lazy_parameter, value_of
-from pemt.ops import ffn_output, gated_output, prompt_mean
-from pemt.ops.linear import mixture_step
+from pemt.model.shape import base_shape
+from pemt.ops import prompt_mean, reference
+
+
+class Gate(Trainable):
+    """softmax(c · W_g), W_g [C,K] zero at the start: training begins with equal weights.
+
+    `like` gives dtype and device. Source: arXiv 2402.15082.
+    """
+
+    def __init__(self, width: int, experts: int, *, like: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(like.new_zeros(width, experts))
+
+    def forward(self, context_BC: Tensor) -> Tensor:
+        """Gates [B,K], in fp32."""
+        return reference.gates(context_BC, self.weight)
+
+
+class TargetAdapter(Trainable):
+    """z = y + up(gelu_new(down(y))), D → D // reduction_factor → D.
+
+    Raises:
+        ModelError: the reduction factor leaves nothing of d_model.
+    """
+
+    def __init__(self, config: AdapterConfig, like: Tensor) -> None:
+        super().__init__()
+        d_model = like.shape[0]
+        if d_model < config.reduction_factor:
+            raise ModelError(
+                f"adapter.reduction_factor: found {config.reduction_factor}, "
+                f"allowed is at most this base model's d_model, {d_model}"
+            )
+        self.down = adapter_linear(d_model, d_model // config.reduction_factor, like)
+        self.up = adapter_linear(d_model // config.reduction_factor, d_model, like)
+
+    def forward(self, y_BSD: Tensor) -> Tensor:
+        """z [B,S,D]."""
+        return y_BSD + self.up(F.gelu(self.down(y_BSD), approximate="tanh"))
 
 
 class GatedLinear(nn.Module, ABC):
-    """A frozen linear layer, and a gate over the experts on it.
+    """y = W x + Σ_k g_k o_k over the experts on a layer; at an FFN's output z = adapter(y), with a task sparsity loss.
 
     The gate's context is the layer's input in the encoder and the encoder's last state in the decoder,
     each as its mean over the prompt. Source: arXiv 2402.15082, for the FFNs' output projections.
+
+    Args:
+        site: still with the base model's own layer.
+        sources: those that are on the layer.
+        context: of the pass; gates and loss go there, as it asks for them.
+        gate: see `MixtureConfig.gate`.
+        adapter: at an FFN's output.
     """
 
-    weight: nn.Parameter
-
-    def add_gate(
+    def __init__(
         self,
         site: LinearSite,
         sources: Sequence[ExpertSource],
         context: PassContext,
-        kind: GateKind,
+        *,
+        gate: str,
+        adapter: AdapterConfig | None = None,
     ) -> None:
-        """Give the layer its gate over the sources that are on it; `weight` is there, and the site still the base's."""
-        self.in_decoder = site.in_decoder
-        self.gate = make_gate(kind, site.gate_width, len(sources), like=self.weight)
+        super().__init__()
+        self.weight = site.weight
+        self.adapter = None if adapter is None else TargetAdapter(adapter, self.weight)
+        self.in_decoder = site.spec.in_decoder
+        # of what the gate reads: the encoder's states, or the layer's input
+        width = base_shape(site.base.config)["d_model"] if self.in_decoder else self.weight.shape[1]
+        learned = gate == "learned"
+        self.gate = Gate(width, len(sources), like=self.weight) if learned else None
         self.source_names = [source.name for source in sources]
         self.context = context
         self._prepared: tuple[Tensor | int, Any] | None = None
+        self.add_experts(site, sources)
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        """z [B,S,D] of the layer's input."""
+        context, adapter = self.context, self.adapter
+        if context.is_generating and self.in_decoder:
+            y_BSD = self._generate_step(x_BSF)
+            return y_BSD if adapter is None else adapter(y_BSD)
+        if context.is_generating and adapter is not None:
+            gates_BK = self._gates(x_BSF)
+            context.record(gates_BK)
+            return adapter(self.generate_step(x_BSF, self.prepare_step(gates_BK)))
+        wanted = adapter is not None and context.wants_sparsity
+        z_BSD, loss, gates_BK = self.mix(x_BSF, sparsity=wanted)
+        context.record(gates_BK, loss)
+        return z_BSD
+
+    @property
+    def adapter_tensors(self) -> tuple[Tensor, ...]:
+        """The target adapter as `pemt.ops` takes it: down [H,D], its bias [H], up [D,H], its bias [D]; or nothing."""
+        if self.adapter is None:
+            return ()
+        down, up = self.adapter.down, self.adapter.up
+        return down.weight, down.bias, up.weight, up.bias
+
+    @property
+    def token_weights_BS(self) -> Tensor | None:
+        """What each token counts in this stack's sparsity losses; None where all count alike."""
+        context = self.context
+        return context.decoder_weights_BS if self.in_decoder else context.encoder_weights_BS
 
     @property
     def _gate_context(self) -> Tensor | int:
@@ -61,21 +134,29 @@ class GatedLinear(nn.Module, ABC):
         return self.context.encoder_prompt_BD
 
     def _gates(self, x_BSF: Tensor) -> Tensor:
-        """The gates [B,K] of an input."""
+        """The gates [B,K] of an input, in fp32."""
+        if self.gate is None:
+            shape = (len(x_BSF), len(self.source_names))
+            return x_BSF.new_full(shape, 1 / len(self.source_names), dtype=torch.float32)
         context = self._gate_context
-        gates_BK: Tensor = self.gate(
-            prompt_mean(x_BSF, context) if isinstance(context, int) else context
-        )
-        return gates_BK
+        return self.gate(prompt_mean(x_BSF, context) if isinstance(context, int) else context)
 
     def _generate_step(self, x_BSF: Tensor) -> Tensor:
         """One step of `generate` in the decoder: y [B,S,D], with the gates of its first step."""
         prompt_BD = self._gate_context
         if self._prepared is None or self._prepared[0] is not prompt_BD:
             gates_BK = self._gates(x_BSF)
-            self.context.record_generate_gates(gates_BK)
+            self.context.record(gates_BK)
             self._prepared = prompt_BD, self.prepare_step(gates_BK)
         return self.generate_step(x_BSF, self._prepared[1])
+
+    @abstractmethod
+    def add_experts(self, site: LinearSite, sources: Sequence[ExpertSource]) -> None:
+        """Lay the experts of the sources side by side."""
+
+    @abstractmethod
+    def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """z [B,S,D]; Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), fp32, if wanted; gates [B,K], detached."""
 
     @abstractmethod
     def prepare_step(self, gates_BK: Tensor) -> Any:
@@ -84,62 +165,3 @@ class GatedLinear(nn.Module, ABC):
     @abstractmethod
     def generate_step(self, x_BSF: Tensor, prepared: Any) -> Tensor:
         """y [B,S,D], for one step after another with the same gates."""
-
-
-class LoraExperts(GatedLinear):
-    """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made.
-
-    Their factors are split anew for it, each expert's up projection into an isometry; the sources keep theirs.
-    `weight` is stacked: the layer's own [D,F] over the down projections [N,F], so that x is read once.
-    """
-
-    def add_experts(self, site: LinearSite, sources: Sequence[ExpertSource]) -> None:
-        """Lay the experts of the sources, all of which are on the layer, beside its own weight."""
-        factors = side_by_side(site.name, sources)
-        self.ranks, self.scales = factors.ranks, factors.scales
-        own, (outputs, inputs) = self.weight, self.weight.shape
-        self.sizes = outputs, sum(self.ranks)
-        stacked = partial(_stacked, own, factors.down)
-        self.weight = frozen((sum(self.sizes), inputs), stacked, like=own)
-        self.up = frozen(self.sizes, factors.up, like=own)
-
-    @property
-    def external_parameters(self) -> tuple[Tensor, ...]:
-        """What it computes with and its submodules own: ZeRO-3 must gather them with it."""
-        return () if self.gate.weight is None else (self.gate.weight,)
-
-    def _mix(self, x_BSF: Tensor, **options: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z [B,S,D], the loss if it is wanted, the gates [B,K]; options are those of `pemt.ops.ffn_output`."""
-        experts = (self.scales, self.ranks)
-        if self.gate.weight is None:
-            gates_BK = self._gates(x_BSF)
-            mixed = ffn_output(x_BSF, self.weight, self.up, gates_BK, *experts, **options)
-            return *mixed, gates_BK
-        gate = self.gate.weight, self._gate_context
-        return gated_output(x_BSF, self.weight, self.up, *gate, *experts, **options)
-
-    def prepare_step(self, gates_BK: Tensor) -> Tensor:
-        """g_k s_k of every sample, once per rank [B,1,N]."""
-        return rank_factors(gates_BK, self.scales, self.ranks, like=self.weight)
-
-    def generate_step(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
-        """y [B,S,D]; `prepared` is [B,1,N]."""
-        # Not folded into a weight of each sample: see docs/serving.md.
-        weight_DF, down_NF = self.weight.split(self.sizes)
-        return mixture_step(x_BSF, weight_DF, down_NF, self.up, prepared)
-
-
-def _stacked(weight_DF: nn.Parameter, downs: Callable[[], Tensor]) -> Tensor:
-    """[D+N,F]: the layer's own weight, and under it the down projections."""
-    own = value_of(weight_DF)
-    return torch.cat([own, downs().to(own)])
-
-
-def frozen(shape: tuple[int, ...], make: Callable[[], Tensor], *, like: Tensor) -> nn.Parameter:
-    """What `make` gives, frozen; a parameter, so that ZeRO-3 partitions it.
-
-    Unread where the base is: it is made as it is placed, and no rank holds all of them.
-    """
-    if is_lazy(like):
-        return lazy_parameter(shape, like.dtype, make)
-    return nn.Parameter(make().to(like), requires_grad=False)

@@ -7,7 +7,6 @@ tokens, beams: right for what it was published for, and wrong for another task's
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +70,12 @@ def ignored_settings(name: str, ours: GenerationConfig) -> list[str]:
     Args:
         name: hub id or folder.
     """
-    found = dict(_settings(name, ours))
+    in_config, _ = PreTrainedConfig.get_config_dict(name)
+    known = {*vars(GenerationConfig()), *ONLY_IN_CONFIG} & in_config.keys()
+    found: dict[str, Any] = {}
+    for given in ({key: in_config[key] for key in known}, _own_file(name)):
+        found |= {key: value for key, value in given.items() if _is_ignored(key, value, ours)}
     return [f"{key} {_short(value)}" for key, value in sorted(found.items())]
-
-
-def _settings(name: str, ours: GenerationConfig) -> Iterator[tuple[str, Any]]:
-    from_config, _ = PreTrainedConfig.get_config_dict(name)
-    known = {key for key in vars(GenerationConfig()) if not key.startswith("_")}
-    for key in (known | set(ONLY_IN_CONFIG)) & from_config.keys():
-        yield from _if_ignored(key, from_config[key], ours)
-    for key, value in _own_file(name).items():
-        yield from _if_ignored(key, value, ours)
 
 
 def _own_file(name: str) -> dict[str, Any]:
@@ -96,15 +90,12 @@ def _own_file(name: str) -> dict[str, Any]:
     return own if isinstance(own, dict) else {}
 
 
-def _if_ignored(key: str, value: Any, ours: GenerationConfig) -> Iterator[tuple[str, Any]]:
-    is_id = key.endswith("_id")  # of which 0 is one like another
+def _is_ignored(key: str, value: Any, ours: GenerationConfig) -> bool:
     if key.startswith("_") or key in NO_SETTINGS or value is None:
-        return
-    if is_id and value in (getattr(ours, key, None), [getattr(ours, key, None)]):
-        return
-    if not is_id and (not value or (key in NEUTRAL and value == NEUTRAL[key])):
-        return
-    yield key, value
+        return False
+    if key.endswith("_id"):  # of which 0 is one like another
+        return value not in (getattr(ours, key, None), [getattr(ours, key, None)])
+    return bool(value) and value != NEUTRAL.get(key)
 
 
 def _short(value: Any) -> str:

@@ -5,10 +5,9 @@ Shapes: B batch, S tokens, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -24,7 +23,7 @@ from transformers import (
 
 from pemt.model.context import PassContext
 from pemt.model.experts import ModelError
-from pemt.model.families import FAMILIES, STACKS, Family
+from pemt.model.families import FAMILIES, STACKS
 from pemt.model.shape import base_shape, decoder_start
 from pemt.model.sites import Site, sites_of
 
@@ -34,8 +33,6 @@ Base: TypeAlias = (
     | UMT5ForConditionalGeneration
     | T5GemmaForConditionalGeneration
 )
-# the keyword under which a decoder is handed the encoder's states
-ENCODER_STATES = "encoder_hidden_states"
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,11 @@ class LinearSite:
 
     Args:
         spec: which, by name.
-        owner: the attention or FFN that has it as a child.
-        encoder_width: of the encoder's states.
+        base: the base model that it is in.
     """
 
     spec: Site
-    owner: Any
-    encoder_width: int
+    base: PreTrainedModel
 
     @property
     def name(self) -> str:
@@ -58,19 +53,9 @@ class LinearSite:
         return self.spec.name
 
     @property
-    def in_decoder(self) -> bool:
-        """Whether it is one of the decoder's."""
-        return self.spec.in_decoder
-
-    @property
-    def attribute(self) -> str:
-        """What its owner calls it."""
-        return self.spec.module.rpartition(".")[2]
-
-    @property
     def module(self) -> Any:
         """What stands there now."""
-        return getattr(self.owner, self.attribute)
+        return self.base.get_submodule(self.spec.module)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -80,26 +65,22 @@ class LinearSite:
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    @property
-    def gate_width(self) -> int:
-        """Of what the site's gate reads: its input in the encoder, the encoder's states in the decoder."""
-        return self.encoder_width if self.in_decoder else self.weight.shape[1]
-
     def replace(self, module: nn.Module) -> None:
         """Put a module in the layer's place; T5 reads `wo.weight.dtype`, so it must have a `weight`."""
         assert isinstance(module.weight, nn.Parameter)
-        setattr(self.owner, self.attribute, module)
+        self.base.set_submodule(self.spec.module, module)
 
     def pass_ffn_input(self) -> None:
         """Hand the FFN's layer-normed input [B,S,D] to the module in its output projection's place.
 
         The hook runs inside the block, hence again when checkpointing recomputes it.
         """
-        self.owner.register_forward_pre_hook(partial(_keep_ffn_input, self.attribute))
+        ffn, _, output = self.spec.module.rpartition(".")
 
+        def keep_ffn_input(module: Any, args: tuple[Tensor, ...]) -> None:
+            getattr(module, output).ffn_input_BSD = args[0]
 
-def _keep_ffn_input(output: str, dense: Any, args: tuple[Tensor, ...]) -> None:
-    getattr(dense, output).ffn_input_BSD = args[0]
+        self.base.get_submodule(ffn).register_forward_pre_hook(keep_ffn_input)
 
 
 def checked_base(base: PreTrainedModel) -> Base:
@@ -115,7 +96,7 @@ def checked_base(base: PreTrainedModel) -> Base:
             f"model_name_or_path: found a {type(base).__name__}, "
             f"allowed are {', '.join(others)} and {last} for conditional generation"
         )
-    family = family_of_base(base)
+    family = FAMILIES[base.config.model_type]
     if decoder_start(base.config) is None:
         raise ModelError(
             f"model_name_or_path: its config.json has no {family.decoder_start}; "
@@ -156,75 +137,56 @@ def _apply_but_for_dtype(module: nn.Module, fn: Callable[..., Any], *args: Any) 
     return module
 
 
-def family_of_base(base: Base) -> Family:
-    """The row of a base model."""
-    return FAMILIES[base.config.model_type]
-
-
 def stack_of(base: Base, stack: str) -> Any:
     """The encoder or the decoder."""
-    return base.get_submodule(family_of_base(base).stacks[stack])
+    return base.get_submodule(FAMILIES[base.config.model_type].stacks[stack])
 
 
 def blocks_of(base: Base, stack: str) -> Any:
     """A stack's blocks, from the first."""
-    return stack_of(base, stack).get_submodule(family_of_base(base).blocks)
+    return stack_of(base, stack).get_submodule(FAMILIES[base.config.model_type].blocks)
 
 
 def linear_sites(base: Base) -> list[LinearSite]:
     """Every linear layer that an expert can be on, in the order of `sites_of`."""
-    shape = base_shape(base.config)
-    return [
-        LinearSite(site, base.get_submodule(site.module.rpartition(".")[0]), shape["d_model"])
-        for site in sites_of(shape)
-    ]
+    return [LinearSite(site, base) for site in sites_of(base_shape(base.config))]
 
 
-def layer_norms(base: Base) -> Iterator[nn.Module]:
-    """Every layer norm, final ones included."""
-    kind = norm_class(base)
-    return (module for module in base.modules() if isinstance(module, kind))
-
-
-def norm_class(base: Base) -> type[nn.Module]:
-    """Of the family's layer norms."""
-    family = family_of_base(base)
-    name = family.model_type
-    found: type[nn.Module] = getattr(
-        import_module(f"transformers.models.{name}.modeling_{name}"), family.norm
-    )
-    return found
+def layer_norms(base: Base) -> dict[str, nn.Module]:
+    """Every layer norm by its name, final ones included."""
+    final = FAMILIES[base.config.model_type].final_norm
+    kind = type(stack_of(base, "encoder").get_submodule(final))
+    return {name: module for name, module in base.named_modules() if isinstance(module, kind)}
 
 
 def pass_encoder_prompt(base: Base, context: PassContext) -> None:
     """Before every pass of the decoder, put the mean of the encoder's states at the prompt in the context."""
-
-    def keep_prompt_mean(
-        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-    ) -> None:
-        context.keep_encoder_prompt(kwargs[ENCODER_STATES])
-
-    stack_of(base, "decoder").register_forward_pre_hook(keep_prompt_mean, with_kwargs=True)
+    stack_of(base, "decoder").register_forward_pre_hook(
+        lambda module, args, kwargs: context.keep_encoder_prompt(kwargs["encoder_hidden_states"]),
+        with_kwargs=True,
+    )
 
 
 def keep_for_recompute(base: Base, context: PassContext) -> None:
     """Let activation checkpointing recompute a decoder's block with what its gates have read in the pass itself."""
+
+    def checkpointed(
+        checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
+    ) -> Any:
+        own_BD = context.encoder_prompt_BD
+
+        def run(*args: Any) -> Any:
+            newer_BD, context.encoder_prompt_BD = context.encoder_prompt_BD, own_BD
+            try:
+                return function(*args)
+            finally:
+                context.encoder_prompt_BD = newer_BD
+
+        return checkpoint(run, *args)
+
     # A compiled program may carry nothing out of what is recomputed, and gates report: so these blocks run as written.
-    as_written: Any = torch.compiler.disable
+    as_written: Any = torch.compiler.disable(checkpointed)
     for block in blocks_of(base, "decoder"):
         # transformers' own, which gives no other way in
         checkpoint = block._gradient_checkpointing_func
-        block._gradient_checkpointing_func = partial(as_written(_checkpointed), context, checkpoint)
-
-
-def _checkpointed(
-    context: PassContext, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any
-) -> Any:
-    return checkpoint(partial(_seeing, context, context.encoder_prompt_BD, function), *args)
-
-
-def _seeing(
-    context: PassContext, prompt_BD: Tensor | None, function: Callable[..., Any], *args: Any
-) -> Any:
-    with context.seeing(prompt_BD):
-        return function(*args)
+        block._gradient_checkpointing_func = partial(as_written, checkpoint)

@@ -1,147 +1,120 @@
-"""Stage 2, in the place of an FFN's `wo`: frozen experts, a gate over them, a target adapter.
+"""Stage 2, in the place of a linear layer: frozen experts of each kind, and what a site gets.
 
-Shapes: B batch, S tokens, D d_model, F d_ff, K experts, R rank of one expert, N ranks of all, C width of
-the gate's context.
+Shapes: B batch, S tokens, F input width, D output width, K experts, R rank of one expert, N ranks of all.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pemt.config import AdapterConfig
+from pemt.config import AdapterConfig, MixtureConfig
 from pemt.model.context import PassContext
-from pemt.model.experts import ExpertSource, ModelError, adapter_linear
-from pemt.model.gate import GateKind
-from pemt.model.gated import GatedLinear, LoraExperts, frozen
+from pemt.model.experts import ExpertSource, ModelError
+from pemt.model.gated import GatedLinear, TargetAdapter
 from pemt.model.inject import LinearSite
-from pemt.model.trainable import Trainable
-from pemt.ops.linear import linear
+from pemt.model.lazy import is_lazy, lazy_parameter, value_of
+from pemt.ops import ffn_output, gated_output
+from pemt.ops.checks import MAX_EXPERTS
+from pemt.ops.linear import linear, mixture_step
+from pemt.ops.orthonormal import Split, split
+from pemt.ops.packed import rank_factors
 
 
-class TargetAdapter(Trainable):
-    """z = y + up(gelu_new(down(y))), D → D // reduction_factor → D.
+class LoraMixture(GatedLinear):
+    """LoRA experts side by side, as `pemt.ops` takes them; no expert's output is ever made.
 
-    Raises:
-        ModelError: the reduction factor leaves nothing of d_model.
+    Each expert is split anew, its up projection into orthonormal columns; the sources keep their own factors.
+    `weight` is stacked: the layer's own [D,F] over the down projections [N,F], so that x is read once; `up` is [D,N].
     """
 
-    def __init__(self, config: AdapterConfig, like: Tensor) -> None:
-        super().__init__()
-        d_model = like.shape[0]
-        if d_model < config.reduction_factor:
-            raise ModelError(
-                f"adapter.reduction_factor: found {config.reduction_factor}, "
-                f"allowed is at most this base model's d_model, {d_model}"
-            )
-        self.down = adapter_linear(d_model, d_model // config.reduction_factor, like)
-        self.up = adapter_linear(d_model // config.reduction_factor, d_model, like)
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.parameters()
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Down [H,D], its bias [H], up [D,H], its bias [D]: as `pemt.ops` takes an adapter."""
-        down, up = self.down, self.up
-        return down.weight, down.bias, up.weight, up.bias
-
-    def forward(self, y_BSD: Tensor) -> Tensor:
-        """z [B,S,D]."""
-        return y_BSD + self.up(F.gelu(self.down(y_BSD), approximate="tanh"))
-
-
-class AdapterProjection(nn.Module):
-    """The frozen projection and the target adapter alone: the baseline without experts."""
-
-    def __init__(self, site: LinearSite, adapter: AdapterConfig) -> None:
-        super().__init__()
-        self.weight = site.weight
-        self.adapter = TargetAdapter(adapter, self.weight)
-
-    def forward(self, x_BSF: Tensor) -> Tensor:
-        """z = adapter(wo(x)), [B,S,D]."""
-        return self.adapter(linear(x_BSF, self.weight))
-
-
-class MixtureProjection(GatedLinear, AdapterProjection, ABC):
-    """z = adapter(wo(x) + Σ_k g_k o_k); reports its gates and its task sparsity loss. Source: arXiv 2402.15082."""
-
-    def __init__(
-        self,
-        site: LinearSite,
-        sources: Sequence[ExpertSource],
-        adapter: AdapterConfig,
-        context: PassContext,
-        *,
-        gate: GateKind = "learned",
-    ) -> None:
-        super().__init__(site, adapter)
-        self.add_gate(site, sources, context, gate)
-        self.add_experts(site, sources)
-
-    def forward(self, x_BSF: Tensor) -> Tensor:
-        """z [B,S,D]; gates [B,K] and sparsity loss go to the pass's context, as it asks for them."""
-        context = self.context
-        if context.is_generating:
-            if self.in_decoder:
-                return self.adapter(self._generate_step(x_BSF))
-            gates_BK = self._gates(x_BSF)
-            context.record_generate_gates(gates_BK)
-            return self.adapter(self.generate_step(x_BSF, self.prepare_step(gates_BK)))
-        z_BSD, loss, gates_BK = self.mix(x_BSF, sparsity=context.wants_sparsity)
-        if loss is not None:
-            context.record(gates_BK, loss)
-        return z_BSD
-
-    @abstractmethod
     def add_experts(self, site: LinearSite, sources: Sequence[ExpertSource]) -> None:
-        """Lay the experts of the sources, all of which are on the layer, side by side."""
-
-    @property
-    def token_weights_BS(self) -> Tensor | None:
-        """What each token counts in this stack's sparsity losses; None where all count alike."""
-        context = self.context
-        return context.decoder_weights_BS if self.in_decoder else context.encoder_weights_BS
-
-    @abstractmethod
-    def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """z [B,S,D]; Σ_k mean_b(g_bk) · mean over tokens (1 − cos(z, o_k)), fp32, if wanted; gates [B,K], detached."""
-
-
-class LoraMixture(LoraExperts, MixtureProjection):
-    """LoRA experts; mixture, target adapter and sparsity loss are one op."""
+        if len(sources) > MAX_EXPERTS:
+            raise ModelError(
+                f"source_tasks: found {len(sources)} experts on {site.name}, allowed are at most {MAX_EXPERTS} on a "
+                "layer; name fewer, or set mixture.top_sources"
+            )
+        downs, ups = (
+            [source.weights[f"{site.name}.{factor}"] for source in sources]
+            for factor in ("down", "up")
+        )
+        splits = [split(up_DR) for up_DR in ups]
+        self.ranks = [len(each.mix) for each in splits]
+        self.scales = [
+            source.alpha / source.rank * each.size
+            for source, each in zip(sources, splits, strict=True)
+        ]
+        own, (outputs, inputs) = self.weight, self.weight.shape
+        self.sizes = outputs, sum(self.ranks)
+        # a few numbers to keep
+        mixes = [replace(each, basis=each.basis.new_empty(0)) for each in splits]
+        stacked = partial(_stacked, own, mixes, downs)
+        self.weight = frozen((sum(self.sizes), inputs), stacked, like=own)
+        self.up = frozen(self.sizes, partial(_bases, ups), like=own)
 
     @property
     def external_parameters(self) -> tuple[Tensor, ...]:
-        return *super().external_parameters, *self.adapter.tensors
+        """What it computes with and its submodules own: ZeRO-3 must gather them with it."""
+        gate = () if self.gate is None else (self.gate.weight,)
+        return *gate, *self.adapter_tensors
 
     def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        return self._mix(
-            x_BSF,
-            adapter=self.adapter.tensors,
-            sparsity=sparsity,
-            token_weights=self.token_weights_BS,
-        )
+        experts = (self.scales, self.ranks)
+        options: dict[str, Any] = {
+            "adapter": self.adapter_tensors,
+            "sparsity": sparsity,
+            "token_weights": self.token_weights_BS if sparsity else None,
+        }
+        if self.gate is None:
+            gates_BK = self._gates(x_BSF)
+            mixed = ffn_output(x_BSF, self.weight, self.up, gates_BK, *experts, **options)
+            return *mixed, gates_BK
+        gate = self.gate.weight, self._gate_context
+        return gated_output(x_BSF, self.weight, self.up, *gate, *experts, **options)
+
+    def prepare_step(self, gates_BK: Tensor) -> Tensor:
+        """g_k s_k of every sample, once per rank [B,1,N]."""
+        return rank_factors(gates_BK, self.scales, self.ranks)[:, None].to(self.weight.dtype)
+
+    def generate_step(self, x_BSF: Tensor, prepared: Tensor) -> Tensor:
+        # Not folded into a weight of each sample: see docs/serving.md.
+        weight_DF, down_NF = self.weight.split(self.sizes)
+        return mixture_step(x_BSF, weight_DF, down_NF, self.up, prepared)
 
 
-class BottleneckMixture(MixtureProjection):
+def _stacked(
+    weight_DF: nn.Parameter, splits: Sequence[Split], downs_RF: Sequence[Tensor]
+) -> Tensor:
+    """[D+N,F]: the layer's own weight, and under it the down projections that go with `_bases`."""
+    own = value_of(weight_DF)
+    downs = [each.down(down_RF) for each, down_RF in zip(splits, downs_RF, strict=True)]
+    return torch.cat([own, torch.cat(downs).to(own)])
+
+
+def _bases(ups_DR: Sequence[Tensor]) -> Tensor:
+    """[D,N]: the up projections, each expert's columns orthonormal."""
+    return torch.cat([split(up_DR).basis for up_DR in ups_DR], dim=1)
+
+
+class BottleneckMixture(GatedLinear):
     """Bottleneck experts. Their residual is of full rank: each one's output [B,S,D] is made."""
 
     def add_experts(self, site: LinearSite, sources: Sequence[ExpertSource]) -> None:
         self.ranks = [source.rank for source in sources]
-        self.down = packed(sources, f"{site.name}.down.weight", self.weight, dim=0)
-        self.down_bias = packed(sources, f"{site.name}.down.bias", self.weight, dim=0)
-        self.up = packed(sources, f"{site.name}.up.weight", self.weight, dim=1)
-        self.up_bias = packed(sources, f"{site.name}.up.bias", self.weight, dim=0)
+        self.down = _packed(sources, f"{site.name}.down.weight", self.weight, dim=0)
+        self.down_bias = _packed(sources, f"{site.name}.down.bias", self.weight, dim=0)
+        self.up = _packed(sources, f"{site.name}.up.weight", self.weight, dim=1)
+        self.up_bias = _packed(sources, f"{site.name}.up.bias", self.weight, dim=0)
         self.ffn_input_BSD: Tensor | None = None
 
     def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        assert self.adapter is not None, "a bottleneck is on the FFNs alone"
         gates_BK = self._gates(x_BSF)
         y_BSD, outputs = self._outputs(x_BSF, gates_BK)
         z_BSD = self.adapter(y_BSD)
@@ -187,7 +160,7 @@ class BottleneckMixture(MixtureProjection):
         return loss
 
 
-def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int) -> nn.Parameter:
+def _packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int) -> nn.Parameter:
     """One frozen tensor of all experts side by side."""
     tensors = [source.weights[key] for source in sources]
     shape = list(tensors[0].shape)
@@ -195,7 +168,45 @@ def packed(sources: Sequence[ExpertSource], key: str, like: Tensor, *, dim: int)
     return frozen(tuple(shape), partial(torch.cat, tensors, dim=dim), like=like)
 
 
-MIXTURES: dict[str, type[LoraMixture] | type[BottleneckMixture]] = {
-    "lora": LoraMixture,
-    "bottleneck": BottleneckMixture,
-}
+def frozen(shape: tuple[int, ...], make: Callable[[], Tensor], *, like: Tensor) -> nn.Parameter:
+    """What `make` gives, frozen; a parameter, so that ZeRO-3 partitions it.
+
+    Unread where the base is: it is made as it is placed, and no rank holds all of them.
+    """
+    if is_lazy(like):
+        return lazy_parameter(shape, like.dtype, make)
+    return nn.Parameter(make().to(like), requires_grad=False)
+
+
+class AdapterProjection(nn.Module):
+    """An FFN's frozen output projection and the target adapter alone: no expert is there."""
+
+    def __init__(self, site: LinearSite, adapter: AdapterConfig) -> None:
+        super().__init__()
+        self.weight = site.weight
+        self.adapter = TargetAdapter(adapter, self.weight)
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        """z = adapter(wo(x)), [B,S,D]."""
+        return self.adapter(linear(x_BSF, self.weight))
+
+
+MIXTURES: dict[str, type[GatedLinear]] = {"lora": LoraMixture, "bottleneck": BottleneckMixture}
+
+
+def mix_at(
+    site: LinearSite,
+    sources: Sequence[ExpertSource],
+    mixture: MixtureConfig,
+    adapter: AdapterConfig,
+    context: PassContext,
+) -> None:
+    """Put the sources that are on a layer into it; at an FFN's output there is a target adapter in any case."""
+    behind = adapter if site.spec.is_ffn_output else None
+    if sources:
+        kind = sources[0].kind
+        site.replace(MIXTURES[kind](site, sources, context, gate=mixture.gate, adapter=behind))
+        if kind == "bottleneck":
+            site.pass_ffn_input()
+    elif behind is not None:
+        site.replace(AdapterProjection(site, behind))

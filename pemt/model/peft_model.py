@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import PemtError, nearest
-from pemt.model.baselines import BaselineT5
-from pemt.model.experts import ModelError
 from pemt.model.families import FAMILIES, family_of
-from pemt.model.inject import Base
+from pemt.model.inject import Base, checked_base
 from pemt.model.lazy import materialize_all
-from pemt.model.likelihood import log_likelihoods
 from pemt.model.shape import base_shape, decoder_start
+from pemt.model.trained_t5 import TrainedT5, log_likelihoods
 
 # What `--method lora` and `--method prompt` stand for; `peft_config` overrides single fields.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -74,7 +72,7 @@ def peft_settings(method: str, given: Mapping[str, Any] | None) -> Any:
         fit = ", ".join(name for name in known if name not in UNFIT)
         why = f", which {UNFIT[kind]}" if kind in UNFIT else ""
         raise PeftError(f"peft_config.peft_type: found {kind}{why}; allowed are {fit}")
-    if method in DEFAULTS and kind != DEFAULTS[method].get("peft_type", kind):
+    if kind != DEFAULTS[method].get("peft_type", kind):
         raise PeftError(
             f"peft_config.peft_type: found {kind} with `method: {method}`; choose `method: peft`"
         )
@@ -101,7 +99,7 @@ def _check_fields(fields: Mapping[str, Any], cls: type[Any]) -> None:
             raise PeftError(f"peft_config.{key}: {cls.__name__} has no such field{hint}")
 
 
-class PeftT5(BaselineT5):
+class PeftT5(TrainedT5):
     """A T5 with what peft puts into it; trained is what peft marks.
 
     Args:
@@ -119,8 +117,8 @@ class PeftT5(BaselineT5):
     ) -> None:
         from peft import get_peft_model
 
-        super().__init__(base)
-        del self.base  # it lives on inside `peft`; twice in the tree, ZeRO-3 would gather it twice
+        super().__init__()
+        base = checked_base(base)
         materialize_all(base)  # some of peft's ways to start look at the weights
         kind = settings.peft_type.value
         _fit_sizes(settings, base)
@@ -171,7 +169,7 @@ class PeftT5(BaselineT5):
 
     @property
     def base(self) -> Base:  # type: ignore[override]
-        """The T5 inside peft's model."""
+        """The T5 inside peft's model; twice in the tree, ZeRO-3 would gather it twice."""
         return self.peft.get_base_model()
 
     @property
@@ -188,9 +186,7 @@ class PeftT5(BaselineT5):
 
         # What stands before the encoder's input peft puts there itself, in a pass of all.
         def logits_of(targets_BT: Tensor) -> Tensor:
-            logits_BTV = self.forward(input_ids, attention_mask, targets_BT).logits
-            assert logits_BTV is not None
-            return logits_BTV
+            return self(input_ids, attention_mask, targets_BT).logits
 
         return log_likelihoods(logits_of, labels, input_ids), None
 
@@ -199,10 +195,6 @@ class PeftT5(BaselineT5):
 
     def _start_prompt(self, prompt_PD: Tensor) -> None:
         embedding = self.peft.prompt_encoder[self.peft.active_adapter].embedding.weight
-        if prompt_PD.shape[1] != embedding.shape[1]:
-            raise ModelError(
-                f"the prompt is {prompt_PD.shape[1]} wide, this base model {embedding.shape[1]}"
-            )
         repeats = -(-len(embedding) // len(prompt_PD))
         with torch.no_grad():
             embedding.copy_(prompt_PD.repeat(repeats, 1)[: len(embedding)])

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pemt.config import AdapterConfig, ExpertConfig, MixtureConfig
-from pemt.model.context import PassContext, SiteRecord
-from pemt.model.decoding import fast_generate
+from pemt.model.context import PassContext
 from pemt.model.experts import (
     ExpertSource,
     ModelError,
     SourceProjection,
+    Trainable,
     check_bottleneck,
     check_prompt,
     inner_width,
@@ -32,14 +32,11 @@ from pemt.model.inject import (
     layer_norms,
     linear_sites,
     pass_encoder_prompt,
-    stack_of,
 )
-from pemt.model.likelihood import decoder_of, log_likelihoods
+from pemt.model.mixture import mix_at
 from pemt.model.prompts import TaskPrompt
 from pemt.model.shape import base_digest, base_shape, keep_digest
-from pemt.model.site_mixture import mix_at
 from pemt.model.sites import target_sites
-from pemt.model.trainable import Trainable
 from pemt.model.trained_t5 import IGNORED_LABEL, PemtOutput, TrainedT5, mean_cross_entropy
 
 
@@ -62,7 +59,7 @@ class PemtT5(TrainedT5):
         super().__init__()
         self.base = base
         self.source_names = list(source_names)
-        self._gate_sites = {
+        self.gate_sites = {
             each.spec.tag: each.module.source_names
             for each in linear_sites(base)
             if isinstance(each.module, GatedLinear)
@@ -71,6 +68,8 @@ class PemtT5(TrainedT5):
         self.context = context
         self.expert = expert
         self.mixture = mixture
+        if mixture is not None:
+            self.sparsity_loss_weight = mixture.sparsity_loss_weight
         self.base_sha256 = base_digest(base)  # now, while no ZeRO-3 has partitioned the weights
         self.freeze_untrained()
 
@@ -115,7 +114,7 @@ class PemtT5(TrainedT5):
                 source was trained on another base, or sources are of different kinds.
         """
         base = checked_base(base)
-        kind = _common_kind(sources)
+        _check_kinds(sources)
         for source in sources:
             source.check(base_shape(base.config))
         check_weights(base, sources)
@@ -130,22 +129,14 @@ class PemtT5(TrainedT5):
         for site in linear_sites(base):
             there = [source for source in sources if source.is_on(site.name)]
             mix_at(site, there, mixture, adapter, context)
-        if kind is not None:
+        if sources:
             pass_encoder_prompt(base, context)
         names = [source.name for source in sources]
         return cls(base, prompt, context, mixture=mixture, source_names=names)
 
-    @property
-    def gate_sites(self) -> dict[str, list[str]]:
-        return self._gate_sites
-
     def enable_gradient_checkpointing(self) -> None:
         super().enable_gradient_checkpointing()
         keep_for_recompute(self.base, self.context)
-
-    @property
-    def sparsity_loss_weight(self) -> float:
-        return 0.0 if self.mixture is None else self.mixture.sparsity_loss_weight
 
     def forward(
         self,
@@ -158,7 +149,7 @@ class PemtT5(TrainedT5):
 
         Without labels there is no loss.
         """
-        embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
+        inputs = self.encoder_inputs(input_ids, attention_mask)
         if decoder_input_ids is None:
             assert labels is not None, "neither labels nor decoder_input_ids"
             decoder_input_ids = self.base.prepare_decoder_input_ids_from_labels(labels)
@@ -166,55 +157,46 @@ class PemtT5(TrainedT5):
         counted_BT = no_mask if labels is None else labels != IGNORED_LABEL
         over_padding = self.mixture is None or self.mixture.sparsity_over_padding
         with self.context.recording(
-            encoder_mask_BS=None if over_padding else mask_BS,
+            encoder_mask_BS=None if over_padding else inputs["attention_mask"],
             decoder_mask_BS=None if over_padding else counted_BT,
         ) as records:
-            out = self.base(
-                inputs_embeds=embeds_BSD,
-                attention_mask=mask_BS,
-                decoder_input_ids=decoder_input_ids,
-                use_cache=False,
-            )
-        ce_loss = None if labels is None else mean_cross_entropy(out.logits, labels)
+            out = self.base(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False)
+        loss = ce_loss = None if labels is None else mean_cross_entropy(out.logits, labels)
+        # none without an expert on an FFN's output
+        losses = [each.sparsity_loss for each in records if each.sparsity_loss is not None]
+        sparsity_loss = torch.stack(losses).mean() if losses else None
+        if ce_loss is not None and sparsity_loss is not None:
+            loss = ce_loss + self.sparsity_loss_weight * sparsity_loss
         return PemtOutput(
+            loss=loss,
             ce_loss=ce_loss,
+            sparsity_loss=sparsity_loss,
             logits=out.logits,
             encoder_last_hidden_state=out.encoder_last_hidden_state,
-            **self._with_sparsity(ce_loss, records),
+            gates_BLK=self._all_gates([record.gates_BK for record in records]),
         )
-
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
-    ) -> Tensor:
-        return self.generate_with_gates(input_ids, attention_mask, **generation_kwargs)[0]
 
     @torch.no_grad()
     def generate_with_gates(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
-        base: Any = self.base  # the union of the three has no common type for `generate`
-        given = {**self.generation_cache(), **generation_kwargs}
-        with self.context.generating() as gates, fast_generate(base):
-            tokens_BT = base.generate(inputs_embeds=embeds_BSD, attention_mask=mask_BS, **given)
-        if not gates:
-            return tokens_BT, None
+        with self.context.generating() as records:
+            tokens_BT, _ = super().generate_with_gates(
+                input_ids, attention_mask, **generation_kwargs
+            )
         # In the decoder every sample stands there once per beam.
         batch = len(input_ids)
+        gates = [each.gates_BK for each in records]
         return tokens_BT, self._all_gates([each[:: len(each) // batch] for each in gates])
 
     @torch.no_grad()
     def label_log_likelihoods(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor | None]:
-        embeds_BSD, mask_BS = self._put_prompt(input_ids, attention_mask)
-        base: Any = self.base
         # As `generate`: the decoder's gates are computed for the first label, and serve all.
-        with self.context.generating() as gates, fast_generate(base):
-            encoder = stack_of(self.base, "encoder")
-            states = encoder(inputs_embeds=embeds_BSD, attention_mask=mask_BS)
-            likely_BC = log_likelihoods(decoder_of(base, states, mask_BS), labels, input_ids)
-        return likely_BC, self._all_gates(gates) if gates else None
+        with self.context.generating() as records:
+            likely_BC, _ = super().label_log_likelihoods(input_ids, attention_mask, labels)
+        return likely_BC, self._all_gates([each.gates_BK for each in records])
 
     def export_expert(
         self, name: str, *, state: Mapping[str, Tensor] | None = None
@@ -261,36 +243,27 @@ class PemtT5(TrainedT5):
             if isinstance(module, Trainable):
                 yield from module.trainable_parameters()
         if self.mixture is not None and self.mixture.train_layer_norms:
-            for norm in layer_norms(self.base):
+            for norm in layer_norms(self.base).values():
                 yield from norm.parameters()
 
     def prompt_similarity(self) -> Tensor | None:
         return self.prompt.similarity_MM
 
-    def _put_prompt(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """The prompt before the input: embeddings [B,P+S,D] and attention mask [B,P+S]."""
         prompt_PD = self.prompt()
         embeds_BSD = self.base.get_input_embeddings()(input_ids)
         prompt_BPD = prompt_PD.to(embeds_BSD.dtype).expand(len(input_ids), -1, -1)
         ones_BP = attention_mask.new_ones(prompt_BPD.shape[:2])
-        embeds_BSD = torch.cat([prompt_BPD, embeds_BSD], dim=1)
-        return embeds_BSD, torch.cat([ones_BP, attention_mask], dim=1)
+        return {
+            "inputs_embeds": torch.cat([prompt_BPD, embeds_BSD], dim=1),
+            "attention_mask": torch.cat([ones_BP, attention_mask], dim=1),
+        }
 
-    def _with_sparsity(
-        self, ce_loss: Tensor | None, records: list[SiteRecord]
-    ) -> dict[str, Tensor | None]:
-        if self.mixture is None or not records:
-            return {"loss": ce_loss}
-        gates = {"gates_BLK": self._all_gates([record.gates_BK for record in records])}
-        losses = [each.sparsity_loss for each in records if each.sparsity_loss is not None]
-        if not losses:  # no expert on an FFN's output
-            return {"loss": ce_loss, **gates}
-        sparsity_loss = torch.stack(losses).mean()
-        loss = None if ce_loss is None else ce_loss + self.sparsity_loss_weight * sparsity_loss
-        return {"loss": loss, "sparsity_loss": sparsity_loss, **gates}
-
-    def _all_gates(self, gates: Sequence[Tensor]) -> Tensor:
-        """Every site's gates [B,K of the site] as one tensor [B,L,K]: 0 for sources not on a site."""
+    def _all_gates(self, gates: Sequence[Tensor]) -> Tensor | None:
+        """Every site's gates [B,K of the site] as one tensor [B,L,K]: 0 for sources not on a site; None without any."""
+        if not gates:
+            return None
         sites = self.gate_sites.values()
         whole = [self._of_all(each, names) for each, names in zip(gates, sites, strict=True)]
         return torch.stack(whole, dim=1)
@@ -323,10 +296,8 @@ def check_weights(base: Base, sources: Sequence[ExpertSource]) -> None:
             )
 
 
-def _common_kind(sources: Sequence[ExpertSource]) -> str | None:
-    """The one kind of all experts; None where there are none."""
+def _check_kinds(sources: Sequence[ExpertSource]) -> None:
     kinds = {source.kind: source.name for source in sources}
     if len(kinds) > 1:
         found = ", ".join(f"`{name}` is {kind}" for kind, name in sorted(kinds.items()))
         raise ModelError(f"source_tasks: {found}; choose experts of one kind")
-    return next(iter(kinds), None)

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pemt.model.experts import ExpertSource, ModelError
+from pemt.model.experts import ExpertSource, ModelError, Trainable
 from pemt.model.lazy import value_of
-from pemt.model.trainable import Trainable
 
 
 def description_prompt(tokenizer: Any, base: PreTrainedModel, description: str) -> Tensor:

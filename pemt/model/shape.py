@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from pemt.model.families import FAMILIES, STACKS, Part
+from pemt.model.families import FAMILIES, STACKS
 from pemt.model.lazy import value_of
-
-if TYPE_CHECKING:  # which asks for `base_shape`
-    from pemt.model.inject import Base
 
 _PIECE = 1024  # elements
 _DIGEST = "pemt_digest"
@@ -36,7 +33,7 @@ def decoder_start(config: PreTrainedConfig) -> int | None:
     return None if found is None else int(found)
 
 
-def base_digest(base: Base) -> str:
+def base_digest(base: PreTrainedModel) -> str:
     """Hex sha256 of samples of every weight matrix: embeddings, attention, FFNs, the head.
 
     Two base models of one shape, fine-tuned from the same one perhaps, differ in them; a copy under
@@ -52,14 +49,12 @@ def base_digest(base: Base) -> str:
     return digest.hexdigest()
 
 
-def keep_digest(base: Base) -> str:
-    """`base_digest`, kept: from now on something else may stand in the place of what is frozen."""
-    digest = base_digest(base)
-    vars(base)[_DIGEST] = digest
-    return digest
+def keep_digest(base: PreTrainedModel) -> None:
+    """Keep `base_digest`: from now on something else may stand in the place of what is frozen."""
+    vars(base)[_DIGEST] = base_digest(base)
 
 
-def _matrices(base: Base) -> Iterator[Tensor]:
+def _matrices(base: PreTrainedModel) -> Iterator[Tensor]:
     """The weight matrices in a fixed order, whatever has been put into the base by now."""
     family = FAMILIES[base.config.model_type]
     for name in dict.fromkeys((family.embeddings[0], family.head, family.embeddings[1])):
@@ -70,13 +65,9 @@ def _matrices(base: Base) -> Iterator[Tensor]:
         for block in blocks:
             for part in family.parts[stack].values():
                 module = block.get_submodule(part.module)
-                for name in _matrix_names(part, family.position_bias):
-                    if (found := getattr(module, name, None)) is not None:
+                for child in (*part.linears.values(), family.position_bias):
+                    if child and (found := getattr(module, child, None)) is not None:
                         yield found.weight
-
-
-def _matrix_names(part: Part, position_bias: str | None) -> list[str]:
-    return [*part.linears.values(), *([position_bias] if position_bias else [])]
 
 
 def _sample(weight: Tensor) -> bytes:

@@ -8,8 +8,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
 from pemt.config import PemtError
 
-WORD_START = "▁"  # what the empty one has beside its special tokens
-
 
 class TokenizerError(PemtError):
     """A tokenizer that cannot be loaded."""
@@ -34,7 +32,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             return T5Tokenizer.from_pretrained(name_or_path)
         # Left unsaid, transformers asks on stdin whether to run code that a repository brings along.
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, WORD_START}:
+        # `▁` starts a word
+        if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, "▁"}:
             raise ValueError("there are no tokenizer's files")
         return tokenizer
     except (OSError, ValueError) as error:

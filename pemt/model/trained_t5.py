@@ -1,24 +1,26 @@
 """What the training loop needs of a model, whichever method trains it.
 
-Shapes: B batch, S source tokens, P prompt tokens, T target tokens, V vocabulary, D d_model,
+Shapes: B batch, S source tokens, P prompt tokens, T target tokens, V vocabulary, D d_model, C labels,
 L sites with a gate, K experts.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from pemt.model.attention import share_sums
+from pemt.model.decoding import fast_generate
 from pemt.model.families import STACKS, family_of
-from pemt.model.inject import Base, blocks_of
+from pemt.model.inject import Base, blocks_of, stack_of
 from pemt.model.shape import base_shape
 
 IGNORED_LABEL = -100
@@ -49,17 +51,31 @@ class PemtOutput(ModelOutput):
 class TrainedT5(nn.Module, ABC):
     """A base model of which a method trains a part, or all.
 
-    A subclass changes the base model in place, then calls `freeze_untrained`.
+    A subclass changes the base model in place, then calls `freeze_untrained`. Without gates and a loss beside the
+    cross-entropy it need not change what is computed here.
+
+    Attributes:
+        gate_sites: the places with a gate, in the order of the gates, and the sources that each weighs. An FFN's is
+            named `encoder/0` or `decoder/0`, that of another linear layer `encoder/0/self/q`.
+        sparsity_loss_weight: how much of `sparsity_loss` is in a pass's `loss`; 0 where no experts are mixed.
     """
 
     base: Base
 
-    @property
-    def sparsity_loss_weight(self) -> float:
-        """How much of `sparsity_loss` is in a pass's `loss`; 0 where no experts are mixed."""
-        return 0.0
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_sites: dict[str, list[str]] = {}
+        self.sparsity_loss_weight = 0.0
 
-    @abstractmethod
+    @property
+    def called(self) -> Any:
+        """What takes the base model's arguments."""
+        return self.base
+
+    def encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """What the encoder reads, as the base model's arguments."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> PemtOutput:
         """One pass with teacher forcing.
 
@@ -67,20 +83,36 @@ class TrainedT5(nn.Module, ABC):
             input_ids, attention_mask: [B,S], padded on the right.
             labels: [B,T], -100 where there is nothing to predict.
         """
+        out = self.called(
+            **self.encoder_inputs(input_ids, attention_mask),
+            decoder_input_ids=self.base.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        )
+        ce_loss = mean_cross_entropy(out.logits, labels)
+        return PemtOutput(
+            loss=ce_loss,
+            ce_loss=ce_loss,
+            logits=out.logits,
+            encoder_last_hidden_state=out.encoder_last_hidden_state,
+        )
 
-    @abstractmethod
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> Tensor:
         """Token ids [B,T] (times `num_return_sequences`) from the base model's own `generate`."""
+        return self.generate_with_gates(input_ids, attention_mask, **generation_kwargs)[0]
 
+    @torch.no_grad()
     def generate_with_gates(
         self, input_ids: Tensor, attention_mask: Tensor, **generation_kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """What `generate` gives, and the gates [B,L,K], fp32, of that same pass; None where none are."""
-        return self.generate(input_ids, attention_mask, **generation_kwargs), None
+        inputs = self.encoder_inputs(input_ids, attention_mask)
+        given = {**self.generation_cache(), **generation_kwargs}
+        with fast_generate(self.base):
+            return self.called.generate(**inputs, **given), None
 
-    @abstractmethod
+    @torch.no_grad()
     def label_log_likelihoods(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor | None]:
@@ -90,6 +122,20 @@ class TrainedT5(nn.Module, ABC):
             input_ids, attention_mask: as of `forward`.
             labels: token ids of each, with the end of sequence.
         """
+        inputs = self.encoder_inputs(input_ids, attention_mask)
+        base: Any = self.base  # the union of the families has no common type
+        with fast_generate(base):
+            states = stack_of(base, "encoder")(**inputs)
+
+            def logits_of(targets_BT: Tensor) -> Tensor:
+                return base(
+                    encoder_outputs=states,
+                    attention_mask=inputs["attention_mask"],
+                    decoder_input_ids=base.prepare_decoder_input_ids_from_labels(targets_BT),
+                    use_cache=False,
+                ).logits
+
+            return log_likelihoods(logits_of, labels, input_ids), None
 
     @abstractmethod
     def declared_parameters(self) -> Iterator[nn.Parameter]:
@@ -101,14 +147,6 @@ class TrainedT5(nn.Module, ABC):
         Of the last pass in evaluation; None where there are no source prompts.
         """
         return None
-
-    @property
-    def gate_sites(self) -> dict[str, list[str]]:
-        """The places with a gate, in the order of the gates, and the sources that each weighs.
-
-        An FFN's is named `encoder/0` or `decoder/0`, that of another linear layer `encoder/0/self/q`.
-        """
-        return {}
 
     def freeze_untrained(self) -> None:
         """Freeze everything that is not declared; once, before an engine sees the model.
@@ -168,3 +206,23 @@ def mean_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         reduction="sum",
     )
     return summed / (labels_BT != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def log_likelihoods(
+    logits_of: Callable[[Tensor], Tensor], labels: Sequence[Sequence[int]], like_B: Tensor
+) -> Tensor:
+    """Summed log-probabilities of the tokens of each label, its end of sequence included [B,C], in fp32.
+
+    Not their mean: it is the probability that the model writes just this label and ends there.
+
+    Args:
+        logits_of: the decoder's logits [B,T,V] with these targets [B,T].
+        labels: token ids of each label.
+        like_B: any tensor of the batch, for its size and device.
+    """
+    columns = []
+    for ids in labels:
+        targets_BT = torch.tensor(ids, device=like_B.device).expand(len(like_B), -1)
+        logs_BTV = logits_of(targets_BT).float().log_softmax(dim=-1)
+        columns.append(logs_BTV.gather(-1, targets_BT[..., None]).squeeze(-1).sum(dim=1))
+    return torch.stack(columns, dim=1)

@@ -4,7 +4,6 @@ from .bars import (
     quiet_libraries as quiet_libraries,
 )
 from .board import record_outcome as record_outcome
-from .entropy import entropy_NL as entropy_NL
 from .figures import gate_map as gate_map, save_gate_map as save_gate_map
 from .gates import (
     MOST_TAGS as MOST_TAGS,

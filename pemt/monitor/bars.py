@@ -9,9 +9,8 @@ import time
 
 import datasets
 import transformers
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from pemt.monitor.notebook import bar_class, in_notebook
 from pemt.monitor.progress import progress_logger
 
 SECONDS_A_LINE = 30.0  # of an evaluation, where stdout is no terminal
@@ -26,8 +25,10 @@ def quiet_libraries(is_main: bool) -> None:
 
 def _on_terminal() -> bool:
     """Whether a bar can be seen; a service without a console has no stdout at all."""
-    if in_notebook():
-        return True
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if type(shell).__name__ == "ZMQInteractiveShell":
+        return True  # a notebook's stdout is no terminal, and yet somebody looks
     if sys.stdout is None or not sys.stdout.isatty():
         return False
     with contextlib.suppress(OSError, ValueError):  # none of the system's
@@ -50,7 +51,7 @@ class ProgressBar:
         self._initial_step = initial_step
         self._description = description
         self._started = time.monotonic()
-        self._bar = bar_class()(
+        self._bar = tqdm(
             total=total_steps,
             initial=initial_step,
             desc=description,
@@ -78,10 +79,6 @@ class ProgressBar:
             f"{_rate(samples_per_second)}, {tqdm.format_interval(left)} left"
         )
 
-    def message(self, text: str) -> None:
-        """Log a line without tearing the bar."""
-        progress_logger().info(text)
-
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
@@ -104,7 +101,7 @@ class EvaluationBar:
     def __init__(self, *, total: int, description: str, shown: bool) -> None:
         self._description, self._shown = description, shown
         self._last_line = time.monotonic()
-        self._bar = bar_class()(
+        self._bar = tqdm(
             total=total,
             desc=description,
             unit="example",

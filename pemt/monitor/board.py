@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pemt.config import TENSORBOARD, RunConfig
 from pemt.monitor.entropy import entropy_NL
-from pemt.monitor.gates import STACKS, GateNames, of_stack
+from pemt.monitor.gates import STACKS, GateNames
 from pemt.monitor.hparams import hparams_summaries
 from pemt.monitor.layout import layout
 from pemt.monitor.log_file import TENSORBOARD_FOLDER
@@ -26,13 +26,7 @@ COMPARED = ("test/average_metrics", "test/loss")
 
 
 class TensorBoardWriter:
-    """Writes one run's TensorBoard (rank 0 makes one).
-
-    Args:
-        folder: of the event files.
-        gates: the names behind the gates' axes; no sources where there are no gates.
-        purge_step: what an earlier attempt logged from this step on is not shown.
-    """
+    """Writes one run's TensorBoard (rank 0 makes one), without what an earlier attempt logged from `purge_step` on."""
 
     def __init__(self, folder: Path, *, gates: GateNames, purge_step: int | None = None) -> None:
         self._gates = gates
@@ -55,14 +49,7 @@ class TensorBoardWriter:
     def log_gates(
         self, step: int, gates_NLK: Tensor, similarity_MM: Tensor, *, part: str, title: str
     ) -> None:
-        """Gate entropy as histograms, mean gates and prompt similarity as numbers and heat maps.
-
-        Args:
-            gates_NLK: every example's gates.
-            similarity_MM: cosines between the mean prompts of the target, first, and the sources.
-            part: the data set, in the tags.
-            title: stands over the pictures.
-        """
+        """Gate entropy as histograms, mean gates and prompt similarity as numbers and heat maps; see `Monitor`."""
         for stack, entropy_Nl in self._gates.by_stack(
             entropy_NL(gates_NLK, self._gates), dim=1
         ).items():
@@ -74,12 +61,12 @@ class TensorBoardWriter:
 
         named = self._gates.by_site(gates_NLK.mean(dim=0))
         for stack in STACKS:
-            if not (of_one := of_stack(named, stack)):
-                continue
-            pixels = figures.gate_map(
-                of_one, title=f"{stack}, {title}", sources=self._gates.sources
-            )
-            self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
+            of_stack = {site: named[site] for site in named if site.startswith(f"{stack}/")}
+            if of_stack:
+                pixels = figures.gate_map(
+                    of_stack, title=f"{stack}, {title}", sources=self._gates.sources
+                )
+                self._writer.add_image(f"gates/{stack}_{part}", pixels, step, dataformats="HWC")
         prompts = ["target", *self._gates.sources]
         pixels = figures.similarity_map(similarity_MM.numpy(), names=prompts, title=title)
         self._writer.add_image(f"prompts/{part}", pixels, step, dataformats="HWC")

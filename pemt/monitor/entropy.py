@@ -14,13 +14,7 @@ from pemt.monitor.gates import GateNames
 
 
 def mixture_scalars(names: GateNames, gates_NLK: Tensor, similarity_MM: Tensor) -> dict[str, float]:
-    """`gate_entropy/<encoder|decoder>`, a mean over examples and sites, and `prompt_similarity/<source>`.
-
-    Args:
-        names: what the gates' axes stand for.
-        gates_NLK: every example's gates.
-        similarity_MM: cosines between the mean prompts of the target, first, and the K sources.
-    """
+    """`gate_entropy/<encoder|decoder>`, a mean over examples and sites, and `prompt_similarity/<source>`."""
     entropy = names.by_stack(entropy_NL(gates_NLK, names), dim=1)
     found = {f"gate_entropy/{stack}": float(each.mean()) for stack, each in entropy.items()}
     cosines = zip(names.sources, similarity_MM[0, 1:].tolist(), strict=True)

@@ -57,15 +57,7 @@ def save_gate_map(gates: NamedGates, path: Path, *, title: str) -> None:
 
 
 def similarity_map(similarity_MM: np.ndarray, *, names: Sequence[str], title: str) -> np.ndarray:
-    """Cosines between prompts, the target's first.
-
-    Args:
-        similarity_MM: [1 + sources, 1 + sources], in [-1, 1].
-        names: the target's and the sources'.
-
-    Returns:
-        RGB, uint8 [height, width, 3].
-    """
+    """Cosines between prompts, the target's first, as a picture such as `gate_map` gives."""
     figure, axes = _figure(rows=names, columns=names)
     _heat_map(figure, axes, similarity_MM, low=-1.0, high=1.0, label="cosine of mean prompts")
     # The target above, sources among themselves below.

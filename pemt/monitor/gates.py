@@ -93,11 +93,6 @@ def by_layer(gates: NamedGates) -> NamedGates:
     return {layer: mean_by_source(of_layer) for layer, of_layer in layers.items()}
 
 
-def of_stack(gates: NamedGates, stack: str) -> NamedGates:
-    """The gates of one stack alone."""
-    return {site: weights for site, weights in gates.items() if site.startswith(f"{stack}/")}
-
-
 def gates_in(results: Mapping[str, Any]) -> NamedGates:
     """The gates in what all_results.json holds; runs of before 2026-11-28 list them without names.
 

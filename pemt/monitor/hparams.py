@@ -6,47 +6,35 @@ Written into the run's own folder. `SummaryWriter.add_hparams` would make a seco
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-from pemt.config import AdaptConfig, RunConfig, SourceConfig, field_keys, flatten
+from pemt.config import AdaptConfig, RunConfig, SourceConfig, described, field_keys, flatten
 
 # Where files lie and how often something is written do not tell two runs apart.
-LEFT_OUT = frozenset(
-    {
-        *("output_dir", "bank_dir", "data_dir", "task_file", "tokenizer_name", "description"),
-        *("resume_from_checkpoint", "overwrite_output_dir", "skip_bad_rows"),
-        *(
-            "logging_steps",
-            "report_to",
-            "save_steps",
-            "save_total_limit",
-            "eval_strategy",
-            "eval_steps",
-        ),
-    }
-)
+LEFT_OUT = {
+    *("output_dir", "bank_dir", "data_dir", "task_file", "tokenizer_name", "description"),
+    *("resume_from_checkpoint", "overwrite_output_dir", "skip_bad_rows", "logging_steps"),
+    *("report_to", "save_steps", "save_total_limit", "eval_strategy", "eval_steps"),
+}
 # The page shows five columns unasked, those first that are said to differ between runs; the score after
 # them is in view from a window of 1500 pixels on.
-SHOWN_FIRST = frozenset({"few_shot", "learning_rate", "method", "seed", "task_name"})
+SHOWN_FIRST = {"few_shot", "learning_rate", "method", "seed", "task_name"}
 
 
 def hparams_summaries(config: RunConfig, metrics: Sequence[str]) -> Iterator[Summary]:
-    """The three records that the plugin reads.
-
-    Args:
-        config: every field that tells runs apart becomes a column.
-        metrics: tags of the scalars to show beside them.
-    """
+    """The three records that the plugin reads; `metrics` are the tags of the scalars to show."""
+    kinds = columns()
     # Of several runs the plugin takes the columns of any one: they must be the same in all.
     experiment = api_pb2.Experiment(
         hparam_infos=[
             api_pb2.HParamInfo(name=name, type=kind, differs=name in SHOWN_FIRST)
-            for name, kind in columns()
+            for name, kind in kinds.items()
         ],
         metric_infos=[
             api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=tag)
@@ -54,16 +42,15 @@ def hparams_summaries(config: RunConfig, metrics: Sequence[str]) -> Iterator[Sum
         ],
     )
     started = plugin_data_pb2.SessionStartInfo()
-    kinds = dict(columns())
-    for name, value in values(config).items():
+    for name, value in plain_fields(config).items():
+        if name in LEFT_OUT:
+            continue
         if kinds[name] == api_pb2.DATA_TYPE_FLOAT64:
             started.hparams[name].number_value = value
         elif kinds[name] == api_pb2.DATA_TYPE_BOOL:
             started.hparams[name].bool_value = value
         else:
-            started.hparams[name].string_value = (
-                value if isinstance(value, str) else json.dumps(value)
-            )
+            started.hparams[name].string_value = value
     ended = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
     data = plugin_data_pb2.HParamsPluginData
     yield _summary(metadata.EXPERIMENT_TAG, data(experiment=experiment))
@@ -71,29 +58,17 @@ def hparams_summaries(config: RunConfig, metrics: Sequence[str]) -> Iterator[Sum
     yield _summary(metadata.SESSION_END_INFO_TAG, data(session_end_info=ended))
 
 
-def columns() -> list[tuple[str, int]]:
+def columns() -> dict[str, int]:
     """Every column's name and type: the fields of both stages, nested ones with dots."""
-    found = {}
-    for kind in (RunConfig, AdaptConfig, SourceConfig):
-        for each in fields(kind):
-            section: Any = each.default_factory
-            nested = fields(section) if hasattr(section, "__dataclass_fields__") else ()
-            for inner in nested:
-                found[f"{each.name}.{inner.name}"] = _type(str(inner.type))
-            if not nested and each.name not in LEFT_OUT:
-                found[each.name] = _type(str(each.type))
-    return list(found.items())
-
-
-def values(config: RunConfig) -> dict[str, Any]:
-    """What this run has in those columns, but for what is null."""
-    found = flatten(asdict(config), field_keys(type(config)))
     return {
-        name: value for name, value in found.items() if value is not None and name not in LEFT_OUT
+        each.key: _type(each.type)
+        for kind in (RunConfig, AdaptConfig, SourceConfig)
+        for each in described(kind)
+        if each.key not in LEFT_OUT
     }
 
 
-def plain_fields(config: RunConfig) -> dict[str, str | int | float | bool]:
+def plain_fields(config: RunConfig) -> dict[str, Any]:
     """All that is set of a configuration, sections by dots, as trackers take it: no lists, no mappings."""
     found = flatten(asdict(config), field_keys(type(config)))
     return {
@@ -103,11 +78,11 @@ def plain_fields(config: RunConfig) -> dict[str, str | int | float | bool]:
     }
 
 
-def _type(annotation: str) -> int:
-    kind = annotation.removesuffix(" | None")
-    if kind == "bool":
+def _type(hint: Any) -> int:
+    kinds = {*(typing.get_args(hint) or [hint])} - {type(None)}
+    if kinds == {bool}:
         return api_pb2.DATA_TYPE_BOOL
-    return api_pb2.DATA_TYPE_FLOAT64 if kind in ("int", "float") else api_pb2.DATA_TYPE_STRING
+    return api_pb2.DATA_TYPE_FLOAT64 if kinds <= {int, float} else api_pb2.DATA_TYPE_STRING
 
 
 def _summary(tag: str, content: plugin_data_pb2.HParamsPluginData) -> Summary:

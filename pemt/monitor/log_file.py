@@ -15,12 +15,7 @@ TENSORBOARD_FOLDER = "tensorboard"  # beside it; not in board.py, which takes se
 
 
 class LogFile:
-    """Appends lines to a run's log.jsonl.
-
-    Args:
-        path: the file; made where it is missing.
-        initial_step: lines after this step, of a run that is resumed here, are dropped.
-    """
+    """Appends lines to a run's log.jsonl; those after `initial_step`, of a run that is resumed here, are dropped."""
 
     def __init__(self, path: Path, *, initial_step: int) -> None:
         kept = drop_later_lines(path, initial_step) if path.exists() else []

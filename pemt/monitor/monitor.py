@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,15 +21,13 @@ from pemt.monitor.entropy import mixture_scalars
 from pemt.monitor.gates import GateNames
 from pemt.monitor.hparams import plain_fields
 from pemt.monitor.log_file import LOG_FILE, TENSORBOARD_FOLDER, LogFile
+from pemt.monitor.progress import progress_logger
 from pemt.monitor.provenance import config_text, environment_text
 
 NO_GATES = GateNames(sources=(), sites={})
 
 
-class LogError(PemtError):
-    """A run's logs that cannot be opened."""
-
-
+@dataclass(eq=False, kw_only=True)
 class Monitor:
     """Scalars, pictures and progress of one run; use it in a `with` block.
 
@@ -48,52 +47,43 @@ class Monitor:
             error; else whoever has opened them does, behind the run's outcome. One that fails ends no training.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        *,
-        total_steps: int,
-        initial_step: int = 0,
-        is_main: bool,
-        description: str,
-        gates: GateNames = NO_GATES,
-        tensorboard: bool = True,
-        trackers: Sequence[Any] = (),
-    ) -> None:
-        self._output_dir = output_dir
-        self._total_steps = total_steps
-        self._initial_step = initial_step
-        self._is_main = is_main
-        self._description = description
-        self._gates = gates
+    output_dir: Path = field(kw_only=False)
+    total_steps: int
+    initial_step: int = 0
+    is_main: bool
+    description: str
+    gates: GateNames = NO_GATES
+    tensorboard: bool = True
+    trackers: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
         self._refused: set[str] = set()
-        self._tensorboard = tensorboard
-        self._trackers = list(trackers)
+        self._working_trackers = list(self.trackers)
 
     def __enter__(self) -> Monitor:
-        if self._is_main:
+        if self.is_main:
             try:
                 self._open()
             except OSError as error:
-                raise LogError(
-                    f"output_dir: logs in {self._output_dir} cannot be written: {error.strerror or error}"
+                raise PemtError(
+                    f"output_dir: logs in {self.output_dir} cannot be written: {error.strerror or error}"
                 ) from None
         return self
 
     def _open(self) -> None:
-        self._output_dir.mkdir(parents=True, exist_ok=True)
-        self._log = LogFile(self._output_dir / LOG_FILE, initial_step=self._initial_step)
-        self._board: TensorBoardWriter | None = None  # `report_to` may not name it
-        if self._tensorboard:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._log = LogFile(self.output_dir / LOG_FILE, initial_step=self.initial_step)
+        self._board: TensorBoardWriter | None = None
+        if self.tensorboard:
             self._board = TensorBoardWriter(
-                self._output_dir / TENSORBOARD_FOLDER,
-                gates=self._gates,
-                purge_step=self._initial_step + 1,
+                self.output_dir / TENSORBOARD_FOLDER,
+                gates=self.gates,
+                purge_step=self.initial_step + 1,
             )
         self._bar = ProgressBar(
-            total_steps=self._total_steps,
-            initial_step=self._initial_step,
-            description=self._description,
+            total_steps=self.total_steps,
+            initial_step=self.initial_step,
+            description=self.description,
         )
 
     def __exit__(
@@ -102,23 +92,27 @@ class Monitor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._is_main:
+        if self.is_main:
             self._bar.close()
-            with self._disk_may_be_full(TENSORBOARD_FOLDER):
-                if self._board:
-                    self._board.close()
+            self._to_board(lambda board: board.close())
             with self._disk_may_be_full(LOG_FILE):
                 self._log.close()
             if kind is not None:
                 self._to_trackers(lambda tracker: tracker.finish())
 
+    def _to_board(self, record: Callable[[TensorBoardWriter], None]) -> None:
+        """Have TensorBoard record something, where there is one: `report_to` may not name it."""
+        if self._board:
+            with self._disk_may_be_full(TENSORBOARD_FOLDER):
+                record(self._board)
+
     def _to_trackers(self, record: Callable[[Any], None]) -> None:
         """Have each tracker record something; one that fails, whatever it says, is reported once, then left alone."""
-        for tracker in list(self._trackers):
+        for tracker in list(self._working_trackers):
             try:
                 record(tracker)
             except Exception as error:  # noqa: BLE001  each has its own
-                self._trackers.remove(tracker)
+                self._working_trackers.remove(tracker)
                 what = " ".join(str(error).split()) or type(error).__name__
                 self.message(
                     f"{tracker.name}: {what}; training continues, this tracker gets nothing more"
@@ -143,22 +137,18 @@ class Monitor:
             config: the run's.
             facts: what else to record, such as ranks and device.
         """
-        if self._is_main:
+        if self.is_main:
             environment = environment_text(facts, folder=Path.cwd())
             texts = {"config": config_text(config), "environment": environment}
-            with self._disk_may_be_full(TENSORBOARD_FOLDER):
-                if self._board:
-                    self._board.log_config(config.task_name, texts)
+            self._to_board(lambda board: board.log_config(config.task_name, texts))
             fields = plain_fields(config) | dict(facts)
             self._to_trackers(lambda tracker: tracker.store_init_configuration(fields))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record values under flat tags such as `train/loss`, in log.jsonl, TensorBoard and all trackers."""
-        if self._is_main:
+        if self.is_main:
             self._to_trackers(lambda tracker: tracker.log(dict(scalars), step=step))
-            with self._disk_may_be_full(TENSORBOARD_FOLDER):
-                if self._board:
-                    self._board.log_scalars(step, scalars)
+            self._to_board(lambda board: board.log_scalars(step, scalars))
             with self._disk_may_be_full(LOG_FILE):
                 self._log.write(step, scalars)
 
@@ -169,23 +159,20 @@ class Monitor:
             gates_NLK: every example's gates.
             similarity_MM: cosines between the mean prompts of the target, first, and the sources.
         """
-        if self._is_main:
-            self.log(step, mixture_scalars(self._gates, gates_NLK, similarity_MM))
-            title = f"{self._description}, step {step}"
-            with self._disk_may_be_full(TENSORBOARD_FOLDER):
-                if self._board:
-                    self._board.log_gates(
-                        step, gates_NLK, similarity_MM, part="validation", title=title
-                    )
+        if self.is_main:
+            self.log(step, mixture_scalars(self.gates, gates_NLK, similarity_MM))
+            title = f"{self.description}, step {step}"
+            seen = {"part": "validation", "title": title}
+            self._to_board(lambda board: board.log_gates(step, gates_NLK, similarity_MM, **seen))
 
     def advance(self, step: int, *, loss: float, samples_per_second: float) -> None:
         """Move the bar to `step`; where stdout is no terminal, log a plain line instead."""
-        if self._is_main:
+        if self.is_main:
             with suppress(OSError):  # stdout may be a file on the same disk
                 self._bar.advance(step, loss=loss, samples_per_second=samples_per_second)
 
     def message(self, text: str) -> None:
         """Log a line without tearing the bar."""
-        if self._is_main:
+        if self.is_main:
             with suppress(OSError):
-                self._bar.message(text)
+                progress_logger().info(text)

@@ -6,12 +6,11 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
 
-from pemt.config import DISTRIBUTION, RunConfig
+from pemt.config import DISTRIBUTION, RunConfig, installed_version
 
 PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
 GIT_SECONDS = 5
@@ -24,16 +23,11 @@ def config_text(config: RunConfig) -> str:
 
 
 def environment_text(facts: Mapping[str, str], *, folder: Path) -> str:
-    """What the run stands on, as Markdown.
-
-    Args:
-        facts: what else to record, such as ranks and device.
-        folder: whose git state is recorded.
-    """
+    """What the run stands on, as Markdown: facts such as ranks and device, versions, the folder's git state."""
     lines = {
         **facts,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        **{name: found for name in PACKAGES if (found := _version(name))},
+        **{name: found for name in PACKAGES if (found := installed_version(name))},
         **git_state(folder),
     }
     width = max(map(len, lines))
@@ -75,13 +69,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _block(text: str) -> str:

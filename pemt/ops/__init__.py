@@ -86,11 +86,15 @@ def ffn_output(
     Raises:
         OpsError: a shape, dtype or device is wrong, or stacked or up requires grad.
     """
-    if _casts(x):
-        x, stacked, up, *adapter = _autocast(x, stacked, up, *adapter)
+    x, stacked, up, *adapter = _autocast(x, stacked, up, *adapter)
     check_output(x, stacked, up, adapter, scales, ranks, token_weights)
     check_gates(x, gates, len(ranks))
-    z, loss, *_ = _call(
+    kernels = _direct(x)
+    output: Any = torch.ops.pemt.ffn_output
+    if kernels is not None:
+        choose_libraries(kernels, x, *schema.products(stacked, up, adapted=bool(adapter)))
+        output = kernels.ffn_output
+    z, loss, *_ = output(
         x, stacked, up, gates, *(adapter or _NO_ADAPTER), scales, ranks, token_weights, sparsity
     )
     return z, loss if sparsity else None
@@ -121,24 +125,15 @@ def gated_output(
     Raises:
         OpsError: as `ffn_output`.
     """
-    if _casts(x):
-        x, stacked, up, *adapter = _autocast(x, stacked, up, *adapter)
+    x, stacked, up, *adapter = _autocast(x, stacked, up, *adapter)
     kernels = _direct(x)
     if kernels is not None and kernels.gated_output is not None:
         _prepare(kernels, x, stacked, up, gate, context, adapter, scales, ranks, token_weights)
         read = (context, 0) if isinstance(context, Tensor) else (None, context)
         z, loss, gates = kernels.gated_output(
-            x,
-            stacked,
-            up,
-            gate,
-            *read,
-            *(adapter or _NO_ADAPTER),
-            scales,
-            ranks,
-            token_weights,
+            x, stacked, up, gate, *read, *(adapter or _NO_ADAPTER), scales, ranks, token_weights,
             sparsity,
-        )
+        )  # fmt: skip
         return z, loss if sparsity else None, gates
     check_gate(x, gate, context, len(ranks))
     read_BC = context if isinstance(context, Tensor) else prompt_mean(x, context)
@@ -183,14 +178,6 @@ def _prepare(
         _PREPARED.add(key)
 
 
-def _call(x: Tensor, stacked: Tensor, up: Tensor, *rest: Any) -> Any:
-    kernels = _direct(x)
-    if kernels is None:
-        return torch.ops.pemt.ffn_output(x, stacked, up, *rest)
-    choose_libraries(kernels, x, *schema.products(stacked, up, adapted=rest[1] is not None))
-    return kernels.ffn_output(x, stacked, up, *rest)
-
-
 def _direct(tensor: Tensor) -> Kernels | None:
     """Compiled kernels, if they may be called past `schema`, whose Python costs the host more than they do.
 
@@ -202,19 +189,16 @@ def _direct(tensor: Tensor) -> Kernels | None:
     if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
         return None
     kernels = kernels_for(tensor)
-    return kernels if kernels.differentiable else None
-
-
-def _casts(tensor: Tensor) -> bool:
-    """Whether autocast would cast it for a matrix product."""
-    kind = tensor.device.type
-    # Meta tensors know no autocast. `torch.amp.is_autocast_available` would tell, and breaks a graph of torch 2.11.
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+    return None if kernels.gated_output is None else kernels
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast would hand them to a matrix product."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    """The tensors as autocast, where it is on, would hand them to a matrix product."""
+    kind = tensors[0].device.type
+    # Meta tensors know no autocast. `torch.amp.is_autocast_available` would tell, and breaks a graph of torch 2.11.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
     return tuple(
         tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
     )

@@ -27,13 +27,13 @@ def check_output(
     (batch, tokens, d_ff), d_model, total = x.shape, len(up), sum(ranks)
     _check_shape("up", up, (d_model, total))
     _check_shape("stacked", stacked, (d_model + total, d_ff))
-    _check_same("x", x, stacked=stacked, up=up)
+    _check_same(x, stacked=stacked, up=up)
     _check_frozen(stacked=stacked, up=up)
     if adapter:
         _check_adapter(x, d_model, adapter)
     if token_weights is not None:
         _check_shape("token_weights", token_weights, (batch, tokens))
-        _check_device("x", x, token_weights=token_weights)
+        _check_device(x, token_weights=token_weights)
 
 
 def _check_adapter(x: Tensor, d_model: int, adapter: Sequence[Tensor]) -> None:
@@ -44,14 +44,14 @@ def _check_adapter(x: Tensor, d_model: int, adapter: Sequence[Tensor]) -> None:
     shapes = ((inner, d_model), (inner,), (d_model, inner), (d_model,))
     for name, tensor, shape in zip(names, adapter, shapes, strict=True):
         _check_shape(name, tensor, shape)
-        _check_same("x", x, **{name: tensor})
+        _check_same(x, **{name: tensor})
 
 
 def check_gates(x: Tensor, gates: Tensor, experts: int) -> None:
     """Raise OpsError unless these are the gates of so many experts for each sample of x."""
     _check_dims(gates=(gates, 2))
     _check_shape("gates", gates, (len(x), experts))
-    _check_device("x", x, gates=gates)
+    _check_device(x, gates=gates)
 
 
 def check_gate(x: Tensor, gate: Tensor, context: Tensor | int, experts: int) -> None:
@@ -60,12 +60,12 @@ def check_gate(x: Tensor, gate: Tensor, context: Tensor | int, experts: int) -> 
     if isinstance(context, Tensor):
         _check_dims(context=(context, 2))
         _check_shape("context", context, (len(x), len(gate)))
-        _check_device("x", x, context=context)
+        _check_device(x, context=context)
     else:
         check_prompt(x, context)
     width = len(gate) if isinstance(context, Tensor) else x.shape[2]
     _check_shape("gate", gate, (width, experts))
-    _check_device("x", x, gate=gate)
+    _check_device(x, gate=gate)
 
 
 def check_prompt(x: Tensor, prompt_length: int) -> None:
@@ -81,7 +81,6 @@ def check_factors(down: Tensor, up: Tensor, scales: Sequence[float], ranks: Sequ
     _check_dims(down=(down, 2), up=(up, 2))
     _check_shape("down", down, (sum(ranks), down.shape[1]))
     _check_shape("up", up, (up.shape[0], sum(ranks)))
-    _check_device("down", down, up=up)
 
 
 def _check_experts(scales: Sequence[float], ranks: Sequence[int]) -> None:
@@ -108,19 +107,17 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise OpsError(f"{name}: found shape {tuple(tensor.shape)}; needs {shape}")
 
 
-def _check_same(first_name: str, first: Tensor, **others: Tensor) -> None:
+def _check_same(x: Tensor, **others: Tensor) -> None:
     for name, tensor in others.items():
-        if tensor.dtype != first.dtype:
-            raise OpsError(
-                f"{name}: found dtype {tensor.dtype}; needs {first.dtype} as {first_name}"
-            )
-    _check_device(first_name, first, **others)
+        if tensor.dtype != x.dtype:
+            raise OpsError(f"{name}: found dtype {tensor.dtype}; needs {x.dtype} as x")
+    _check_device(x, **others)
 
 
-def _check_device(first_name: str, first: Tensor, **others: Tensor) -> None:
+def _check_device(x: Tensor, **others: Tensor) -> None:
     for name, tensor in others.items():
-        if tensor.device != first.device:
-            raise OpsError(f"{name}: is on {tensor.device}; needs {first.device} as {first_name}")
+        if tensor.device != x.device:
+            raise OpsError(f"{name}: is on {tensor.device}; needs {x.device} as x")
 
 
 def _check_frozen(**tensors: Tensor) -> None:

@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -64,13 +63,18 @@ class Library:
         headers = [path for folder in self.include_paths for path in sorted(folder.glob("*.*h"))]
         for path in (*self.sources, *headers):
             digest.update(path.read_bytes())
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-        return Path(root).expanduser() / f"{self.namespace}_{digest.hexdigest()[:12]}"
+        return build_root() / f"{self.namespace}_{digest.hexdigest()[:12]}"
 
     @property
     def built(self) -> Path:
         """The file that tells of a finished build."""
         return self.folder / "built.json"
+
+
+def build_root() -> Path:
+    """Where all is kept that is made for this machine."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(root).expanduser()
 
 
 def cpu_library() -> Library:
@@ -160,7 +164,7 @@ def build(library: Library) -> None:
     """Compiles the library into its folder, unless another process does so meanwhile."""
     try:
         library.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(library.folder / "build.lock"):
+        with locked(library.folder / "build.lock"):
             if library.built.exists():
                 return
             started = time.monotonic()
@@ -172,8 +176,7 @@ def build(library: Library) -> None:
             )
             # a killed build leaves cpp_extension's own lock, which would be waited on forever
             (library.folder / "lock").unlink(missing_ok=True)
-            with _ninja_on_path():
-                _compile(library)
+            _compile(library)
             seconds = round(time.monotonic() - started, 1)
             written = library.built.with_suffix(".new")
             written.write_text(json.dumps({"seconds": seconds}))
@@ -187,6 +190,8 @@ def build(library: Library) -> None:
 
 
 def _compile(library: Library) -> None:
+    # pip puts `ninja` beside `python`, which need not be on PATH
+    os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
     if library.cuda_flags:
         cpp_extension.CUDA_HOME = str(cuda_toolkit())
     cpp_extension.load(
@@ -202,19 +207,8 @@ def _compile(library: Library) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time is within the block; the lock falls with its process."""
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """pip puts `ninja` beside `python`, which need not be on PATH."""
-    before = os.environ["PATH"]
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before

@@ -24,10 +24,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """
     if not _serves(x, weight_OI):
         return F.linear(x, weight_OI, bias_O)
-    rows, (outputs, inputs) = x.numel() // max(1, x.shape[-1]), weight_OI.shape
+    (outputs, inputs), rows = weight_OI.shape, x.numel() // x.shape[-1]
     few_rows = kernels_for(x).few_rows if rows <= FEW_ROWS else None
-    if x.numel() == 0 or outputs == 0:
-        return F.linear(x, weight_OI, bias_O)
     way = choose(rows, inputs, outputs, transposed=weight_OI.is_contiguous(), few_rows=few_rows)
     if way == OWN:
         assert few_rows is not None
@@ -66,5 +64,6 @@ def _serves(x: Tensor, weight_OI: Tensor) -> bool:
         not (torch.compiler.is_compiling() or torch.is_grad_enabled())
         and x.device.type == weight_OI.device.type == "cpu"
         and x.dtype == weight_OI.dtype == torch.float32
+        and min(x.numel(), weight_OI.numel()) > 0
         and not torch.is_autocast_enabled("cpu")
     )

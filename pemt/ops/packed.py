@@ -43,7 +43,7 @@ def ffn_output(
     else:
         mixed_NX = x_NF @ stacked_XF.T
         y_ND, latent_NT = mixed_NX.split(sizes, dim=1)
-    factors_BT = _rank_factors(gates_BK, scales, ranks)
+    factors_BT = rank_factors(gates_BK, scales, ranks)
     gated_BST = (latent_NT.view(batch, tokens, total) * factors_BT[:, None]).to(x_BSF.dtype)
     y_ND.addmm_(gated_BST.flatten(0, 1), up_DT.T)
     hidden, active = nothing(), nothing()
@@ -105,7 +105,7 @@ def ffn_output_backward(
     projection = (dy_ND @ up_DT).view(latent_BST.shape)
     products_BT = (latent_BST.to(compute_dtype(projection.dtype)) * projection).sum(dim=1)
     dgates_BK = dgates_BK + _scaled(_sum_ranks(products_BT, ranks), scales)
-    part = projection * _rank_factors(gates_BK, scales, ranks)[:, None]
+    part = projection * rank_factors(gates_BK, scales, ranks)[:, None]
     dlatent_NT.copy_(dlatent_NT + part.flatten(0, 1))
     dx = nothing()
     if need_dx:
@@ -187,7 +187,7 @@ def _per_rank(value_K: Tensor, ranks: Sequence[int]) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def _rank_factors(gates_BK: Tensor, scales: Sequence[float], ranks: Sequence[int]) -> Tensor:
+def rank_factors(gates_BK: Tensor, scales: Sequence[float], ranks: Sequence[int]) -> Tensor:
     """gate * scale of every expert, once per rank: [B, T]."""
     gates = gates_BK.to(compute_dtype(gates_BK.dtype))
     return _per_rank(_scaled(gates, scales), ranks)

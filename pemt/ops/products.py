@@ -10,23 +10,21 @@ Shapes: N rows, I input width, O output width.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
+from .library import build_root, locked
 from .select import Kernels
 
 FEW_ROWS = 32  # up to so many a kernel of our own is tried as well (csrc/cpu_few_rows.cpp)
@@ -38,7 +36,7 @@ _ROUNDS = 3
 _CLEARLY = 1.1  # so many times as fast as the BLAS, or it stays: what is alike shall not change from machine to machine
 
 
-@dataclass(frozen=True, order=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Product:
     """x [N, I] times a frozen weight.
 
@@ -139,8 +137,7 @@ def cache_file() -> Path:
         _processor(),
     )
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return Path(root) / f"pemt_products_{digest}.json"
+    return build_root() / f"pemt_products_{digest}.json"
 
 
 def describe() -> list[str]:
@@ -183,7 +180,7 @@ def _fastest(times: dict[str, float]) -> str:
 def _measure_once(product: Product, few_rows: Way | None, file: Path) -> dict[str, float]:
     """Milliseconds of each way: another process's, if one has been faster, so that all have the same."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(file.with_suffix(".lock")):
+    with locked(file.with_suffix(".lock")):
         known = _read(file)
         if product.name not in known:
             known[product.name] = measure(product, few_rows)
@@ -237,10 +234,3 @@ def _processor() -> str:
         return ""
     kept = ("model name", "cpu family", "model\t", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(kept)}))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -6,13 +6,14 @@ B batch, S tokens, F d_ff, D d_model, H the adapter's inner width, K experts, T 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import compute_dtype
+from . import packed
 from .products import choose_libraries
 from .select import kernels_for
 
@@ -54,40 +55,15 @@ for _name, _body in _BODIES.items():
     torch.library.impl(f"pemt::{_name}", "default", _body)
 
 
-def _fake_output(x: Tensor, stacked: Tensor, up: Tensor, gates: Tensor, *rest: Any) -> Any:
-    adapter_down, *_, ranks, _, sparsity = rest
-    experts, (d_model, total), (batch, tokens, _) = len(ranks), up.shape, x.shape
-    precise = compute_dtype(x.dtype) if sparsity else x.dtype
-    rows = (batch, tokens)
-    shapes: list[tuple[int, ...]] = [(0,)] * 2
-    if adapter_down is not None:
-        shapes = [(*rows, len(adapter_down))] * 2
-    nothing: tuple[int, ...] = (0,)
-    return (
-        x.new_empty(*rows, d_model),
-        x.new_empty(() if sparsity else nothing, dtype=precise),
-        x.new_empty(*rows, total if adapter_down is None else d_model + total),
-        *(x.new_empty(shape) for shape in shapes),
-        x.new_empty((*rows, total) if sparsity else nothing),
-        x.new_empty((*rows, 2 * experts + 1) if sparsity else nothing, dtype=precise),
-        x.new_empty((experts,) if sparsity else nothing, dtype=precise),
-    )
+def _fake(body: Callable[..., Any]) -> Callable[..., Any]:
+    """What `packed` makes of tensors without values: every implementation's outputs have its shapes and dtypes."""
 
+    @functools.wraps(body)
+    def fake(*arguments: Any) -> Any:
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return body(*arguments)
 
-def _fake_backward(
-    dz: Tensor | None, dloss: Tensor | None, z: Tensor, mixed: Tensor, *rest: Any
-) -> Any:
-    *_, stacked, up, gates, adapter_down, _, _, _, _, need_dx = rest
-    d_model, (batch, tokens, _) = len(up), mixed.shape
-    shapes: list[tuple[int, ...]] = [(0,)] * 4
-    if adapter_down is not None:
-        inner = len(adapter_down)
-        shapes = [(inner, d_model), (inner,), (d_model, inner), (d_model,)]
-    return (
-        mixed.new_empty((batch, tokens, stacked.shape[1]) if need_dx else (0,)),
-        torch.empty_like(gates, memory_format=torch.contiguous_format),
-        *(mixed.new_empty(shape) for shape in shapes),
-    )
+    return fake
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -115,6 +91,6 @@ def _gradients(ctx: Any, dz: Tensor | None, dloss: Tensor | None, *_: None) -> t
     return dx if need_dx else None, None, None, dgates, *of_adapter, *(None,) * 4
 
 
-torch.library.register_fake("pemt::ffn_output", _fake_output)
-torch.library.register_fake("pemt::ffn_output_backward", _fake_backward)
+torch.library.register_fake("pemt::ffn_output", _fake(packed.ffn_output))
+torch.library.register_fake("pemt::ffn_output_backward", _fake(packed.ffn_output_backward))
 torch.library.register_autograd("pemt::ffn_output", _gradients, setup_context=_save)

@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from .checks import OpsError
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The bodies of `schema`'s two ops, with the signatures of `packed`; compiled ones have `gated_output` besides.
+    """The bodies of `schema`'s two ops, with the signatures of `packed`.
 
+    Compiled ones have `gated_output` besides, and bring their own gradients (csrc/binding.cpp).
     Compiled for a CPU they have the product of `linear` too, and `products` chooses which library multiplies.
     """
 
@@ -31,19 +32,9 @@ class Kernels:
 
     @classmethod
     def of(cls, namespace: Any) -> Kernels:
-        """The functions of a module, or of a compiled library's torch.ops namespace."""
-        return cls(
-            ffn_output=namespace.ffn_output,
-            ffn_output_backward=namespace.ffn_output_backward,
-            gated_output=getattr(namespace, "gated_output", None),
-            few_rows=getattr(namespace, "few_rows", None),
-            choose_onednn=getattr(namespace, "choose_onednn", None),
-        )
-
-    @property
-    def differentiable(self) -> bool:
-        """Compiled: they bring their own gradients (csrc/binding.cpp)."""
-        return self.gated_output is not None
+        """The functions of these names in a module, or in a compiled library's torch.ops namespace."""
+        found: Any = {each.name: getattr(namespace, each.name, None) for each in fields(cls)}
+        return cls(**found)
 
 
 def _reference_output(

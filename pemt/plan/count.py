@@ -85,7 +85,7 @@ def _linear(job: Job, site: Site) -> Iterator[Weight]:
     """What stands in a linear layer's place."""
     name, (inputs, outputs) = site.module, site.widths(job.shape.base_shape)
     mixed = job.mixed_at(site)
-    # under the layer's own weight are the experts' down projections: see `LoraExperts`
+    # under the layer's own weight are the experts' down projections: see `LoraMixture`
     stacked = (outputs + sum(mixed), inputs)
     yield Weight(f"{name}.weight", stacked, "frozen", experts=sum(mixed) * inputs)
     if job.method == "source":

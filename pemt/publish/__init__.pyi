@@ -8,4 +8,3 @@ from .for_trainers import (
     target_model as target_model,
 )
 from .pemt_model import PemtModel as PemtModel
-from .transfer import pull_folder as pull_folder, push_folder as push_folder

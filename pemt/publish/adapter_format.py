@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,21 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pemt.config import AdapterConfig, MixtureConfig, PemtError
+from pemt.config import AdapterConfig, MixtureConfig, PemtError, read_json_object
 from pemt.model import BitFitT5, ExpertSource, PemtT5, TrainedT5, base_digest, checked_base
 from pemt.storage import Count, Positive, checked
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE, FORMAT = "PEMT", 1
 METHODS = ("pemt", "adapter", "bitfit")
-ADDED = ("label_names", "mixture")  # which older adapters of this format lack
 Dtype = Literal["float32", "bfloat16", "float16"]
 TRAINED, EXPERT, PROMPT = "trained.", "expert.", "prompt"
 PROMPT_PARAMETER = "prompt.prompt"  # of PemtT5
-
-
-class PublishError(PemtError):
-    """A run that cannot be published, or a folder that holds nothing published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +81,7 @@ class Settings:
     train_layer_norms: bool
     sources: list[SourceSettings]
     dtype: Dtype
+    # older adapters of this format lack these two
     label_names: list[str] = field(default_factory=list)
     mixture: MixtureConfig | None = None
 
@@ -114,7 +110,7 @@ def write_adapter(
     whole = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
     for key, tensor in whole.items():
         if not torch.isfinite(tensor).all():
-            raise PublishError(
+            raise PemtError(
                 f"tensor `{key}` has infinite or NaN values in {settings.dtype}; export in float32"
             )
     save_file(whole, folder / TENSORS, metadata={"format": "pt"})
@@ -126,103 +122,90 @@ def read_settings(folder: Path) -> Settings:
     """The settings of a published folder.
 
     Raises:
-        PublishError: there is no such file, it is no PEMT's, of another version, lacks a key, or has a
+        PemtError: there is no such file, it is no PEMT's, of another version, lacks a key, or has a
             value of another kind or out of range.
     """
     path = folder / CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PublishError(_no_adapter(folder)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PublishError(f"{path}: cannot be read: {error}") from None
-    kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
+    if not path.is_file():
+        raise PemtError(_no_adapter(folder))
+    found = read_json_object(path)
+    kind = found.get("peft_type")
     if kind != PEFT_TYPE:
-        raise PublishError(
+        raise PemtError(
             f"{path}: peft_type: found {kind}, allowed is {PEFT_TYPE}; "
             "peft.PeftModel.from_pretrained loads adapters of its own types"
         )
-    for each in fields(Settings):
-        if each.name not in (*found, *ADDED):
-            raise PublishError(f"{path}: lacks `{each.name}`; export the run again")
-    if found["format"] != FORMAT or found["method"] not in METHODS:
-        raise PublishError(
-            f"{path}: found format {found['format']} and method {found['method']}, this version of pemt "
-            f"reads format {FORMAT} of {', '.join(METHODS)}; a newer one may read it"
+    version, method = found.get("format"), found.get("method")
+    if version != FORMAT or method not in METHODS:
+        raise PemtError(
+            f"{path}: found format {version} and method {method}, this version of pemt reads format {FORMAT} of "
+            f"{', '.join(METHODS)}; a newer one may read it"
         )
     try:
         return checked(Settings, found)
     except ValueError as error:
-        raise PublishError(f"{path}: {error}; export the run again") from None
+        raise PemtError(f"{path}: {error}; export the run again") from None
 
 
-def read_experts(folder: Path, settings: Settings) -> list[ExpertSource]:
-    """The frozen experts of a published adaptation.
-
-    Raises:
-        PublishError: the tensors are missing or damaged.
-    """
-    path = folder / TENSORS
-    tensors = _tensors(path)
-    return [_source(path, k, each, tensors) for k, each in enumerate(settings.sources)]
-
-
-def read_model(folder: Path, settings: Settings, base: PreTrainedModel) -> TrainedT5:
-    """The adapted model, in the base's dtype, in evaluation mode.
+def read_model(
+    folder: Path, settings: Settings, base: PreTrainedModel
+) -> tuple[TrainedT5, list[ExpertSource]]:
+    """The adapted model, in the base's dtype, in evaluation mode; and the frozen experts in it.
 
     Args:
         base: of `settings.base_model_name_or_path`; changed in place.
 
     Raises:
-        PublishError: the tensors are missing or damaged, or do not fit the base model.
+        PemtError: the tensors are missing or damaged, or do not fit the base model.
         ModelError: the base is no T5, or an expert does not fit it.
     """
     checked = checked_base(base)
     if base_digest(checked) != settings.base_sha256:
-        raise PublishError(
+        raise PemtError(
             f"{folder / CONFIG}: made for {settings.base_model_name_or_path} with other weights than the "
             "base model at hand; give the folder of the right one as base_model"
         )
     path = folder / TENSORS
-    tensors = _tensors(path)
-    trained = {
-        key.removeprefix(TRAINED): each for key, each in tensors.items() if key.startswith(TRAINED)
-    }
-    model = _untrained(path, settings, tensors, trained, base)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PemtError(f"{path}: cannot be read: {error}; fetch it again") from None
+    trained = _below(TRAINED, tensors)
+    experts = [_source(path, k, each, tensors) for k, each in enumerate(settings.sources)]
+    model = _untrained(path, settings, experts, trained, base)
     wanted = dict(model.trainable_parameters())
     wrong = sorted(wanted.keys() ^ trained.keys())
     wrong += [key for key in wanted if key in trained and wanted[key].shape != trained[key].shape]
     if wrong:
-        raise PublishError(
+        raise PemtError(
             f"{path}: tensor `{TRAINED}{wrong[0]}` does not fit what {CONFIG} says; export the run again"
         )
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(trained[name])
-    return model.eval()
+    return model.eval(), experts
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise PublishError(f"{path}: cannot be read: {error}; fetch it again") from None
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of them."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 def _untrained(
     path: Path,
     settings: Settings,
-    tensors: Mapping[str, Tensor],
+    experts: Sequence[ExpertSource],
     trained: Mapping[str, Tensor],
     base: PreTrainedModel,
 ) -> TrainedT5:
     if settings.method == "bitfit":
         return BitFitT5(base)
     if PROMPT_PARAMETER not in trained:
-        raise PublishError(f"{path}: has no prompt; export the run again")
+        raise PemtError(f"{path}: has no prompt; export the run again")
     return PemtT5.target(
         base,
-        sources=[_source(path, k, each, tensors) for k, each in enumerate(settings.sources)],
+        sources=experts,
         mixture=settings.mixture or MixtureConfig(train_layer_norms=settings.train_layer_norms),
         adapter=AdapterConfig(reduction_factor=settings.reduction_factor),
         prompt_PD=trained[PROMPT_PARAMETER],
@@ -233,11 +216,9 @@ def _source(
     path: Path, k: int, settings: SourceSettings, tensors: Mapping[str, Tensor]
 ) -> ExpertSource:
     prefix = f"{EXPERT}{k}."
-    weights = {
-        key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)
-    }
+    weights = _below(prefix, tensors)
     if PROMPT not in weights:
-        raise PublishError(f"{path}: has no tensor `{prefix}{PROMPT}`; export the run again")
+        raise PemtError(f"{path}: has no tensor `{prefix}{PROMPT}`; export the run again")
     return ExpertSource(
         name=settings.name,
         kind=settings.kind,

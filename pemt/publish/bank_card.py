@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pemt.bank import Manifest, listed_tensors, site_names
+from pemt.bank import Manifest
 from pemt.config import how_to_install
 from pemt.model import projections_of
 from pemt.publish.card import is_hub_id
@@ -42,21 +42,14 @@ The second line ranks the experts for a task by their prompts."""
 
 
 def bank_card(
-    entries: Mapping[str, tuple[Manifest, dict[str, Any]]],
+    entries: Mapping[str, Manifest],
     repo_id: str,
     *,
     base_model: str,
     licence: str | None,
 ) -> str:
-    """The README.md, with the hub's front matter.
-
-    Args:
-        entries: as `manifests_in` gives them.
-        repo_id: where the bank is.
-        base_model: what the card names as the experts' base model.
-        licence: of entries that were trained by their publisher; the base model's, as a rule.
-    """
-    rows = [_row(manifest, raw, base_model, licence) for manifest, raw in entries.values()]
+    """The README.md, with the hub's front matter; `licence` is that of entries which their publisher has trained."""
+    rows = [_row(manifest, base_model, licence) for manifest in entries.values()]
     table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     lines = (f"| {' | '.join(_cell(each) for each in row)} |" for row in table)
     licences = {row[COLUMNS.index("licence")] for row in rows}
@@ -66,9 +59,8 @@ def bank_card(
         "base_model": base_model if is_hub_id(base_model) else None,
         "tags": ["pemt", "t5", "lora", "expert-bank", "text2text-generation"],
     }
-    data = ModelCardData(**{key: value for key, value in front.items() if value is not None})
     parts = [
-        f"---\n{data.to_yaml()}\n---",
+        f"---\n{ModelCardData(**front).to_yaml()}\n---",
         f"# {repo_id.rpartition('/')[2]}: {len(rows)} experts for {_cell(base_model)}",
         _INTRODUCTION.strip(),
         "\n".join(lines),
@@ -80,16 +72,14 @@ def bank_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _row(
-    manifest: Manifest, raw: dict[str, Any], base_model: str, licence: str | None
-) -> tuple[str, ...]:
+def _row(manifest: Manifest, base_model: str, licence: str | None) -> tuple[str, ...]:
     scores = (
         f"{name} {value:.1f}" for name, value in without_redundant_mean(manifest.metrics).items()
     )
     own = licence if manifest.origin is None else None
     return (
         manifest.task,
-        projections_of(site_names(listed_tensors(raw))),
+        projections_of(manifest.sites),
         manifest.kind,
         str(manifest.rank),
         base_model,

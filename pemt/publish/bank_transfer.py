@@ -17,7 +17,6 @@ from pemt.bank import (
     check_entries,
     check_one_base,
     compare,
-    entry_names,
     manifests_in,
     move_entries,
 )
@@ -70,11 +69,10 @@ def push_bank(
         BankError: there is no bank, an entry is damaged or would replace another one, or they are for several bases.
         HubError: the hub is out of reach, refuses name or token, or the repository was changed meanwhile.
     """
-    entry_names(bank_dir)
     check_entries(bank_dir, None, where=str(bank_dir))
     ours = manifests_in(bank_dir)
-    check_one_base([manifest for manifest, _ in ours.values()], where=str(bank_dir))
-    name = base_model or str(next(iter(ours.values()))[0].base.get("name"))
+    check_one_base(list(ours.values()), where=str(bank_dir))
+    name = base_model or str(next(iter(ours.values())).base.get("name"))
     commit = make_repository(repo_id, private=private)
     with tempfile.TemporaryDirectory() as folder:
         fetch_files(repo_id, Path(folder), files=[MANIFESTS, README], commit=commit)

@@ -113,32 +113,31 @@ def base_licence(base_model: str) -> str | None:
 
 def _front_matter(card: Card, name: str) -> ModelCardData:
     hub = card.task.hub
-    data: dict[str, Any] = {
-        "library_name": "peft" if card.config.method in PEFT_METHODS else "pemt",
-        "license": card.licence,
-        "base_model": card.base_model if is_hub_id(card.base_model) else None,
-        "datasets": [hub.path] if hub else None,
-        "metrics": list(card.task.metrics),
-        "tags": ["pemt", card.model_type, "text2text-generation", card.config.method],
-    }
-    if card.config.method == "full":
-        data["library_name"] = "transformers"
-    if card.metrics:
-        data["model_name"] = f"{name}-{card.task.name}"
-        data["eval_results"] = [
-            EvalResult(
-                task_type="text2text-generation",
-                dataset_type=hub.path if hub else card.task.name,
-                dataset_name=card.task.name,
-                dataset_config=hub.config if hub else None,
-                **_scored(card),
-                metric_type=metric,
-                metric_value=round(value, 2),
-            )
-            for metric, value in card.metrics.items()
-            if metric != "average_metrics"
-        ]
-    return ModelCardData(**{key: value for key, value in data.items() if value is not None})
+    method = card.config.method
+    own = "transformers" if method == "full" else "pemt"
+    results = [
+        EvalResult(
+            task_type="text2text-generation",
+            dataset_type=hub.path if hub else card.task.name,
+            dataset_name=card.task.name,
+            dataset_config=hub.config if hub else None,
+            **_scored(card),
+            metric_type=metric,
+            metric_value=round(value, 2),
+        )
+        for metric, value in card.metrics.items()
+        if metric != "average_metrics"
+    ]
+    return ModelCardData(
+        library_name="peft" if method in PEFT_METHODS else own,
+        license=card.licence,
+        base_model=card.base_model if is_hub_id(card.base_model) else None,
+        datasets=[hub.path] if hub else None,
+        metrics=list(card.task.metrics),
+        tags=["pemt", card.model_type, "text2text-generation", method],
+        model_name=f"{name}-{card.task.name}" if results else None,
+        eval_results=results or None,
+    )
 
 
 def _scored(card: Card) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from pemt.bank import read_bank
 from pemt.checkpoint import RESULTS
-from pemt.config import AdaptConfig
+from pemt.config import AdaptConfig, PemtError, read_json_object
 from pemt.model import FullT5, PeftT5, bars_on_terminals_alone, base_digest, base_shape
 from pemt.monitor import save_gate_map
 from pemt.publish.adapter_format import (
@@ -22,7 +22,6 @@ from pemt.publish.adapter_format import (
     FORMAT,
     METHODS,
     Dtype,
-    PublishError,
     Settings,
     source_settings,
     write_adapter,
@@ -56,16 +55,15 @@ def export_run(
         licence: the base model's; default: what its own model card says.
 
     Raises:
-        PublishError: a source run, a folder in use, or it cannot be written.
-        PemtError: as `load_finished`.
+        PemtError: a source run, a folder in use, or it cannot be written; or as `load_finished`.
     """
     run_dir, target = Path(run_dir).expanduser(), Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise PublishError(f"{target}: is not empty; give a new folder")
+        raise PemtError(f"{target}: is not empty; give a new folder")
     finished = load_finished(run_dir)
     config = finished.config
     if not isinstance(config, AdaptConfig):
-        raise PublishError(
+        raise PemtError(
             f"{run_dir}: is a source run, whose result is the bank's entry `{config.task_name}`; "
             "`pemt bank export BANK --peft FOLDER` writes that for others"
         )
@@ -76,7 +74,7 @@ def export_run(
             base_model=name,
             model_type=finished.model.base.config.model_type,
             licence=licence or base_licence(config.model_name_or_path),
-            results=_results(run_dir),
+            results=_results(run_dir / RESULTS),
             config=config,
             task=finished.task,
             dtype=dtype if config.method in METHODS else "float32",
@@ -154,15 +152,8 @@ def _write_peft(folder: Path, model: PeftT5, base_model: str) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _results(run_dir: Path) -> dict[str, Any]:
-    """The run's final report; empty where it has none yet."""
-    path = run_dir / RESULTS
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise PublishError(f"{path}: cannot be read: {error}") from None
+def _results(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}
 
 
 @contextmanager
@@ -177,6 +168,6 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise PublishError(f"{folder}: cannot be written: {reason}") from None
+        raise PemtError(f"{folder}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

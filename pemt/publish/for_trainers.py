@@ -22,9 +22,7 @@ from pemt.model import (
 )
 from pemt.publish.adapter_format import (
     FORMAT,
-    PublishError,
     Settings,
-    read_experts,
     read_model,
     read_settings,
     source_settings,
@@ -83,16 +81,16 @@ class TargetModel(PemtModule):
             base, tokenizer: as of `target_model`; default: as the folder says.
 
         Raises:
-            PublishError: the folder holds no such thing, or another base model's.
+            PemtError: the folder holds no such thing, or another base model's.
             BaseModelError, TokenizerError: base model or tokenizer cannot be loaded.
         """
         folder = Path(folder).expanduser()
         settings = read_settings(folder)
         given = settings.base_model_name_or_path if base is None else base
         name, model, reader = _loaded(given, tokenizer or settings.tokenizer_name)
-        pemt = read_model(folder, settings, model)
+        pemt, experts = read_model(folder, settings, model)
         if not isinstance(pemt, PemtT5):
-            raise PublishError(f"{folder}: is a {settings.method}; its trainer is `pemt adapt`")
+            raise PemtError(f"{folder}: is a {settings.method}; its trainer is `pemt adapt`")
         task = None
         if settings.task_name:
             task = Task(
@@ -106,7 +104,7 @@ class TargetModel(PemtModule):
             )
         return cls(
             pemt,
-            experts=read_experts(folder, settings),
+            experts=experts,
             adapter=AdapterConfig(reduction_factor=settings.reduction_factor),
             base_name=name,
             tokenizer=reader,

@@ -10,12 +10,12 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pemt.config import PemtError
 from pemt.data import collate, encode_sources, encode_targets, eval_batches
 from pemt.model import TrainedT5, load_pretrained
 from pemt.publish.adapter_format import (
     CONFIG,
     TENSORS,
-    PublishError,
     Settings,
     read_model,
     read_settings,
@@ -39,6 +39,7 @@ class Classified:
     probabilities: dict[str, float]
 
 
+@dataclass(eq=False, repr=False)
 class PemtModel:
     """A published adaptation.
 
@@ -52,12 +53,9 @@ class PemtModel:
         settings: the task, and how it was scored.
     """
 
-    def __init__(
-        self, model: TrainedT5, tokenizer: PreTrainedTokenizerBase, settings: Settings
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.settings = settings
+    model: TrainedT5
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
 
     @classmethod
     def from_pretrained(
@@ -80,14 +78,14 @@ class PemtModel:
 
         Raises:
             HubError: neither such a folder nor such a repository.
-            PublishError: what is there is no published adaptation, is damaged, or is another base's.
+            PemtError: what is there is no published adaptation, is damaged, or is another base's.
             BaseModelError, TokenizerError: base model or tokenizer cannot be loaded.
         """
         folder = local_folder(str(path_or_id), files=(CONFIG, TENSORS), revision=revision)
         settings = read_settings(folder)
         name = base_model or settings.base_model_name_or_path
         base, tokenizer = load_pretrained(name, settings.tokenizer_name or name)
-        model = read_model(folder, settings, base)
+        model, _ = read_model(folder, settings, base)
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(device=chosen, dtype=dtype), tokenizer, settings)
 
@@ -131,11 +129,11 @@ class PemtModel:
             texts, batch_size: as of `generate`.
 
         Raises:
-            PublishError: the task has no labels.
+            PemtError: the task has no labels.
         """
         settings = self.settings
         if not settings.labels:
-            raise PublishError(f"task {settings.task_name} has no labels; `generate` answers it")
+            raise PemtError(f"task {settings.task_name} has no labels; `generate` answers it")
         names = settings.label_names or settings.labels
         ids, _ = encode_targets(settings.labels, self.tokenizer, max_length=LONGEST_LABEL)
 

@@ -12,14 +12,9 @@ from pemt.config import flatten
 from pemt.report.record import RunRecord
 
 SCORE = "test_average_metrics"
+PLACES = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir")  # two runs differ in
 # What runs of one comparison may differ in: where they are, and which experts they mix.
-FREE = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "source_tasks",
-    "mixture.top_sources",
-)
+FREE = (*PLACES, "source_tasks", "mixture.top_sources")
 
 
 @dataclass(frozen=True, kw_only=True)

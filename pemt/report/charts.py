@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -20,17 +21,8 @@ MOST_POINTS = 300  # of a curve; more are not seen and make the page large
 Series = tuple[Sequence[int], Sequence[float]]
 
 
-def line_chart(title: str, curves: Mapping[str, Series], *, unit: str = "") -> str | None:
-    """Curves over steps.
-
-    Args:
-        title: stands above.
-        curves: name -> steps and values; empty ones are left out.
-        unit: of the values.
-
-    Returns:
-        An `<svg>` element; None where there is nothing to draw.
-    """
+def line_chart(title: str, curves: Mapping[str, Series], *, unit: str = "") -> Markup | None:
+    """Curves over steps by their names, as an `<svg>` element; None where there is nothing to draw."""
     curves = {name: thinned(series) for name, series in curves.items() if len(series[0])}
     if not curves:
         return None
@@ -68,7 +60,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def svg_of(figure: Figure, *, salt: str) -> str:
+def svg_of(figure: Figure, *, salt: str) -> Markup:
     """The figure as one element, the same for the same figure; texts stay texts, as large as the page's."""
     buffer = io.StringIO()
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}
@@ -78,4 +70,4 @@ def svg_of(figure: Figure, *, salt: str) -> str:
     svg = svg[svg.index("<svg") :]
     # Its size follows from the page; the view box keeps the proportions.
     head, rest = svg.split(">", 1)
-    return re.sub(r' (width|height)="[^"]*"', "", head) + ' role="img">' + rest
+    return Markup(re.sub(r' (width|height)="[^"]*"', "", head) + ' role="img">' + rest)

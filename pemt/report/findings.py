@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from statistics import mean, median
 from typing import Any
 
@@ -211,13 +212,8 @@ def _of_every_kind(
     kinds: dict[object, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         kinds[kind(line)].append(line)
-    chosen: list[dict[str, Any]] = []
-    while kinds and len(chosen) < EXAMPLES:
-        for key in list(kinds):
-            chosen.append(kinds[key].pop(0))
-            if not kinds[key]:
-                del kinds[key]
-    return chosen[:EXAMPLES]
+    in_turn = chain.from_iterable(zip_longest(*kinds.values()))
+    return [line for line in in_turn if line is not None][:EXAMPLES]
 
 
 def costs(record: RunRecord) -> dict[str, str]:
@@ -228,27 +224,24 @@ def costs(record: RunRecord) -> dict[str, str]:
         "time to train": duration(seconds) if seconds else None,
         "time to test": duration(record.results["test_runtime"]) if record.results else None,
         "steps": f"{max(steps):,}" if steps else None,
-        "tokens per second": _middle(record, "train/tokens_per_second", "{:,.0f}"),
-        "samples per second": _middle(record, "train/samples_per_second", "{:,.1f}"),
-        "padding": _middle(record, "train/padding_waste", "{:.1%}"),
-        "peak memory": _peak(record, "memory/peak_rss_gb"),
-        "peak GPU memory": _peak(record, "memory/peak_cuda_gb"),
+        "tokens per second": _over_steps(record, "train/tokens_per_second", median, "{:,.0f}"),
+        "samples per second": _over_steps(record, "train/samples_per_second", median, "{:,.1f}"),
+        "padding": _over_steps(record, "train/padding_waste", median, "{:.1%}"),
+        "peak memory": _over_steps(record, "memory/peak_rss_gb", max, "{:.2f} GB"),
+        "peak GPU memory": _over_steps(record, "memory/peak_cuda_gb", max, "{:.2f} GB"),
         "trained parameters": None if record.trained is None else f"{record.trained:,}",
         "checkpoint": None
         if record.checkpoint_bytes is None
-        else megabytes(record.checkpoint_bytes),
+        else f"{record.checkpoint_bytes / 1e6:,.1f} MB",
     }
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _middle(record: RunRecord, tag: str, form: str) -> str | None:
+def _over_steps(
+    record: RunRecord, tag: str, one_of: Callable[[list[float]], float], form: str
+) -> str | None:
     values = record.series(tag)[1]
-    return form.format(median(values)) if values else None
-
-
-def _peak(record: RunRecord, tag: str) -> str | None:
-    values = record.series(tag)[1]
-    return f"{max(values):.2f} GB" if values else None
+    return form.format(one_of(values)) if values else None
 
 
 def duration(seconds: float) -> str:
@@ -258,8 +251,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def megabytes(size: int) -> str:
-    """Of 1e6 bytes."""
-    return f"{size / 1e6:,.1f} MB"

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from pemt.config import flatten
 from pemt.report import findings
-from pemt.report.ablation import left_out
+from pemt.report.ablation import PLACES, left_out
 from pemt.report.charts import Series, line_chart
 from pemt.report.record import RunRecord, read_runs
 from pemt.storage import write_text
@@ -25,8 +25,6 @@ from pemt.storage import write_text
 HTML, MARKDOWN = "report.html", "report.md"
 NOTHING = "(nothing)"
 LONGEST_TEXT = 700  # characters of an example that are shown
-# What two runs differ in anyway.
-PLACES = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir")
 
 
 def write_report(folders: Sequence[Path], output_dir: Path) -> tuple[Path, Path]:
@@ -37,7 +35,7 @@ def write_report(folders: Sequence[Path], output_dir: Path) -> tuple[Path, Path]
         output_dir: receives both files.
 
     Raises:
-        ReportError: a folder holds no run, or a file in it is damaged.
+        PemtError: a folder holds no run, or a file in it is damaged.
         OSError: the files cannot be written.
     """
     content = content_of(read_runs(folders))
@@ -101,9 +99,7 @@ def run_content(record: RunRecord) -> dict[str, Any]:
         "gates_are_of": "the test set"
         if record.results
         else f"the training steps logged at step {record.logged_gates.get('step')}",
-        "gates_chart": _markup(
-            line_chart(f"mean gate weight of {of_many}", means, unit="gate weight")
-        ),
+        "gates_chart": line_chart(f"mean gate weight of {of_many}", means, unit="gate weight"),
         "shown": of_many if len(shown) < many else None,
         "uses": findings.source_uses(record),
         "by_class": findings.gates_by_class(record),
@@ -137,7 +133,7 @@ def charts_of(records: Sequence[RunRecord]) -> list[Markup]:
     def curves(tag: str) -> dict[str, Series]:
         return {record.name: record.series(tag.format(task=record.task)) for record in records}
 
-    drawn = (
+    drawn = [
         line_chart("training loss", curves("train/loss"), unit="loss"),
         line_chart(
             "validation, mean of the metrics", curves("eval/{task}/average_metrics"), unit="%"
@@ -146,8 +142,8 @@ def charts_of(records: Sequence[RunRecord]) -> list[Markup]:
         line_chart("gradient norm", curves("train/grad_norm")),
         line_chart("entropy of the encoder's gates", curves("gate_entropy/encoder"), unit="0 to 1"),
         line_chart("entropy of the decoder's gates", curves("gate_entropy/decoder"), unit="0 to 1"),
-    )
-    return [Markup(svg) for svg in drawn if svg is not None]
+    ]
+    return [chart for chart in drawn if chart is not None]
 
 
 def comparison(records: Sequence[RunRecord]) -> dict[str, list[tuple[str, list[str]]]]:
@@ -173,10 +169,6 @@ def comparison(records: Sequence[RunRecord]) -> dict[str, list[tuple[str, list[s
 def _rows(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for each in columns for name in each)
     return [(name, [each.get(name, "–") for each in columns]) for name in names]
-
-
-def _markup(svg: str | None) -> Markup | None:
-    return None if svg is None else Markup(svg)
 
 
 def shade(value: float | None) -> Markup:

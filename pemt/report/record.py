@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pemt.checkpoint import CONFIG, PREDICTIONS, RESULTS, STATUS, checkpoint_folders, trained_count
-from pemt.config import PemtError, read_yaml_mapping
+from pemt.config import PemtError, read_json_object, read_yaml_mapping
 from pemt.monitor import LOG_FILE, NamedGates, gates_in, read_log
-
-
-class ReportError(PemtError):
-    """A folder that cannot be reported on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +19,6 @@ class RunRecord:
 
     Args:
         name: the folder's, long enough to tell it from the others.
-        folder: the run's output folder.
         config: the configuration's fields.
         state: what status.json says became of it; empty without one.
         log: the lines of log.jsonl.
@@ -34,7 +29,6 @@ class RunRecord:
     """
 
     name: str
-    folder: Path
     config: dict[str, Any]
     state: str
     log: list[dict[str, Any]]
@@ -92,7 +86,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """The runs in these folders.
 
     Raises:
-        ReportError: a folder holds no run, or a file in it is damaged.
+        PemtError: a folder holds no run, or a file in it is damaged.
     """
     return [_read(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
 
@@ -110,22 +104,19 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> RunRecord:
     if not (folder / CONFIG).is_file():
-        raise ReportError(
+        raise PemtError(
             f"{folder}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
         )
     config = read_yaml_mapping(folder / CONFIG)
-    results = _json_object(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    results = _json_object(folder / RESULTS)
     checkpoint = _checkpoint(folder, results)
     return RunRecord(
         name=name,
-        folder=folder,
         config=config,
-        state=str(_json_object(folder / STATUS).get("state", ""))
-        if (folder / STATUS).is_file()
-        else "",
+        state=str(_json_object(folder / STATUS).get("state", "")),
         log=read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else [],
         results=results,
-        predictions=_json_lines(folder / PREDICTIONS) if (folder / PREDICTIONS).is_file() else [],
+        predictions=_predictions(folder / PREDICTIONS),
         checkpoint_bytes=None if checkpoint is None else folder_bytes(checkpoint),
         trained=None if checkpoint is None else trained_count(checkpoint),
     )
@@ -145,17 +136,14 @@ def _checkpoint(folder: Path, results: dict[str, Any]) -> Path | None:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ReportError(f"{path}: found {type(content).__name__}, expected an object")
-    return content
+    """Empty where there is no such file."""
+    return read_json_object(path) if path.is_file() else {}
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line an object with at least an input, a target and a prediction."""
+def _predictions(path: Path) -> list[dict[str, Any]]:
+    """Every line an object with at least an input, a target and a prediction; none where there is no such file."""
+    if not path.is_file():
+        return []
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
@@ -163,7 +151,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
                 line = json.loads(text)
                 line["input"], line["target"], line["prediction"]
             except (ValueError, TypeError, KeyError) as error:
-                raise ReportError(
+                raise PemtError(
                     f"{path}, line {number}: no prediction ({type(error).__name__}: {error}); "
                     "`pemt evaluate` does not write this file: train the run again, or remove it"
                 ) from None

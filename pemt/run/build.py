@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,15 +38,15 @@ class BuiltModel:
 
     model: TrainedT5
     stage: str
-    source_names: list[str]
-    left_out: tuple[str, ...] = ()
+    source_names: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def gate_names(self) -> GateNames:
         """What the axes of the model's gates stand for."""
         return GateNames(sources=self.source_names, sites=self.model.gate_sites)
 
-    def notes(self) -> list[str]:
+    def notes(self, config: RunConfig) -> list[str]:
         """In one line each, what a person would not expect of the experts of this run."""
         names, sites = self.source_names, self.model.gate_sites
         if not names:
@@ -61,8 +61,8 @@ class BuiltModel:
                 f"mixture.top_sources {len(names)}: mixed are {', '.join(names)}; left out, with prompts less like the "
                 f"target's: {', '.join(self.left_out)}"
             )
-        counts = {name: sum(name in present for present in sites.values()) for name in names}
         if len({tuple(present) for present in sites.values()}) > 1:
+            counts = {name: sum(name in present for present in sites.values()) for name in names}
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             found.append(
                 f"the experts are on different layers (of {len(sites)} with an expert: {listed}); each gate weighs "
@@ -77,6 +77,11 @@ class BuiltModel:
             found.append(
                 "no expert is on an FFN's wo, where the task sparsity loss is taken: there is none, and "
                 "mixture.sparsity_loss_weight has no effect"
+            )
+        if config.torch_compile and config.gradient_checkpointing:
+            found.append(
+                "torch_compile: has no effect on blocks that mix experts with gradient_checkpointing; leave one of "
+                "them out"
             )
         return found
 
@@ -102,20 +107,16 @@ def build_model(
     if isinstance(config, SourceConfig):
         prompt_PD = description_prompt(tokenizer, base, description)
         source = PemtT5.source(base, expert=config.expert, prompt_PD=prompt_PD)
-        return BuiltModel(model=source, stage="source", source_names=[])
+        return BuiltModel(model=source, stage="source")
     assert isinstance(config, AdaptConfig)
-    model: TrainedT5
-    names: list[str] = []
-    left_out: list[str] = []
     if config.method == "full":
-        model = FullT5(base)
-    elif config.method == "bitfit":
-        model = BitFitT5(base)
-    elif config.method in PEFT_METHODS:
+        return BuiltModel(model=FullT5(base), stage="adapt")
+    if config.method == "bitfit":
+        return BuiltModel(model=BitFitT5(base), stage="adapt")
+    if config.method in PEFT_METHODS:
         model = _peft_model(config, base, tokenizer, description)
-    else:
-        model, names, left_out = _target_model(config, base, tokenizer, description)
-    return BuiltModel(model=model, stage="adapt", source_names=names, left_out=tuple(left_out))
+        return BuiltModel(model=model, stage="adapt")
+    return _target_model(config, base, tokenizer, description)
 
 
 def build_ops(config: RunConfig, engine: Engine) -> None:
@@ -137,8 +138,8 @@ def build_ops(config: RunConfig, engine: Engine) -> None:
 
 def _target_model(
     config: AdaptConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str
-) -> tuple[PemtT5, list[str], list[str]]:
-    """PEMT, or its target adapter without experts; the experts' names, and of those that are left out."""
+) -> BuiltModel:
+    """PEMT, or its target adapter without experts."""
     sources = []
     if config.method == "pemt":
         assert config.bank_dir is not None
@@ -153,7 +154,8 @@ def _target_model(
     model = PemtT5.target(
         base, sources=mixed, mixture=config.mixture, adapter=config.adapter, prompt_PD=prompt_PD
     )
-    return model, [source.name for source in mixed], left_out
+    names = [source.name for source in mixed]
+    return BuiltModel(model=model, stage="adapt", source_names=names, left_out=left_out)
 
 
 def _peft_model(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from pemt.checkpoint import TrainState
-from pemt.config import PemtError, RunConfig
+from pemt.config import PemtError
 from pemt.engine import Engine
 from pemt.monitor import progress_logger
 
@@ -51,35 +50,29 @@ class Callbacks:
 
     Args:
         callbacks: as `checked_callbacks` gives them.
-        config: the run's.
-        engine: the model is in it by `begin`.
+        engine: holds the model, after `prepare`, and the configuration.
         tokenizer: the base model's.
+        schedule: of the learning rate.
+        total_steps: optimizer steps of the whole run.
     """
 
     def __init__(
         self,
         callbacks: Sequence[Any],
-        config: RunConfig,
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
+        schedule: Any,
+        total_steps: int,
     ) -> None:
         self._callbacks = callbacks
-        self._engine, self._tokenizer = engine, tokenizer
-        values = {each.name: getattr(config, each.name) for each in fields(config)}
-        self.args = SimpleNamespace(
-            **values,
+        self._engine, self._tokenizer, self._schedule = engine, tokenizer, schedule
+        self.args = args = SimpleNamespace(
+            **vars(engine.config),
             load_best_model_at_end=True,
             metric_for_best_model="average_metrics",
             greater_is_better=True,
         )
-        self.state, self.control = TrainerState(), TrainerControl()
-
-    def begin(
-        self, train_state: TrainState, *, total_steps: int, epoch: float, schedule: Any
-    ) -> None:
-        """Before the first step (all ranks call)."""
-        self._schedule = schedule
-        engine, args = self._engine, self.args
+        self.control = TrainerControl()
         self.state = TrainerState(
             max_steps=total_steps,
             num_train_epochs=args.num_train_epochs,
@@ -90,10 +83,8 @@ class Callbacks:
             is_world_process_zero=engine.is_main,
             is_local_process_zero=engine.is_local_main,
         )
-        self.at(train_state, epoch)
         if engine.is_main:
             self._warn_of_unsupported()
-        self.call("on_train_begin")
 
     def at(self, train_state: TrainState, epoch: float) -> None:
         """The step that the loop has come to."""
@@ -107,9 +98,8 @@ class Callbacks:
 
     def next_step(self) -> None:
         """Forget what was wanted of the last one."""
-        self.control = replace(
-            self.control, should_save=False, should_evaluate=False, should_log=False
-        )
+        control = self.control
+        control.should_save = control.should_evaluate = control.should_log = False
         self.call("on_step_begin")
 
     def log(self, scalars: Mapping[str, float]) -> None:
@@ -151,17 +141,17 @@ class Callbacks:
             setattr(control, flag, count > 0)
 
     def _warn_of_unsupported(self) -> None:
-        known = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+        known = {
+            name: each for name, each in vars(TrainerCallback).items() if name.startswith("on_")
+        }
         for each in self._callbacks:
-            own = {
+            own = [
                 name
-                for kind in type(each).__mro__
-                if kind is not TrainerCallback
-                for name in vars(kind)
-            }
-            unsupported = [name for name in known if name in own and name not in EVENTS]
-            if unsupported:
+                for name, inherited in known.items()
+                if name not in EVENTS and getattr(type(each), name, None) not in (None, inherited)
+            ]
+            if own:
                 progress_logger().info(
-                    f"callbacks: {type(each).__name__}.{', '.join(unsupported)} are not called; called are "
+                    f"callbacks: {type(each).__name__}.{', '.join(own)} are not called; called are "
                     f"{', '.join(EVENTS)}"
                 )

@@ -41,18 +41,6 @@ class CallerInputs:
     notes: tuple[str, ...] = ()
     fingerprint: str | None = None
 
-    def task_of(self, config: RunConfig) -> Task:
-        """The run's task.
-
-        Raises:
-            TaskError: the configuration names one that does not exist.
-        """
-        return self.task or get_task(config.task_name, config.task_file)
-
-    def own_task_text(self) -> str | None:
-        """The task's YAML for the run's folder, where no other place has it."""
-        return None if self.task is None else task_text(self.task)
-
     def check_results(self, config: RunConfig, results: Mapping[str, Any]) -> None:
         """Refuse the results of a run that finished before it was asked for these metrics.
 
@@ -69,7 +57,6 @@ class CallerInputs:
 
 def with_caller_inputs(
     config: Config,
-    *,
     train: Rows | Mapping[str, Rows] | None = None,
     validation: Rows | None = None,
     test: Rows | None = None,
@@ -90,7 +77,11 @@ def with_caller_inputs(
         check_nothing_given(config)
         return config, caller
     if data is not None:
-        _check_alone(config)
+        for name in ("data_dir", "streaming"):
+            if value := getattr(config, name):
+                raise DataError(
+                    f"{name}: found {value}, but the data are given in memory; leave one of them out"
+                )
     chosen, notes = _task(config, task, data)
     # A known task is what its name says. Pickles of equal tasks may differ, so the text comes first.
     own = None if task is None else task_text(task) or Hasher.hash(task)
@@ -114,14 +105,6 @@ def check_same_on_all(caller: CallerInputs, engine: Engine) -> None:
             f"train: rank {other[0]} was given other data, or another task, than rank 0; give all ranks the same rows, "
             "in the same order: each takes its own share"
         )
-
-
-def _check_alone(config: RunConfig) -> None:
-    for name in ("data_dir", "streaming"):
-        if value := getattr(config, name):
-            raise DataError(
-                f"{name}: found {value}, but the data are given in memory; leave one of them out"
-            )
 
 
 def _task(

@@ -89,13 +89,12 @@ def check_base_place(config: RunConfig) -> None:
         ConfigError: what is written like a path is no folder, or has no config.json; or it can be had neither
             from the hub nor from its cache.
     """
-    name, tokenizer = config.model_name_or_path, config.tokenizer_name
-    _check_folder(name)
-    hub_files = {"model_name_or_path": (name, "config.json")}
-    if tokenizer is not None:
-        hub_files["tokenizer_name"] = (tokenizer, "tokenizer_config.json")
-    for field, (place, file) in hub_files.items():
-        if Path(place).exists():
+    _check_folder(config.model_name_or_path)
+    for field, place, file in (
+        ("model_name_or_path", config.model_name_or_path, "config.json"),
+        ("tokenizer_name", config.tokenizer_name, "tokenizer_config.json"),
+    ):
+        if place is None or Path(place).exists():
             continue
         from pemt.storage import HubError, check_hub  # only a hub id needs huggingface_hub
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pemt.config import RunConfig
 from pemt.data import IGNORED_LABEL, collate, eval_batches, label_ids, lengths_of
 from pemt.engine import Engine
 from pemt.model import TrainedT5
 from pemt.monitor import EvaluationBar
+from pemt.run.prepare import Setup
+from pemt.run.session import Session
 from pemt.tasks import Metric, Task, longest_target, score
 
 INDEX, NO_EXAMPLE = "index", -1
@@ -64,7 +66,6 @@ def evaluate(
     *,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    config: RunConfig,
     metrics: Mapping[str, Metric] | None = None,
     by_likelihood: bool = False,
     description: str = "evaluating",
@@ -73,7 +74,7 @@ def evaluate(
     """Score the prepared model on a data set (all ranks call).
 
     Args:
-        engine: holds the model, after `prepare`.
+        engine: holds the model, after `prepare`, and the run's configuration.
         dataset: tokenised examples, as `load_task_data` gives them.
         task: tells metrics and the longest answer.
         metrics: a caller's own, as `score` takes them.
@@ -83,130 +84,122 @@ def evaluate(
     """
     started = time.perf_counter()
     labels = label_ids(task, tokenizer) if by_likelihood else []
-    columns = _with_bar(
+    columns = map_over_ranks(
         engine,
         dataset,
-        config,
+        lengths_of(dataset),
+        tokenizer,
+        partial(_measure, engine, task, labels),
         description=f"{description} {task.name}",
-        measure=partial(_measure, engine, dataset, task, tokenizer, config, labels),
         on_batch_end=on_batch_end,
     )
-    predictions = tokenizer.batch_decode(columns["tokens"], skip_special_tokens=True)
-    likely = [task.labels[i] for i in columns["log_likelihoods"].argmax(dim=1)] if labels else None
+    answers = [tokenizer.batch_decode(columns["tokens"], skip_special_tokens=True)]
+    if labels:
+        answers.append([task.labels[i] for i in columns["log_likelihoods"].argmax(dim=1)])
     loss = float(columns["loss"].sum() / columns["target_tokens"].sum().clamp(min=1))
     # Rank 0's for all: CPUs of different kinds add up in different orders, and the best checkpoint hangs on both.
-    scores, likely_scores, loss = engine.on_rank0(
-        lambda: (*_scored(task, predictions, likely, dataset, metrics), loss),
-        f"scoring {len(predictions)} answers",
+    (scores, *likely_scores), loss = engine.on_rank0(
+        lambda: ([score(task, each, dataset, metrics) for each in answers], loss),
+        f"scoring {len(dataset)} answers",
     )
     return Evaluation(
         metrics=scores,
         loss=loss,
         gates_NLK=columns.get("gates"),
-        predictions=predictions,
-        by_likelihood=likely_scores,
+        predictions=answers[0],
+        by_likelihood=likely_scores[0] if likely_scores else None,
         runtime=time.perf_counter() - started,
     )
 
 
-def _with_bar(
-    engine: Engine,
-    dataset: Dataset,
-    config: RunConfig,
-    *,
-    description: str,
-    measure: Callable[[list[int]], dict[str, Tensor]],
-    on_batch_end: Callable[[], None],
-) -> dict[str, Tensor]:
-    """`map_over_ranks` with a bar on rank 0."""
-    batch_size = config.per_device_eval_batch_size
-    with EvaluationBar(total=len(dataset), description=description, shown=engine.is_main) as bar:
-
-        def after_batch() -> None:
-            bar.advance(batch_size * engine.world_size)
-            on_batch_end()
-
-        return map_over_ranks(
-            engine,
-            lengths_of(dataset),
-            batch_size=batch_size,
-            measure=measure,
-            on_batch_end=after_batch,
-        )
+def evaluate_set(setup: Setup, examples: Dataset, description: str, session: Session) -> Evaluation:
+    """Score the model on one of the run's sets; a run that is told to stop ends there (all ranks call)."""
+    return evaluate(
+        setup.engine,
+        examples,
+        task=setup.task,
+        tokenizer=setup.tokenizer,
+        metrics=setup.caller.metrics,
+        description=description,
+        on_batch_end=session.raise_if_stopped,
+    )
 
 
-def _scored(
-    task: Task,
-    predictions: list[str],
-    likely: list[str] | None,
-    dataset: Dataset,
-    metrics: Mapping[str, Metric] | None,
-) -> tuple[dict[str, float], dict[str, float] | None]:
-    """Scores by generation, and by likelihood where that was asked for."""
-    generated = score(task, predictions, dataset, metrics)
-    return generated, None if likely is None else score(task, likely, dataset, metrics)
+def gates_and_similarity(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:
+    """Of an evaluation just done, gates [N,L,K] and prompt similarity [1+K,1+K]; None without experts."""
+    assert isinstance(engine.module, TrainedT5)
+    similarity_MM = engine.module.prompt_similarity()
+    if evaluated.gates_NLK is None or similarity_MM is None:
+        return None
+    return evaluated.gates_NLK, similarity_MM.cpu()
 
 
 def map_over_ranks(
     engine: Engine,
+    rows: Sequence[Mapping[str, Any]] | Dataset,
     lengths: Sequence[int] | np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    measure: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     *,
-    batch_size: int,
-    measure: Callable[[list[int]], dict[str, Tensor]],
+    batch_size: int | None = None,
+    description: str = "",
     on_batch_end: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Measure every example on one of the ranks, without gradients and dropout, and gather it (all ranks call).
+    """Measure every row on one of the ranks, without gradients and dropout, and gather it (all ranks call).
 
     Args:
         engine: holds the model, after `prepare`.
-        lengths: source tokens of each example, [N].
-        batch_size: examples of a rank's batch.
-        measure: takes a batch's indices and gives tensors [B,...] by name, of the same shape for every batch but for B.
+        rows: token ids, as `collate` takes them.
+        lengths: source tokens of each, [N].
+        measure: gives tensors [B,...] of a batch by name, of the same shape for every batch but for B.
+        batch_size: rows of a rank's batch; default: per_device_eval_batch_size.
+        description: of a bar over the rows, on rank 0; empty for none.
         on_batch_end: as in `evaluate`.
 
     Returns:
-        The same tensors for all examples, [N,...], in their order, on the CPU of every rank.
+        The same tensors for all rows, [N,...], in their order, on the CPU of every rank.
     """
-    module = engine.module
+    module, size = engine.module, batch_size or engine.config.per_device_eval_batch_size
     was_training = module.training
     module.eval()
-    batches = eval_batches(
-        lengths, batch_size=batch_size, world_size=engine.world_size, rank=engine.rank
-    )
+    batches = eval_batches(lengths, batch_size=size, world_size=engine.world_size, rank=engine.rank)
     gathered: list[dict[str, Tensor]] = []
-    for indices in batches:
-        # Blocks that are compiled for training run as written here: generation has too many shapes.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            measured = {INDEX: torch.tensor(indices, device=engine.device), **measure(indices)}
-        # The last batch may be short on one rank alone, and gathering needs equal shapes.
-        short = batch_size - len(indices)
-        gathered.append(
-            {name: engine.gather(_pad_rows(each, short)).cpu() for name, each in measured.items()}
-        )
-        on_batch_end()
+    shown = engine.is_main and description != ""
+    with EvaluationBar(total=len(rows), description=description, shown=shown) as bar:
+        for indices in batches:
+            batch = collate(
+                [rows[i] for i in indices],
+                pad_token_id=tokenizer.pad_token_id,
+                pad_to_multiple_of=engine.config.pad_to_multiple_of,
+                device=engine.device,
+            )
+            # Blocks that are compiled for training run as written here: generation has too many shapes.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                measured = {INDEX: torch.tensor(indices, device=engine.device), **measure(batch)}
+            gathered.append(_gathered(engine, measured, size - len(indices)))
+            bar.advance(size * engine.world_size)
+            on_batch_end()
     module.train(was_training)
     columns = {name: torch.cat([each[name] for each in gathered]) for name in gathered[0]}
-    order_N = _first_occurrences(columns.pop(INDEX), len(lengths))
+    order_N = _first_occurrences(columns.pop(INDEX), len(rows))
     return {name: column[order_N] for name, column in columns.items()}
 
 
+def _gathered(engine: Engine, measured: dict[str, Tensor], short: int) -> dict[str, Tensor]:
+    """Every rank's rows; the last batch may be short on one rank alone, and gathering needs equal shapes."""
+    found = {}
+    for name, rows in measured.items():
+        filler = rows.new_full((short, *rows.shape[1:]), NO_EXAMPLE)
+        found[name] = engine.gather(torch.cat([rows, filler])).cpu()
+    return found
+
+
 def _measure(
-    engine: Engine,
-    dataset: Dataset,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    config: RunConfig,
-    labels: list[list[int]],
-    indices: list[int],
+    engine: Engine, task: Task, labels: list[list[int]], batch: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Of one batch: generated `tokens` [B,T]; summed `loss` and counted `target_tokens` [B]; `log_likelihoods` [B,C] of
     labels if there are any; and the forward pass's `gates` [B,L,K], with experts."""
-    batch = collate(
-        list(dataset.select(indices)),
-        pad_token_id=tokenizer.pad_token_id,
-        pad_to_multiple_of=config.pad_to_multiple_of,
-        device=engine.device,
-    )
+    config = engine.config
     labels_BT = batch["labels"]
     out = engine.model(**batch)
     loss_BT = F.cross_entropy(
@@ -218,9 +211,7 @@ def _measure(
         measured |= score_labels(engine, batch, labels)
     counted_B = (labels_BT != IGNORED_LABEL).sum(dim=1)
     measured |= {"loss": loss_BT.sum(dim=1), "target_tokens": counted_B}
-    if out.gates_BLK is not None:  # in place of the generation's
-        measured["gates"] = out.gates_BLK.float()
-    return measured
+    return {**measured, **_gates(out.gates_BLK)}  # in place of the generation's
 
 
 def generate_batch(
@@ -263,16 +254,9 @@ def _gates(gates_BLK: Tensor | None) -> dict[str, Tensor]:
     return {} if gates_BLK is None else {"gates": gates_BLK.float()}
 
 
-def _pad_rows(tensor: Tensor, count: int) -> Tensor:
-    filler = tensor.new_full((count, *tensor.shape[1:]), NO_EXAMPLE)
-    return torch.cat([tensor, filler])
-
-
 def _first_occurrences(indices_N: Tensor, count: int) -> Tensor:
     """Positions of examples 0 … count-1: ranks repeat examples to stay in step, each counts once."""
-    positions: dict[int, int] = {}
-    for position, index in enumerate(indices_N.tolist()):
-        if index != NO_EXAMPLE:
-            positions.setdefault(index, position)
-    assert len(positions) == count, "the ranks' batches do not cover the data set"
-    return torch.tensor([positions[index] for index in range(count)])
+    found, firsts = np.unique(indices_N.numpy(), return_index=True)
+    order = firsts[found != NO_EXAMPLE]
+    assert len(order) == count, "the ranks' batches do not cover the data set"
+    return torch.from_numpy(order)

@@ -45,8 +45,7 @@ def evaluate_run(
         PemtError: the run, its data or the file cannot be used.
     """
     config = finished_config(run_dir, overrides)
-    _check_split(config, split)
-    data = _data(config, run_dir, split, rows)
+    data = _given_rows(config, run_dir, split, rows)
     engine = Engine(config)
     quiet_libraries(engine.is_main)
     finished = load_on_all(run_dir, config, engine)
@@ -59,7 +58,6 @@ def evaluate_run(
         examples,
         task=task,
         tokenizer=finished.tokenizer,
-        config=config,
         metrics=metrics,
         by_likelihood=constrain_labels,
     )
@@ -92,9 +90,15 @@ def _results(finished: LoadedRun, scored: Evaluation, *, split: str, origin: str
     }
 
 
-def _data(
+def _given_rows(
     config: RunConfig, run_dir: str | Path, split: str, rows: Rows | None
 ) -> MemoryData | None:
+    if split not in SPLITS:
+        raise PemtError(f"split: found {split}, allowed are {', '.join(SPLITS)}")
+    if config.streaming and split == "train":
+        raise PemtError(
+            "split: this run's training set is a stream, which has no end; give --streaming false"
+        )
     if rows is not None:
         return MemoryData(splits={split: rows})
     if config.data_fingerprint is not None and config.data_dir is None:
@@ -102,15 +106,6 @@ def _data(
             f"{run_dir}: was trained on rows in memory; give --data_dir, or in Python `evaluate_run(..., rows=...)`"
         )
     return None
-
-
-def _check_split(config: RunConfig, split: str) -> None:
-    if split not in SPLITS:
-        raise PemtError(f"split: found {split}, allowed are {', '.join(SPLITS)}")
-    if config.streaming and split == "train":
-        raise PemtError(
-            "split: this run's training set is a stream, which has no end; give --streaming false"
-        )
 
 
 def _write(

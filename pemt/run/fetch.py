@@ -12,7 +12,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from pemt.bank import chosen_entries, entry_folder, read_bank
 from pemt.config import AdaptConfig, ConfigError, RunConfig
 from pemt.data import TaskData, load_task_data, task_files
-from pemt.model import base_shape, fetch_base, load_base
+from pemt.model import base_shape, fetch_base, load_pretrained
 from pemt.tasks import Task, get_task
 
 FETCHED = "pemt-fetched.txt"  # in an offline folder, so that a copy of it can be distinguished from an older one
@@ -38,8 +38,8 @@ def fetch_all(config: RunConfig) -> Iterator[str]:
             "cannot; leave streaming out, or give --data_dir"
         )
     fetch_base(config)
-    base, tokenizer = load_base(config, lazy=True)
     name = config.model_name_or_path
+    base, tokenizer = load_pretrained(name, config.tokenizer_name, lazy=True)
     yield _line("base", name, place_of(name))
     yield _line("tokenizer", config.tokenizer_name or name, place_of(config.tokenizer_name or name))
     yield _data(task, config, load_task_data(task, config, tokenizer), local=bool(files))

@@ -8,13 +8,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pemt.checkpoint import WEIGHTS, TrainState, load_lazily
+from pemt.checkpoint import WEIGHTS, load_lazily
 from pemt.config import AdaptConfig, RunConfig
 from pemt.engine import Engine
-from pemt.model import base_digest, checked_base, fetch_base, load_base, materialize_all, read_lazy
+from pemt.model import (
+    base_digest,
+    checked_base,
+    fetch_base,
+    load_pretrained,
+    materialize_all,
+    read_lazy,
+)
 from pemt.run.build import BuiltModel, build_model, build_ops
 from pemt.run.finished_config import FinishedError, best_checkpoint, finished_config, task_of_run
-from pemt.storage import open_tensors, read_manifest
+from pemt.storage import open_tensors
 from pemt.tasks import Task, longest_target
 
 
@@ -28,7 +35,6 @@ class LoadedRun(BuiltModel):
         task: the task of `config`, which an override may have changed; the model is the run's own.
         tokenizer: the base model's.
         checkpoint: the folder that the weights come from.
-        state: how far the run was at that checkpoint.
     """
 
     folder: Path
@@ -36,7 +42,6 @@ class LoadedRun(BuiltModel):
     task: Task
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Path
-    state: TrainState
 
 
 def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> LoadedRun:
@@ -53,12 +58,11 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     run_dir = Path(run_dir).expanduser()
     own = finished_config(run_dir)
     config = config or own
-    checkpoint, state, _ = best_checkpoint(run_dir)
-    manifest = read_manifest(checkpoint)
+    checkpoint, manifest = best_checkpoint(run_dir)
+    task = task_of_run(run_dir, config)
     # The prompt is as long as the description that the run started it from, whatever task is scored now.
-    same_task = config.task_name == own.task_name  # its file may lie elsewhere by now
-    own_task = task_of_run(run_dir, replace(own, task_file=config.task_file) if same_task else own)
-    base, tokenizer = load_base(config)
+    own_task = task if config.task_name == own.task_name else task_of_run(run_dir, own)
+    base, tokenizer = load_pretrained(config.model_name_or_path, config.tokenizer_name)
     if base_digest(checked_base(base)) != manifest["run"].get("base_sha256"):
         raise FinishedError(
             f"{checkpoint}: was trained on other weights than those of {config.model_name_or_path}; "
@@ -73,7 +77,6 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
     weights = open_tensors(checkpoint, WEIGHTS, manifest)
     load_lazily(weights, dict(built.model.trainable_parameters()))
     materialize_all(built.model)
-    task = task_of_run(run_dir, config)
     if task.max_target_length is None:  # open answers: what the run has measured
         length = manifest["run"].get("max_target_length")
         task = replace(task, max_target_length=longest_target(task, length))
@@ -85,7 +88,6 @@ def load_finished(run_dir: str | Path, config: RunConfig | None = None) -> Loade
         task=task,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
-        state=state,
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from pemt.checkpoint import (
     CONFIG,
     GIVEN_TASK,
-    TrainState,
     checkpoint_folders,
     saved_config,
     train_state_of,
@@ -58,8 +57,9 @@ def finished_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> RunCo
         raise FinishedError(
             f"{run_dir}: holds no run ({CONFIG} is missing); give the output_dir of `pemt adapt` or `pemt source`"
         )
-    _, _, stage = best_checkpoint(run_dir)
-    kind: type[RunConfig] = SourceConfig if stage == "source" else AdaptConfig
+    _, manifest = best_checkpoint(run_dir)
+    is_source = manifest["run"]["stage"] == "source"
+    kind: type[RunConfig] = SourceConfig if is_source else AdaptConfig
     arguments = ["--config", str(path), *overrides]
     config = parse_config(kind, arguments, prog="pemt evaluate")
     changes: dict[str, Any] = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
@@ -86,8 +86,8 @@ def task_of_run(run_dir: str | Path, config: RunConfig) -> Task:
     return get_task(config.task_name, config.task_file)
 
 
-def best_checkpoint(folder: Path) -> tuple[Path, TrainState, str]:
-    """The best validated checkpoint (the newest where nothing was validated), its state and stage."""
+def best_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The best validated checkpoint (the newest where nothing was validated), and its manifest."""
     folders = checkpoint_folders(folder)
     if not folders:
         raise FinishedError(f"{folder}: holds a run without a checkpoint; train it first")
@@ -98,4 +98,4 @@ def best_checkpoint(folder: Path) -> tuple[Path, TrainState, str]:
     run = manifest.get("run")
     if not isinstance(run, dict) or run.get("stage") not in ("source", "adapt"):
         raise FinishedError(f"{chosen}: tells no stage; it was written by another version")
-    return chosen, train_state_of(manifest), run["stage"]
+    return chosen, manifest

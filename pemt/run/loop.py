@@ -10,18 +10,18 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from pemt.checkpoint import Checkpoint, TrainState
-from pemt.config import TENSORBOARD, RunConfig, spell_fields
+from pemt.checkpoint import Checkpoint, Checkpoints, TrainState
+from pemt.config import TENSORBOARD, spell_fields
 from pemt.data import TrainStream, collate, to_device
 from pemt.engine import Engine, Interrupted, full_size
 from pemt.model import TrainedT5
 from pemt.monitor import Monitor
-from pemt.run.build import BuiltModel
 from pemt.run.callbacks import Callbacks
-from pemt.run.evaluate import Evaluation, evaluate
+from pemt.run.evaluate import evaluate_set, gates_and_similarity
 from pemt.run.meter import Meter, micro_batch_weights
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.prepare import (
+    Batches,
     Setup,
     open_all_trackers,
     open_run,
@@ -31,7 +31,6 @@ from pemt.run.prepare import (
     train_batches,
     warmup_notes,
 )
-from pemt.run.running import Run
 from pemt.run.session import Session
 from pemt.storage import TensorFile
 from pemt.tasks import without_redundant_mean
@@ -52,26 +51,71 @@ class FitResult:
     epoch: float
 
 
-def fit(config: RunConfig, setup: Setup, built: BuiltModel, session: Session) -> FitResult:
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What stays the same from step to step."""
+
+    setup: Setup
+    session: Session
+    checkpoints: Checkpoints
+    monitor: Monitor
+    batches: Batches
+    total_steps: int
+    callbacks: Callbacks
+
+    def is_epoch_end(self, step: int) -> bool:
+        """Whether this step is an epoch's last, or the run's."""
+        per_epoch = self.batches.steps_per_epoch
+        return step == self.total_steps or (per_epoch is not None and step % per_epoch == 0)
+
+    def should_stop(self, step: int) -> bool:
+        """The last step, or the one after which a callback stops the run."""
+        return step == self.total_steps or self.callbacks.control.should_training_stop
+
+    def should_evaluate(self, step: int) -> bool:
+        """As often as was configured, at the end, and where a callback wants it."""
+        if step == 0:
+            return False
+        if self.callbacks.control.should_evaluate or (
+            self.should_stop(step) and self.setup.config.eval_strategy != "no"
+        ):
+            return True
+        interval = self.setup.config.eval_steps
+        if interval is not None:
+            return step % interval == 0
+        return self.setup.config.eval_strategy == "epoch" and self.is_epoch_end(step)
+
+    def should_save(self, step: int) -> bool:
+        """After each validation, or after each epoch where there is none; and as often as was asked for."""
+        interval = self.setup.config.save_steps
+        return (
+            self.should_evaluate(step)
+            or self.callbacks.control.should_save
+            or self.should_stop(step)
+            or (interval is not None and step % interval == 0)
+            or (self.setup.config.eval_strategy == "no" and self.is_epoch_end(step))
+        )
+
+
+def fit(setup: Setup, session: Session) -> FitResult:
     """Train, validate and save until the configured end (all ranks call).
 
     `open_run` finds the checkpoint, `prepare` loads its weights, `restore` its optimizer, `_train` takes the steps.
 
     Args:
-        config: the run.
-        setup: engine, task, tokenizer and data.
-        built: the model, not yet prepared; a checkpoint of one stage is refused by the other.
+        setup: the run; its model is not yet prepared, and a checkpoint of one stage is refused by the other.
         session: tells when to stop.
 
     Raises:
         PemtError: the run cannot start, resume, or write its files.
         Interrupted: a rank was told to stop; what was trained is saved.
     """
-    checkpoints, resumed = open_run(config, setup, built, session)
-    batches = train_batches(config, setup, resumed.state.position if resumed else None)
+    config, engine, built = setup.config, setup.engine, setup.built
+    checkpoints, resumed = open_run(setup, session)
+    batches = train_batches(setup, resumed.state.position if resumed else None)
     total_steps = total_steps_of(config, batches)
-    schedule = prepare(config, setup.engine, built.model, resumed, total_steps=total_steps)
-    callbacks = Callbacks(setup.caller.callbacks, config, setup.engine, setup.tokenizer)
+    schedule = prepare(config, engine, built.model, resumed, total_steps=total_steps)
+    callbacks = Callbacks(setup.caller.callbacks, engine, setup.tokenizer, schedule, total_steps)
     state = restore(setup, schedule, resumed) if resumed else TrainState()
     session.set_step(state.step)
     with (
@@ -79,18 +123,16 @@ def fit(config: RunConfig, setup: Setup, built: BuiltModel, session: Session) ->
             Path(config.output_dir),
             total_steps=total_steps,
             initial_step=state.step,
-            is_main=setup.engine.is_main,
+            is_main=engine.is_main,
             description=f"{built.stage} {setup.task.name}",
             gates=built.gate_names,
             tensorboard=TENSORBOARD in config.report_to,
-            trackers=open_all_trackers(config, setup.engine),
+            trackers=open_all_trackers(engine),
         ) as monitor,
         checkpoints,
     ):
         run = Run(
-            config=config,
             setup=setup,
-            built=built,
             session=session,
             checkpoints=checkpoints,
             monitor=monitor,
@@ -106,12 +148,12 @@ def fit(config: RunConfig, setup: Setup, built: BuiltModel, session: Session) ->
 
 def _log_config(run: Run, resumed: Checkpoint | None) -> None:
     """What this run is, to the logs and the terminal."""
-    monitor, engine = run.monitor, run.setup.engine
-    size = _size_line(run.built.model, engine)
+    monitor, setup, engine = run.monitor, run.setup, run.setup.engine
+    size = _size_line(setup.built.model, engine)
     with engine.together("opening the logs"):  # rank 0 alone has some
-        monitor.log_config(run.config, {"job": size, "device": str(engine.device)})
-    warmup = warmup_notes(run.config, run.total_steps)
-    notes = (*run.setup.caller.notes, *run.setup.data.notes)
+        monitor.log_config(setup.config, {"job": size, "device": str(engine.device)})
+    warmup = warmup_notes(setup.config, run.total_steps)
+    notes = (*setup.caller.notes, *setup.data.notes)
     for line in (size, *(resumed.notes if resumed else ()), *notes, *warmup):
         monitor.message(spell_fields(line))
     if resumed:
@@ -134,21 +176,20 @@ def _size_line(model: TrainedT5, engine: Engine) -> str:
 
 def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
     """Every step that is left, and what is due after each."""
-    config, setup, batches = run.config, run.setup, run.batches
+    setup, config, batches = run.setup, run.setup.config, run.batches
     callbacks, epoch_at = run.callbacks, batches.epochs_at
-    run.built.model.train()
-    callbacks.begin(
-        state, total_steps=run.total_steps, epoch=epoch_at(state.step), schedule=schedule
-    )
+    setup.built.model.train()
+    callbacks.at(state, epoch_at(state.step))
+    callbacks.call("on_train_begin")
     if run.should_evaluate(state.step) and state.validated_step != state.step:
         state = _evaluate_and_save(run, state)  # it was stopped before this validation
     meter = Meter(setup.engine)
-    guard = NonFiniteGuard(config, setup.engine, partial(_rows, setup), log=run.monitor.message)
+    guard = NonFiniteGuard(setup.engine, partial(_rows, setup), log=run.monitor.message)
     last = run.total_steps if state.ended is None else state.step
     for micro_batches in batches.steps(state.step, last):
         if callbacks.control.should_training_stop:
             break
-        if run.is_epoch_begin(state.step):
+        if state.step == 0 or run.is_epoch_end(state.step):
             callbacks.call("on_epoch_begin")
         callbacks.next_step()
         step_scalars, losses = _take_step(setup, schedule, meter, micro_batches)
@@ -158,7 +199,8 @@ def _train(run: Run, schedule: LambdaLR, state: TrainState) -> TrainState:
         run.session.set_step(step)
         callbacks.at(state, epoch_at(step))
         callbacks.call("on_step_end")
-        if step % config.logging_steps == 0 or run.is_requested("log") or run.should_stop(step):
+        is_due = step % config.logging_steps == 0 or callbacks.control.should_log
+        if is_due or run.should_stop(step):
             _log_step(run, meter, step, {**step_scalars, "train/skipped_steps": skipped})
         with meter.paused():
             state = _evaluate_and_save(run, state)
@@ -179,13 +221,11 @@ def _take_step(
     assert isinstance(engine.module, TrainedT5)
     sparsity_weight, losses = engine.module.sparsity_loss_weight, []
     batches = [_batch(setup, indices) for indices in micro_batches]
-    for number, (batch, weight) in enumerate(
-        zip(batches, micro_batch_weights(engine, batches), strict=True)
-    ):
-        batch = to_device(batch, engine.device)
-        out = engine.model(**batch)
+    weights = micro_batch_weights(engine, batches)
+    for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), start=1):
+        out = engine.model(**to_device(batch, engine.device))
         step_loss = weight.of_loss(out, sparsity_weight)
-        engine.backward(step_loss, last=number == len(batches) - 1)
+        engine.backward(step_loss, last=number == len(batches))
         meter.add(out, batch, weight, step_loss)
         losses.append(out.loss.detach())
     learning_rate = float(schedule.get_last_lr()[0])
@@ -199,23 +239,24 @@ def _batch(setup: Setup, micro_batch: list[Any]) -> dict[str, Tensor]:
     return collate(
         _rows(setup, micro_batch),
         pad_token_id=setup.tokenizer.pad_token_id,
-        pad_to_multiple_of=setup.data.pad_to_multiple_of,
+        pad_to_multiple_of=setup.config.pad_to_multiple_of,
     )
 
 
 def _rows(setup: Setup, micro_batch: list[Any]) -> list[dict[str, Any]]:
     """A micro-batch's examples: a stream gives them, otherwise it is their indices."""
     train = setup.data.train
-    return micro_batch if isinstance(train, TrainStream) else list(train.select(micro_batch))
+    return micro_batch if isinstance(train, TrainStream) else [train[i] for i in micro_batch]
 
 
 def _log_step(run: Run, meter: Meter, step: int, step_scalars: dict[str, float]) -> None:
     """What the steps since the last report gave, to the logs and the bar (all ranks call)."""
     scalars, gates_LK = meter.read()
-    gates = {} if gates_LK is None else run.built.gate_names.scalars(gates_LK)
-    epoch = {"train/epoch": run.batches.epochs_at(step)}
-    run.monitor.log(step, {**scalars, **step_scalars, **epoch, **gates})
-    run.callbacks.log({**scalars, **step_scalars, **epoch, **gates})
+    scalars |= {**step_scalars, "train/epoch": run.batches.epochs_at(step)}
+    if gates_LK is not None:
+        scalars |= run.setup.built.gate_names.scalars(gates_LK)
+    run.monitor.log(step, scalars)
+    run.callbacks.log(scalars)
     run.monitor.advance(
         step, loss=scalars["train/loss"], samples_per_second=scalars["train/samples_per_second"]
     )
@@ -244,16 +285,7 @@ def _evaluate_and_save(run: Run, state: TrainState) -> TrainState:
 
 def _evaluate(run: Run, state: TrainState) -> TrainState:
     setup, name = run.setup, run.setup.task.name
-    validated = evaluate(
-        setup.engine,
-        setup.data.validation,
-        task=setup.task,
-        tokenizer=setup.tokenizer,
-        config=run.config,
-        metrics=setup.caller.metrics,
-        description="validating",
-        on_batch_end=run.session.raise_if_stopped,
-    )
+    validated = evaluate_set(setup, setup.data.validation, "validating", run.session)
     scores = {**validated.metrics, "loss": validated.loss}
     run.monitor.log(
         state.step, {f"eval/{name}/{metric}": value for metric, value in scores.items()}
@@ -273,15 +305,6 @@ def _evaluate(run: Run, state: TrainState) -> TrainState:
     state = state.measured(validated.metrics["average_metrics"], validated.loss)
     run.callbacks.at(state, run.batches.epochs_at(state.step))
     return state
-
-
-def gates_and_similarity(engine: Engine, evaluated: Evaluation) -> tuple[Tensor, Tensor] | None:
-    """Of an evaluation just done, gates [N,L,K] and prompt similarity [1+K,1+K]; None without experts."""
-    assert isinstance(engine.module, TrainedT5)
-    similarity_MM = engine.module.prompt_similarity()
-    if evaluated.gates_NLK is None or similarity_MM is None:
-        return None
-    return evaluated.gates_NLK, similarity_MM.cpu()
 
 
 def _log_saves(run: Run) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pemt.data import IGNORED_LABEL
 from pemt.engine import Engine
 from pemt.model import PemtOutput
+
+GATES = "gates"
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,9 @@ class Meter:
     def _clear(self) -> None:
         self._started = time.perf_counter()
         self._micro_batches = 0
-        self._losses: dict[str, Tensor] = {}
-        self._gates_LK: Tensor | None = None
-        self._samples = torch.zeros((), device=self._engine.device)
-        self._tokens = torch.zeros((), device=self._engine.device)
-        self._real, self._positions = torch.zeros((), device=self._engine.device), 0
+        self._sums: dict[str, Tensor] = {}
+        # samples, tokens, source tokens, and positions that these are padded to
+        self._counts = np.zeros(4, dtype=np.int64)
 
     def add(
         self,
@@ -87,23 +88,21 @@ class Meter:
         weight: MicroBatchWeight,
         step_loss: Tensor,
     ) -> None:
-        """Count one micro-batch of this rank, and what was taken the gradient of."""
+        """Count one micro-batch of this rank, on the CPU, and what was taken the gradient of."""
         self._micro_batches += 1
         self._sum("loss", step_loss, 1.0)
         self._sum("ce_loss", out.ce_loss, weight.tokens)
         self._sum("sparsity_loss", out.sparsity_loss, weight.samples)
         if out.gates_BLK is not None:
-            gates_LK = out.gates_BLK.float().mean(dim=0) * weight.samples
-            self._gates_LK = gates_LK if self._gates_LK is None else self._gates_LK + gates_LK
-        self._samples += len(batch["input_ids"])
-        real = batch["attention_mask"].sum()
-        self._tokens += real + (batch["labels"] != IGNORED_LABEL).sum()
-        self._real += real
-        self._positions += batch["attention_mask"].numel()
+            self._sum(GATES, out.gates_BLK.mean(dim=0), weight.samples)
+        mask = batch["attention_mask"]
+        source_tokens = int(mask.sum())
+        tokens = source_tokens + int((batch["labels"] != IGNORED_LABEL).sum())
+        self._counts += [len(mask), tokens, source_tokens, mask.numel()]
 
     def _sum(self, name: str, value: Tensor | None, weight: float) -> None:
         if value is not None:
-            self._losses[name] = self._losses.get(name, 0.0) + value.detach().float() * weight
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float() * weight
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -118,22 +117,19 @@ class Meter:
         Losses; samples and tokens a second; `train/padding_waste`, the share of padding among the
         source tokens; memory.
         """
-        names = list(self._losses)
-        means = self._engine.mean(
-            torch.stack([self._losses[name] for name in names]) / self._micro_batches
-        )
-        positions = torch.full_like(self._real, self._positions)
-        counts = self._engine.sum(torch.stack([self._samples, self._tokens, self._real, positions]))
+        gates_LK = self._sums.pop(GATES, None)
+        if gates_LK is not None:
+            gates_LK = self._engine.mean(gates_LK / self._micro_batches).cpu()
+        means = self._engine.mean(torch.stack([*self._sums.values()]) / self._micro_batches)
+        counts = self._engine.totals(self._counts.tolist())
+        samples, tokens, source_tokens, positions = counts
         seconds = time.perf_counter() - self._started
-        scalars = {f"train/{name}": float(mean) for name, mean in zip(names, means, strict=True)}
-        scalars["train/samples_per_second"] = float(counts[0]) / seconds
-        scalars["train/tokens_per_second"] = float(counts[1]) / seconds
-        scalars["train/padding_waste"] = 1 - float(counts[2] / counts[3])
+        scalars = {
+            f"train/{name}": float(mean) for name, mean in zip(self._sums, means, strict=True)
+        }
+        scalars["train/samples_per_second"] = samples / seconds
+        scalars["train/tokens_per_second"] = tokens / seconds
+        scalars["train/padding_waste"] = 1 - source_tokens / positions
         scalars |= self._engine.memory()
-        gates_LK = (
-            None
-            if self._gates_LK is None
-            else self._engine.mean(self._gates_LK / self._micro_batches).cpu()
-        )
         self._clear()
         return scalars, gates_LK

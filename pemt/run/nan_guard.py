@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pemt.config import PemtError, RunConfig
+from pemt.config import PemtError
 from pemt.engine import Engine
 from pemt.monitor import progress_logger
 
@@ -24,22 +24,20 @@ class NonFiniteGuard:
     """Counts skipped steps in a row, alike on all ranks, and stops the run at the limit.
 
     Args:
-        config: `max_skipped_steps`; `output_dir` receives `not-finite-step-<step>-rank-<rank>.jsonl`.
-        engine: the run's ranks.
+        engine: the run's; `output_dir` receives `not-finite-step-<step>-rank-<rank>.jsonl`.
         rows_of: the examples of a micro-batch, which are saved for inspection.
         log: logs a line.
     """
 
     def __init__(
         self,
-        config: RunConfig,
         engine: Engine,
         rows_of: Callable[[list[Any]], list[dict[str, Any]]],
         *,
         log: Callable[[str], None],
     ) -> None:
-        self._output_dir = Path(config.output_dir)
-        self._limit = config.max_skipped_steps
+        self._output_dir = Path(engine.config.output_dir)
+        self._limit = engine.config.max_skipped_steps
         self._engine = engine
         self._rows_of = rows_of
         self._log = log
@@ -77,14 +75,13 @@ class NonFiniteGuard:
     ) -> NonFiniteError:
         values = torch.stack(losses).float()
         # gloo and NCCL gather equal shapes, and every rank has equally many micro-batches
-        losses_RM = self._engine.gather(values[None].contiguous()).cpu()
+        losses_RM = self._engine.gather(values[None]).cpu()
         self._save(step, micro_batches, values.tolist())
         self._engine.barrier()
         guilty = [rank for rank, row_M in enumerate(losses_RM) if not row_M.isfinite().all()]
         if guilty:
-            what = (
-                f"the loss is {_worst(losses_RM[guilty[0]])} on rank {', '.join(map(str, guilty))}"
-            )
+            worst = float(losses_RM[~losses_RM.isfinite()][0])
+            what = f"the loss is {worst} on rank {', '.join(map(str, guilty))}"
         else:
             what = "every rank's loss is finite, the gradient is not"
         path = self._path(step, guilty[0] if guilty else 0)
@@ -115,7 +112,3 @@ class NonFiniteGuard:
             path.write_text("".join(lines), encoding="utf-8")
         except OSError as error:  # the run ends anyway, and with the true reason
             progress_logger().warning(f"{path}: cannot be written: {error.strerror}")
-
-
-def _worst(losses_M: Tensor) -> str:
-    return str(float(losses_M[~losses_M.isfinite()][0]))

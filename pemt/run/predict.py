@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from pemt.config import PemtError, RunConfig
 from pemt.data import (
-    collate,
     encode_sources,
     label_ids,
     note_on_inputs,
@@ -48,7 +47,7 @@ from pemt.tasks import Task, longest_target
 
 # So many batches a rank are put in order of length together, and written before the next are begun.
 BATCHES = 32
-DIGITS = 4  # of a gate weight, in a file
+DIGITS = 4  # of a gate weight or a probability, in a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +73,14 @@ class Prediction:
 
     def line(self) -> str:
         """One line of jsonl."""
-        gates = {
-            ffn: {source: round(weight, DIGITS) for source, weight in row.items()}
-            for ffn, row in self.gates.items()
-        }
-        label: dict[str, Any] = {} if self.label is None else {"label": self.label}
-        if self.probabilities is not None:
-            rounded = {name: round(each, DIGITS) for name, each in self.probabilities.items()}
-            label["probabilities"] = rounded
-        values = {"input": self.input, "prediction": self.prediction, **label, "gates": gates}
+        values = {name: _rounded(each) for name, each in vars(self).items() if each is not None}
         return json.dumps(values, ensure_ascii=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return round(value, DIGITS) if isinstance(value, float) else value
 
 
 class Predictor:
@@ -134,15 +131,15 @@ class Predictor:
         texts = _texts(task, inputs)
         if not texts:
             return []
-        ids = self._encoded(texts)
-        labels = label_ids(task, self.finished.tokenizer) if constrain else []
+        ids, tokenizer = self._encoded(texts), self.finished.tokenizer
+        if constrain:
+            measure = partial(score_labels, self.engine, labels=label_ids(task, tokenizer))
+        else:
+            beams = num_beams or config.num_beams
+            measure = partial(generate_batch, self.engine, longest=longest, num_beams=beams)
+        rows, lengths = [{"input_ids": each} for each in ids], [len(each) for each in ids]
         columns = map_over_ranks(
-            self.engine,
-            [len(each) for each in ids],
-            batch_size=batch_size or config.per_device_eval_batch_size,
-            measure=lambda indices: self._measure(
-                [ids[i] for i in indices], longest, num_beams or config.num_beams, labels
-            ),
+            self.engine, rows, lengths, tokenizer, measure, batch_size=batch_size
         )
         named: list[NamedGates] = [{} for _ in texts]
         if "gates" in columns:
@@ -192,21 +189,6 @@ class Predictor:
                 progress_logger().warning(f"{sum(flags)} of {len(flags)} inputs {problem}{first}")
         self._warned = self._warned or any(cut) or any(strange)
         return ids
-
-    def _measure(
-        self, ids: list[list[int]], longest: int, num_beams: int, labels: list[list[int]]
-    ) -> dict[str, Tensor]:
-        """Of one batch: what `score_labels` gives where there are labels, else what `generate_batch` does."""
-        tokenizer, engine = self.finished.tokenizer, self.engine
-        batch = collate(
-            [{"input_ids": each} for each in ids],
-            pad_token_id=tokenizer.pad_token_id,
-            pad_to_multiple_of=self.finished.config.pad_to_multiple_of,
-            device=engine.device,
-        )
-        if labels:
-            return score_labels(engine, batch, labels)
-        return generate_batch(engine, batch, longest=longest, num_beams=num_beams)
 
 
 def _texts(
@@ -263,10 +245,17 @@ def predict_file(
     )
     predictor = Predictor(load_on_all(run_dir, config, engine), engine)
     engine.on_rank0(lambda: predictor.warn_of_cuts(texts), "measuring the input")
-    with _opened(output_file if engine.is_main else None) as file:
-        beside_bar = output_file is None and sys.stdout.isatty()
-        for predictions in _chunks(predictor, texts, constrain_labels, shown=not beside_bar):
+    size = BATCHES * config.per_device_eval_batch_size * engine.world_size
+    on_terminal = output_file is None and sys.stdout.isatty()  # a bar would be glued to the answers
+    hidden = True if on_terminal or not engine.is_main else None  # None: shown on a terminal alone
+    with (
+        _opened(output_file if engine.is_main else None) as file,
+        tqdm(total=len(texts), desc="predicting", unit="input", disable=hidden) as bar,
+    ):
+        for start in range(0, len(texts), size):
+            predictions = predictor(texts[start : start + size], constrain_labels=constrain_labels)
             engine.on_rank0(partial(_write, file, predictions), "writing predictions")
+            bar.update(len(predictions))
     engine.release()
 
 
@@ -287,24 +276,6 @@ def _read(
     if note := note_on_inputs(task, input_file):
         progress_logger().info(note)
     return texts
-
-
-def _chunks(
-    predictor: Predictor, texts: list[str], constrain_labels: bool | None, *, shown: bool
-) -> Iterator[list[Prediction]]:
-    """The predictions in their order, some batches at a time, with a bar where someone looks.
-
-    Args:
-        shown: false where the predictions themselves go to the terminal: they would be glued to it.
-    """
-    engine = predictor.engine
-    size = BATCHES * predictor.finished.config.per_device_eval_batch_size * engine.world_size
-    hidden = None if engine.is_main and shown else True  # None: shown on a terminal alone
-    with tqdm(total=len(texts), desc="predicting", unit="input", disable=hidden) as bar:
-        for start in range(0, len(texts), size):
-            chunk = texts[start : start + size]
-            yield predictor(chunk, constrain_labels=constrain_labels)
-            bar.update(len(chunk))
 
 
 @contextmanager

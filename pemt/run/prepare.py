@@ -29,15 +29,16 @@ from pemt.monitor import progress_logger
 from pemt.run.build import BuiltModel
 from pemt.run.caller_inputs import CallerInputs
 from pemt.run.session import Session
-from pemt.tasks import Task
+from pemt.tasks import Task, task_text
 
 Batches: TypeAlias = TrainBatches | StreamBatches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run needs before its model is built; making one writes nothing."""
+    """All that a run reads before its first step; making one writes nothing."""
 
+    config: RunConfig
     engine: Engine
     start: Fresh[Any] | Resume[Any]
     task: Task
@@ -45,15 +46,14 @@ class Setup:
     base: PreTrainedModel
     data: TaskData
     caller: CallerInputs
+    built: BuiltModel
 
 
-def open_run(
-    config: RunConfig, setup: Setup, built: BuiltModel, session: Session
-) -> tuple[Checkpoints, Checkpoint | None]:
+def open_run(setup: Setup, session: Session) -> tuple[Checkpoints, Checkpoint | None]:
     """The run's folder, ready to be written, and the checkpoint to resume from."""
-    engine, start, resumed = setup.engine, setup.start, None
+    config, engine, start, resumed = setup.config, setup.engine, setup.start, None
     with engine.together("reading the digest of the base model's weights"):
-        checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup, built))
+        checkpoints = Checkpoints(Path(config.output_dir), engine, config, _identity(setup))
     if isinstance(start, Resume):
         resumed = checkpoints.find(start.checkpoint, expected=session.saved_before)
         if not resumed and engine.is_main:
@@ -61,16 +61,16 @@ def open_run(
                 f"{config.output_dir}: the run started here has no checkpoint yet"
             )
     session.attach_checkpoints(checkpoints)
+    own = setup.caller.task
+    task = None if own is None else task_text(own)
     engine.on_rank0(
-        lambda: start_run_folder(
-            config, fresh=isinstance(start, Fresh), task=setup.caller.own_task_text()
-        ),
+        lambda: start_run_folder(config, fresh=isinstance(start, Fresh), task=task),
         "writing the run's configuration",
     )
     return checkpoints, resumed
 
 
-def open_all_trackers(config: RunConfig, engine: Engine) -> list[Tracker]:
+def open_all_trackers(engine: Engine) -> list[Tracker]:
     """The trackers of `report_to` besides TensorBoard; none on other ranks than 0 (all ranks call).
 
     A resumed run goes on in the runs that it has begun there: they stand in the run's folder.
@@ -78,10 +78,10 @@ def open_all_trackers(config: RunConfig, engine: Engine) -> list[Tracker]:
     Raises:
         ConfigError: one does not open.
     """
-    folder = Path(config.output_dir)
+    folder = Path(engine.config.output_dir)
 
     def open_them() -> None:
-        engine.trackers, runs = open_trackers(config, tracker_runs(folder))
+        engine.trackers, runs = open_trackers(engine.config, tracker_runs(folder))
         if runs:
             write_tracker_runs(folder, runs)
 
@@ -89,7 +89,7 @@ def open_all_trackers(config: RunConfig, engine: Engine) -> list[Tracker]:
     return engine.trackers
 
 
-def _identity(setup: Setup, built: BuiltModel) -> dict[str, Any]:
+def _identity(setup: Setup) -> dict[str, Any]:
     """What a checkpoint of this run belongs to, besides what the configuration tells."""
     train, data = setup.data.train, setup.data
     # What a finished run answers with: its data may be gone by then.
@@ -98,17 +98,16 @@ def _identity(setup: Setup, built: BuiltModel) -> dict[str, Any]:
         **measured,
         # What has chosen the best checkpoint so far, where it is not the task's own.
         "metrics": sorted(setup.caller.metrics) or None,
-        "stage": built.stage,
-        "sources": built.source_names,
+        "stage": setup.built.stage,
+        "sources": setup.built.source_names,
         "train_examples": None if isinstance(train, TrainStream) else len(train),
         "base_sha256": base_digest(checked_base(setup.base)),
     }
 
 
-def train_batches(
-    config: RunConfig, setup: Setup, position: dict[str, Any] | None = None
-) -> Batches:
+def train_batches(setup: Setup, position: dict[str, Any] | None = None) -> Batches:
     """This rank's share of the training data; of a stream from a position on."""
+    config = setup.config
     division: dict[str, Any] = {
         "batch_size": config.per_device_train_batch_size,
         "accumulation": config.gradient_accumulation_steps,
@@ -196,10 +195,5 @@ def restore(setup: Setup, schedule: LambdaLR, resumed: Checkpoint) -> TrainState
 
 def set_schedule_step(schedule: LambdaLR, step: int) -> None:
     """Put a schedule where `step` calls of its own `step` would have taken it."""
-    schedule.last_epoch = step
-    rates = [
-        base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
+    schedule.last_epoch = step - 1
+    schedule.step()

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
-from pemt.checkpoint import RunFolderError, TrainState
-from pemt.data import TaskData
+from pemt.checkpoint import RunFolderError
 from pemt.monitor import GateNames
 from pemt.run.evaluate import Evaluation
+from pemt.run.loop import FitResult
+from pemt.run.prepare import Setup
 from pemt.storage import write_text
-from pemt.tasks import Task, example_scores, metrics_of, without_redundant_mean
+from pemt.tasks import example_scores, metrics_of, without_redundant_mean
 
 
-def final_results(
-    tested: Evaluation,
-    *,
-    state: TrainState,
-    epoch: float,
-    gates: GateNames,
-    data: TaskData,
-    custom_metrics: Sequence[str] = (),
-) -> dict[str, Any]:
+def final_results(setup: Setup, fitted: FitResult, tested: Evaluation) -> dict[str, Any]:
     """The final report under its published names, with the sources that `moe_weight_k` speaks of.
 
     It also tells what was scored (`split`, `examples`, `split_origin`) and how the checkpoint was chosen: by the mean
-    of the metrics of a Python caller (`custom_metrics`), else of the task's.
+    of a Python caller's metrics, else of the task's.
     """
-    first, *others = custom_metrics or metrics_of(tested.metrics)
+    state, data = fitted.state, setup.data
+    first, *others = setup.caller.metrics or metrics_of(tested.metrics)
     return {
-        "epoch": epoch,
-        **named_scores(tested, gates, split="test"),
+        "epoch": fitted.epoch,
+        **named_scores(tested, setup.built.gate_names, split="test"),
         "split": "test",
         "examples": len(tested.predictions),
         "split_origin": data.origins["test"],
@@ -81,10 +73,8 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     _write(path, json.dumps(results, indent=2) + "\n")
 
 
-def write_predictions(
-    path: Path, scored: Evaluation, dataset: Dataset, task: Task, names: GateNames
-) -> None:
-    """Write what was predicted, a line of JSON for every example, in the data set's order (rank 0 calls).
+def write_predictions(path: Path, setup: Setup, tested: Evaluation) -> None:
+    """Write what was predicted of the test set, a line of JSON an example, in the set's order (rank 0 calls).
 
     A line has `input`, `target`, `references`, `prediction`, `scores` (what the example scores alone, 0 to 100; empty
     for a regression), `gates` (source -> weight, averaged over the sites that have it; empty without experts), and
@@ -93,17 +83,17 @@ def write_predictions(
     Raises:
         RunFolderError: it cannot be written.
     """
-    gates_NLK = scored.gates_NLK
+    dataset, names, gates_NLK = setup.data.test, setup.built.gate_names, tested.gates_NLK
     gates = [[]] * len(dataset) if gates_NLK is None else names.over_sites(gates_NLK).tolist()
     lines = []
-    for row, prediction, gates_K in zip(dataset, scored.predictions, gates, strict=True):
+    for row, prediction, gates_K in zip(dataset, tested.predictions, gates, strict=True):
         references = list(row["references"])
         line = {
             "input": row["source"],
             "target": row["target"],
             "references": references,
             "prediction": prediction,
-            "scores": example_scores(task, prediction, references),
+            "scores": example_scores(setup.task, prediction, references),
             "gates": {
                 name: round(weight, 4) for name, weight in zip(names.sources, gates_K, strict=True)
             },

@@ -18,7 +18,7 @@ from pemt.checkpoint import (
     saved_checkpoint,
     write_status,
 )
-from pemt.config import PemtError, RunConfig
+from pemt.config import PemtError
 from pemt.engine import Engine, Interrupted, StopSignals, Watchdog
 from pemt.monitor import progress_logger
 from pemt.storage import StorageError, write_text
@@ -32,21 +32,21 @@ class Session:
     """Use it in a `with` block around all that a run writes; every rank calls every method.
 
     Args:
-        config: names the run's output folder, which is made, and how long a rank may be silent.
-        engine: combines over ranks what one of them has been told.
+        engine: combines over ranks what one of them has been told; its configuration names the run's output folder,
+            which is made, and how long a rank may be silent.
 
     Raises:
         LockError: another run is under way in the folder.
         StorageError: the folder cannot be written.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine) -> None:
-        self._folder, self._engine = Path(config.output_dir), engine
+    def __init__(self, engine: Engine) -> None:
+        self._folder, self._engine = Path(engine.config.output_dir), engine
         self._lock = RunLock(self._folder)
         self._watchdog = Watchdog(
             rank=engine.rank,
             world_size=engine.world_size,
-            timeout=config.ddp_timeout,
+            timeout=engine.config.ddp_timeout,
             on_failure=lambda: self._write_status("failed"),
         )
         self._watched = StopSignals()

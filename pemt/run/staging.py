@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,8 @@ from pemt.monitor import progress_logger
 
 STAGE_DIR = "PEMT_STAGE_DIR"
 STAGED = ("model_name_or_path", "tokenizer_name", "data_dir")
-LOCK = (
-    "pemt.lock"  # one job of a node at a time copies; launchers/slurm_common.sh takes the same one
-)
+# One job of a node at a time copies; launchers/slurm_common.sh takes the same one.
+LOCK = "pemt.lock"
 # What stands beside the weights on the hub, and is never read.
 UNREAD = (".git", ".cache", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.tflite")
 
@@ -71,7 +71,7 @@ def copy_of(folder: Path, place: Path, *, unread: tuple[str, ...] = ()) -> Path:
         unread = (*unread, "pytorch_model*")
     ignore = shutil.ignore_patterns(*unread)
     try:
-        listed, size = _listing(folder, unread)
+        listed, size = _listing(folder, ignore)
         copy = place / f"pemt-{folder.name}-{listed}"
         place.mkdir(parents=True, exist_ok=True)
         with (place / LOCK).open("w") as lock:
@@ -97,12 +97,11 @@ def copy_of(folder: Path, place: Path, *, unread: tuple[str, ...] = ()) -> Path:
     return copy
 
 
-def _listing(folder: Path, unread: tuple[str, ...]) -> tuple[str, int]:
+def _listing(folder: Path, ignore: Callable[[str, list[str]], set[str]]) -> tuple[str, int]:
     """A digest of the names, sizes and times of a folder's files, and their bytes."""
     digest, total = hashlib.sha256(str(folder).encode()), 0
-    leave_out = shutil.ignore_patterns(*unread)
     for path, folders, files in os.walk(folder, followlinks=True):
-        skipped = leave_out(path, [*folders, *files])
+        skipped = ignore(path, [*folders, *files])
         folders[:] = sorted(name for name in folders if name not in skipped)
         for name in sorted(set(files) - skipped):
             file = Path(path, name)

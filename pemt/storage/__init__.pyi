@@ -1,5 +1,6 @@
 from .folders import (
     TEMPORARY as TEMPORARY,
+    copy_files as copy_files,
     move_files as move_files,
     recover_interrupted_replace as recover_interrupted_replace,
     remove_folder as remove_folder,

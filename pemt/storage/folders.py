@@ -96,13 +96,20 @@ def tensor_writer(
 
 def move_files(source: Path, names: Sequence[str]) -> Callable[[Path], None]:
     """A writer for `write_folders` that takes files as they are from a folder of the same disk."""
+    return partial(_take_files, take=os.rename, source=source, names=names)
 
-    def move(temporary: Path) -> None:
-        for name in names:
-            fs_op(os.rename, source / name, temporary / name)
-            fs_op(_sync, temporary / name)
 
-    return move
+def copy_files(source: Path, names: Sequence[str]) -> Callable[[Path], None]:
+    """A writer for `write_folders` that copies files as they are."""
+    return partial(_take_files, take=shutil.copyfile, source=source, names=names)
+
+
+def _take_files(
+    temporary: Path, *, take: Callable[[Path, Path], Any], source: Path, names: Sequence[str]
+) -> None:
+    for name in names:
+        fs_op(take, source / name, temporary / name)
+        fs_op(_sync, temporary / name)
 
 
 def fs_op(operation: Callable[..., Any], *arguments: Any) -> None:

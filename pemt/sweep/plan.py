@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from pemt.checkpoint import CONFIG, RESULTS, plain_values
+from pemt.checkpoint import CONFIG, RESULTS, plain_values, trained_count
 from pemt.config import (
     AdaptConfig,
     ConfigError,
@@ -33,6 +34,7 @@ SOURCE_OWN = tuple(key for key in OWN if key != "seed")
 # What stage 1 takes from the fields of all stage 2 runs.
 SHARED = ("model_name_or_path", "tokenizer_name", "bank_dir")
 Config = TypeVar("Config", bound=RunConfig)
+_Fields: TypeAlias = Mapping[str, Any]
 
 
 class SweepError(PemtError):
@@ -62,6 +64,17 @@ class Run:
     def finished(self) -> bool:
         """Whether it has left its results."""
         return (self.folder / RESULTS).is_file()
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What `all_results.json` of a finished one holds."""
+        found: dict[str, Any] = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def trained(self) -> int | None:
+        """How many parameters a finished one trains; None where its checkpoint is gone."""
+        return trained_count(self.folder / self.results["best_checkpoint"])
 
     def __str__(self) -> str:
         return f"{self.task}, {self.method}, seed {self.seed}"
@@ -98,39 +111,53 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         SweepError: anything wrong in any run; a line per fault, each with file and key.
     """
-    content = _content(path)
-    methods, tasks = (_named(path, content, key) for key in ("methods", "tasks"))
+    content = read_yaml_mapping(path.expanduser())
+    try:
+        return _sweep(content)
+    except SweepError as error:
+        raise SweepError(*(f"{path}: {fault}" for fault in error.args)) from None
+
+
+def _sweep(content: Mapping[str, Any]) -> Sweep:
+    _check_shape(content)
+    output_dir = Path(content["output_dir"]).expanduser()
+    seeds = list(dict.fromkeys(content["seeds"]))
+    methods, tasks = _named(content, "methods"), _named(content, "tasks")
+    recipes = {name: each.pop("recipe", content.get("recipe")) for name, each in methods.items()}
     shared = content.get("fields") or {}
-    _stop(list(_unknown(path, shared, methods, tasks)))
-    numbers, published_by = _published(path, content, methods, tasks)
-    sources, faults = _sources(path, content, shared)
+    every = {"fields": shared, **_levels("tasks", tasks), **_levels("methods", methods)}
+    _check_keys(AdaptConfig, every, OWN)
+    numbers, published_by = _published(content.get("published"), methods, tasks)
+    sources, faults = _sources(content, shared, output_dir / "stage1")
     if sources:
         shared = {"source_tasks": [each.task_name for each in sources], **shared}
     runs: list[Run] = []
     made: dict[tuple[str, str], AdaptConfig] = {}  # of the first seed; reading one takes 50 ms
-    for seed, task, method in product(content["seeds"], tasks, methods):
+    for seed, task, method in product(seeds, tasks, methods):
         levels = {
             f"methods.{method}": methods[method],
             f"tasks.{task}": tasks[task],
             "fields": shared,
         }
-        recipe = methods[method].get("recipe", content.get("recipe"))
-        folder = _output_dir(content) / task / method / f"seed-{seed}"
+        default = {"method": method, "task_name": task, "output_dir": ""}
+        folder = output_dir / task / method / f"seed-{seed}"
         try:
             if (task, method) not in made:
-                made[task, method] = _checked(recipe, levels, method, task, bool(sources))
+                config = _config(AdaptConfig, recipes[method], levels, default)
+                if not (sources and config.method == "pemt"):  # whose bank is not there yet
+                    check_method(config)
+                made[task, method] = config
             config = replace(made[task, method], output_dir=str(folder), seed=seed)
             _check_folder(config)
             runs.append(Run(method=method, task=task, seed=seed, config=config))
         except PemtError as error:
-            where = f"tasks.{task}, methods.{method}"
-            faults.append(f"{path}: {_placed(str(error), levels, where)}")
+            faults.append(_placed(str(error), levels, f"tasks.{task}, methods.{method}"))
     _stop(faults)
     return Sweep(
-        output_dir=_output_dir(content),
+        output_dir=output_dir,
         methods=list(methods),
         tasks=list(tasks),
-        seeds=content["seeds"],
+        seeds=seeds,
         runs=runs,
         sources=sources,
         published=numbers,
@@ -138,62 +165,41 @@ def read_sweep(path: Path) -> Sweep:
     )
 
 
-def _checked(
-    recipe: str | None,
-    levels: Mapping[str, Mapping[str, Any]],
-    method: str,
-    task: str,
-    has_sources: bool,
-) -> AdaptConfig:
-    """A method's configuration on a task; folder and seed are put in later."""
-    own = {"task_name": levels[f"tasks.{task}"].get("task_name", task), "output_dir": ""}
-    config = _config(AdaptConfig, recipe, levels, {"method": method}, own)
-    if not (has_sources and config.method == "pemt"):  # whose bank is not there yet
-        check_method(config)
-    return config
-
-
-def _output_dir(content: Mapping[str, Any]) -> Path:
-    return Path(content["output_dir"]).expanduser()
-
-
 def _sources(
-    path: Path, content: Mapping[str, Any], shared: Mapping[str, Any]
+    content: Mapping[str, Any], shared: Mapping[str, Any], output_dir: Path
 ) -> tuple[list[SourceConfig], list[str]]:
     """Stage 1's runs, on the base model and into the bank of `fields`; and what is wrong with them."""
-    named = _named(path, content, "sources") if content.get("sources") else {}
+    named = _named(content, "sources") if content.get("sources") else {}
     given = content.get("source_fields") or {}
-    every = {"source_fields": given, **{f"sources.{name}": each for name, each in named.items()}}
-    _stop(list(_unknown_in(path, every, SourceConfig, SOURCE_OWN)))
+    _check_keys(SourceConfig, {"source_fields": given, **_levels("sources", named)}, SOURCE_OWN)
     found: dict[str, SourceConfig] = {}
     faults = []
     if given and not named:
-        faults.append(f"{path}: source_fields: there are no `sources` to train with them")
+        faults.append("source_fields: there are no `sources` to train with them")
     for name, each in named.items():
         levels = {
             f"sources.{name}": each,
             "source_fields": given,
             "fields": {key: shared[key] for key in SHARED if key in shared},
         }
-        task = each.get("task_name", name)
-        own = {"output_dir": str(_output_dir(content) / "stage1" / name), "task_name": task}
+        default = {"task_name": name, "output_dir": str(output_dir / name)}
         try:
-            if task in found:
+            config = _config(SourceConfig, "source", levels, default)
+            if config.task_name in found:
                 raise ConfigError(
-                    f"task_name: found {task} twice; the bank has one entry of a name"
+                    f"task_name: found {config.task_name} twice; the bank has one entry of a name"
                 )
-            found[task] = _config(SourceConfig, "source", levels, {}, own)
-            _check_folder(found[task])
+            found[config.task_name] = config
+            _check_folder(config)
         except PemtError as error:
-            faults.append(f"{path}: {_placed(str(error), levels, f'sources.{name}')}")
+            faults.append(_placed(str(error), levels, f"sources.{name}"))
     return list(found.values()), faults
 
 
 def _published(
-    path: Path, content: Mapping[str, Any], methods: Mapping[str, Any], tasks: Mapping[str, Any]
+    given: Any, methods: Mapping[str, Any], tasks: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, float]], str]:
     """Published numbers by method and task, and where they stand."""
-    given = content.get("published")
     if given is None:
         return {}, ""
     numbers = given.get("numbers") if isinstance(given, dict) else None
@@ -204,34 +210,30 @@ def _published(
         or not all(type(each) in (int, float) for row in numbers.values() for each in row.values())
     ):
         raise SweepError(
-            f"{path}: published: found {given}, expected `source: where they stand` and "
+            f"published: found {given}, expected `source: where they stand` and "
             "`numbers: {method: {task: percent}}`"
         )
-    wrong = [(method, methods) for method in numbers]
-    wrong += [(task, tasks) for row in numbers.values() for task in row]
+    named = [(method, methods) for method in numbers]
+    named += [(task, tasks) for row in numbers.values() for task in row]
     _stop(
         [
-            f"{path}: published.numbers: unknown `{name}`{nearest(name, list(known))}"
-            for name, known in wrong
+            f"published.numbers: unknown `{name}`{nearest(name, list(known))}"
+            for name, known in named
             if name not in known
         ]
     )
     return numbers, str(given["source"])
 
 
-def _content(path: Path) -> dict[str, Any]:
-    content = read_yaml_mapping(path.expanduser())
-    faults = [
-        f"{path}: unknown key `{key}`{nearest(key, list(KEYS), what=f'there are {KEYS}')}"
-        for key in content
-        if key not in KEYS
-    ]
-    faults += [f"{path}: {key}: missing" for key in NEEDED if not content.get(key)]
+def _check_shape(content: Mapping[str, Any]) -> None:
+    known = f"there are {KEYS}"
+    unknown = [key for key in content if key not in KEYS]
+    faults = [f"unknown key `{key}`{nearest(key, list(KEYS), what=known)}" for key in unknown]
+    faults += [f"{key}: missing" for key in NEEDED if not content.get(key)]
     _stop(faults)
     seeds = content["seeds"]
     if not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
-        raise SweepError(f"{path}: seeds: found {seeds}, expected a list of integers")
-    return {**content, "seeds": list(dict.fromkeys(seeds))}
+        raise SweepError(f"seeds: found {seeds}, expected a list of integers")
 
 
 def _stop(faults: list[str]) -> None:
@@ -239,7 +241,7 @@ def _stop(faults: list[str]) -> None:
         raise SweepError(*dict.fromkeys(faults))
 
 
-def _named(path: Path, content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+def _named(content: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
     """Names with their own fields, from a list of names or a mapping."""
     value = content[key]
     named = dict.fromkeys(value) if isinstance(value, list) else value
@@ -248,64 +250,51 @@ def _named(path: Path, content: Mapping[str, Any], key: str) -> dict[str, dict[s
         for name, fields in named.items()
     ):
         raise SweepError(
-            f"{path}: {key}: found {value}, expected a list of names, or `name: {{field: value}}` lines"
+            f"{key}: found {value}, expected a list of names, or `name: {{field: value}}` lines"
         )
     for name in named:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise SweepError(
-                f"{path}: {key}: found the name `{name}`; it becomes a folder's: letters, digits, . _ -"
+                f"{key}: found the name `{name}`; it becomes a folder's: letters, digits, . _ -"
             )
-    return {name: fields or {} for name, fields in named.items()}
+    return {name: dict(fields or {}) for name, fields in named.items()}
 
 
-def _unknown(
-    path: Path,
-    shared: Mapping[str, Any],
-    methods: Mapping[str, Mapping[str, Any]],
-    tasks: Mapping[str, Mapping[str, Any]],
-) -> Iterator[str]:
-    """Keys that no run has, or that the sweep settles."""
-    levels: dict[str, Mapping[str, Any]] = {"fields": shared}
-    levels |= {f"tasks.{name}": each for name, each in tasks.items()}
-    for name, each in methods.items():
-        levels[f"methods.{name}"] = {key: each[key] for key in each if key != "recipe"}
-    yield from _unknown_in(path, levels, AdaptConfig, OWN)
+def _levels(key: str, named: Mapping[str, _Fields]) -> dict[str, _Fields]:
+    """Fields by the place in the sweep that they stand at."""
+    return {f"{key}.{name}": fields for name, fields in named.items()}
 
 
-def _unknown_in(
-    path: Path, levels: Mapping[str, Mapping[str, Any]], kind: type[RunConfig], own: tuple[str, ...]
-) -> Iterator[str]:
+def _check_keys(kind: type[RunConfig], levels: Mapping[str, _Fields], own: tuple[str, ...]) -> None:
+    """Refuse keys that no run has, and those of the sweep's `own`."""
     keys = field_keys(kind)
     known = [key for key in keys if key not in own]
+    faults = []
     for level, fields in levels.items():
         for key in flatten(fields, keys):
             if key == "task_name" and level.startswith(("tasks.", "sources.")):
                 continue
             if key in own:
-                yield f"{path}: {level}.{key}: the sweep sets it for each run; leave it out"
+                faults.append(f"{level}.{key}: the sweep sets it for each run; leave it out")
             elif key not in known:
-                yield f"{path}: {level}: unknown key `{key}`{nearest(key, known)}"
+                faults.append(f"{level}: unknown key `{key}`{nearest(key, known)}")
+    _stop(faults)
 
 
 def _config(
-    kind: type[Config],
-    recipe: str | None,
-    levels: Mapping[str, Mapping[str, Any]],
-    default: Mapping[str, Any],
-    own: Mapping[str, Any],
+    kind: type[Config], recipe: str | None, levels: Mapping[str, _Fields], default: _Fields
 ) -> Config:
-    """A run's configuration: `own` wins over the first level, that over the next, the last over `default`."""
+    """A run's configuration: the first level's fields win over the next one's, the last one's over `default`."""
     known = field_keys(kind)
-    given: dict[str, Any] = dict(default)
+    given = dict(default)
     for fields in reversed(list(levels.values())):
         given |= flatten(fields, known)
-    given.pop("recipe", None)
-    config = make_config(kind, {**given, **own}, recipe=recipe, prog="pemt sweep")
+    config = make_config(kind, given, recipe=recipe, prog="pemt sweep")
     get_task(config.task_name, config.task_file)
     return config
 
 
-def _placed(message: str, levels: Mapping[str, Mapping[str, Any]], where: str) -> str:
+def _placed(message: str, levels: Mapping[str, _Fields], where: str) -> str:
     """A complaint about a run, with the place in the sweep that it comes from; else with the run."""
     key = message.removeprefix("--").split(":")[0].split(" ")[0]
     for level, fields in levels.items():

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pemt.checkpoint import RESULTS, trained_count
 from pemt.storage import replacing, write_text
 from pemt.sweep.plan import Sweep
 
@@ -74,31 +73,19 @@ def write_report(sweep: Sweep) -> str:
 def cells_of(sweep: Sweep) -> list[Cell]:
     """Every method on every task, in the sweep's order."""
     cells = []
-    for task in sweep.tasks:
-        for method in sweep.methods:
-            runs = [run for run in sweep.runs if (run.task, run.method) == (task, method)]
-            results = {
-                run.seed: json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
-                for run in runs
-                if run.finished
-            }
-            cells.append(
-                Cell(
-                    method=method,
-                    task=task,
-                    scores={seed: float(each[SCORE]) for seed, each in results.items()},
-                    expected=len(runs),
-                    trained=next(
-                        (
-                            trained_count(run.folder / results[run.seed]["best_checkpoint"])
-                            for run in runs
-                            if run.finished
-                        ),
-                        None,
-                    ),
-                    published=sweep.published.get(method, {}).get(task),
-                )
+    for task, method in product(sweep.tasks, sweep.methods):
+        runs = [run for run in sweep.runs if (run.task, run.method) == (task, method)]
+        finished = [run for run in runs if run.finished]
+        cells.append(
+            Cell(
+                method=method,
+                task=task,
+                scores={run.seed: float(run.results[SCORE]) for run in finished},
+                expected=len(runs),
+                trained=finished[0].trained if finished else None,
+                published=sweep.published.get(method, {}).get(task),
             )
+        )
     return cells
 
 

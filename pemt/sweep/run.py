@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pemt.bank import BankError, entry_names
-from pemt.config import PemtError
+from pemt.config import PemtError, SourceConfig
 from pemt.engine import Job
 from pemt.monitor import progress_logger
 from pemt.run import run_adapt, run_source
@@ -19,6 +19,9 @@ from pemt.sweep.plan import Run, Sweep, SweepError
 from pemt.sweep.report import write_report
 
 ERROR = "error.txt"
+# Rank 0 alone looks: a network disk may show the others older folders, and ranks in different runs would wait for each
+# other.
+LOOKING = "looking for what is done"
 
 
 def run_sweep(sweep: Sweep) -> None:
@@ -34,35 +37,26 @@ def run_sweep(sweep: Sweep) -> None:
         SweepError: runs failed.
         Exception: what ended a run on several ranks.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    _train_sources(sweep, is_main=is_main, alone=alone)
-    waiting = _waiting(sweep, alone=alone)
-    if is_main:
-        done = len(sweep.runs) - len(waiting)
-        progress_logger().info(
-            f"{sweep.output_dir}: {len(sweep.runs)} runs, {done} of them finished before"
-        )
+    job = Job(sweep.runs[0].config)
+    _train_sources(sweep, job)
+    waiting = job.on_rank0(partial(_unfinished, sweep), LOOKING)
+    done = len(sweep.runs) - len(waiting)
+    _log(job, f"{sweep.output_dir}: {len(sweep.runs)} runs, {done} of them finished before")
     failed: list[Run] = []
     for number, run in enumerate(waiting, start=1):
-        if is_main:
-            progress_logger().info(f"run {number} of {len(waiting)}: {run}")
-        try:
-            run_adapt(replace(run.config, resume_from_checkpoint=True))
-        except Exception as error:
-            if is_main:
-                _record(run.folder, error)
-                write_report(sweep)
-            if not alone:
-                raise
+        _log(job, f"run {number} of {len(waiting)}: {run}")
+        config = replace(run.config, resume_from_checkpoint=True)
+        error = _error_of(partial(run_adapt, config), run.folder, job)
+        if job.is_main:
+            write_report(sweep)
+        if error is not None:
+            if job.world_size > 1:
+                raise error
             progress_logger().error(f"{run}: {_line(error)}")
             failed.append(run)
-        else:
-            if is_main:
-                (run.folder / ERROR).unlink(missing_ok=True)
-                write_report(sweep)
-        gc.collect()  # a run that failed has not released its model, and the next one needs the memory
-    if is_main:
+        del error  # which holds on to what the run had in memory
+        gc.collect()
+    if job.is_main:
         print(write_report(sweep), flush=True)
     if failed:
         raise SweepError(
@@ -71,56 +65,52 @@ def run_sweep(sweep: Sweep) -> None:
         )
 
 
-def _waiting(sweep: Sweep, *, alone: bool) -> list[Run]:
-    """The runs that rank 0 finds unfinished, failed ones last (all ranks call).
-
-    A network disk may show the others older folders, and ranks in different runs would wait for each other.
-    """
-
-    def look() -> list[int]:
-        numbers = [number for number, run in enumerate(sweep.runs) if not run.finished]
-        return sorted(numbers, key=lambda number: (sweep.runs[number].folder / ERROR).is_file())
-
-    return [sweep.runs[number] for number in _on_rank0(sweep, look, alone=alone)]
+def _unfinished(sweep: Sweep) -> list[Run]:
+    """The runs to train, those that have failed last."""
+    unfinished = [run for run in sweep.runs if not run.finished]
+    return sorted(unfinished, key=lambda run: (run.folder / ERROR).is_file())
 
 
-def _train_sources(sweep: Sweep, *, is_main: bool, alone: bool) -> None:
+def _train_sources(sweep: Sweep, job: Job) -> None:
     """Stage 1 of every source that the bank lacks (all ranks call)."""
-
-    def look() -> list[int]:
-        try:
-            there = entry_names(sweep.sources[0].bank_dir) if sweep.sources else []
-        except BankError:  # no bank yet
-            there = []
-        return [n for n, source in enumerate(sweep.sources) if source.task_name not in there]
-
-    missing = [sweep.sources[number] for number in _on_rank0(sweep, look, alone=alone)]
-    kept = [source.task_name for source in sweep.sources if source not in missing]
-    if kept and is_main:
-        progress_logger().info(f"in the bank {sweep.sources[0].bank_dir}, kept: {', '.join(kept)}")
+    missing = job.on_rank0(partial(_missing_sources, sweep), LOOKING)
+    if kept := [source.task_name for source in sweep.sources if source not in missing]:
+        _log(job, f"in the bank {sweep.sources[0].bank_dir}, kept: {', '.join(kept)}")
     for number, source in enumerate(missing, start=1):
-        if is_main:
-            progress_logger().info(f"source {number} of {len(missing)}: {source.task_name}")
-        folder = Path(source.output_dir)
-        try:
-            run_source(replace(source, resume_from_checkpoint=True))
-        except Exception as error:
-            if is_main:
-                _record(folder, error)
-            raise
-        if is_main:
-            (folder / ERROR).unlink(missing_ok=True)
-        gc.collect()
+        _log(job, f"source {number} of {len(missing)}: {source.task_name}")
+        config = replace(source, resume_from_checkpoint=True)
+        if error := _error_of(partial(run_source, config), Path(source.output_dir), job):
+            raise error
 
 
-def _on_rank0(sweep: Sweep, look: Callable[[], list[int]], *, alone: bool) -> list[int]:
-    return look() if alone else Job(sweep.runs[0].config).on_rank0(look, "looking for what is done")
+def _missing_sources(sweep: Sweep) -> list[SourceConfig]:
+    try:
+        there = entry_names(sweep.sources[0].bank_dir) if sweep.sources else []
+    except BankError:  # no bank yet
+        there = []
+    return [source for source in sweep.sources if source.task_name not in there]
 
 
-def _record(folder: Path, error: Exception) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    trace = "" if isinstance(error, PemtError) else "".join(traceback.format_exception(error))
-    write_text(folder / ERROR, f"{_line(error)}\n{trace}")
+def _log(job: Job, line: str) -> None:
+    if job.is_main:
+        progress_logger().info(line)
+
+
+def _error_of(train: Callable[[], object], folder: Path, job: Job) -> Exception | None:
+    """What has ended a run, which `error.txt` in its folder tells too; where nothing has, an older one goes."""
+    try:
+        train()
+    except Exception as error:  # noqa: BLE001  whatever it is, the next run may do better
+        if job.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            told = [f"{_line(error)}\n"]
+            if not isinstance(error, PemtError):
+                told += traceback.format_exception(error)
+            write_text(folder / ERROR, "".join(told))
+        return error
+    if job.is_main:
+        (folder / ERROR).unlink(missing_ok=True)
+    return None
 
 
 def _line(error: Exception) -> str:

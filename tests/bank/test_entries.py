@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pemt.bank.entries import read_bank, read_entry, write_entry
-from pemt.bank.manifests import BankError, Manifest, chosen_entries, entry_names
+from pemt.bank.manifests import TENSORS, BankError, Manifest, chosen_entries, entry_names
 from pemt.config import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
-from pemt.storage.manifest import with_checksum
+from pemt.storage import write_folder
+from pemt.storage.manifest import read_manifest, with_checksum
 from tests.support.damages import flip_a_bit
 from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_source
 
@@ -79,8 +81,12 @@ def test_from_stage_one_to_stage_two(tmp_path: Path) -> None:
 
 
 def test_stored_in_bfloat16(tmp_path: Path) -> None:
+    """As Python could once write it, and merged banks may hold it."""
     source = tiny_source()
-    manifest, found = read_entry(put(tmp_path, source, dtype="bfloat16"))
+    folder = put(tmp_path, source)
+    tensors = {key: tensor.bfloat16() for key, tensor in load_file(folder / TENSORS).items()}
+    write_folder(folder, {TENSORS: tensors}, {**read_manifest(folder), "dtype": "bfloat16"})
+    manifest, found = read_entry(folder)
     assert manifest.dtype == "bfloat16"
     assert torch.equal(found.prompt_PD, source.prompt_PD.bfloat16())
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pemt.bank.entries import import_official, read_bank
 from pemt.bank.manifests import BankError
-from pemt.bank.official import OfficialError
 from pemt.config import PemtError
 from pemt.model import ModelError, base_shape
 from tests.parity.golden import Golden, golden_base
@@ -119,7 +118,7 @@ def _renamed(old: str, new: str) -> dict[str, Tensor]:
 )
 def test_a_file_of_something_else(folder: Path, saved: Any, expected: str) -> None:
     torch.save(saved, folder / "lora.pt")
-    with pytest.raises(OfficialError) as raised:
+    with pytest.raises(BankError) as raised:
         run_import(folder)
     assert expected in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -128,7 +127,7 @@ def test_a_file_of_something_else(folder: Path, saved: Any, expected: str) -> No
 @pytest.mark.parametrize("data", [b"", b"no file of tensors", b"PK\x03\x04 cut"])
 def test_a_broken_file(folder: Path, data: bytes) -> None:
     (folder / "lora.pt").write_bytes(data)
-    with pytest.raises(OfficialError) as raised:
+    with pytest.raises(BankError) as raised:
         run_import(folder)
     assert str(folder / "lora.pt") in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -143,22 +142,22 @@ def test_an_entry_is_replaced_only_when_that_is_said(folder: Path) -> None:
 
 def test_which_file(folder: Path, tmp_path: Path) -> None:
     torch.save(published("bottleneck"), folder / "adapter.pt")
-    with pytest.raises(OfficialError, match=r"holds both lora.pt and adapter.pt; choose"):
+    with pytest.raises(BankError, match=r"holds both lora.pt and adapter.pt; choose"):
         run_import(folder)
     (folder / "lora.pt").unlink()
-    with pytest.raises(OfficialError, match="holds no expert of kind lora"):
+    with pytest.raises(BankError, match="holds no expert of kind lora"):
         run_import(folder, kind="lora")
     (folder / "task_embedding.pt").unlink()
-    with pytest.raises(OfficialError, match=r"task_embedding.pt: does not exist"):
+    with pytest.raises(BankError, match=r"task_embedding.pt: does not exist"):
         run_import(folder)
-    with pytest.raises(OfficialError, match=r"holds no expert; needed is lora.pt or adapter.pt"):
+    with pytest.raises(BankError, match=r"holds no expert; needed is lora.pt or adapter.pt"):
         run_import(tmp_path)
 
 
 def test_two_prompts_or_none(folder: Path) -> None:
     for saved in ({"a": PROMPT_PD, "b": PROMPT_PD}, {}, torch.ones(3)):
         torch.save(saved, folder / "task_embedding.pt")
-        with pytest.raises(OfficialError, match="needed is one prompt"):
+        with pytest.raises(BankError, match="needed is one prompt"):
             run_import(folder)
 
 

@@ -114,6 +114,5 @@ class Trained(Variant):
             self.dataset,
             task=get_task(TARGET),
             tokenizer=self.tokenizer,
-            config=self.config,
         )
         return len(done.predictions)

@@ -26,7 +26,6 @@ from pemt.engine import Engine, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.engine.optimizer_state import MOMENTS
 from pemt.model import PemtT5
-from pemt.run.build import build_model
 from pemt.run.caller_inputs import CallerInputs
 from pemt.run.prepare import Setup, prepare, train_batches
 from pemt.run.train import run_adapt, run_source, set_up
@@ -138,10 +137,7 @@ def t5gemma(world: Path, folder: Path, fields: dict[str, Any]) -> None:
 
 def inspect_run(config: Any) -> dict[str, Any]:
     setup = set_up(config, Engine(config), Fresh(config=config), CallerInputs())
-    built = build_model(
-        config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description
-    )
-    return inspect(config, setup, built.model)
+    return inspect(config, setup, setup.built.model)
 
 
 def inspect(config: RunConfig, setup: Setup, model: PemtT5) -> dict[str, Any]:
@@ -150,7 +146,7 @@ def inspect(config: RunConfig, setup: Setup, model: PemtT5) -> dict[str, Any]:
     trained = {name: parameter.numel() for name, parameter in model.trainable_parameters()}
     with broadcast_bytes() as sent, agreements() as checked:
         prepare(config, engine, model, None, total_steps=1)
-    batches = train_batches(config, setup)
+    batches = train_batches(setup)
     shares = [indices for step in batches.epoch(0) for indices in step]
     take_one_step(config, setup)
     found = {
@@ -169,7 +165,7 @@ def take_one_step(config: RunConfig, setup: Setup) -> None:
     from pemt.run.loop import _batch
 
     engine = setup.engine
-    for number, indices in enumerate(next(train_batches(config, setup).epoch(0))):
+    for number, indices in enumerate(next(train_batches(setup).epoch(0))):
         last = number == config.gradient_accumulation_steps - 1
         batch = {key: value.to(engine.device) for key, value in _batch(setup, indices).items()}
         engine.backward(engine.model(**batch).loss, last=last)

@@ -9,7 +9,6 @@ from typing import Any
 
 from pemt.checkpoint import Fresh
 from pemt.engine import Engine
-from pemt.run.build import build_model
 from pemt.run.caller_inputs import CallerInputs
 from pemt.run.loop import _take_step
 from pemt.run.meter import Meter
@@ -65,12 +64,9 @@ def two_steps(config: Any) -> dict[str, Any]:
     """Losses and gradient norms of each, and the weights behind the last."""
     setup = set_up(config, Engine(config), Fresh(config=config), CallerInputs())
     engine = setup.engine
-    built = build_model(
-        config, base=setup.base, tokenizer=setup.tokenizer, description=setup.task.description
-    )
-    schedule = prepare(config, engine, built.model, None, total_steps=2 * STEPS)
+    schedule = prepare(config, engine, setup.built.model, None, total_steps=2 * STEPS)
     meter, logged = Meter(engine), []
-    for micro_batches in train_batches(config, setup).steps(0, STEPS):
+    for micro_batches in train_batches(setup).steps(0, STEPS):
         rates, _ = _take_step(setup, schedule, meter, micro_batches)
         scalars = {**meter.read()[0], **rates}
         logged.append([scalars[tag] for tag in SCALARS])

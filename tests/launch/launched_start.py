@@ -21,8 +21,7 @@ from pemt.checkpoint import Fresh
 from pemt.engine import Engine, full_size, shut_down
 from pemt.engine.exit import run_and_exit
 from pemt.engine.process import peak, watch_peak
-from pemt.model.base import load_base
-from pemt.run.build import build_model
+from pemt.model.base import load_pretrained
 from pemt.run.caller_inputs import CallerInputs
 from pemt.run.loop import _batch
 from pemt.run.prepare import Setup, prepare, train_batches
@@ -42,7 +41,7 @@ def main(world: Path, folder: Path) -> None:
     if (
         folder.name == "whole"
     ):  # the control: read whole by every rank, and handed to DeepSpeed like that
-        pemt.run.train.load_base = lambda config, lazy: load_base(config)  # type: ignore[assignment]
+        pemt.run.train.load_pretrained = lambda *names, lazy: load_pretrained(*names)  # type: ignore[assignment]
         Engine._materialize = lambda *_: None  # type: ignore[method-assign]
     report = started(world, folder)
     report["file_bytes"] = (world / "base" / "model.safetensors").stat().st_size
@@ -57,13 +56,10 @@ def started(world: Path, folder: Path) -> dict[str, Any]:
     before = watch_peak(CPU)
     with broadcast_bytes() as sent:
         setup = pemt.run.train.set_up(config, Engine(config), Fresh(config=config), CallerInputs())
-        built = build_model(
-            config, base=setup.base, tokenizer=setup.tokenizer, description="the lid"
-        )
-        prepare(config, setup.engine, built.model, None, total_steps=STEPS)
-    trained = sum(full_size(each) for _, each in built.model.trainable_parameters())
+        prepare(config, setup.engine, setup.built.model, None, total_steps=STEPS)
+    trained = sum(full_size(each) for _, each in setup.built.model.trainable_parameters())
     at_start = peak(CPU) - before
-    losses = take_steps(config, setup)
+    losses = take_steps(setup)
     found = {
         "start_bytes": every_rank(setup.engine, at_start),
         "peak_bytes": every_rank(setup.engine, peak(CPU) - before),
@@ -75,9 +71,9 @@ def started(world: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def take_steps(config: Any, setup: Setup) -> list[float]:
+def take_steps(setup: Setup) -> list[float]:
     losses = []
-    for (indices,) in list(train_batches(config, setup).epoch(0))[:STEPS]:
+    for (indices,) in list(train_batches(setup).epoch(0))[:STEPS]:
         batch = {
             key: value.to(setup.engine.device) for key, value in _batch(setup, indices).items()
         }

@@ -52,7 +52,7 @@ def test_the_same_loss_and_gradients(name: str) -> None:
     plain, recomputed = MODELS[name](), MODELS[name]()
     recomputed.enable_gradient_checkpointing()
     runs = []
-    last = ffn_sites(recomputed.base)[-1].owner
+    last = ffn_sites(recomputed.base)[-1].module
     last.register_forward_pre_hook(lambda *_: runs.append(1))
     for model in (plain, recomputed):
         model.train()

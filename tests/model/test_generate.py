@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pemt.model import PemtT5, gated
+from pemt.model import PemtT5, mixture
 from tests.support.tiny_t5 import (
     LENGTHS,
     check_greedy,
@@ -72,14 +72,14 @@ def test_generation_leaves_training_as_it_was() -> None:
 
 
 def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = gated.gated_output
+    plain = mixture.gated_output
 
     def refuse(*args: Any, sparsity: bool, **options: Any) -> Any:
         if sparsity:
             raise AssertionError("generation needs no sparsity loss")
         return plain(*args, sparsity=sparsity, **options)
 
-    monkeypatch.setattr(gated, "gated_output", refuse)
+    monkeypatch.setattr(mixture, "gated_output", refuse)
     model = target_model()
     model.generate(**tiny_inputs(), max_new_tokens=3)
     with pytest.raises(AssertionError, match="no sparsity loss"):

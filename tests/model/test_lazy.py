@@ -16,8 +16,8 @@ from pemt.engine.placement import materialize_on_device
 from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from pemt.model.base import BaseModelError, load_pretrained
 from pemt.model.experts import expert_shapes
+from pemt.model.gated import GatedLinear
 from pemt.model.lazy import is_lazy, materialize, materialize_all, read_lazy, value_of
-from pemt.model.mixture import MixtureProjection
 from tests.support.tiny import make_base
 
 BATCH = {
@@ -151,7 +151,7 @@ def test_experts_are_laid_side_by_side_where_the_base_is_read(kind: str, tmp_pat
     packed = [
         each
         for module in lazy.modules()
-        if isinstance(module, MixtureProjection)
+        if isinstance(module, GatedLinear)
         for name, each in module.named_parameters(recurse=False)
         if kind == "lora" or name != "weight"  # the factors are under it
     ]

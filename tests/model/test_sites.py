@@ -16,7 +16,7 @@ from pemt.config import ConfigError, ExpertConfig, MixtureConfig
 from pemt.model import ExpertSource, PemtT5, base_shape
 from pemt.model.experts import ModelError
 from pemt.model.inject import checked_base, linear_sites
-from pemt.model.site_mixture import SiteMixture
+from pemt.model.mixture import MIXTURES, LoraMixture
 from pemt.model.sites import Site, sites_of, target_sites
 from pemt.ops import reference
 from tests.support.tiny_t5 import (
@@ -137,10 +137,8 @@ def difference(theirs: Any, ours: PemtT5, family: str) -> tuple[float, float]:
     """Of our logits from PEFT's, for each unit of the largest where that is above 1; and of PEFT's from the base's."""
     batch = tiny_batch()
     with torch.no_grad():
-        embeds_BSD, mask_BS = ours._put_prompt(batch["input_ids"], batch["attention_mask"])
         start = {
-            "inputs_embeds": embeds_BSD,
-            "attention_mask": mask_BS,
+            **ours.encoder_inputs(batch["input_ids"], batch["attention_mask"]),
             "decoder_input_ids": ours.base.prepare_decoder_input_ids_from_labels(batch["labels"]),
             "use_cache": False,  # with a cache T5Gemma's decoder sees padding
         }
@@ -239,16 +237,18 @@ def test_a_gate_reads_its_input_in_the_encoder_and_the_encoder_in_the_decoder(fa
         torch.testing.assert_close(gates_BK[:, columns], expected, msg=each.name)
 
 
-class PlainMixture(SiteMixture):
+class PlainMixture(LoraMixture):
     """The specification of the op in the place of the op, differentiated by autograd."""
 
-    def forward(self, x_BSF: Tensor) -> Tensor:
+    def mix(self, x_BSF: Tensor, *, sparsity: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         prompt_BC = self.context.encoder_prompt_BD if self.in_decoder else x_BSF[:, :5].mean(dim=1)
         gates_BK = self.gate(prompt_BC)
-        self.context.record(gates_BK, None)
-        return reference.expert_mixture(
-            x_BSF, *self.weight.split(self.sizes), self.up, gates_BK, self.scales, self.ranks
-        )[0]
+        frozen, experts = (*self.weight.split(self.sizes), self.up), (self.scales, self.ranks)
+        if not sparsity:
+            y_BSD, _ = reference.expert_mixture(x_BSF, *frozen, gates_BK, *experts)
+            return y_BSD, None, gates_BK
+        mixed = reference.ffn_output(x_BSF, *frozen, gates_BK, self.adapter_tensors, *experts)
+        return *mixed, gates_BK
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -260,8 +260,8 @@ def test_gradients_are_those_of_the_specification(
         (torch.float32, 1e-3, 1e-4) if family == "t5gemma" else (torch.float64, 1e-5, 1e-7)
     )
     found = {}
-    for name, kind in (("op", SiteMixture), ("specification", PlainMixture)):
-        monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", kind)
+    for name, kind in (("op", LoraMixture), ("specification", PlainMixture)):
+        monkeypatch.setitem(MIXTURES, "lora", kind)
         model = on_sites(tiny_base(family).to(dtype))
         loss = model(**tiny_batch()).loss
         loss.backward()
@@ -278,8 +278,8 @@ def test_sixty_four_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [{key: 0.1 * each for key, each in source.weights.items()} for source in sources]
     sources = [replace(s, weights=w) for s, w in zip(sources, weights, strict=True)]
     found = {}
-    for name, kind in (("op", SiteMixture), ("specification", PlainMixture)):
-        monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", kind)
+    for name, kind in (("op", LoraMixture), ("specification", PlainMixture)):
+        monkeypatch.setitem(MIXTURES, "lora", kind)
         model = target_model(sources)
         out = model(**tiny_batch())
         out.loss.backward()
@@ -289,7 +289,7 @@ def test_sixty_four_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {site.rpartition("/")[2]: len(present) for site, present in sites.items()}
     assert counts == {"q": 32, "v": 64}
     torch.testing.assert_close(found["op"][1].sum(-1), torch.ones(3, len(sites)))
-    monkeypatch.setattr("pemt.model.site_mixture.SiteMixture", SiteMixture)
+    monkeypatch.setitem(MIXTURES, "lora", LoraMixture)
     tokens, gates = target_model(sources).generate_with_gates(
         **tiny_inputs(), num_beams=2, max_new_tokens=4
     )

@@ -49,7 +49,6 @@ def test_in_a_notebook_there_is_a_bar(
     shell: object, is_bar: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-    monkeypatch.setattr("pemt.monitor.notebook.find_spec", lambda name: None)  # no widgets
     cell = io.StringIO()
     monkeypatch.setattr(sys, "stdout", cell)
     bar = ProgressBar(total_steps=10, initial_step=0, description="training")

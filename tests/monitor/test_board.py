@@ -20,8 +20,8 @@ from tensorboard.plugins.hparams import metadata
 
 from pemt.config.schema import AdaptConfig, SourceConfig
 from pemt.model.prompts import mean_cosines
-from pemt.monitor import GateNames, Monitor, board, entropy_NL, figures
-from pemt.monitor.entropy import mixture_scalars
+from pemt.monitor import GateNames, Monitor, board, figures
+from pemt.monitor.entropy import entropy_NL, mixture_scalars
 from pemt.monitor.gates import by_layer
 from pemt.monitor.hparams import columns
 from pemt.monitor.layout import layout
@@ -209,7 +209,7 @@ def test_no_repository_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_field_that_tells_runs_apart_is_a_column() -> None:
-    names = dict(columns())
+    names = columns()
     assert {
         "learning_rate",
         "mixture.prompt_dropout",

@@ -18,7 +18,7 @@ from pemt.bank.entries import write_entry
 from pemt.commands import COMMANDS
 from pemt.config import AdapterConfig, MixtureConfig, PemtError
 from pemt.model import PemtT5, base_shape
-from pemt.model.gated import LoraExperts
+from pemt.model.mixture import LoraMixture
 from pemt.ops import prompt_mean, reference
 from pemt.ops.checks import MAX_EXPERTS
 from pemt.plan import MOST_EXPERTS, Cluster, Job, Zero
@@ -72,7 +72,7 @@ def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
         mixed = reference.ffn_output(x, *frozen, gates, adapter, *experts, token_weights)
         return *mixed, gates.detach()
 
-    monkeypatch.setattr("pemt.model.gated.gated_output", output)
+    monkeypatch.setattr("pemt.model.mixture.gated_output", output)
 
 
 @pytest.mark.usefixtures("plain_products")
@@ -147,7 +147,7 @@ def test_a_bank_of_64_is_planned_exactly(
     )
     ours = [p.numel() for n, p in model.named_parameters() if n.endswith((".up", "sources"))]
     # the down projections are under each layer's own weight
-    layers = [each for each in model.modules() if isinstance(each, LoraExperts)]
+    layers = [each for each in model.modules() if isinstance(each, LoraMixture)]
     ours += [sum(each.ranks) * each.weight.shape[1] for each in layers]
     assert found["expert"] == sum(ours)
     COMMANDS["plan"](command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pemt.report.ablation import LeaveOneOut, left_out
@@ -18,7 +17,7 @@ def run(sources: list[str], score: float | None, **config: Any) -> RunRecord:
         {} if score is None else {"test_average_metrics": score}
     )
     return RunRecord(
-        name=name, folder=Path(name), config={**fields, "source_tasks": sources}, state="finished",
+        name=name, config={**fields, "source_tasks": sources}, state="finished",
         log=[], results=results, predictions=[], checkpoint_bytes=None, trained=None,
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -49,7 +48,7 @@ def named_gates(sources: list[str] = SOURCES) -> NamedGates:
 def record(sources: list[str] = SOURCES) -> RunRecord:
     means = [{f"gate_mean/{name}": 1 / len(sources) for name in sources}]
     return RunRecord(
-        name="many", folder=Path("many"), config={"task_name": "cb", "method": "pemt"}, state="finished",
+        name="many", config={"task_name": "cb", "method": "pemt"}, state="finished",
         log=[{"step": step, **each} for each in means for step in (1, 2)],
         results={"sources": sources, "gates": named_gates(sources), "test_runtime": 1.0},
         predictions=[{**EXAMPLE, "gates": gates_of(sources, 0)}], checkpoint_bytes=None, trained=None,

@@ -144,7 +144,6 @@ def test_markdown_tables_are_whole(runs: Path, tmp_path: Path) -> None:
 def record(**changes: Any) -> RunRecord:
     fields: dict[str, Any] = {
         "name": "run",
-        "folder": Path("run"),
         "config": {"task_name": "cb"},
         "state": "",
         "log": [],

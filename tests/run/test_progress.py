@@ -51,7 +51,7 @@ def on_a_terminal(command: list[str], *, columns: int) -> str:
 
 EVALUATION = """
 import time
-from pemt.monitor import EvaluationBar
+from pemt.monitor import EvaluationBar, progress_logger
 from pemt.monitor.bars import ProgressBar
 training = ProgressBar(total_steps=2, initial_step=0, description="adapt seen")
 training.advance(1, loss=1.0, samples_per_second=2.0)
@@ -59,7 +59,7 @@ with EvaluationBar(total=10, description="validating seen", shown=True) as bar:
     for _ in range(4):
         time.sleep(0.3)
         bar.advance(3)
-training.message("step 1: validated")
+progress_logger().info("step 1: validated")
 training.close()
 """
 

@@ -41,12 +41,12 @@ def test_a_run_reads_the_copies_and_keeps_its_own_paths(
     monkeypatch.setenv("PEMT_STAGE_DIR", str(place))
     read: list[str] = []
 
-    def noted(config: AdaptConfig, **given: object) -> object:
-        read.append(config.model_name_or_path)
-        return load_base(config, **given)
+    def noted(name: str, tokenizer_name: str | None, **given: object) -> object:
+        read.append(name)
+        return load_pretrained(name, tokenizer_name, **given)
 
-    load_base = train.load_base
-    monkeypatch.setattr(train, "load_base", noted)
+    load_pretrained = train.load_pretrained
+    monkeypatch.setattr(train, "load_pretrained", noted)
     run_adapt(config)
     out = capsys.readouterr().out
     assert out.count(" is copied to ") == 2

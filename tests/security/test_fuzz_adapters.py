@@ -54,7 +54,8 @@ def published(tmp_path: Path) -> Path:
     )
     trained = dict(model.trainable_parameters())
     write_adapter(tmp_path, settings, trained=trained, experts=sources)
-    assert isinstance(read_model(tmp_path, settings, tiny_base()), PemtT5)
+    model, _ = read_model(tmp_path, settings, tiny_base())
+    assert isinstance(model, PemtT5)
     return tmp_path
 
 

@@ -295,8 +295,7 @@ def test_on_several_ranks_an_error_ends_the_sweep_with_its_table(
     content = content_of(world, output_dir=str(out), seeds=[3], methods=["bitfit"])
     path = write_sweep(tmp_path / "sweep.yaml", content)
     tried = failing(monkeypatch, "colours")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    rank_0 = SimpleNamespace(on_rank0=lambda look, _: look())
+    rank_0 = SimpleNamespace(on_rank0=lambda look, _: look(), is_main=True, world_size=2)
     monkeypatch.setattr("pemt.sweep.run.Job", lambda _: rank_0)
     with pytest.raises(torch.OutOfMemoryError):
         run_sweep(read_sweep(path))

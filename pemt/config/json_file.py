@@ -1,0 +1,38 @@
+"""JSON files whose top level is an object; what they lack is told in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pemt.config.errors import PemtError
+
+
+def read_json_object(path: Path, refused: type[PemtError] = PemtError) -> dict[str, Any]:
+    """What a JSON file holds.
+
+    Raises:
+        PemtError: of the kind `refused`: unreadable, malformed, a key given twice, or no object at the top level.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise refused(f"{path}: duplicate key `{key}`; keep one")
+        return dict(pairs)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise refused(f"{path}, line {error.lineno}: malformed JSON: {error.msg}") from None
+    except PemtError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, or too many digits
+        raise refused(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise refused(
+            f"{path}: found {type(content).__name__} at the top level, expected an object"
+        )
+    return content
