@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -162,6 +163,27 @@ def start_ranks(
         return ranks.Forked(command, out, _variables(environment))
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     return start_command([*launcher, *command], out, environment)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def python(
+    *arguments: str, cwd: Path = ROOT, check: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, to its end; variables on top of this process's, what it prints is caught."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=check,
+    )
 
 
 def start_command(

@@ -20,6 +20,7 @@ from pemt.config import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
 from pemt.storage import write_folder
 from pemt.storage.manifest import read_manifest, with_checksum
+from tests.support.damages import flip_a_bit
 from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_source
 
 NAME = "google/tiny-t5"
@@ -184,13 +185,6 @@ def test_no_bank_or_an_empty_one(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def _flip_a_byte(entry: Path) -> None:
-    path = entry / "expert.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-7] ^= 1
-    path.write_bytes(data)
-
-
 def _cut(entry: Path) -> None:
     path = entry / "expert.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
@@ -216,7 +210,7 @@ def _change(**changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (_flip_a_byte, "expert.safetensors: "),
+        (lambda entry: flip_a_bit(entry / "expert.safetensors"), "expert.safetensors: "),
         (_cut, "expert.safetensors: "),
         (lambda entry: (entry / "expert.safetensors").unlink(), "expert.safetensors: "),
         (lambda entry: (entry / "manifest.json").write_text('{"task": '), "malformed JSON"),

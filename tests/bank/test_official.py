@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -101,27 +100,6 @@ def test_import_of_the_golden_sources(shared: Path, tmp_path: Path) -> None:
             wo = golden.under(f"stage2.param.{stack}.block.1.layer.{layer}.DenseReluDense.wo.")
             assert torch.equal(source.weights[f"{stack}.1.down"], wo[f"lora_A.{k}"])
             assert torch.equal(source.weights[f"{stack}.1.up"], wo[f"lora_B.{k}"])
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("name", ["lora.pt", "task_embedding.pt"])
-def test_a_pickle_that_would_run_code(folder: Path, tmp_path: Path, name: str) -> None:
-    torch.save({"encoder": Evil(tmp_path / "run")}, folder / name)
-    with pytest.raises(BankError) as raised:
-        run_import(folder)
-    assert f"{folder / name}: refused: it would call posix.mkdir" in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "bank").exists()
 
 
 def _renamed(old: str, new: str) -> dict[str, Tensor]:

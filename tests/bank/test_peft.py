@@ -27,6 +27,7 @@ from pemt.model import ExpertSource, PemtT5, base_digest, base_shape
 from pemt.model.experts import expert_shapes
 from pemt.model.sites import target_sites
 from tests.support.adapters import LORAHUB, make_adapter
+from tests.support.damages import flip_a_bit
 from tests.support.tiny import make_base
 from tests.support.tiny_t5 import tiny_base, tiny_source
 
@@ -311,9 +312,7 @@ def test_verify_tells_every_fault(bank: Path, capsys: pytest.CaptureFixture[str]
     COMMANDS["bank"](["verify", str(bank)])
     assert capsys.readouterr().out.splitlines() == ["boolq: intact", "mnli: intact", "rte: intact"]
     path = bank / "mnli" / "expert.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 4
-    path.write_bytes(data)
+    flip_a_bit(path)
     with pytest.raises(PemtError, match="1 of 3 entries cannot be used: mnli"):
         COMMANDS["bank"](["verify", str(bank)])
     assert "mnli: " + str(path) in capsys.readouterr().out

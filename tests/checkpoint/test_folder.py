@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from pemt.checkpoint.checkpoint import CheckpointError
 from pemt.checkpoint.folder import check_run_folder, start_run_folder
 from pemt.checkpoint.names import checkpoint_folders
-from pemt.config import ExpertConfig, PemtError
+from pemt.config import AdaptConfig, ExpertConfig, PemtError
 from pemt.run.train import run_adapt, run_source
 from pemt.storage import StorageError
 from tests.support.tiny import (
@@ -42,50 +43,36 @@ def names(output_dir: Path) -> list[str]:
     return [path.name for path in checkpoint_folders(output_dir)]
 
 
+@pytest.fixture(scope="module")
+def whole(world: Path) -> AdaptConfig:
+    """A run that has kept its checkpoints 2, 4, 6, 8 and 10."""
+    paths = (world / "base", world / "data", world / "whole", world / "bank")
+    config = adapt_config(*paths, TASK, eval_strategy="no", save_steps=2, save_total_limit=9)
+    run_adapt(config)
+    assert names(world / "whole") == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 10)]
+    return config
+
+
+def from_4(whole: AdaptConfig, tmp_path: Path) -> AdaptConfig:
+    """A copy of that run goes on from an earlier step."""
+    run = shutil.copytree(whole.output_dir, tmp_path / "run")
+    earlier = str(run / "checkpoint-4")
+    return replace(whole, output_dir=str(run), resume_from_checkpoint=earlier, save_total_limit=1)
+
+
 def test_resume_from_an_earlier_step_drops_the_later_ones_and_keeps_its_own(
-    world: Path, tmp_path: Path
+    whole: AdaptConfig, tmp_path: Path
 ) -> None:
-    paths = (world / "base", world / "data", tmp_path / "run", world / "bank")
-    config = adapt_config(*paths, TASK, eval_strategy="no", save_steps=2, save_total_limit=9)
-    run_adapt(config)
-    assert names(tmp_path / "run") == [
-        "checkpoint-2",
-        "checkpoint-4",
-        "checkpoint-6",
-        "checkpoint-8",
-        "checkpoint-10",
-    ]
-    whole = losses(tmp_path / "run")
-    again = replace(
-        config, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"), save_total_limit=1
-    )
-    run_adapt(again)
+    run_adapt(from_4(whole, tmp_path))
     assert names(tmp_path / "run") == ["checkpoint-10"]
-    assert losses(tmp_path / "run") == whole
+    assert losses(tmp_path / "run") == losses(Path(whole.output_dir))
 
 
-def test_no_checkpoint_of_steps_that_were_given_up_stays(world: Path, tmp_path: Path) -> None:
-    paths = (world / "base", world / "data", tmp_path / "run", world / "bank")
-    config = adapt_config(*paths, TASK, eval_strategy="no", save_steps=2, save_total_limit=9)
-    run_adapt(config)
-    earlier = str(tmp_path / "run" / "checkpoint-4")
-    run_adapt(replace(config, resume_from_checkpoint=earlier, max_steps=5, save_total_limit=1))
+def test_no_checkpoint_of_steps_that_were_given_up_stays(
+    whole: AdaptConfig, tmp_path: Path
+) -> None:
+    run_adapt(replace(from_4(whole, tmp_path), max_steps=5))
     assert names(tmp_path / "run") == ["checkpoint-5"]
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over(world: Path, tmp_path: Path) -> None:
-    paths = (world / "base", world / "data", tmp_path / "run", world / "bank")
-    config = adapt_config(*paths, TASK, eval_strategy="no", save_steps=4, save_total_limit=9)
-    run_adapt(config)
-    whole = losses(tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoint-10" / "trained.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-1])
-    run_adapt(replace(config, resume_from_checkpoint=True))
-    assert losses(tmp_path / "run") == whole
-    for name in names(tmp_path / "run"):
-        (tmp_path / "run" / name / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="none of 3 checkpoints is intact"):
-        run_adapt(replace(config, resume_from_checkpoint=True))
 
 
 def test_another_runs_checkpoint_is_refused(world: Path, tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pemt.config.parse import parse_config
-from pemt.config.schema import AdaptConfig
 from pemt.monitor import LOG_FILE, TENSORBOARD_FOLDER
 from pemt.run.train import run_adapt
 from tests.conftest import ROOT
@@ -35,14 +33,11 @@ def test_a_disk_that_is_full_for_a_while(world: World, tmp_path: Path) -> None:
     disk, left = tmp_path / "disk", tmp_path / "disk-left"
     disk.mkdir()
 
-    def words(run: Path) -> list[str]:
-        return world.arguments("unused", **{**FIELDS, "output_dir": run})
-
     whole = tmp_path / "whole"
-    run_adapt(parse_config(AdaptConfig, words(whole)[1:], prog="pemt adapt"))
+    run_adapt(world.config(whole, **FIELDS))
     program = [sys.executable, "-m", "tests.support.full_disk", str(disk), "1"]
     done = subprocess.run(
-        [*UNSHARE, *program, *words(disk / "run")],
+        [*UNSHARE, *program, *world.arguments(disk / "run", **FIELDS)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

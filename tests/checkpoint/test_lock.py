@@ -16,12 +16,10 @@ import pytest
 
 from pemt.checkpoint import lock
 from pemt.checkpoint.lock import LOCK, LockError, RunLock, check_lock
-from pemt.config.parse import parse_config
-from pemt.config.schema import AdaptConfig
 from pemt.engine.process import start_ticks
 from pemt.run import loop
 from pemt.run.train import run_adapt
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 from tests.support.jobs import World, assert_same_end
 
 HOLD = """
@@ -34,13 +32,13 @@ except LockError as error:
     print(error, flush=True)
     sys.exit(3)
 print("held", flush=True)
-time.sleep(float(sys.argv[2]))
+time.sleep(60)
 """
 
 
-def hold(folder: Path, seconds: float = 60) -> subprocess.Popen[str]:
+def hold(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), str(seconds)],
+        [sys.executable, "-c", HOLD, str(folder)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -72,8 +70,11 @@ def test_of_many_that_find_a_dead_lock_one_alone_takes_it(tmp_path: Path) -> Non
         "started": 1,
     }  # our id, given out again
     (tmp_path / LOCK).write_text(json.dumps(dead))
-    crowd = [hold(tmp_path, 5) for _ in range(6)]
-    answers = [process.communicate(timeout=60)[0] for process in crowd]
+    crowd = [hold(tmp_path) for _ in range(6)]
+    answers = [process.stdout.readline() for process in crowd if process.stdout is not None]
+    for process in crowd:  # the one that holds it too, once all have answered
+        process.kill()
+        process.communicate()
     assert sum(answer == "held\n" for answer in answers) == 1, answers
     assert sum("a run is under way" in answer for answer in answers) == 5, answers
 
@@ -85,7 +86,7 @@ def elsewhere(folder: Path, *, age: float) -> None:
 
 
 def test_on_another_host_its_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "STALE_SECONDS", 3.0)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 1.5)
     elsewhere(tmp_path, age=3600)
     check_lock(tmp_path)
     elsewhere(tmp_path, age=0)  # silent from now on
@@ -99,7 +100,7 @@ def test_on_another_host_a_sign_of_life_decides(
 ) -> None:
     monkeypatch.setattr(lock, "STALE_SECONDS", 30.0)
     elsewhere(tmp_path, age=0)
-    beat = threading.Timer(1.5, os.utime, [tmp_path / LOCK])
+    beat = threading.Timer(0.5, os.utime, [tmp_path / LOCK])
     beat.start()
     with pytest.raises(LockError, match="process 1 on elsewhere"):
         check_lock(tmp_path)
@@ -130,22 +131,21 @@ def test_a_second_run_is_refused_and_the_first_goes_on(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = {"max_steps": 3, "eval_strategy": "no"}
-    arguments = world.arguments("unused", **fields, output_dir=tmp_path / "first")
+    first, alone = tmp_path / "first", tmp_path / "alone"
+    arguments = world.arguments(first, **fields)
     take_step, seconds = loop._take_step, []
 
     def take_step_beside_another(*given: object) -> object:
         if not seconds:
-            command = [sys.executable, "-m", "pemt", *arguments]
-            seconds.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
+            seconds.append(python("-m", "pemt", *arguments))
         return take_step(*given)
 
     monkeypatch.setattr(loop, "_take_step", take_step_beside_another)
-    run_adapt(parse_config(AdaptConfig, arguments[1:], prog="pemt adapt"))
+    run_adapt(world.config(first, **fields))
     (second,) = seconds
     assert second.returncode == 2
-    assert f"a run is under way in {tmp_path / 'first'} (process {os.getpid()} on" in second.stderr
+    assert f"a run is under way in {first} (process {os.getpid()} on" in second.stderr
     assert "step 1/3" not in second.stdout
     monkeypatch.undo()
-    alone = world.arguments("unused", **fields, output_dir=tmp_path / "alone")
-    run_adapt(parse_config(AdaptConfig, alone[1:], prog="pemt adapt"))
-    assert_same_end(tmp_path / "first", tmp_path / "alone")
+    run_adapt(world.config(alone, **fields))
+    assert_same_end(first, alone)

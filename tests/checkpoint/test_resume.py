@@ -15,7 +15,6 @@ from pemt.checkpoint.folder import start_run_folder
 from pemt.checkpoint.resume import Finished, Fresh, Resume, WorldSizeError, resolve_run
 from pemt.checkpoint.status import write_status
 from pemt.config import AdaptConfig, PemtError
-from pemt.config.parse import parse_config
 from pemt.run import train
 from pemt.run.train import run_adapt
 from tests.support.jobs import World, assert_same_end, logged, results, status
@@ -25,8 +24,7 @@ SHORT = {"num_train_epochs": "2", "gradient_accumulation_steps": "2"}  # two epo
 
 
 def config_of(world: World, run: Path, **fields: object) -> AdaptConfig:
-    arguments = world.arguments("unused", **{**SHORT, "output_dir": run, **fields})
-    return parse_config(AdaptConfig, arguments[1:], prog="pemt adapt")
+    return world.config(run, **{**SHORT, **fields})
 
 
 @pytest.fixture(scope="module")

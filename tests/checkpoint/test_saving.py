@@ -7,10 +7,8 @@ import math
 import os
 import re
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,12 @@ import pytest
 from pemt.checkpoint.checkpoint import CheckpointError
 from pemt.checkpoint.names import checkpoint_folders
 from pemt.config import AdaptConfig, PemtError
-from pemt.config.parse import parse_config
 from pemt.engine import Engine
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.train import run_adapt
 from pemt.storage import StorageError, folders as storage
 from tests.launch.killed import die_at
+from tests.support.child import in_a_child
 from tests.support.jobs import World, assert_same_end, last_step, status
 
 pytestmark = pytest.mark.slow
@@ -46,8 +44,7 @@ FIELDS = {
 
 
 def config_of(world: World, run: Path, **fields: object) -> AdaptConfig:
-    arguments = world.arguments("unused", **{**FIELDS, "output_dir": run, **fields})
-    return parse_config(AdaptConfig, arguments[1:], prog="pemt adapt")
+    return world.config(run, **{**FIELDS, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +52,6 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     run_adapt(config_of(world, run))
     return run
-
-
-def in_a_child(out: Path, function: Callable[[], object]) -> int:
-    """Run it in a forked process, its output to a file; the wait status."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            sys.stdout = sys.stderr = out.open("w", buffering=1)
-            function()
-            status = 0
-        except BaseException:  # noqa: BLE001  # it must not go on as a second pytest
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from pemt.commands import COMMANDS, doctor
 from pemt.commands.overview import overview
 from pemt.config import PemtError, version_line
-from tests.conftest import ROOT, start_ranks
+from tests.conftest import ROOT, python, start_ranks
 
 RAISED = {"TimeoutExpired": subprocess.TimeoutExpired}
 
@@ -94,9 +94,7 @@ def test_a_task_tells_what_it_reads_and_answers(
 
 
 def test_version() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pemt", "--version"], capture_output=True, text=True
-    )
+    done = python("-m", "pemt", "--version")
     assert done.stdout == f"{version_line()}\n", done.stderr
 
 
@@ -237,12 +235,7 @@ def test_doctor_notices_where_deepspeed_does_not_run(monkeypatch: pytest.MonkeyP
 
 
 def test_doctor_from_the_command_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pemt", "doctor", "--no_launch"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-m", "pemt", "doctor", "--no_launch")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "ready"
 
@@ -265,7 +258,7 @@ from pemt.__main__ import main
 sys.argv = ["pemt", "doctor"]
 main()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = python("-c", program)
     assert done.returncode == 2
     for name in absent:
         assert f"MISS  {name}: not installed\n      -> pip install {name}\n" in done.stdout

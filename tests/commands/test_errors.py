@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from pemt.config import ExpertConfig, PemtError
 from pemt.config.deepspeed import DeepSpeedConfigError, fill_deepspeed_json, read_deepspeed_json
 from pemt.engine.launcher import EngineError, check_world_size
 from pemt.run.train import run_adapt, run_source
-from tests.conftest import Launch
+from tests.conftest import python, start_ranks
+from tests.support.jobs import Job, clean
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
 TASK = "tiny-errors"
@@ -68,26 +70,11 @@ def command(world: Path, *extra: str, stage: str = "adapt") -> list[str]:
     ]
 
 
+# What else is wrong on the command line: test_imports.py.
 CASES = {
-    "unknown key on the command line": (
-        ["--learning_rat", "1"],
-        ["--learning_rat", "`learning_rate`"],
-    ),
     "unknown nested key": (["--mixture.weight", "1"], ["mixture.weight", "mixture."]),
-    "wrong type": (["--learning_rate", "fast"], ["learning_rate", "`fast`", "float"]),
-    "out of range": (["--num_train_epochs", "0"], ["num_train_epochs", "found 0"]),
-    "unknown task": (["--task_name", "superglue-bc"], ["'superglue-bc'", "superglue-cb"]),
-    "missing bank": (["--bank_dir", "nowhere"], ["nowhere", "pemt source"]),
-    "unknown source": (["--source_tasks", "[tiny-eror]"], ["tiny-eror", TASK]),
-    "no such model": (["--model_name_or_path", "nowhere"], ["model_name_or_path", "nowhere"]),
     "no finite rate": (["--learning_rate", ".inf"], ["learning_rate", "inf", "finite"]),
     "no number": (["--mixture.sparsity_loss_weight", ".nan"], ["mixture.sparsity_loss_weight"]),
-    "no such recipe": (["--config", "adopt"], ["--config adopt", "adapt"]),
-    "no data": (["--data_dir", "nowhere"], ["nowhere"]),
-    "no such checkpoint": (
-        ["--resume_from_checkpoint", "nowhere"],
-        ["resume_from_checkpoint", "nowhere"],
-    ),
 }
 
 
@@ -199,20 +186,25 @@ def test_a_run_is_not_written_over(world: Path) -> None:
 
 
 @pytest.mark.launch
-def test_two_ranks_complain_once(world: Path, launch: Launch) -> None:
-    launched = launch("-m", "pemt", *command(world, "--bank_dir", "nowhere"), zero=2, check=False)
-    assert launched.output.count("pemt: error:") == 1
-    assert "pemt/" not in launched.output.split("Traceback")[0], "a traceback of ours"
-    assert "exitcode  : 2" in launched.output
+def test_two_ranks_complain_once(world: Path) -> None:
+    options = ["--config_file", "launchers/accelerate/cpu.yaml", "--num_processes", "2"]
+    options += ["--deepspeed_config_file", "ds_configs/zero2.json", "-m", "pemt"]
+    words = [*options, *command(world, "--bank_dir", "nowhere")]
+    with clean(Job(words, world / "told", {}, start=partial(start_ranks, forked=True))) as job:
+        job.until(lambda: "pemt: error:" in job.output)
+        time.sleep(6)  # the other rank would complain after 5 s
+        for rank in (
+            job.ranks()
+        ):  # it waits for the one that has left, until the launcher kills it after 30 s
+            rank.kill()
+        assert job.end() != 0
+    assert job.output.count("pemt: error:") == 1
+    assert "pemt/" not in job.output.split("Traceback")[0], "a traceback of ours"
+    assert "exitcode  : 2" in job.output
 
 
 def test_exit_code_of_the_real_command(world: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pemt", "adapt", "--seed", "x"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-m", "pemt", "adapt", "--seed", "x")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "pemt: error: seed: found `x`, expected int\n"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -17,7 +14,7 @@ from pemt.commands import COMMANDS
 from pemt.config import AdaptConfig, PemtError
 from pemt.model import base_shape
 from pemt.run.fetch import fetch_all
-from tests.conftest import ROOT
+from tests.conftest import python
 from tests.data.test_hub import write_shard
 from tests.support.adapters import LORAHUB, make_adapter
 from tests.support.hub import Hub, hub, hub_for_this_process
@@ -58,17 +55,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def pemt(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pemt", "fetch", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
 RUN = [
     "--task_name",
     "own",
@@ -88,7 +74,7 @@ def test_what_was_fetched_serves_a_machine_without_a_network(root: Path) -> None
     folder = root.parent
     with hub(root, Both) as environment:
         here = {**environment, "HF_DATASETS_OFFLINE": "0", "HF_HUB_CACHE": str(folder / "not-this")}
-        done = pemt(folder, *RUN, "--to", "offline", **here)
+        done = python("-m", "pemt", "fetch", *RUN, "--to", "offline", cwd=folder, **here)
     assert done.returncode == 0, done.stderr
     added, base, tokenizer, data, experts, offline = done.stdout.splitlines()
     assert added == "added:     OWNER/lora: bank"
@@ -105,7 +91,8 @@ def test_what_was_fetched_serves_a_machine_without_a_network(root: Path) -> None
     # to another machine's disk; nobody answers there
     (folder / "offline").rename(folder / "scratch")
     away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    again = pemt(folder, *RUN, HF_HOME=str(folder / "scratch"), **away)
+    away["HF_HOME"] = str(folder / "scratch")
+    again = python("-m", "pemt", "fetch", *RUN, cwd=folder, **away)
     assert again.returncode == 0, again.stderr
     told = done.stdout.replace(f"{folder}/offline", f"{folder}/scratch")
     assert again.stdout == told.replace(f"{added}\n", ""), "it is there"

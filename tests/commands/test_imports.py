@@ -211,6 +211,9 @@ ERRORS = {
 def test_an_error_needs_no_heavy_library(world: Path, run: Run, command: str) -> None:
     imported, said, status = run(*command.split())
     assert (status, ERRORS[command] in said) == (2, True), said
+    assert said.startswith("pemt: error: ")
+    lines = 3 if command == "sweep --config sweep.yaml" else 1  # of a sweep every fault is told
+    assert said.count("\n") == lines, said
     assert imported & HEAVY == set()
     assert not (world / "new").exists()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 from pemt.commands import doctor
 from pemt.config import DISTRIBUTION, how_to_install, other_distribution, version_line
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 
 GIT = {
     "url": "https://example.org/me/pemt.git",
@@ -101,14 +100,8 @@ def test_an_installation_under_the_old_name_is_no_other_program(site: Path) -> N
 def test_the_command_tells_both(tmp_path: Path) -> None:
     install(tmp_path, "pemt", "1.2", summary="Patent literature")
     install(tmp_path, "pemt-trainer", "9.8")
-    done = subprocess.run(
-        [sys.executable, "-m", "pemt", "--version"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    places = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = python("-m", "pemt", "--version", check=True, PYTHONPATH=places)
     assert done.stdout == (f"pemt 9.8 (distribution pemt-trainer, running from {ROOT / 'pemt'})\n")
     assert done.stderr.startswith("pemt: warning: `pemt` 1.2 (Patent literature) is installed")
     assert done.stderr.count("\n") == 1

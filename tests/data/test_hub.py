@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from pemt.data import DataError, load_task_data
 from pemt.data.examples import locate_data
 from pemt.model.tokenizer import load_tokenizer
 from pemt.tasks import HubSource, Task, get_task, load_task_file
+from tests.conftest import python
 from tests.support.hub import hub
 from tests.support.hub_datasets import DatasetHub
 from tests.support.tiny import adapt_config, make_base
@@ -199,14 +197,7 @@ def test_a_hub_id_is_fetched_at_its_revision_whole_and_streamed(
     (root / "owner").mkdir(parents=True)
     repository.rename(root / "owner" / "glue")
     with hub(root, DatasetHub) as environment:
-        done = subprocess.run(
-            [sys.executable, "-c", LOADS],
-            env={**os.environ, **environment, "HF_DATASETS_OFFLINE": "0"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = python("-c", LOADS, **environment, HF_DATASETS_OFFLINE="0")
     assert done.returncode == 0, done.stderr
     found, absent = done.stdout.splitlines()[-2:]
     labels = json.loads(found)

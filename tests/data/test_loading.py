@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -25,6 +21,7 @@ from pemt.data import (
 )
 from pemt.model.tokenizer import TokenizerError, load_tokenizer
 from pemt.tasks import HubSource, Task
+from tests.conftest import python
 
 WORDS = ["<pad>", "</s>", "<unk>", "text", ":", "no", "yes", *(f"w{i}" for i in range(20))]
 TASK = Task(
@@ -365,15 +362,8 @@ def test_reading_does_not_hold_the_data_in_memory(tmp_path):
         for _ in range(10_000):
             file.write(row)
     size = (tmp_path / "train.jsonl").stat().st_size // 1024
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, "-c", READ_MANY, str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    arguments = ("-c", READ_MANY, str(tmp_path))
+    result = python(*arguments, check=True, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     rows, grown = map(int, result.stdout.split())
     assert rows == 10_000
     assert grown < size / 2, f"{grown} KiB more for a file of {size} KiB"

@@ -154,6 +154,7 @@ def test_pretraining_learns_and_is_cached(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(pretraining, "STEPS", 50)
+    monkeypatch.setattr(pretraining, "BATCH", 16)
     corpus = world.corpus(0)
     texts = [next(corpus) for _ in range(100)]
     folder = tiny_t5.cached_base(world, texts, tmp_path, seed=SEED, engine=engine)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import ROOT, python
 
 # What a broken destructor does, at the C library's exit, after Python's end.
 ABORTING = """
@@ -30,22 +30,15 @@ def main():
 TOLD = ["done", "the thread has ended", "exit functions have run"]
 
 
-def run(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *(["-c", program] if program else []), *arguments],
-        capture_output=True, text=True, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
 def test_what_aborts_at_exit_aborts_a_process_that_leaves_as_python_does() -> None:
-    assert run(ABORTING + PROGRAM + "main()").returncode == -signal.SIGABRT
+    assert python("-c", f"{ABORTING}{PROGRAM}main()").returncode == -signal.SIGABRT
 
 
 @pytest.mark.parametrize(
     ("end", "status"), [("", 0), ("sys.exit()", 0), ("sys.exit(3)", 3)], ids=["return", "0", "3"]
 )
 def test_the_status_and_all_of_pythons_exit_stay(end: str, status: int) -> None:
-    done = run(f"{ABORTING}{PROGRAM}    {end}\nrun_and_exit(main)")
+    done = python("-c", f"{ABORTING}{PROGRAM}    {end}\nrun_and_exit(main)")
     assert (done.returncode, done.stdout.splitlines(), done.stderr) == (status, TOLD, "")
 
 
@@ -55,13 +48,14 @@ def test_the_status_and_all_of_pythons_exit_stay(end: str, status: int) -> None:
     ids=["exit with a text", "exception"],
 )
 def test_an_error_is_told_as_ever(end: str, message: str) -> None:
-    done = run(f"{PROGRAM}    {end}\nrun_and_exit(main)")
+    done = python("-c", f"{PROGRAM}    {end}\nrun_and_exit(main)")
     assert (done.returncode, done.stdout.splitlines()) == (1, TOLD)
     assert done.stderr.endswith(message)
 
 
 def test_pemt_itself_leaves_so(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ABORTING)
-    done = run("", "-m", "pemt", "tasks", PYTHONPATH=f"{tmp_path}{os.pathsep}{Path.cwd()}")
+    places = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = python("-m", "pemt", "tasks", PYTHONPATH=places)
     assert done.returncode == 0, done.stderr
     assert "sst2" in done.stdout

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from pemt.config.parse import parse_config
 from pemt.config.schema import AdaptConfig, RunConfig
 from pemt.engine import Engine, launcher, precision
 from pemt.run.train import run_adapt
-from tests.conftest import ROOT
+from tests.conftest import python
 from tests.support.tiny import adapt_config, make_base, tiny_task, write_task_files
 
 CPU = torch.device("cpu")
@@ -110,14 +107,7 @@ def plain(folder: Path) -> dict[str, str]:
 
 def test_both_variables_show_on_any_machine_what_avx2_sees() -> None:
     program = "import torch; from pemt.engine.precision import *; print(bf16_is_native(torch.device('cpu')))"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={"PATH": "", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python("-c", program, check=True, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
     assert done.stdout.split() == ["False"]
 
 
@@ -134,15 +124,7 @@ os.write(1, b"native " if launcher.bf16_is_native_everywhere(torch.device("cpu")
 
 
 def test_one_rank_without_bf16_is_enough_for_all(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", VOTE, str(tmp_path / "store")],
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
+    done = python("-c", VOTE, str(tmp_path / "store"), check=True, GLOO_SOCKET_IFNAME="lo")
     assert done.stdout.split() == ["emulated", "emulated"], done.stderr
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import pytest
 
 from pemt.engine import status_lines
 from pemt.engine.status_lines import importing_libraries, is_due, print_line, show_status
-from tests.conftest import ROOT
+from tests.conftest import python
 
 
 @pytest.fixture(autouse=True)
@@ -82,13 +81,8 @@ def test_a_line_needs_no_bar_and_minds_one_that_is_there(
 
 
 def test_it_imports_nothing_that_takes_time() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import pemt.engine.status_lines, sys; print(*sys.modules)"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    program = "import pemt.engine.status_lines, sys; print(*sys.modules)"
+    done = python("-c", program, check=True)
     assert not {"torch", "tqdm", "numpy", "accelerate"} & set(done.stdout.split())
 
 

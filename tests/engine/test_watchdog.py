@@ -6,7 +6,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,12 +26,6 @@ def new_store(port: int = 0) -> TCPStore:
     return TCPStore(
         "127.0.0.1", port, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False
     )
-
-
-@pytest.fixture
-def store() -> list[TCPStore]:
-    """The launcher's store; without a reference to it, it is gone."""
-    return [new_store()]
 
 
 class Watched:
@@ -65,35 +60,64 @@ class Watched:
         os.close(self._lines)
 
 
-@pytest.fixture
-def ranks(
-    store: list[TCPStore], request: pytest.FixtureRequest, tmp_path: Path
-) -> Iterator[list[Watched]]:
-    """The processes, each on the host of the fixture's parameter; started anew on some machines and not on others."""
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store[0].port)}
-    processes = [
-        Watched(tmp_path, rank, host, {**environment, "TORCHELASTIC_RESTART_COUNT": str(rank % 2)})
-        for rank, host in enumerate(getattr(request, "param", HERE))
-    ]
+Ranks = list[Watched]
+Store = list[TCPStore]  # the launcher's; without a reference to it, it is gone
+Play = Callable[[Ranks, Store], None]
+PLAYS: dict[str, tuple[Play, tuple[str, ...]]] = {}
+
+
+def together(*hosts: str) -> Callable[[Play], Callable[..., None]]:
+    """A test of processes on these hosts that is played while the file's others are: most of each is waiting."""
+
+    def registered(play: Play) -> Callable[..., None]:
+        def test(plays: dict[str, Future[None]]) -> None:
+            plays[play.__name__].result()
+
+        PLAYS[play.__name__] = play, hosts or HERE
+        test.__doc__ = play.__doc__
+        return test
+
+    return registered
+
+
+@pytest.fixture(scope="module")
+def plays(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
+    """What comes of the tests that are asked for; all processes have started before any is played."""
+    asked = [name for name in PLAYS if any(name == item.name for item in request.session.items)]
+    stores: dict[str, Store] = {name: [new_store()] for name in asked}
+    ranks = {
+        name: start_ranks(tmp_path_factory.mktemp("watched"), PLAYS[name][1], stores[name][0].port)
+        for name in asked
+    }
+    started = [process for each in ranks.values() for process in each]
     deadline = time.monotonic() + 120
-    while not all(process.has_started() for process in processes):
-        assert time.monotonic() < deadline, [process.end() for process in processes]
+    while not all(process.has_started() for process in started):
+        assert time.monotonic() < deadline, [process.end() for process in started]
         time.sleep(0.01)
     time.sleep(1)  # a few beats
-    yield processes
-    for process in processes:
+    with ThreadPoolExecutor(len(asked)) as pool:
+        yield {name: pool.submit(PLAYS[name][0], ranks[name], stores[name]) for name in asked}
+    for process in started:
         process.close()
 
 
-def ended(processes: list[Watched]) -> list[tuple[int, str]]:
+def start_ranks(folder: Path, hosts: tuple[str, ...], port: int) -> Ranks:
+    """Started anew on some machines and not on others."""
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        Watched(folder, rank, host, {**environment, "TORCHELASTIC_RESTART_COUNT": str(rank % 2)})
+        for rank, host in enumerate(hosts)
+    ]
+
+
+def ended(processes: Ranks) -> list[tuple[int, str]]:
     """Exit status and what was printed, of every process."""
     return [process.end() for process in processes]
 
 
-@pytest.mark.parametrize(
-    "stopped", [0, *(pytest.param(rank, marks=pytest.mark.soak) for rank in (1, 2))]
-)
-def test_a_stopped_rank_is_named_in_time_and_killed(ranks: list[Watched], stopped: int) -> None:
+def stop(ranks: Ranks, stopped: int) -> None:
     ranks[stopped].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     teller = 1 if stopped == 0 else 0
@@ -113,7 +137,25 @@ def test_a_stopped_rank_is_named_in_time_and_killed(ranks: list[Watched], stoppe
     assert answers[teller][1].endswith("ended\n"), "the status is told by the one that speaks"
 
 
-def test_a_dead_rank_is_named(ranks: list[Watched]) -> None:
+@together()
+def test_a_stopped_rank_is_named_in_time_and_killed(ranks: Ranks, store: Store) -> None:
+    stop(ranks, 0)
+
+
+@pytest.mark.soak
+@together()
+def test_a_stopped_rank_1_is_named_in_time_and_killed(ranks: Ranks, store: Store) -> None:
+    stop(ranks, 1)
+
+
+@pytest.mark.soak
+@together()
+def test_a_stopped_rank_2_is_named_in_time_and_killed(ranks: Ranks, store: Store) -> None:
+    stop(ranks, 2)
+
+
+@together()
+def test_a_dead_rank_is_named(ranks: Ranks, store: Store) -> None:
     ranks[2].send_signal(signal.SIGKILL)
     answers = ended(ranks)
     assert [status for status, _ in answers] == [1, 1, -signal.SIGKILL]
@@ -121,9 +163,8 @@ def test_a_dead_rank_is_named(ranks: list[Watched]) -> None:
     assert "has died" in answers[0][1]
 
 
-def test_a_rank_that_hangs_while_its_process_lives_is_named(
-    ranks: list[Watched],
-) -> None:
+@together()
+def test_a_rank_that_hangs_while_its_process_lives_is_named(ranks: Ranks, store: Store) -> None:
     """The others come by once more, and then wait for it."""
     for number, rank in enumerate((1, 0, 2)):
         ranks[rank].tell("hang")
@@ -136,10 +177,8 @@ def test_a_rank_that_hangs_while_its_process_lives_is_named(
     assert "hangs: no progress for" in told
 
 
-@pytest.mark.parametrize("ranks", [("one", "one", "two")], indirect=True)
-def test_a_machine_that_dies_with_the_store_is_named(
-    ranks: list[Watched], store: list[TCPStore]
-) -> None:
+@together("one", "one", "two")
+def test_a_machine_that_dies_with_the_store_is_named(ranks: Ranks, store: Store) -> None:
     store.clear()
     for process in ranks[:2]:
         process.send_signal(signal.SIGKILL)
@@ -155,9 +194,8 @@ def test_a_machine_that_dies_with_the_store_is_named(
 
 
 @pytest.mark.soak  # where the machine with the store dies they have no store either
-def test_ranks_without_their_store_end_though_they_get_on(
-    ranks: list[Watched], store: list[TCPStore]
-) -> None:
+@together()
+def test_ranks_without_their_store_end_though_they_get_on(ranks: Ranks, store: Store) -> None:
     store.clear()
     answers = ended(ranks)
     assert [status for status, _ in answers] in ([1] * RANKS, [-signal.SIGKILL, 1, 1])
@@ -167,9 +205,8 @@ def test_ranks_without_their_store_end_though_they_get_on(
     assert "cannot be reached" in told
 
 
-def test_a_store_that_comes_back_in_time_is_used_again(
-    ranks: list[Watched], store: list[TCPStore]
-) -> None:
+@together()
+def test_a_store_that_comes_back_in_time_is_used_again(ranks: Ranks, store: Store) -> None:
     port = store.pop().port
     time.sleep(0.5)
     store.append(new_store(port))
@@ -180,9 +217,8 @@ def test_a_store_that_comes_back_in_time_is_used_again(
 
 
 @pytest.mark.soak  # of real work: test_waiting.py
-def test_long_work_that_the_others_wait_for_is_no_hang(
-    ranks: list[Watched],
-) -> None:
+@together()
+def test_long_work_that_the_others_wait_for_is_no_hang(ranks: Ranks, store: Store) -> None:
     for process, line in zip(ranks, ("wait", "work", "wait"), strict=True):
         process.tell(line)
     time.sleep(2 * TIMEOUT)
@@ -192,7 +228,8 @@ def test_long_work_that_the_others_wait_for_is_no_hang(
     assert ended(ranks) == [(0, "")] * RANKS
 
 
-def test_who_leaves_is_not_missed(ranks: list[Watched]) -> None:
+@together()
+def test_who_leaves_is_not_missed(ranks: Ranks, store: Store) -> None:
     for process in ranks:
         process.tell("leave")
     assert ended(ranks) == [(0, "")] * RANKS

@@ -36,7 +36,7 @@ from pemt.run import loop, train
 from pemt.run.nan_guard import NonFiniteGuard
 from pemt.run.train import run_adapt, run_source
 from pemt.storage import folders as storage
-from tests.support.damages import DAMAGES, Damage
+from tests.support.damages import DAMAGES, Damage, flip_a_bit
 from tests.support.tiny import adapt_config, source_config, tiny_task
 
 SOURCE, TARGET = "tiny-a", "tiny-target"
@@ -121,12 +121,14 @@ def damaged_checkpoints(world: Path, folder: Path) -> dict[str, Any]:
     config = config_of(world, folder / "damaged", save_total_limit=3)
     run_source(config)
     going_on = replace(config, resume_from_checkpoint=True)
-    on_rank_0(lambda: flip(folder / "damaged" / f"checkpoint-{STEPS}" / "moments.safetensors"))
+    on_rank_0(
+        lambda: flip_a_bit(folder / "damaged" / f"checkpoint-{STEPS}" / "moments.safetensors")
+    )
     run_source(going_on)
 
     def damage_all() -> None:
         for checkpoint in (folder / "damaged").glob("checkpoint-*"):
-            flip(checkpoint / "trained.safetensors")
+            flip_a_bit(checkpoint / "trained.safetensors")
 
     on_rank_0(damage_all)
     none_left = error_of(lambda: run_source(going_on))
@@ -215,12 +217,6 @@ def one_rank_without(*fields: str) -> Iterator[None]:
         yield
     finally:
         loop.collate = whole
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 4
-    path.write_bytes(data)
 
 
 def on_rank_0(act: Callable[[], None]) -> None:

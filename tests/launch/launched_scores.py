@@ -31,7 +31,7 @@ MICRO_BATCHES = 6
 STREAMED: dict[str, Any] = {
     "streaming": True,
     "eval_strategy": "no",
-    "max_steps": 8,
+    "max_steps": 5,
     "shuffle_buffer_size": 24,
 }
 

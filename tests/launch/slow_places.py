@@ -1,10 +1,10 @@
 """What two ranks run for test_waiting.py: both stages and parts of the demo, with one rank's work slowed or ended.
 
-    accelerate launch ... -m tests.launch.slow_places FOLDER slow
-    accelerate launch ... -m tests.launch.slow_places FOLDER PLACE
+    accelerate launch ... -m tests.launch.slow_places FOLDER slow PLACE...
+    accelerate launch ... -m tests.launch.slow_places FOLDER dies PLACE
 
-FOLDER has a base model and task files. `slow`: at every place of PLACES the rank named there takes half as long
-again as `ddp_timeout`, once. A place's name: that rank dies there, of kill -9; only the part with that place is run.
+FOLDER has a base model and task files. `slow`: at every PLACE the rank named in PLACES takes a quarter longer than
+`ddp_timeout`, once. `dies`: of kill -9. Only the parts with such places are run.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ PLACES = {
     "writing": ("pemt.run.train.write_predictions", 0),
     "report": ("pemt.demo.run.write_report", 0),
 }
+IN_DEMO = {"pre-training", "report"}
 
 
 def hooked(name: str, act: Callable[[], None]) -> None:
@@ -107,7 +108,7 @@ def shorten_timeout(config: SourceConfig) -> None:
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT))
 
 
-def main(folder: Path, what: str) -> None:
+def main(folder: Path, what: str, places: list[str]) -> None:
     for task in (SOURCE, TARGET):
         tiny_task(task)
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"  # no other test fills it
@@ -115,8 +116,8 @@ def main(folder: Path, what: str) -> None:
     # A busy machine's slow start is a hang to the run's watchdog; that it lets those work who are waited for is
     # shown in test_watchdog.py.
     session.Watchdog = lambda **given: Watchdog(**{**given, "timeout": 60 * TIMEOUT})
-    for name in PLACES if what == "slow" else [what]:
-        hooked(name, (lambda: time.sleep(1.5 * TIMEOUT)) if what == "slow" else die)
+    for name in places:
+        hooked(name, (lambda: time.sleep(1.25 * TIMEOUT)) if what == "slow" else die)
     config = source_config(
         *(folder / "base", folder / SOURCE, folder / "source", folder / "bank", SOURCE),
         expert=ExpertConfig(rank=2),
@@ -124,9 +125,9 @@ def main(folder: Path, what: str) -> None:
         ddp_timeout=TIMEOUT,
     )
     shorten_timeout(config)
-    if what != "pre-training":
+    if set(places) - IN_DEMO:
         stages(config, folder)
-    if what in ("slow", "pre-training"):
+    if set(places) & IN_DEMO:
         demo_parts(folder)
     shut_down()
     if os.environ["RANK"] == "0":
@@ -134,4 +135,4 @@ def main(folder: Path, what: str) -> None:
 
 
 if __name__ == "__main__":
-    run_and_exit(lambda: main(Path(sys.argv[1]), sys.argv[2]))
+    run_and_exit(lambda: main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))

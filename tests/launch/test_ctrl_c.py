@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pemt.engine.signals import INTERRUPTED_STATUS, KILLED_STATUS, SAME_SECONDS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 from tests.support.jobs import World, clean, last_step, status
 from tests.support.ranks import Forked
 
@@ -122,15 +122,7 @@ def test_a_command_with_nothing_to_save_leaves_without_a_traceback(tmp_path: Pat
         "def stop(arguments): os.kill(os.getpid(), signal.SIGINT)\n"
         "pemt.commands.COMMANDS['tasks'] = stop\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "pemt", "tasks"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = python("-m", "pemt", "tasks", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert (done.returncode, done.stdout, done.stderr) == (KILLED_STATUS, "", "")
 
 

@@ -63,7 +63,7 @@ class Launched:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    make_base(folder / "base")
+    make_base(folder / "base", num_layers=1)
     write_task_files(folder / SOURCE, seed=0, rows=70)
     row = {"text": "the box is red", "label": 1}
     other = {"text": "the lid is white", "label": 0}

@@ -48,7 +48,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     """What a launch has left; it is started when it is first asked for, behind that of ZeRO-2."""
     world = tmp_path_factory.mktemp("world")
     make_base(world / "base")
-    make_gemma_base(world / "gemma-base", hidden_size=12, intermediate_size=20)
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1}
+    make_gemma_base(world / "gemma-base", **sizes)  # of its decoder
     for seed, task in enumerate((*SOURCES, TARGET)):
         write_task_files(world / task, seed=seed)
     write_uneven_files(world / UNEVEN)

@@ -65,11 +65,8 @@ def test_accelerate_takes_the_yaml(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck_finds_nothing(path: Path) -> None:
-    shellcheck = Path(sys.executable).parent / "shellcheck"
-    command = [shellcheck, "--external-sources", path]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout + found.stderr
+def test_who_is_started_and_who_is_sourced(path: Path) -> None:
+    """What shellcheck finds in them `make lint` tells, a part of `make test`."""
     assert os.access(path, os.X_OK) == (path.name not in SOURCED)
 
 
@@ -168,14 +165,8 @@ def test_slurm_source_trains_one_task_an_element() -> None:
 @pytest.mark.parametrize("launcher", ["accelerate", "srun"])
 def test_slurm_adapt_starts_a_launcher_a_node_or_a_task_a_rank(launcher: str) -> None:
     """With 32 ranks the recipe's batch of 32 is an example each."""
-    variables = {
-        **TASKS,
-        "NODES": "4",
-        "LAUNCHER": launcher,
-        "LOG_DIR": "logs",
-        "CPUS_PER_RANK": "6",
-    }
-    run = run_script("slurm_adapt.sbatch", "--dry_run", **variables)
+    variables = {"NODES": "4", "LAUNCHER": launcher, "LOG_DIR": "logs", "CPUS_PER_RANK": "6"}
+    run = run_script("slurm_adapt.sbatch", "--dry_run", **TASKS, **variables)
     assert run.returncode == 0, run.stderr
     queued, step = run.stdout.splitlines()
     tasks, cores = (8, 6) if launcher == "srun" else (1, 48)

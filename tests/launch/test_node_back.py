@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.conftest import start_command
+from tests.conftest import free_port, start_command
 from tests.support.jobs import Job, World, clean, last_step, status
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.soak]
@@ -19,9 +19,7 @@ TIMEOUT = 20  # ddp_timeout: ranks that do not see one another's signs of life e
 @pytest.mark.parametrize("nodes", ["2", "1:2"])
 def test_a_machine_that_comes_back_is_taken_in(world: World, nodes: str) -> None:
     """With `2` the other machine waits for it; with `1:2` that one goes on alone until it is there."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     variables = {
         "NUM_NODES": nodes,
         "RANKS_PER_NODE": "1",

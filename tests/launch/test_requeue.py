@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, kill_session
+from tests.conftest import ROOT, free_port, kill_session
+from tests.launch.test_slurm import fake_slurm
 from tests.support.jobs import World, assert_same_end, last_step, status
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.soak]
@@ -21,23 +20,17 @@ pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.soak]
 def test_a_warned_job_goes_back_into_the_queue_and_ends_with_the_same_bits(
     world: World, undisturbed: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
     run = tmp_path / "runs" / "adapt-colours"
     environment = {
-        **os.environ,
-        "PATH": f"{ROOT / 'tests' / 'support' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "FAKE_SLURM": str(tmp_path),
+        **fake_slurm(tmp_path),
         "TARGET_TASK": "colours",
         "BANK_DIR": str(tmp_path / "bank"),
         "OUTPUT_DIR": str(tmp_path / "runs"),
         "RANKS_PER_NODE": "1",
         "GLOBAL_BATCH": "8",  # as in the other run
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
     }
-    fields = world.arguments("unused", output_dir=run)[1:]
+    fields = world.arguments(run)[1:]
     out = tmp_path / "out"
     with out.open("w") as file:
         job = subprocess.Popen(

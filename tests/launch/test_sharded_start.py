@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from pemt.bank.entries import write_entry
 from pemt.engine.placement import materialize_on_device
@@ -24,6 +25,23 @@ from tests.support.tiny import make_base, write_task_files
 
 Report = Callable[[str], dict[str, Any]]
 LARGE = {"d_model": 1024, "d_ff": 4096, "d_kv": 64, "num_heads": 4, "num_layers": 12}
+
+
+def write_base(folder: Path) -> Path:
+    """As `make_base` of LARGE, whose weights would be drawn for seconds: here one matrix stands everywhere."""
+    make_base(folder, **{**LARGE, "num_layers": 1})
+    config = T5Config.from_pretrained(
+        folder, num_layers=LARGE["num_layers"], num_decoder_layers=LARGE["num_layers"]
+    )
+    with torch.device("meta"):
+        base = T5ForConditionalGeneration(config)
+    base.to_empty(device="cpu").tie_weights()
+    noise = torch.randn(LARGE["d_model"] * LARGE["d_ff"]) * LARGE["d_model"] ** -0.5
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.copy_(noise[: weight.numel()].view_as(weight) if weight.dim() > 1 else 1.0)
+    base.save_pretrained(folder)
+    return folder
 
 
 def random_bank(bank: Path, base: Path, name: str) -> None:
@@ -46,7 +64,7 @@ def random_bank(bank: Path, base: Path, name: str) -> None:
 def report(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Iterator[Report]:
     """What a launch tells, by the way in which it reads its model; `file_bytes` of that."""
     world = tmp_path_factory.mktemp("start")
-    make_base(world / "base", **LARGE)
+    write_base(world / "base")
     write_task_files(world / TASK, seed=0)
     for name in ("one", "two"):
         random_bank(world / "bank", world / "base", name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pemt.bank.manifests import entry_names
 from pemt.config.parse import parse_config
 from pemt.config.schema import SourceConfig
 from pemt.run.train import run_source
-from tests.conftest import ROOT, kill_session
+from tests.conftest import ROOT, free_port, kill_session
 from tests.support.forked_python import forked_python
 from tests.support.tiny import losses, make_base
 
@@ -60,6 +59,13 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
+def fake_slurm(folder: Path) -> dict[str, str]:
+    """Variables with which the stand-ins are found, and their folder."""
+    places = (ROOT / "tests" / "support" / "slurm", Path(sys.executable).parent, os.environ["PATH"])
+    path = ":".join(map(str, places))
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "FAKE_SLURM": str(folder)}
+
+
 def submit(
     world: Path, script: str, *, arguments: tuple[str, ...] = (), **variables: str
 ) -> tuple[str, str]:
@@ -68,10 +74,7 @@ def submit(
     With FORKED_PYTHON its `python` is no fresh interpreter.
     """
     environment = {
-        **os.environ,
-        "PATH": f"{ROOT / 'tests' / 'support' / 'slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "FAKE_SLURM": str(world / "fake"),
+        **fake_slurm(world / "fake"),
         "MODEL": str(world / "base"),
         "BANK_DIR": str(world / "bank"),
         "OUTPUT_DIR": str(world / "runs"),
@@ -115,12 +118,6 @@ def asked(world: Path) -> list[str]:
 def hooked(world: Path) -> list[str]:
     """Where the hook was sourced, and what was passed on to there."""
     return (world / "hooked").read_text().splitlines()
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
 
 
 def train(world: Path, source: str) -> None:
@@ -183,7 +180,7 @@ def test_two_nodes_adapt_together_without_a_launcher(world: Path) -> None:
             CPUS_PER_RANK="2",
             LAUNCHER="srun",
             GLOBAL_BATCH="8",
-            MASTER_PORT=free_port(),
+            MASTER_PORT=str(free_port()),
             OFFLINE_DIR=str(world / "offline"),
             STAGE_DIR=str(world / "scratch"),
             HF_TOKEN="hf_secret",
@@ -280,12 +277,10 @@ def test_an_interrupted_job_is_queued_again_and_a_failed_one_is_not(
         "set -euo pipefail\nsource launchers/slurm_common.sh\nJOB_NAME=job\n"
         f"run_and_requeue {tmp_path} {sys.executable} {tmp_path}/child.py {tmp_path} {told} {then}\n"
     )
-    environment = {**os.environ, "FAKE_SLURM": str(tmp_path)}
-    environment["PATH"] = f"{ROOT / 'tests' / 'support' / 'slurm'}:{os.environ['PATH']}"
     job = subprocess.Popen(
         ["sbatch", str(script)],
         cwd=ROOT,
-        env=environment,
+        env=fake_slurm(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

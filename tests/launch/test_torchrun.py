@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import signal
-import socket
 from contextlib import ExitStack
 
 import pytest
 
-from tests.conftest import start_command
+from tests.conftest import free_port, start_command
 from tests.support.jobs import Job, World, clean, last_step, status
 
 pytestmark = [pytest.mark.launch, pytest.mark.soak]
 
 
 def test_machines_that_count_restarts_differently_meet(world: World) -> None:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
     variables = {
         "NUM_NODES": "2",
         "RANKS_PER_NODE": "1",
-        "RENDEZVOUS": f"localhost:{port}",
+        "RENDEZVOUS": f"localhost:{free_port()}",
         "MAX_RESTARTS": "1",
         "GLOBAL_BATCH": "8",
     }

@@ -23,9 +23,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def program(launch: Launch, folder: Path, what: str, *, check: bool = True) -> tuple[int, str]:
+def program(launch: Launch, folder: Path, *what: str, check: bool = True) -> tuple[int, str]:
     done = launch(
-        *("-m", "tests.launch.slow_places", str(folder), what),
+        *("-m", "tests.launch.slow_places", str(folder), *what),
         zero=2,
         timeout=600,
         check=check,
@@ -33,26 +33,33 @@ def program(launch: Launch, folder: Path, what: str, *, check: bool = True) -> t
     return done.returncode, done.output
 
 
+# Each place is a wait of its own, for one rank or the other.
+DOING = {
+    "op": "compiling the fused op",
+    "pre-training": "saving the state of pre-training",
+    "fetching": "fetching {folder}/base",
+    "examples": "preparing the examples of tiny-a",
+    "digest": "reading the digest of the base model's weights",
+    "reading": "reading the model's weights",
+    "scoring": "scoring 11 answers",
+    "pictures": "drawing gates and prompts",
+    "writing": "writing results and pictures",
+    "report": "writing the demo's report",
+}
+FEW = ["op", "examples", "digest", "writing"]
+
+
+@pytest.mark.parametrize("places", [FEW, pytest.param([*DOING], marks=pytest.mark.soak)], ids=len)
 def test_work_longer_than_the_timeout_is_waited_for_wherever_one_rank_does_it(
-    launch: Launch, folder: Path
+    launch: Launch, folder: Path, places: list[str]
 ) -> None:
-    _, output = program(launch, folder, "slow")
-    assert set(re.findall(r"^at (\S+)$", output, flags=re.MULTILINE)) == set(PLACES)
+    assert DOING.keys() == PLACES.keys()
+    _, output = program(launch, folder, "slow", *places)
+    assert set(re.findall(r"^at (\S+)$", output, flags=re.MULTILINE)) == set(places)
     assert "finished\n" in output
     told = re.findall(r"pemt: rank (\d) waits for rank (\d): (.*), \d+ s so far", output)
-    for doing in (
-        "compiling the fused op",
-        "saving the state of pre-training",
-        f"fetching {folder / 'base'}",
-        "preparing the examples of tiny-a",
-        "reading the digest of the base model's weights",
-        "reading the model's weights",
-        "scoring 11 answers",
-        "drawing gates and prompts",
-        "writing results and pictures",
-        "writing the demo's report",
-    ):
-        assert doing in {what for _, _, what in told}
+    for place in places:
+        assert DOING[place].format(folder=folder) in {what for _, _, what in told}
     assert {(waiting, late) for waiting, late, _ in told} == {("0", "1"), ("1", "0")}
 
 
@@ -66,7 +73,7 @@ def test_work_longer_than_the_timeout_is_waited_for_wherever_one_rank_does_it(
     ],
 )
 def test_who_dies_at_it_is_named(launch: Launch, folder: Path, place: str, doing: str) -> None:
-    status, output = program(launch, folder, place, check=False)
+    status, output = program(launch, folder, "dies", place, check=False)
     ended = time.time()
     assert status != 0
     (died,) = re.findall(r"^died at ([\d.]+)$", output, flags=re.MULTILINE)

@@ -16,7 +16,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pemt.config.parse import parse_config
 from pemt.config.schema import AdaptConfig
 from pemt.data import DataError
 from pemt.engine import shut_down
@@ -31,8 +30,7 @@ FIELDS = {"num_train_epochs": "1", "gradient_accumulation_steps": "2"}
 
 
 def config_of(world: World, run: str, **fields: object) -> AdaptConfig:
-    arguments = world.arguments(run, **{**FIELDS, **fields})
-    return parse_config(AdaptConfig, arguments[1:], prog="pemt adapt")
+    return world.config(run, **{**FIELDS, **fields})
 
 
 def without_dropout(world: World, run: str, **fields: object) -> AdaptConfig:

@@ -19,7 +19,7 @@ from tests.support.tiny_t5 import (
     source_model,
     target_model,
     tiny_base,
-    tiny_batch,
+    tiny_inputs,
     tiny_sources,
 )
 
@@ -40,12 +40,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     for place in ("model.decoding", "model.mixture", "ops.linear", "model.experts"):
         monkeypatch.setattr(f"pemt.{place}.linear", counted)
     return asked
-
-
-def inputs() -> dict[str, Tensor]:
-    batch = tiny_batch((7, 4, 2))
-    del batch["labels"]
-    return batch
 
 
 def test_layers_are_afterwards_as_they_were(calls: list[int]) -> None:
@@ -101,7 +95,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(calls: list[int]) -> None:
 def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -> None:
     model = make()
     fixed = {**LONG, "num_beams": num_beams}
-    tokens, gates = model.generate_with_gates(**inputs(), **fixed)
+    tokens, gates = model.generate_with_gates(**tiny_inputs(), **fixed)
     weights = [each.weight for each in model.modules() if type(each) is nn.Linear]
     # the encoder's are the op's where LoRA experts are mixed
     weights += [site.module.weight for site in ffn_sites(model.base) if site.spec.in_decoder]
@@ -112,7 +106,7 @@ def test_the_answers_are_the_same(make: Any, num_beams: int, calls: list[int]) -
             patched.setattr(f"pemt.model.{place}.linear", nn.functional.linear)
         patched.setattr("pemt.ops.linear.linear", nn.functional.linear)
         calls.clear()
-        expected = model.generate_with_gates(**inputs(), **fixed)
+        expected = model.generate_with_gates(**tiny_inputs(), **fixed)
     assert calls == []
     assert torch.equal(tokens, expected[0])
     assert (gates is None) == (expected[1] is None)
@@ -125,11 +119,11 @@ def test_answers_under_autocast(kind: str) -> None:
     """As with fp16 and no DeepSpeed, where what is frozen stays in fp32."""
     model = target_model(tiny_sources(kind))
     with torch.autocast("cpu", torch.bfloat16):
-        tokens, gates = model.generate_with_gates(**inputs(), **LONG)
+        tokens, gates = model.generate_with_gates(**tiny_inputs(), **LONG)
     assert tokens.shape == (3, 9)
     assert gates is not None
     torch.testing.assert_close(
-        gates, model.generate_with_gates(**inputs(), **LONG)[1], rtol=0.05, atol=0.05
+        gates, model.generate_with_gates(**tiny_inputs(), **LONG)[1], rtol=0.05, atol=0.05
     )
 
 
@@ -158,7 +152,7 @@ def test_the_encoders_keys_stay_where_they_are_while_beams_change_places(
 
     monkeypatch.setattr(decoding, "_reorder_own", watched)
     model = target_model(tiny_sources("lora"))
-    model.generate(**inputs(), **LONG, num_beams=4)
+    model.generate(**tiny_inputs(), **LONG, num_beams=4)
     assert any(seen), "no beam changed places"
 
 
@@ -175,5 +169,5 @@ def test_beams_with_another_cache_or_none(given: dict[str, Any]) -> None:
     }
     model = FullT5(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))).eval()
     fixed = {**LONG, "num_beams": 4}
-    expected = model.generate(**inputs(), **fixed)
-    assert torch.equal(model.generate(**inputs(), **fixed, **given), expected)
+    expected = model.generate(**tiny_inputs(), **fixed)
+    assert torch.equal(model.generate(**tiny_inputs(), **fixed, **given), expected)

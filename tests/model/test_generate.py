@@ -7,27 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pemt.model import PemtT5, mixture
 from pemt.model.context import PassContext, SiteRecord
 from tests.support.tiny_t5 import (
+    LENGTHS,
+    check_greedy,
+    check_padding_and_batch_change_nothing,
     on_sites,
     source_model,
     target_model,
     tiny_base,
     tiny_batch,
+    tiny_inputs,
     tiny_sources,
 )
-
-LENGTHS = (7, 4, 2)
-
-
-def _inputs(extra_padding: int = 0) -> dict[str, Tensor]:
-    batch = tiny_batch(LENGTHS, extra_padding=extra_padding)
-    del batch["labels"]
-    return batch
-
 
 MODELS: dict[str, Callable[[], PemtT5]] = {
     "target t5": target_model,
@@ -47,27 +41,17 @@ MODELS: dict[str, Callable[[], PemtT5]] = {
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_padding_and_batch_change_nothing(name: str, beams: int) -> None:
-    model = MODELS[name]()
-    fixed = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6}
-    together = model.generate(**_inputs(extra_padding=5), **fixed)
-    for row, length in enumerate(LENGTHS):
-        alone = {key: value[row : row + 1, :length] for key, value in _inputs().items()}
-        assert torch.equal(model.generate(**alone, **fixed)[0], together[row])
+    check_padding_and_batch_change_nothing(MODELS[name](), beams)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_the_likeliest_of_the_forward_pass(name: str) -> None:
-    model = MODELS[name]()
-    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "eos_token_id": None}
-    ids = model.generate(**_inputs(), **fixed)[:, 1:]
-    with torch.no_grad():
-        logits = model(**_inputs(), labels=ids).logits
-    assert torch.equal(logits.argmax(-1), ids)
+    check_greedy(MODELS[name]())
 
 
 def test_several_sequences_from_beams() -> None:
     model = target_model()
-    ids = model.generate(**_inputs(), num_beams=4, num_return_sequences=2, max_new_tokens=5)
+    ids = model.generate(**tiny_inputs(), num_beams=4, num_return_sequences=2, max_new_tokens=5)
     assert ids.shape[0] == 2 * len(LENGTHS)
 
 
@@ -78,7 +62,7 @@ def test_generation_leaves_training_as_it_was() -> None:
         model.enable_gradient_checkpointing()
     losses = [model(**tiny_batch()).loss for model in models]
     models[1].eval()
-    models[1].generate(**_inputs(), num_beams=2, max_new_tokens=3)
+    models[1].generate(**tiny_inputs(), num_beams=2, max_new_tokens=3)
     models[1].train()
     for loss in losses:
         loss.backward()
@@ -98,7 +82,7 @@ def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(mixture, "gated_output", refuse)
     model = target_model()
-    model.generate(**_inputs(), max_new_tokens=3)
+    model.generate(**tiny_inputs(), max_new_tokens=3)
     with pytest.raises(AssertionError, match="no sparsity loss"):
         model(**tiny_batch())
 
@@ -111,18 +95,18 @@ def test_no_sparsity_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_gates_of_an_answer_are_those_of_a_forward_pass(name: str, beams: int) -> None:
     model = MODELS[name]()
     with torch.no_grad():
-        expected = model(**tiny_batch(LENGTHS)).gates_BLK
-    tokens, gates = model.generate_with_gates(**_inputs(), num_beams=beams, max_new_tokens=5)
-    assert torch.equal(tokens, model.generate(**_inputs(), num_beams=beams, max_new_tokens=5))
+        expected = model(**tiny_batch()).gates_BLK
+    tokens, gates = model.generate_with_gates(**tiny_inputs(), num_beams=beams, max_new_tokens=5)
+    assert torch.equal(tokens, model.generate(**tiny_inputs(), num_beams=beams, max_new_tokens=5))
     torch.testing.assert_close(gates, expected, rtol=1e-6, atol=1e-7)
     assert (gates - gates[:1]).abs().max() > 1e-3, "the samples' gates must differ"
-    assert target_model([]).generate_with_gates(**_inputs(), max_new_tokens=2)[1] is None
+    assert target_model([]).generate_with_gates(**tiny_inputs(), max_new_tokens=2)[1] is None
 
 
 def test_what_a_request_keeps_is_not_the_next_ones() -> None:
     """Same shape, another input: nothing of the first request's gates may be left."""
     model = target_model()
-    first = {key: value[:1, :2] for key, value in _inputs().items()}
+    first = {key: value[:1, :2] for key, value in tiny_inputs().items()}
     second = {**first, "input_ids": first["input_ids"].flip(1) + 1}
     fixed = {"max_new_tokens": 6, "min_new_tokens": 6}
     alone = target_model().generate_with_gates(**second, **fixed)

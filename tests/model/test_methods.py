@@ -32,9 +32,17 @@ from pemt.model import (
 from pemt.model.peft_model import UNFIT, PeftError
 from pemt.run.early import check_method
 from tests.support.tiny import adapt_config
-from tests.support.tiny_t5 import SIZES, gradients, tiny_base, tiny_batch, tiny_prompt
+from tests.support.tiny_t5 import (
+    SIZES,
+    check_greedy,
+    check_padding_and_batch_change_nothing,
+    gradients,
+    tiny_base,
+    tiny_batch,
+    tiny_inputs,
+    tiny_prompt,
+)
 
-LENGTHS = (7, 4, 2)
 VIRTUAL = 7
 
 
@@ -84,40 +92,21 @@ def with_effect(make: Callable[[], TrainedT5]) -> TrainedT5:
     return model.eval()
 
 
-def inputs(extra_padding: int = 0) -> dict[str, Tensor]:
-    batch = tiny_batch(LENGTHS, extra_padding=extra_padding)
-    del batch["labels"]
-    return batch
-
-
 def logits_of(base: Any, **encoder: Tensor) -> Tensor:
     """A bare T5's logits for the labels of `tiny_batch`."""
-    decoder_input_ids = base.prepare_decoder_input_ids_from_labels(tiny_batch(LENGTHS)["labels"])
+    decoder_input_ids = base.prepare_decoder_input_ids_from_labels(tiny_batch()["labels"])
     return base(**encoder, decoder_input_ids=decoder_input_ids).logits
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_padding_and_batch_change_nothing(name: str, beams: int) -> None:
-    model = made(name)
-    fixed = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6}
-    together = model.generate(**inputs(extra_padding=5), **fixed)
-    for row, length in enumerate(LENGTHS):
-        alone = {key: value[row : row + 1, :length] for key, value in inputs().items()}
-        assert torch.equal(model.generate(**alone, **fixed)[0], together[row])
+    check_padding_and_batch_change_nothing(made(name), beams)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_the_likeliest_of_the_forward_pass(name: str) -> None:
     check_greedy(made(name))
-
-
-def check_greedy(model: TrainedT5) -> None:
-    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "eos_token_id": None}
-    ids = model.generate(**inputs(), **fixed)[:, 1:]
-    with torch.no_grad():
-        logits = model(**inputs(), labels=ids).logits
-    assert torch.equal(logits.argmax(-1), ids)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -248,7 +237,7 @@ def test_recomputing_blocks_changes_no_gradient(name: str) -> None:
 
 
 def test_the_loss_is_the_cross_entropy_of_t5_itself() -> None:
-    batch = tiny_batch(LENGTHS)
+    batch = tiny_batch()
     assert torch.allclose(FullT5(tiny_base())(**batch).loss, tiny_base()(**batch).loss)
 
 
@@ -262,8 +251,8 @@ def test_full_trains_everything_and_tied_weights_once() -> None:
 
 def test_bitfit_starts_as_the_base_and_has_the_published_number_of_biases() -> None:
     with torch.no_grad():
-        ours = BitFitT5(tiny_base())(**tiny_batch(LENGTHS)).logits
-        assert torch.equal(ours, logits_of(tiny_base(), **inputs()))
+        ours = BitFitT5(tiny_base())(**tiny_batch()).logits
+        assert torch.equal(ours, logits_of(tiny_base(), **tiny_inputs()))
     with torch.device("meta"):
         t5_base = T5ForConditionalGeneration(
             T5Config(
@@ -301,15 +290,15 @@ def test_lora_is_the_base_with_the_product_added_to_its_weights() -> None:
             sites += 1
     assert sites == 2 * (2 + 2 * 3), "q and v of every attention"
     with torch.no_grad():
-        ours = model(**tiny_batch(LENGTHS)).logits
-        assert torch.allclose(ours, logits_of(plain, **inputs()), atol=1e-5)
-        assert not torch.allclose(ours, logits_of(tiny_base(), **inputs()), atol=1e-2)
+        ours = model(**tiny_batch()).logits
+        assert torch.allclose(ours, logits_of(plain, **tiny_inputs()), atol=1e-5)
+        assert not torch.allclose(ours, logits_of(tiny_base(), **tiny_inputs()), atol=1e-2)
 
 
 def test_lora_starts_as_the_base() -> None:
     with torch.no_grad():
-        ours = lora()(**tiny_batch(LENGTHS)).logits
-        assert torch.equal(ours, logits_of(tiny_base(), **inputs()))
+        ours = lora()(**tiny_batch()).logits
+        assert torch.equal(ours, logits_of(tiny_base(), **tiny_inputs()))
 
 
 def test_prompt_tuning_is_the_prompt_before_the_encoders_input() -> None:
@@ -318,7 +307,7 @@ def test_prompt_tuning_is_the_prompt_before_the_encoders_input() -> None:
     assert name == "peft.prompt_encoder.default.embedding.weight"
     started = torch.cat([tiny_prompt(), tiny_prompt()])[:VIRTUAL]
     assert torch.equal(virtual_PD, started), "the description, repeated to the prompt's length"
-    given = inputs()
+    given = tiny_inputs()
     embeds = plain.get_input_embeddings()(given["input_ids"])
     rows = len(embeds)
     with torch.no_grad():
@@ -329,7 +318,7 @@ def test_prompt_tuning_is_the_prompt_before_the_encoders_input() -> None:
                 [torch.ones(rows, VIRTUAL, dtype=torch.long), given["attention_mask"]], dim=1
             ),
         )
-        assert torch.allclose(model(**tiny_batch(LENGTHS)).logits, expected, atol=1e-6)
+        assert torch.allclose(model(**tiny_batch()).logits, expected, atol=1e-6)
 
 
 def test_a_start_that_was_asked_for_is_kept() -> None:

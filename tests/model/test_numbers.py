@@ -22,6 +22,7 @@ from tests.support.tiny_t5 import (
     target_model,
     tiny_base,
     tiny_batch,
+    tiny_inputs,
     tiny_prompt,
     tiny_source,
     tiny_sources,
@@ -167,9 +168,7 @@ def test_bfloat16_base(kind: str) -> None:
     torch.testing.assert_close(out.sparsity_loss, expected.sparsity_loss, rtol=0.02, atol=0)
     torch.testing.assert_close(out.ce_loss, expected.ce_loss, rtol=0.1, atol=0)
     assert all(p.grad.isfinite().all() for _, p in model.trainable_parameters())
-    batch = tiny_batch()
-    del batch["labels"]
-    assert model.generate(**batch, num_beams=2, max_new_tokens=3).shape[0] == 3
+    assert model.generate(**tiny_inputs(), num_beams=2, max_new_tokens=3).shape[0] == 3
 
 
 @pytest.mark.parametrize("kind", SOURCES)

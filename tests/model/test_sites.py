@@ -31,6 +31,7 @@ from tests.support.tiny_t5 import (
     target_model,
     tiny_base,
     tiny_batch,
+    tiny_inputs,
     tiny_prompt,
     tiny_source,
 )
@@ -288,10 +289,9 @@ def test_sixty_four_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {site.rpartition("/")[2]: len(present) for site, present in sites.items()}
     assert counts == {"q": 32, "v": 64}
     torch.testing.assert_close(found["op"][1].sum(-1), torch.ones(3, len(sites)))
-    batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
     monkeypatch.setitem(MIXTURES, "lora", LoraMixture)
     tokens, gates = target_model(sources).generate_with_gates(
-        **batch, num_beams=2, max_new_tokens=4
+        **tiny_inputs(), num_beams=2, max_new_tokens=4
     )
     assert tokens.shape[0] == 3
     torch.testing.assert_close(gates, found["op"][1])
@@ -376,9 +376,8 @@ def test_uniform_gates_are_equal_and_not_trained(family: str) -> None:
             else:
                 parameter.copy_(dict(model.trainable_parameters())[name])
     torch.testing.assert_close(learned(**tiny_batch()).loss, out.loss)
-    batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
-    tokens, gates = model.generate_with_gates(**batch, max_new_tokens=4)
-    assert torch.equal(tokens, learned.generate(**batch, max_new_tokens=4))
+    tokens, gates = model.generate_with_gates(**tiny_inputs(), max_new_tokens=4)
+    assert torch.equal(tokens, learned.generate(**tiny_inputs(), max_new_tokens=4))
     torch.testing.assert_close(gates, out.gates_BLK)
 
 

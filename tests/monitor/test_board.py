@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
-from pemt.config.schema import AdaptConfig, ExpertConfig, SourceConfig
+from pemt.config.schema import AdaptConfig, SourceConfig
 from pemt.model.prompts import mean_cosines
 from pemt.monitor import GateNames, Monitor, board, figures
 from pemt.monitor.entropy import entropy_NL, mixture_scalars
@@ -26,8 +26,9 @@ from pemt.monitor.gates import by_layer
 from pemt.monitor.hparams import columns
 from pemt.monitor.layout import layout
 from pemt.monitor.provenance import config_text, environment_text, git_state
-from pemt.run.train import run_adapt, run_source
-from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
+from pemt.run.train import run_adapt
+from tests.support.tiny import adapt_config
+from tests.support.trained import train_sources
 
 SOURCES, TARGET = ("tiny-board-a", "tiny-board-b"), "tiny-board-target"
 SITES = dict.fromkeys(("encoder/0", "decoder/0"), ("mnli", "qqp.x"))
@@ -222,17 +223,10 @@ def test_every_field_that_tells_runs_apart_is_a_column() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources and an adapt run, for real, on the tiny base."""
-    folder = tmp_path_factory.mktemp("board")
-    base, bank = make_base(folder / "base"), folder / "bank"
-    for seed, task in enumerate((*SOURCES, TARGET)):
-        tiny_task(task)
-        write_task_files(folder / task, seed=seed)
     seen: dict[str, Any] = {"report_to": ["tensorboard"]}
-    for task in SOURCES:
-        fields = {**seen, "expert": ExpertConfig(rank=2)}
-        run_source(source_config(base, folder / task, folder / f"run-{task}", bank, task, **fields))
-    fields = {**seen, "few_shot": 8}
-    run_adapt(adapt_config(base, folder / TARGET, folder / "adapt", bank, TARGET, **fields))
+    folder = train_sources(tmp_path_factory.mktemp("board"), SOURCES, TARGET, **seen)
+    paths = (folder / "base", folder / TARGET, folder / "adapt", folder / "bank")
+    run_adapt(adapt_config(*paths, TARGET, **seen, few_shot=8))
     return folder
 
 

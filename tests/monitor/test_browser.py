@@ -5,7 +5,6 @@ Screenshots lie in pytest's temporary folder.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 
 from pemt.config.schema import ExpertConfig
 from pemt.run.train import run_adapt, run_source
+from tests.conftest import free_port
 from tests.support.browser import chromium
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
@@ -58,9 +58,7 @@ def runs(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(runs: Path) -> Iterator[str]:
     """Where a TensorBoard of these runs answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--load_fast", "false"]
     with (runs.parent / "tensorboard.log").open("w") as log:

@@ -3,58 +3,60 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from pemt import ops
 from pemt.ops import OpsError, build, library, select
 from pemt.ops.select import kernels_for
-
-BUILD_SLOWLY = """
-import sys, time
-from pathlib import Path
-from pemt.ops import library
-def compile_slowly(found):
-    with open(sys.argv[1], "a") as log:
-        log.write("compiled\\n")
-    time.sleep(0.5)
-library._compile = compile_slowly
-library.build(library.cpu_library())
-assert library.cpu_library().built.exists()
-"""
-USE = """
-import warnings, torch
-from pemt import ops
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        y, _ = ops.ffn_output(torch.ones(1, 1, 2), torch.ones(4, 2), torch.ones(3, 1), torch.ones(1, 1),
-                              [1.0], [1], sparsity=False)
-print(y.flatten().tolist())
-print(*[warning.message for warning in caught if warning.category is RuntimeWarning], sep="\\n")
-"""
+from tests.support.child import in_a_child, start_child
 
 
-def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
-    without = {name: value for name, value in os.environ.items() if name != "PEMT_OPS"}
-    return {**without, "TORCH_EXTENSIONS_DIR": str(tmp_path), **extra}
+def build_slowly(log: Path) -> None:
+    def compile_slowly(found):
+        with log.open("a") as file:
+            file.write("compiled\n")
+        time.sleep(0.5)
+
+    library._compile = compile_slowly
+    library.build(library.cpu_library())
+    assert library.cpu_library().built.exists()
 
 
-def test_one_process_of_many_builds(tmp_path):
-    log = tmp_path / "log"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", BUILD_SLOWLY, str(log)],
-            env=environment(tmp_path), stderr=subprocess.PIPE, text=True,
-        )
-        for _ in range(3)
-    ]  # fmt: skip
-    for process in started:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+def use() -> None:
+    """The op twice, in a process that has not looked for kernels yet."""
+    for cache in (select._best, select.compiled):
+        cache.cache_clear()
+    one = torch.ones(1, 1)
+    given = (torch.ones(1, 1, 2), torch.ones(4, 2), torch.ones(3, 1), one, [1.0], [1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            y, _ = ops.ffn_output(*given, sparsity=False)
+    print(y.flatten().tolist())
+    for warning in caught:
+        if warning.category is RuntimeWarning:
+            print(warning.message)
+
+
+@pytest.fixture
+def without_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.delenv("PEMT_OPS", raising=False)
+
+
+def test_one_process_of_many_builds(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    log, outs = tmp_path / "log", [tmp_path / f"out-{number}" for number in range(3)]
+    started = [start_child(out, lambda: build_slowly(log)) for out in outs]
+    ended = [os.waitpid(child, 0)[1] for child in started]
+    assert ended == [0, 0, 0], "".join(out.read_text() for out in outs)
     assert log.read_text() == "compiled\n"
 
 
@@ -82,25 +84,22 @@ def test_a_changed_source_gets_its_own_folder(tmp_path):
     assert len(folders) == 2
 
 
+@pytest.mark.usefixtures("without_compiler")
 def test_a_failed_build_warns_once_and_plain_pytorch_runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", USE], env=environment(tmp_path, CXX="false"),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    numbers, warning = done.stdout.strip().splitlines()
+    out = tmp_path / "out"
+    assert in_a_child(out, use) == 0, out.read_text()
+    told, numbers, warning = out.read_text().splitlines()
+    assert told.startswith("pemt: compiling the cpu kernel")
     assert numbers == "[4.0, 4.0, 4.0]"
     assert warning.startswith("the cpu kernel does not build: ")
     assert warning.endswith("; plain PyTorch runs instead")
 
 
-def test_a_failed_build_is_an_error_where_the_kernel_is_forced(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", USE], env=environment(tmp_path, CXX="false", PEMT_OPS="cpu"),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "BuildError: the cpu kernel does not build: " in done.stderr
+@pytest.mark.usefixtures("without_compiler")
+def test_a_failed_build_is_an_error_where_the_kernel_is_forced(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEMT_OPS", "cpu")
+    assert in_a_child(tmp_path / "out", use) != 0
+    assert "BuildError: the cpu kernel does not build: " in (tmp_path / "out").read_text()
 
 
 def test_a_kernel_of_another_device_cannot_be_forced(monkeypatch):

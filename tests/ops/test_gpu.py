@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from pemt.commands.bench import make_parser
 from tests import gpu
+from tests.conftest import python
 from tests.ops import gpu_checks
 from tests.ops.gpu_checks import CHECKS
 
-ROOT = Path(__file__).resolve().parents[2]
 ALONE = """
 import sys
 from importlib.metadata import packages_distributions
@@ -43,9 +41,7 @@ def test_on_a_gpu(name, monkeypatch):
 
 def test_torch_alone_is_enough_and_a_failure_stops_no_other_check():
     """On the CPU: what a GPU is asked is the same, on another device."""
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = python("-c", ALONE)
     assert "FAILED  a wrong one" in done.stdout, done.stderr
     assert "wrong on purpose" in done.stdout
     assert f"{len(gpu_checks.BRIEF)} passed, 1 failed" in done.stdout, done.stdout

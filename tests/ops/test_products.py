@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +14,11 @@ from pemt.ops import build, products
 from pemt.ops.products import BLAS, ONEDNN, OWN, Product, choose, rows_like
 from pemt.ops.select import compiled, kernels_for
 from tests.ops.op_cases import make_case, relative_error, results
+from tests.support.child import in_a_child
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
 )
-CHOOSE = """
-from pemt.ops.products import choose
-for inputs in (6, 8):
-    print(choose(5, inputs, 7, transposed=True))
-"""
 
 
 @pytest.fixture
@@ -71,18 +64,21 @@ def test_the_fastest_is_taken_and_measured_once(machine, monkeypatch):
 
 
 @needs_onednn
-def test_every_process_takes_what_the_first_has_found(machine, monkeypatch):
+def test_every_process_takes_what_the_first_has_found(machine, tmp_path, monkeypatch):
     found = []
     for inputs, times in ((6, {"mm": 1.0, "onednn": 9.0}), (8, {"mm": 9.0, "onednn": 1.0})):
         fixed(monkeypatch, **times)
         found.append(choose(5, inputs, 7, transposed=True))
     assert found == [BLAS, ONEDNN]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    other = subprocess.run(
-        [sys.executable, "-c", CHOOSE], env={**os.environ, **threads}, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert other.stdout.split() == found
+
+    def choose_anew() -> None:
+        products._chosen.cache_clear()
+        products.measure = None  # nothing is measured again
+        print(*(choose(5, inputs, 7, transposed=True) for inputs in (6, 8)))
+
+    out = tmp_path / "out"
+    assert in_a_child(out, choose_anew) == 0, out.read_text()
+    assert out.read_text().split() == found
 
 
 def test_a_damaged_file_is_measured_anew(machine, monkeypatch):

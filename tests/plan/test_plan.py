@@ -348,15 +348,8 @@ def test_a_bank_gives_ranks_and_prompts(tmp_path: Path, capsys: pytest.CaptureFi
         write_entry(
             tmp_path / "bank", source, base={"name": "x", **shape}, description=None, metrics={}
         )
-    COMMANDS["plan"](
-        [
-            "--model_name_or_path",
-            str(tmp_path / "base"),
-            "--bank_dir",
-            str(tmp_path / "bank"),
-            "--json",
-        ]
-    )
+    places = ["--model_name_or_path", str(tmp_path / "base"), "--bank_dir", str(tmp_path / "bank")]
+    COMMANDS["plan"]([*places, "--json"])
     found = json.loads(capsys.readouterr().out)
     layers, d_model, d_ff = 4, 16, 33
     assert found["parameters"]["expert"] == layers * 12 * (d_ff + d_model) + 6 * d_model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pemt.config.schema import AdaptConfig
 from pemt.sweep.plan import KEYS
 from pemt.tasks import get_task, load_task_file
 from pemt.tasks.registry import _TASKS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 from tests.support.docs_pages import PAGES, blocks, name_of
 
 
@@ -69,7 +68,7 @@ def test_generated_pages_are_up_to_date() -> None:
     program = (
         "from docs.generate import pages\nfor p, t in pages().items(): assert p.read_text() == t, p"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", program)
     assert done.returncode == 0, f"run `make docs`\n{done.stderr}"
 
 

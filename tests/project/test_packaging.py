@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import configparser
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
@@ -15,7 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT, python
+
 BUILD_INPUTS = ("pemt", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -35,9 +33,7 @@ def test_an_editable_install_is_a_path_that_checkers_and_editors_follow(tmp_path
     folder = copied(tmp_path)
     program = "from setuptools.build_meta import build_editable; build_editable('dist')"
     (folder / "dist").mkdir()
-    built = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True
-    )
+    built = python("-c", program, cwd=folder)
     assert built.returncode == 0, built.stderr
     (path,) = (folder / "dist").glob("*.whl")
     editable = zipfile.ZipFile(path)
@@ -52,14 +48,8 @@ def test_an_editable_install_is_a_path_that_checkers_and_editors_follow(tmp_path
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The package's wheel, built from a copy, since building leaves folders behind."""
     folder = copied(tmp_path_factory.mktemp("wheel"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    built = subprocess.run(
-        [*command, "--wheel-dir", "dist", "."],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist")
+    built = python("-m", "pip", "wheel", *options, ".", cwd=folder)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = (folder / "dist").glob("pemt_trainer-*.whl")
     return zipfile.ZipFile(path)
@@ -93,14 +83,8 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
 
 def test_the_command_runs_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path / "site")
-    run = subprocess.run(
-        [sys.executable, "-m", "pemt", "source", "--config", "source", "--print_config"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("-m", "pemt", "source", "--config", "source", "--print_config")
+    run = python(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert "per_device_train_batch_size: 128" in run.stdout, run.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -129,11 +128,3 @@ def test_pre_commit_runs_what_make_lint_runs() -> None:
                 ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
             )
             assert any(re.search(hook["files"], name) for name in tracked.stdout.splitlines())
-
-
-@pytest.mark.skipif(shutil.which("clang-format") is None, reason="not installed")
-def test_the_native_sources_are_formatted() -> None:
-    files = sorted(map(str, (ROOT / "pemt" / "ops" / "csrc").iterdir()))
-    command = ["clang-format", "--dry-run", "--Werror", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

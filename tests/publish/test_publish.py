@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from pemt.publish.pemt_model import PemtModel
 from pemt.run.finished import load_finished
 from pemt.run.train import run_adapt, run_source
 from pemt.tasks import get_task
+from tests.conftest import python
 from tests.support.hub import hub_for_this_process
 from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
 
@@ -348,7 +347,7 @@ def test_no_bars_in_a_file(world: Path, tmp_path: Path, capfd: pytest.CaptureFix
 
 def test_importing_pemt_loads_nothing_heavy() -> None:
     program = "import pemt, sys; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = python("-c", program)
     assert done.stdout == "False\n", done.stderr
     assert pemt.PemtModel is PemtModel
     assert set(pemt.__all__) <= set(dir(pemt))

@@ -16,14 +16,15 @@ import yaml
 
 from pemt.checkpoint.status import write_status
 from pemt.commands import COMMANDS
-from pemt.config import ExpertConfig, PemtError
+from pemt.config import PemtError
 from pemt.report import findings
 from pemt.report.charts import MOST_POINTS, line_chart, thinned
 from pemt.report.page import environment, in_markdown, shade, write_report
 from pemt.report.record import RunRecord, read_runs, short_names
-from pemt.run.train import run_adapt, run_source
+from pemt.run.train import run_adapt
 from tests.support.browser import chromium
-from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
+from tests.support.tiny import adapt_config
+from tests.support.trained import train_sources
 
 SOURCES, TARGET = ("tiny-report-a", "tiny-report-b"), "tiny-report-target"
 SCRIPT = "<script>document.title='ran'</script>"
@@ -32,22 +33,13 @@ SCRIPT = "<script>document.title='ran'</script>"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sources, PEMT and the adapter alone; one test example holds a script."""
-    folder = tmp_path_factory.mktemp("report")
-    base, bank = make_base(folder / "base"), folder / "bank"
-    for seed, task in enumerate((*SOURCES, TARGET)):
-        tiny_task(task)
-        data = write_task_files(folder / task, seed=seed)
-        line = json.dumps({"text": f"the box is red {SCRIPT} | $x$ **b**", "label": 1})
-        few = (data / "test.jsonl").read_text().splitlines()[:3]
-        (data / "test.jsonl").write_text("\n".join([*few, line]) + "\n")
-    for task in SOURCES:
-        expert = ExpertConfig(rank=2)
-        run_source(
-            source_config(base, folder / task, folder / f"run-{task}", bank, task, expert=expert)
-        )
+    folder = train_sources(tmp_path_factory.mktemp("report"), SOURCES, TARGET)
+    test = folder / TARGET / "test.jsonl"
+    line = json.dumps({"text": f"the box is red {SCRIPT} | $x$ **b**", "label": 1})
+    test.write_text("\n".join([*test.read_text().splitlines()[:3], line]) + "\n")
     for method in ("pemt", "adapter"):
-        config = adapt_config(base, folder / TARGET, folder / method, bank, TARGET, method=method)
-        run_adapt(config)
+        paths = (folder / "base", folder / TARGET, folder / method, folder / "bank")
+        run_adapt(adapt_config(*paths, TARGET, method=method))
     return folder
 
 

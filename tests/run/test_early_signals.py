@@ -44,8 +44,8 @@ def test_told_before_the_first_step(
     number: signal.Signals,
 ) -> None:
     run = tmp_path / "run"
-    fields = {"output_dir": run, "max_steps": "2", "save_steps": "1", "eval_strategy": "no"}
-    arguments = world.arguments("unused", **fields)[1:]
+    fields = {"max_steps": "2", "save_steps": "1", "eval_strategy": "no"}
+    arguments = world.arguments(run, **fields)[1:]
     with monkeypatch.context() as patch:
         patch.setattr(MOMENTS[moment], told_by(number, MOMENTS[moment]))
         with pytest.raises(Interrupted) as stopped:

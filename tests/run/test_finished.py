@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from pemt.checkpoint.checkpoint import WEIGHTS
-from pemt.config import AdaptConfig, ExpertConfig, PemtError, SourceConfig
+from pemt.config import AdaptConfig, PemtError, SourceConfig
 from pemt.run.finished import finished_config, load_finished
-from pemt.run.train import run_adapt, run_source
+from pemt.run.train import run_adapt
 from pemt.storage import open_tensors, read_manifest
 from pemt.storage.manifest import with_checksum
-from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
+from tests.support.damages import flip_a_bit
+from tests.support.tiny import adapt_config, make_base
+from tests.support.trained import train_sources
 
 SOURCE, TARGET = "tiny-finished-a", "tiny-finished-target"
 
@@ -23,17 +25,10 @@ SOURCE, TARGET = "tiny-finished-a", "tiny-finished-target"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a source run with its bank entry, and an adapt run over it."""
-    folder = tmp_path_factory.mktemp("finished")
-    base, bank = make_base(folder / "base"), folder / "bank"
-    for seed, task in enumerate((SOURCE, TARGET)):
-        tiny_task(task)
-        write_task_files(folder / task, seed=seed)
-    run_source(
-        source_config(
-            base, folder / SOURCE, folder / "source", bank, SOURCE, expert=ExpertConfig(rank=2)
-        )
-    )
-    run_adapt(adapt_config(base, folder / TARGET, folder / "adapt", bank, TARGET))
+    folder = train_sources(tmp_path_factory.mktemp("finished"), [SOURCE], TARGET)
+    (folder / f"run-{SOURCE}").rename(folder / "source")
+    paths = (folder / "base", folder / TARGET, folder / "adapt", folder / "bank")
+    run_adapt(adapt_config(*paths, TARGET))
     return folder
 
 
@@ -108,9 +103,6 @@ def test_a_base_of_another_shape_is_refused(world: Path, tmp_path: Path) -> None
 
 def test_a_damaged_checkpoint_is_named(world: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(world / "adapt", tmp_path / "run"))
-    file = next(run.glob(f"checkpoint-*/{WEIGHTS}"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip_a_bit(next(run.glob(f"checkpoint-*/{WEIGHTS}")))
     with pytest.raises(PemtError, match=WEIGHTS):
         load_finished(run)

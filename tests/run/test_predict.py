@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from pemt.commands import COMMANDS
-from pemt.config import ExpertConfig, PemtError
+from pemt.config import PemtError
 from pemt.run.evaluate_finished import evaluate_run
 from pemt.run.predict import Prediction, Predictor
-from pemt.run.train import run_adapt, run_source
-from tests.support.tiny import adapt_config, make_base, source_config, tiny_task, write_task_files
+from pemt.run.train import run_adapt
+from tests.support.tiny import adapt_config
+from tests.support.trained import train_sources
 
 SOURCES, TARGET = ("tiny-predict-a", "tiny-predict-b"), "tiny-predict-target"
 
@@ -25,21 +26,12 @@ SOURCES, TARGET = ("tiny-predict-a", "tiny-predict-b"), "tiny-predict-target"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, two sources, a target run that answers yes to some and no to others, and a baseline."""
-    folder = tmp_path_factory.mktemp("predict")
-    base, bank = make_base(folder / "base"), folder / "bank"
-    for seed, task in enumerate((*SOURCES, TARGET)):
-        tiny_task(task)
-        write_task_files(folder / task, seed=seed)
-    for task in SOURCES:
-        config = source_config(
-            base, folder / task, folder / task / "run", bank, task, expert=ExpertConfig(rank=2)
-        )
-        run_source(config)
-    learning: dict[str, Any] = {"learning_rate": 0.1, "num_train_epochs": 20}
+    folder = train_sources(tmp_path_factory.mktemp("predict"), SOURCES, TARGET)
     seldom: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 200, "logging_steps": 100}
-    for method in ("pemt", "adapter"):
-        fields = {**learning, **seldom, "method": method}
-        run_adapt(adapt_config(base, folder / TARGET, folder / method, bank, TARGET, **fields))
+    for method, epochs in (("pemt", 20), ("adapter", 1)):
+        fields = {**seldom, "learning_rate": 0.1, "num_train_epochs": epochs, "method": method}
+        paths = (folder / "base", folder / TARGET, folder / method, folder / "bank")
+        run_adapt(adapt_config(*paths, TARGET, **fields))
     return folder
 
 

@@ -18,14 +18,8 @@ from pemt.report.page import write_report
 from pemt.report.record import read_runs
 from pemt.run.finished import load_finished
 from pemt.run.train import run_adapt, run_source
-from tests.support.tiny import (
-    adapt_config,
-    losses,
-    make_base,
-    source_config,
-    tiny_task,
-    write_task_files,
-)
+from tests.support.tiny import adapt_config, losses, source_config
+from tests.support.trained import train_sources
 
 SOURCES = {"tiny-sites-a": ["wo"], "tiny-sites-b": ["q", "v"]}
 TARGET = "tiny-sites-target"
@@ -35,15 +29,7 @@ SHARED = {"eval_strategy": "no", "max_eval_samples": 4}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources, one on the FFNs' outputs and one on attention, and a run over both."""
-    folder = tmp_path_factory.mktemp("sites")
-    make_base(folder / "base")
-    for seed, task in enumerate((*SOURCES, TARGET)):
-        tiny_task(task)
-        write_task_files(folder / task, seed=seed)
-    for task, modules in SOURCES.items():
-        paths = (folder / "base", folder / task, folder / f"run-{task}", folder / "bank")
-        expert = ExpertConfig(rank=2, target_modules=modules)
-        run_source(source_config(*paths, task, expert=expert, **SHARED))
+    folder = train_sources(tmp_path_factory.mktemp("sites"), SOURCES, TARGET, **SHARED)
     adapt(folder, "adapt", save_steps=2, save_total_limit=9)
     return folder
 

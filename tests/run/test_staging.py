@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pemt.config import AdaptConfig
-from pemt.config.parse import parse_config
 from pemt.engine import Interrupted
 from pemt.run import train
 from pemt.run.staging import LOCK, StagingError, copy_of
 from pemt.run.train import run_adapt
 from tests.support.jobs import World, logged, results
+from tests.support.stopped import Stops
 
 
 def config_of(world: World, run: Path, **fields: object) -> AdaptConfig:
-    fields = {"output_dir": run, "max_steps": 4, "eval_strategy": "no", "save_steps": 2, **fields}
-    return parse_config(AdaptConfig, world.arguments("unused", **fields)[1:], prog="pemt adapt")
-
-
-class Stops:
-    """As a cluster does, after the second step."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+    few: dict[str, object] = {"max_steps": 4, "eval_strategy": "no", "save_steps": 2}
+    return world.config(run, **{**few, **fields})
 
 
 def copies(place: Path) -> list[str]:

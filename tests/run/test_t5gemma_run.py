@@ -22,14 +22,8 @@ from pemt.plan.shapes import read_shape
 from pemt.publish import PemtModel, export_run
 from pemt.run.finished import load_finished
 from pemt.run.train import run_adapt, run_source
-from tests.support.tiny import (
-    adapt_config,
-    losses,
-    make_gemma_base,
-    source_config,
-    tiny_task,
-    write_task_files,
-)
+from tests.support.tiny import adapt_config, losses, make_gemma_base, source_config
+from tests.support.trained import train_sources
 
 SOURCES = {"tiny-gemma-a": ["wo"], "tiny-gemma-b": ["q_proj", "up_proj", "down_proj"]}
 TARGET = "tiny-gemma-target"
@@ -47,13 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources and a run over both."""
     folder = tmp_path_factory.mktemp("gemma")
     make_gemma_base(folder / "base", **DECODER)
-    for seed, task in enumerate((*SOURCES, TARGET)):
-        tiny_task(task)
-        write_task_files(folder / task, seed=seed)
-    for task, modules in SOURCES.items():
-        paths = (folder / "base", folder / task, folder / f"run-{task}", folder / "bank")
-        expert = ExpertConfig(rank=2, target_modules=modules)
-        run_source(source_config(*paths, task, expert=expert, **SHARED))
+    train_sources(folder, SOURCES, TARGET, **SHARED)
     adapt(folder, "adapt", save_steps=2, save_total_limit=9)
     return folder
 

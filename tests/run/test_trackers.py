@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -17,10 +15,10 @@ import pytest
 from accelerate.tracking import GeneralTracker
 
 from pemt.config import AdaptConfig, ConfigError
-from pemt.config.parse import parse_config
 from pemt.engine import Interrupted
 from pemt.run.train import run_adapt
 from tests.support.jobs import World
+from tests.support.stopped import Stops
 
 OPENED: list[Kept] = []
 
@@ -70,14 +68,8 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(world: World, run: Path, report_to: str, **fields: object) -> AdaptConfig:
-    fields = {
-        "output_dir": run,
-        "max_steps": 3,
-        "eval_strategy": "no",
-        "report_to": report_to,
-        **fields,
-    }
-    return parse_config(AdaptConfig, world.arguments("unused", **fields)[1:], prog="pemt adapt")
+    few: dict[str, object] = {"max_steps": 3, "eval_strategy": "no", "report_to": report_to}
+    return world.config(run, **{**few, **fields})
 
 
 def logged(run: Path) -> dict[int, dict[str, float]]:
@@ -107,14 +99,6 @@ def test_a_tracker_gets_what_log_jsonl_has_and_the_outcome(
         )
     assert tracker.logged[3]["test/loss"] == results["test_loss"]
     assert not (run / "tensorboard").exists()  # it is not named
-
-
-class Stops:
-    """As a cluster does, after the second step."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def runs_of(run: Path) -> dict[str, str | None]:

@@ -4,95 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pemt.config import PemtError
 
 INPUTS = int(os.environ.get("PEMT_FUZZ_INPUTS", "100"))  # `make soak`: 1000
-fuzz = settings(
-    max_examples=INPUTS,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
 
 # What readers stumble over.
 ODD_VALUES: list[Any] = [None, True, -1, 0, 2**63, 2**60, 1e400, float("nan"), 1e-300]
-ODD_VALUES += [
-    "",
-    "..",
-    "../../etc/passwd",
-    "/etc/passwd",
-    "\x00",
-    "\ud800",
-    "a" * 5000,
-    "{",
-    "%s{x}",
-]
-ODD_VALUES += [
-    [],
-    {},
-    [[]],
-    {"": {}},
-    [1, 2],
-    {"a": 1},
-    "1e3",
-    "null",
-    "yes",
-    "٣",
-    "-",
-    "~",
-    "float32",
-]
+ODD_VALUES += ["", "..", "../../etc/passwd", "/etc/passwd", "\x00", "\ud800", "a" * 5000]
+ODD_VALUES += ["{", "%s{x}", "1e3", "null", "yes", "٣", "-", "~", "float32"]
+ODD_VALUES += [[], {}, [[]], {"": {}}, [1, 2], {"a": 1}]
 ODD: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from(ODD_VALUES), st.integers(), st.floats(), st.text(max_size=8)
 )
-TOKENS = [
-    ":",
-    "\n",
-    "  ",
-    "- ",
-    "{",
-    "}",
-    "[",
-    "]",
-    '"',
-    "'",
-    "&a ",
-    "*a",
-    "!!python/object:os.system ",
-]
-TOKENS += [
-    "!!int ",
-    "!!timestamp ",
-    "2001-99-99",
-    "<<: ",
-    "? ",
-    "#",
-    "---",
-    "...",
-    "\t",
-    "\x00",
-    "\ufeff",
-]
-TOKENS += [
-    "1" * 5000,
-    "[" * 3000,
-    "{a: " * 1500,
-    "é",
-    ".inf",
-    "0x",
-    "1_000",
-    "!!binary ",
-    "%YAML 9",
-    "|",
-    ">",
-]
+TOKENS = [":", "\n", "  ", "- ", "{", "}", "[", "]", '"', "'", "&a ", "*a"]
+TOKENS += ["!!python/object:os.system ", "!!int ", "!!timestamp ", "2001-99-99", "<<: "]
+TOKENS += ["? ", "#", "---", "...", "\t", "\x00", "\ufeff"]
+TOKENS += ["1" * 5000, "[" * 3000, "{a: " * 1500, "é", ".inf", "0x"]
+TOKENS += ["1_000", "!!binary ", "%YAML 9", "|", ">"]
 
 
 @st.composite
@@ -146,31 +81,42 @@ def collect(value: Any, places: list[tuple[Any, Any]]) -> None:
             collect(value[key], places)
 
 
-class Outcomes:
-    """Runs a reader; anything but success and a PemtError of one line fails the test."""
+def read_or_refused(
+    inputs: st.SearchStrategy[Any], read: Callable[[Any], object], *, at_least: int = 1
+) -> None:
+    """Every input is read, or refused with a PemtError of one line; anything else fails the test.
 
-    def __init__(self) -> None:
-        self.read = self.refused = 0
+    Args:
+        at_least: so many are to be read, and more than a quarter refused, or the mutations show nothing.
+    """
+    outcomes: Counter[str] = Counter()
 
-    def of(self, reader: Callable[[], Any]) -> None:
+    @settings(
+        max_examples=INPUTS,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(inputs)
+    def run(content: Any) -> None:
         try:
-            reader()
+            read(content)
         except PemtError as error:
             told = str(error)
         else:
-            self.read += 1
+            outcomes["read"] += 1
             return
         assert len(told.splitlines()) == 1, repr(told)
         assert 10 < len(told) < 2000, f"{len(told)} characters"
         told.encode("utf-8")
-        self.refused += 1
+        outcomes["refused"] += 1
 
-    def check(self, *, at_least: int = 1) -> None:
-        """Both outcomes have come up, or the mutations show nothing."""
-        print(f"{self.read} read, {self.refused} refused")
-        assert self.read + self.refused >= INPUTS
-        assert self.refused > INPUTS // 4
-        assert self.read >= at_least
+    run()
+    print(dict(outcomes))
+    assert outcomes.total() >= INPUTS
+    assert outcomes["refused"] > INPUTS // 4
+    assert outcomes["read"] >= at_least
 
 
 def mutated_tensors(whole: bytes) -> st.SearchStrategy[bytes]:

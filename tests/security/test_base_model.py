@@ -12,17 +12,8 @@ import torch
 
 from pemt.model.base import BaseModelError, load_pretrained
 from pemt.model.tokenizer import TokenizerError
+from tests.support.evil import Evil
 from tests.support.tiny import make_base
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture
@@ -34,7 +25,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("lazy", [False, True])
 def test_a_malicious_pytorch_model(base: Path, tmp_path: Path, lazy: bool, legacy: bool) -> None:
     (base / "model.safetensors").unlink()
-    saved = {"shared.weight": Evil(tmp_path / "made")}
+    saved = {"shared.weight": Evil(os.mkdir, str(tmp_path / "made"))}
     path = base / "pytorch_model.bin"
     torch.save(saved, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(BaseModelError, match=r"refused: it would call posix\.mkdir when") as raised:

@@ -9,7 +9,7 @@ import re
 import resource
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pemt.storage.manifest import MANIFEST, read_manifest, sha256, with_checksum
 from pemt.tasks import TaskError
 from pemt.tasks.task_file import load_task_file
 from tests.conftest import ROOT
+from tests.support.evil import Evil
 from tests.support.tiny_t5 import tiny_base, tiny_source
 
 SOURCES = sorted((ROOT / "pemt").rglob("*.py"))
@@ -113,16 +114,6 @@ def test_yaml_that_unfolds_into_billions(tmp_path: Path) -> None:
         read_yaml_mapping(path)
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
-        self.reduced = call, arguments
-
-    def __reduce__(self) -> Any:
-        return self.reduced
-
-
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("call", [os.mkdir, eval, os.system], ids=lambda call: call.__name__)
 def test_a_malicious_pickle(tmp_path: Path, call: Any, legacy: bool) -> None:
@@ -130,12 +121,14 @@ def test_a_malicious_pickle(tmp_path: Path, call: Any, legacy: bool) -> None:
     argument = str(made) if call is os.mkdir else f"__import__('os').mkdir({str(made)!r})"
     if call is os.system:
         argument = f"mkdir {made}"
-    saved = {"lora": Evil(call, argument)}
-    torch.save(saved, tmp_path / "lora.pt", _use_new_zipfile_serialization=not legacy)
-    torch.save(torch.ones(2, 16), tmp_path / "task_embedding.pt")
-    with pytest.raises(BankError, match=r"lora\.pt: refused: it would call") as raised:
-        read_official(tmp_path, name="x")
-    assert "only plain tensors are taken" in str(raised.value)
+    good = {"lora.pt": {lora_key("A"): torch.ones(4, 48)}, "task_embedding.pt": torch.ones(2, 16)}
+    for evil in good:
+        for name, content in {**good, evil: {"evil": Evil(call, argument)}}.items():
+            torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(BankError, match=f"{evil}: refused: it would call") as raised:
+            read_official(tmp_path, name="x")
+        assert "only plain tensors are taken" in str(raised.value)
+        assert "\n" not in str(raised.value)
     assert not made.exists()
 
 

@@ -14,18 +14,19 @@ from pemt.storage.manifest import MANIFEST
 Damage = Callable[[Path, Path], None]
 
 
-def flip(checkpoint: Path, _: Path) -> None:
-    path = checkpoint / "moments.safetensors"
+def flip_a_bit(path: Path) -> None:
+    """Of a number in the last tensor of a file."""
     data = bytearray(path.read_bytes())
     data[-5] ^= 8
     path.write_bytes(data)
+
+
+def flip(checkpoint: Path, _: Path) -> None:
+    flip_a_bit(checkpoint / "moments.safetensors")
 
 
 def flip_weights(checkpoint: Path, _: Path) -> None:
-    path = checkpoint / "trained.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 8
-    path.write_bytes(data)
+    flip_a_bit(checkpoint / "trained.safetensors")
 
 
 def miss_all(checkpoint: Path, _: Path) -> None:

@@ -18,6 +18,8 @@ import psutil
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pemt.config import AdaptConfig
+from pemt.config.parse import parse_config
 from tests.conftest import ROOT, kill_session, start_ranks
 from tests.support.tiny import make_base, write_task_files
 
@@ -53,7 +55,7 @@ class World:
 
     @staticmethod
     def make(folder: Path) -> World:
-        make_base(folder / "base")
+        make_base(folder / "base", num_layers=1)
         shutil.copytree(folder / "base", folder / "without-dropout")
         # With dropout every rank's generators must be in place again.
         config = folder / "base" / "config.json"
@@ -62,8 +64,12 @@ class World:
         (folder / "task.yaml").write_text(TASK_FILE)
         return World(folder=folder)
 
-    def arguments(self, run: str, **fields: object) -> list[str]:
-        """What stands behind `pemt` for a run into the folder of this name."""
+    def config(self, run: str | Path, **fields: object) -> AdaptConfig:
+        """Of a run as by `arguments`."""
+        return parse_config(AdaptConfig, self.arguments(run, **fields)[1:], prog="pemt adapt")
+
+    def arguments(self, run: str | Path, **fields: object) -> list[str]:
+        """What stands behind `pemt` for a run into the folder of this name, or into another one."""
         given = {
             **FIELDS,
             "model_name_or_path": self.folder / "base",

@@ -60,3 +60,11 @@ def stopped_once(stops: list[str]) -> Iterator[None]:
         mock.patch.object(evaluate, "_measure", measure_and_stop),
     ):
         yield
+
+
+class Stops:
+    """Told to stop after the second step, as by a cluster."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -208,7 +208,10 @@ def tiny_prompt() -> Tensor:
     return torch.randn(5, SIZES["d_model"], generator=torch.Generator().manual_seed(2))
 
 
-def tiny_batch(lengths: Sequence[int] = (7, 4, 2), *, extra_padding: int = 0) -> dict[str, Tensor]:
+LENGTHS = (7, 4, 2)
+
+
+def tiny_batch(lengths: Sequence[int] = LENGTHS, *, extra_padding: int = 0) -> dict[str, Tensor]:
     """Inputs of these lengths, padded on the right; labels of 4, some of them -100."""
     generator = torch.Generator().manual_seed(3)
     width = max(lengths)
@@ -232,3 +235,27 @@ def gradients(model: TrainedT5) -> dict[str, Tensor]:
         taken[name] = parameter.grad
         parameter.grad = None
     return taken
+
+
+def tiny_inputs(*, extra_padding: int = 0) -> dict[str, Tensor]:
+    """`tiny_batch` without its labels."""
+    batch = tiny_batch(extra_padding=extra_padding)
+    del batch["labels"]
+    return batch
+
+
+def check_padding_and_batch_change_nothing(model: TrainedT5, beams: int) -> None:
+    fixed = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6}
+    together = model.generate(**tiny_inputs(extra_padding=5), **fixed)
+    for row, length in enumerate(LENGTHS):
+        alone = {key: value[row : row + 1, :length] for key, value in tiny_inputs().items()}
+        assert torch.equal(model.generate(**alone, **fixed)[0], together[row])
+
+
+def check_greedy(model: TrainedT5) -> None:
+    """An answer's tokens are the likeliest ones of a forward pass with them."""
+    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "eos_token_id": None}
+    ids = model.generate(**tiny_inputs(), **fixed)[:, 1:]
+    with torch.no_grad():
+        logits = model(**tiny_inputs(), labels=ids).logits
+    assert torch.equal(logits.argmax(-1), ids)

@@ -18,7 +18,7 @@ __all__ = ["world"]  # the fixture
 def content_with(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """Stage 1 on `lids`, stage 2 on `colours` by two methods."""
     content = content_of(world, output_dir=str(out / "runs"), seeds=[3], methods=["pemt", "bitfit"])
-    content["fields"] = {**content["fields"], "bank_dir": str(out / "bank"), "report_to": []}
+    content["fields"] = {**content["fields"], "bank_dir": str(out / "bank")}
     own = {"bf16": False, "max_steps": 2, "max_source_length": 24, "report_to": []}
     content["source_fields"] = {**own, "expert": {"rank": 2}}
     content["sources"] = {"lids": content["tasks"].pop("lids")}
