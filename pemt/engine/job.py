@@ -25,6 +25,7 @@ from pemt.engine.launcher import (
     shut_down,
 )
 from pemt.engine.process import memory_in_use
+from pemt.engine.signals import ended_while_unmet
 from pemt.engine.status_lines import show_status
 from pemt.engine.waiting import waiting_of_job
 
@@ -44,7 +45,7 @@ class Job:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        with re_rendezvous(), show_status("opening the process group"):
+        with ended_while_unmet(), re_rendezvous(), show_status("opening the process group"):
             state = PartialState(
                 cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **process_group_kwargs(config)
             )

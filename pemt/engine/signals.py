@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -17,6 +18,8 @@ INTERRUPTED_STATUS = 75
 KILLED_STATUS = 128 + signal.SIGINT
 # A launcher may pass on what the terminal has sent to its ranks as well: within so many seconds it is one Ctrl-C.
 SAME_SECONDS = 1.0
+# How long a process that is told to stop may go on waiting for ranks that have not come: they may have died.
+UNMET_SECONDS = 3.0
 
 
 def is_interactive() -> bool:
@@ -43,6 +46,9 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._received: str | None = None
+        self._heard = (
+            threading.Event()
+        )  # before `_note`, which waits for the main thread's next line of Python
         self._before: dict[signal.Signals, Any] = {}
         # Without a launcher a parent may leave as it likes: that is what nohup is for.
         self._launcher = os.getppid() if "LOCAL_RANK" in os.environ else None
@@ -72,6 +78,10 @@ class StopSignals:
             return "the launcher is gone"
         return self._received
 
+    def is_told(self) -> bool:
+        """Whether `reason` is, or will be, one."""
+        return self._heard.is_set() or self.reason() is not None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == "SIGINT" and number == signal.SIGINT and is_interactive():
             raise KeyboardInterrupt
@@ -94,6 +104,8 @@ class StopSignals:
         with open(reader, "rb", buffering=0) as signals:
             while number := signals.read(1):
                 now = time.monotonic()
+                if number[0] in SIGNALS:
+                    self._heard.set()
                 if not first and number[0] == signal.SIGINT:
                     first = now
                     _print_line(
@@ -104,6 +116,27 @@ class StopSignals:
                         "stopped at once; the same command resumes from the newest checkpoint"
                     )
                     os._exit(KILLED_STATUS)
+
+
+@contextlib.contextmanager
+def ended_while_unmet() -> Iterator[None]:
+    """Where ranks meet: a process that is told to stop within ends soon, since nothing is begun that could be saved.
+
+    It waits for ranks that may have died before they came, and in C++, where no handler of a signal runs.
+    """
+    signals, met = StopSignals._outermost, threading.Event()
+
+    def watch(signals: StopSignals) -> None:
+        while not met.wait(1.0):
+            if signals.is_told() and not met.wait(UNMET_SECONDS):
+                os._exit(INTERRUPTED_STATUS)
+
+    if signals is not None:
+        threading.Thread(target=watch, args=(signals,), daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
 
 
 def _print_line(text: str) -> None:
