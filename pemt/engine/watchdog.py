@@ -156,10 +156,12 @@ class Watchdog:
                     "cannot be reached: the rendezvous store on that machine has not answered "
                     f"for {self._patience:.0f} s",
                 )
-            if silent := [r for r, (_, since) in alive.items() if now - since > self._patience]:
+            # Without the store nobody is heard, whose silence would then be told on a machine that has died.
+            heard = self._last_exchange
+            if silent := [r for r, (_, since) in alive.items() if heard - since > self._patience]:
                 self._end(silent, f"has sent no heartbeat for {self._patience:.0f} s")
             begun = [(progress, since) for progress, since in moved.values() if progress > 0]
-            if begun and all(now - since > self._patience for _, since in moved.values()):
+            if begun and all(heard - since > self._patience for _, since in moved.values()):
                 last = min(progress for progress, _ in moved.values())
                 hanging = [rank for rank, (progress, _) in moved.items() if progress == last]
                 self._end(hanging, f"hangs: no progress for {self._patience:.0f} s")

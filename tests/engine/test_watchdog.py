@@ -8,12 +8,16 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import TCPStore
 
+from pemt.engine.process import this_process
+from pemt.engine.watchdog import Heartbeat, Watchdog
 from tests.support.ranks import Forked
 
 # On the worker that has the process from which ranks are forked.
@@ -233,3 +237,30 @@ def test_who_leaves_is_not_missed(ranks: Ranks, store: Store) -> None:
     for process in ranks:
         process.tell("leave")
     assert ended(ranks) == [(0, "")] * RANKS
+
+
+def test_nobody_is_silent_while_the_store_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 misses a beat, and then its machine dies with the store: rank 1, dead too, would have to tell of it."""
+    watchdog = Watchdog(rank=2, world_size=3, timeout=20.0, on_failure=lambda: None)
+    clock, ends = [0.0], []
+
+    def wait(seconds: float) -> bool:
+        clock[0] += seconds
+        if clock[0] < 5:
+            here = [replace(this_process(), host=host) for host in ("one", "one", "two")]
+            numbers = (min(clock[0], 3), clock[0], clock[0])
+            watchdog._beats = {
+                rank: Heartbeat(**vars(process), number=int(number), progress=int(number))
+                for rank, (process, number) in enumerate(zip(here, numbers, strict=True))
+            }
+            watchdog._last_exchange = clock[0]
+        return bool(ends) or clock[0] > 60
+
+    monkeypatch.setattr("pemt.engine.watchdog.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("socket.gethostname", lambda: "two")
+    watchdog._last_exchange = 0.0
+    watchdog._stopped = SimpleNamespace(wait=wait)  # type: ignore[assignment]
+    watchdog._end = lambda ranks, what: ends.append((ranks, what))  # type: ignore[method-assign]
+    watchdog._check_ranks()
+    assert [ranks for ranks, _ in ends] == [[0, 1]]
+    assert "cannot be reached" in ends[0][1]
