@@ -21,6 +21,10 @@ class DeepSpeedConfigError(PemtError):
     """A DeepSpeed JSON that is malformed or contradicts the run's configuration."""
 
 
+OWN = {
+    "optimizer": "AdamW (learning_rate, weight_decay)",
+    "scheduler": "schedule (lr_scheduler_type, warmup_steps)",
+}
 SECTIONS = (
     *("activation_checkpointing", "aio", "bf16", "comms_logger", "communication_data_type"),
     *("compile", "compression_training", "csv_monitor", "data_types", "disable_allgather"),
@@ -52,9 +56,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 def _check_sections(content: dict[str, Any], path: Path) -> None:
     for key, value in content.items():
-        if key == "optimizer":
+        if key in ("optimizer", "scheduler"):  # which many a JSON of Hugging Face's has
             raise DeepSpeedConfigError(
-                f"{path}: optimizer: pemt brings its own AdamW; remove the section"
+                f"{path}: {key}: pemt brings its own {OWN[key]}; remove the section"
             )
         if key in ("bf16", "fp16", "zero_optimization") and not isinstance(value, dict):
             raise DeepSpeedConfigError(

@@ -134,7 +134,7 @@ def split_in_two(
     order = np.random.default_rng([seed, FOR_SPLIT]).permutation(number)
     chosen = order[:size]
     if stratified and task.kind == "classification" and not task.group:
-        # In order of class, at random within one; then every so-and-so-maniest. A class of one stays in the first.
+        # In order of class, at random within one; then every n-th. A class of one stays in the first.
         classes = np.unique(column(dataset, "target"), return_inverse=True)[1]
         by_class = order[np.argsort(classes[order], kind="stable")]
         alone = np.bincount(classes)[classes[by_class]] == 1

@@ -54,6 +54,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["zero_quantized_nontrainable_weights: found true, allowed is false", "DeepSpeed 0.19"],
     ),
     "precision": ({"fp16": {"loss_scal": 0}}, ["`fp16.loss_scal`", "`fp16.loss_scale`"]),
+    "an optimizer": ({"optimizer": {"type": "AdamW"}}, ["optimizer: pemt", "remove the section"]),
+    "a schedule": ({"scheduler": {"type": "WarmupLR"}}, ["scheduler: pemt", "lr_scheduler_type"]),
     "plain section": ({"aio": {"blok_size": 1}}, ["`aio.blok_size`", "`aio.block_size`"]),
 }
 
