@@ -11,7 +11,6 @@ import json
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +97,7 @@ class Checkpoints:
             "format": FORMAT,
             "run": self._chooser.identity,
             "config": self._chooser.config,
-            "progress": asdict(state),
+            "progress": state.state_dict(),
             "world_size": self._engine.world_size,
             "zero_stage": self._engine.zero_stage,
         }
@@ -122,7 +121,9 @@ class Checkpoints:
             bad = next((name for name, each in tensors.items() if not each.isfinite().all()), None)
         self._engine.barrier()
         # As text, in which NaN equals NaN: a metric may be one.
-        votes = self._engine.all_gather_object((json.dumps(asdict(state), sort_keys=True), bad))
+        votes = self._engine.all_gather_object(
+            (json.dumps(state.state_dict(), sort_keys=True), bad)
+        )
         first, bad = votes[0]
         for rank, (theirs, _) in enumerate(votes):
             if theirs != first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class TrainState:
     skipped: int = 0
     position: dict[str, Any] | None = None
     ended: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a manifest keeps, and `train_state_of` reads."""
+        return asdict(self)
 
     def measured(self, metric: float, loss: float) -> TrainState:
         """The state after a validation at this step; the best is the highest metric, of equal ones the lowest loss."""
