@@ -64,8 +64,9 @@ def load_task_data(
     tokenizer: PreTrainedTokenizerBase,
     memory: MemoryData | None = None,
 ) -> TaskData:
-    """Loads, splits, draws and tokenises a task's data; who does it again finds all in the cache of `datasets`.
+    """Reads a task's rows, splits them, draws `few_shot`, cuts to `max_*_samples` and tokenises, in this order.
 
+    All of it is cached by `datasets`: who does it again finds it there.
     Rows in memory take the place of `data_dir`, files and hub. Raises DataError for a missing or malformed file or row,
     a class that few_shot finds empty, or labels longer than `max_target_length` or that the vocabulary cannot write.
     """

@@ -1,6 +1,8 @@
-"""The two stages: what each builds before training, and what it leaves behind.
+"""The two stages, in the order of a run.
 
-The loop itself, the same for both, is in `loop.py`.
+`early.py` has checked what needs no library. Then `resolve_run` decides: fresh, resumed (perhaps with another
+accumulation) or finished. The engine fixes the precision, and with it the configuration. `set_up` reads base and data
+and builds the model, `fit` (loop.py) trains it, the best checkpoint is tested, and the results are written.
 """
 
 from __future__ import annotations
