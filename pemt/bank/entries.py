@@ -106,7 +106,7 @@ def read_entry(path: str | Path) -> tuple[Manifest, ExpertSource]:
     """
     folder = Path(path)
     manifest = manifest_of(folder)
-    weights = dict(open_tensors(folder, TENSORS, {"files": manifest.files}))
+    weights = open_tensors(folder, TENSORS, {"files": manifest.files}).load()
     if PROMPT not in weights:
         raise BankError(f"{folder / TENSORS}: has no tensor `{PROMPT}`; write the entry again")
     prompt_PD = weights.pop(PROMPT)

@@ -203,9 +203,8 @@ def _plain(number: float) -> float:
 
 def _read_settings(folder: Path) -> _Settings:
     path = folder / CONFIG
-    if not path.is_file():
-        raise BankError(f"{path}: does not exist; needed is an adapter's folder")
-    config = read_json_object(path, BankError)
+    missing = f"{path}: does not exist; needed is an adapter's folder"
+    config = read_json_object(path, BankError, missing=missing)
     if (kind := config.get("peft_type")) != "LORA":
         raise BankError(f"{path}: peft_type: found {kind}, allowed is LORA")
     _check_plain(path, config)

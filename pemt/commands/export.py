@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
 
 def warn_of_local_base(what: str, base: str) -> None:
     """Tell, on stderr, where others are sent to a folder of this machine for the base model."""
-    if Path(base).is_dir():
+    if base and Path(base).is_dir():
         print(
             f"pemt: {what} {base}, a folder of this machine; others need its name on the hub: --base_model",
             file=sys.stderr,

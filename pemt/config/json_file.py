@@ -9,19 +9,27 @@ from typing import Any
 from pemt.config.errors import PemtError
 
 
-def read_json_object(path: Path, refused: type[PemtError] = PemtError) -> dict[str, Any]:
+def read_json_object(
+    path: Path, refused: type[PemtError] = PemtError, *, missing: str | None = None
+) -> dict[str, Any]:
     """What a JSON file holds.
+
+    Args:
+        path: the file.
+        refused: the kind of the errors.
+        missing: what to say where there is no such file.
 
     Raises:
         PemtError: of the kind `refused`: unreadable, malformed, a key given twice, or no object at the top level.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
                 raise refused(f"{path}: duplicate key `{key}`; keep one")
-        return dict(pairs)
+            found[key] = value
+        return found
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
@@ -29,6 +37,8 @@ def read_json_object(path: Path, refused: type[PemtError] = PemtError) -> dict[s
         raise refused(f"{path}, line {error.lineno}: malformed JSON: {error.msg}") from None
     except PemtError:
         raise
+    except FileNotFoundError:
+        raise refused(missing or f"{path}: there is no such file") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, or too many digits
         raise refused(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -197,7 +197,7 @@ def collate(
     labels = [row.get("labels", []) for row in rows]
     batch = {
         "input_ids": padded(input_ids, pad_token_id, multiple_of),
-        "attention_mask": padded([[1] * len(ids) for ids in input_ids], 0, multiple_of),
+        "attention_mask": padded([torch.ones(len(ids)) for ids in input_ids], 0, multiple_of),
         "labels": padded(labels, IGNORED_LABEL, multiple_of),
     }
     return to_device(batch, device)
@@ -208,9 +208,11 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device | str) -> dict[s
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int, multiple_of: int) -> Tensor:
+def padded(rows: Sequence[Sequence[int] | Tensor], fill: int, multiple_of: int) -> Tensor:
     """Rows as one matrix [B, width]."""
     matrix = pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill
+        [torch.as_tensor(row, dtype=torch.long) for row in rows],
+        batch_first=True,
+        padding_value=fill,
     )
     return F.pad(matrix, (0, -matrix.shape[1] % multiple_of), value=fill)

@@ -174,7 +174,8 @@ def best_of(folder: Path, word: str, paths: Sequence[Path]) -> list[Path]:
     A .txt counts where nothing else has its name: SNLI has each file as jsonl and as txt.
     """
     files = [path for path in paths if is_data(path)]
-    folders = [path for path in paths if path.is_dir() and any(map(is_data, entries(path)))]
+    named_so = [path for path in paths if path.is_dir() and matches(word, path, "{}")]
+    folders = [path for path in named_so if any(map(is_data, entries(path)))]
     for variant in VARIANTS:
         candidates = [*files, *folders] if variant == "{}" else files
         named = [path for path in candidates if matches(word, path, variant)]

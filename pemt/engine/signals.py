@@ -129,9 +129,14 @@ def ended_while_unmet() -> Iterator[None]:
     def watch(signals: StopSignals) -> None:
         while not met.wait(1.0):
             if signals.is_told() and not met.wait(UNMET_SECONDS):
+                print(
+                    f"pemt: rank {os.environ.get('RANK', 0)}: told to stop while it waits for the other ranks",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(INTERRUPTED_STATUS)
 
-    if signals is not None:
+    if signals is not None and not is_interactive():
         threading.Thread(target=watch, args=(signals,), daemon=True).start()
     try:
         yield

@@ -180,12 +180,17 @@ class TrainedT5(nn.Module, ABC):
     def compile_blocks(self) -> None:
         """Compile every block in place (torch.compile); their names and parameters stay.
 
-        Blocks rather than the model: they are alike, so few programs serve them all. Sizes are left
-        open, since batches differ in width.
+        Sizes are left open, since batches differ in width. A block that mixes experts is a program of its own, in
+        training and in evaluation: beyond torch's limit, 8 for all, the others would run uncompiled.
         """
-        for stack in STACKS:
-            for block in blocks_of(self.base, stack):
-                block.compile(dynamic=True)
+        blocks = [block for stack in STACKS for block in blocks_of(self.base, stack)]
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 8 * len(blocks))
+        limits.accumulated_recompile_limit = max(
+            limits.accumulated_recompile_limit, limits.recompile_limit
+        )
+        for block in blocks:
+            block.compile(dynamic=True)
 
     def generation_cache(self) -> dict[str, Any]:
         """Keyword arguments that `generate` of this base model needs, if any."""

@@ -13,6 +13,7 @@ and nothing of the base model but the layer norms that were trained.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,9 +127,7 @@ def read_settings(folder: Path) -> Settings:
             value of another kind or out of range.
     """
     path = folder / CONFIG
-    if not path.is_file():
-        raise PemtError(_no_adapter(folder))
-    found = read_json_object(path)
+    found = read_json_object(path, missing=_no_adapter(folder))
     kind = found.get("peft_type")
     if kind != PEFT_TYPE:
         raise PemtError(
@@ -230,7 +229,7 @@ def _source(
 
 
 def _no_adapter(folder: Path) -> str:
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):
         return (
             f"{folder}: is a full model, not an adapter; load it with transformers' "
             "AutoModelForSeq2SeqLM.from_pretrained"

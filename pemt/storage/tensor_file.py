@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,16 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.listed["tensors"]:
             raise KeyError(name)
+        return self._read([name])[name]
+
+    def load(self) -> dict[str, Tensor]:
+        """All tensors, from one opening of the file: each is a memory mapping, of which Linux allows 65,530."""
+        return self._read(self)
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         try:
             with safe_open(self.path, "pt") as file:
-                return file.get_tensor(name)
+                return {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{self.path}: cannot be read: {error}") from None
 

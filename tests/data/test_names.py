@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 
-from pemt.data import DataError, read_inputs, sources_of, splits
+from pemt.data import DataError, local_files, read_inputs, sources_of, splits
 from pemt.data.examples import locate_data
 from pemt.data.local_files import find_files, read_rows
 from pemt.data.to_predict import TEXT
@@ -44,6 +44,20 @@ def test_a_validation_set_is_found_by_any_of_its_names(tmp_path, word, form, cas
     names, notes = found_in(tmp_path)
     assert names == {"train": ["train.jsonl"], "validation": [form], "test": ["test.jsonl"]}
     assert "not read" not in notes
+
+
+def test_a_folder_that_is_no_split_is_not_looked_into(tmp_path, monkeypatch):
+    made(tmp_path, "train.jsonl", "dev.jsonl", "train_images/a.csv", "dev/readme")
+    looked, entries = [], local_files.entries
+
+    def noting(folder):
+        looked.append(folder.name)
+        return entries(folder)
+
+    monkeypatch.setattr(local_files, "entries", noting)
+    assert found_in(tmp_path)[0] == {"train": ["train.jsonl"], "validation": ["dev.jsonl"]}
+    assert "dev" in looked
+    assert "train_images" not in looked
 
 
 def test_eval_is_told_and_is_the_test_set_beside_a_validation_set(tmp_path):

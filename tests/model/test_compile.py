@@ -19,6 +19,7 @@ from tests.support.tiny import (
     tiny_task,
     write_task_files,
 )
+from tests.support.tiny_t5 import target_model, tiny_batch
 
 WAYS = [(False, False), (True, False), (True, True)]  # compiled, checkpointed
 COMPILE = torch.compile
@@ -66,3 +67,18 @@ def test_compiled_blocks_give_the_same_losses(
     for each in found:
         assert each == pytest.approx(found[0], rel=1e-5)
     assert len(set(found[0].values())) == 3
+
+
+@pytest.mark.slow
+def test_every_block_is_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that mixes experts is a program of its own, and dynamo's limit is one for all of them (8; here 3)."""
+    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        model, batch = target_model(), tiny_batch()
+        model.compile_blocks()
+        model(**batch).loss.backward()
+        with torch.no_grad():
+            model.eval()(**batch)
+    assert counters["stats"]["unique_graphs"] >= 2 * 5
