@@ -191,7 +191,8 @@ def build(library: Library) -> None:
 
 def _compile(library: Library) -> None:
     # pip puts `ninja` beside `python`, which need not be on PATH
-    os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
+    folders = os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join(folders)
     if library.cuda_flags:
         cpp_extension.CUDA_HOME = str(cuda_toolkit())
     cpp_extension.load(
