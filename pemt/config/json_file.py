@@ -38,7 +38,7 @@ def read_json_object(
     except PemtError:
         raise
     except FileNotFoundError:
-        raise refused(missing or f"{path}: there is no such file") from None
+        raise refused(missing or f"{path}: cannot be read: there is no such file") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, or too many digits
         raise refused(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
