@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,10 +23,12 @@ class Parser(argparse.ArgumentParser):
         raise PemtError(f"{self.prog}: {message}; `{self.prog} --help` tells what it takes")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but the error about an unknown option names the nearest known ones."""
+        """As argparse's, but the error about an unknown option names the nearest that the verb knows."""
         options, rest = self.parse_known_args(args, namespace)
         if rest:
-            self.refuse(rest[0])
+            verbs = self.verbs()
+            verb = next((each for each in args or sys.argv[1:] if each in verbs), None)
+            (verbs[verb] if verb else self).refuse(rest[0])
         return options
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -54,11 +54,12 @@ def test_every_verb_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 WRONG = {
     "bank show bank": r"pemt bank show: .*task; `pemt bank show --help` tells",
-    "bank add --peft x --bank_dir b --task t --revsion 1": r"pemt bank: .*did you mean `--revision`",
+    "bank add --peft x --bank_dir b --task t --revsion 1": r"pemt bank add: .*did you mean `--revision`",
     "demo --quik": r"pemt demo: unknown argument `--quik`; did you mean `--quick`\?",
     "bench op --cuda_graph": r"pemt bench op: --cuda_graph needs --device cuda",
     "bench op --shape t5-huge": r"pemt bench op: argument --shape: invalid choice: 't5-huge'",
-    "bench step --rouds 3": r"pemt bench: unknown argument `--rouds`; did you mean `--rounds`",
+    "bench step --rouds 3": r"pemt bench step: unknown argument `--rouds`; did you mean `--rounds`",
+    "bench step --shape t5-base": r"pemt bench step: unknown argument `--shape`; did you mean (?!`--shape`)",
     "predict run --input_fil x": r"pemt predict: .*`--input_fil`; did you mean `--input_file`",
     "predict run --batch_size abc": r"pemt predict: argument --batch_size: found `abc`, a whole",
     "evaluate run --num_beam 4": r"pemt evaluate: unknown argument `--num_beam`; did .*`--num_beams`",
