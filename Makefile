@@ -29,7 +29,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-demo: $(STAMP)  ## the main job on a small world: both stages, 2 ranks, ZeRO-2 (4 minutes on 2 cores)
+demo: $(STAMP)  ## the main job on a small world: both stages, 2 ranks, ZeRO-2 (2 to 5 minutes on 2 cores)
 	$(LAUNCH) -m pemt demo --output_dir $(DEMO_DIR) --cache_dir $(DEMO_CACHE)
 
 demo-quick: $(STAMP)  ## the same with one target and one seed (3 minutes)

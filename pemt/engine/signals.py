@@ -46,9 +46,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._received: str | None = None
-        self._heard = (
-            threading.Event()
-        )  # before `_note`, which waits for the main thread's next line of Python
+        # Before `_note`, which waits for the main thread's next line of Python.
+        self._heard = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
         # Without a launcher a parent may leave as it likes: that is what nohup is for.
         self._launcher = os.getppid() if "LOCAL_RANK" in os.environ else None

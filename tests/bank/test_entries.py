@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pemt.bank.entries import read_bank, read_entry, write_entry
 from pemt.bank.manifests import TENSORS, BankError, Manifest, chosen_entries, entry_names
 from pemt.config import PemtError
 from pemt.model import ExpertSource, ModelError, base_shape
-from pemt.storage import write_folder
+from pemt.storage import tensor_file, write_folder
 from pemt.storage.manifest import read_manifest, with_checksum
 from tests.support.damages import flip_a_bit
 from tests.support.tiny_t5 import source_model, target_model, tiny_base, tiny_batch, tiny_source
@@ -67,6 +68,21 @@ def test_an_entry_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
     assert manifest.metrics == {"accuracy": 71.5}
     assert manifest.description == "Does one sentence follow?"
     assert manifest.versions["torch"] == version("torch")
+
+
+def test_an_entry_is_not_opened_for_each_tensor(
+    bank: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each maps the file, and Linux allows a process 65,530 maps: by tensor, a large bank would not fit."""
+    openings = []
+
+    def opening(*arguments: object) -> object:
+        openings.append(arguments)
+        return safe_open(*arguments)
+
+    monkeypatch.setattr(tensor_file, "safe_open", opening)
+    read_entry(bank / "rte")
+    assert len(openings) == 2, "its table of contents, and all tensors"
 
 
 def test_from_stage_one_to_stage_two(tmp_path: Path) -> None:
